@@ -1,0 +1,73 @@
+"""nf4_linear, forward without and backward with an adapter, against the dense layer and bitsandbytes."""
+
+import bitsandbytes as bnb
+import torch
+from torch.nn import functional as F
+
+import harness
+import peftops
+
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (1536, 576))
+DTYPES = (torch.float32, torch.bfloat16)
+R = 16
+
+# How many times faster than the dense layer and bitsandbytes, by rows and dtype.
+FORWARD = {1: ((2.5, 20), (2, 20)), 4: ((1.5, 8), (1.5, 8)), 16: ((1.5, 8), (1.5, 8)), 64: ((1, 3), (3, 3)),
+           256: ((0.95, 1.15), (3, 3)), 1024: ((0.95, 1.15), (3, 3))}  # fmt: skip
+BACKWARD = ((0.95, 1.2), (3, 1.2))
+
+
+def cases():
+    for n, k in SHAPES:
+        for which, dtype in enumerate(DTYPES):
+            weight = (0.02 * torch.randn(n, k)).to(dtype)
+            quantised = peftops.nf4_quantize(weight)
+            packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            for m, wants in FORWARD.items():
+                x = torch.randn(m, k).to(dtype)
+                yield harness.Case(
+                    f"forward {n}x{k} {str(dtype)[6:]} M={m}",
+                    no_grad(
+                        peftops=lambda x=x: peftops.nf4_linear(x, quantised),
+                        dense=lambda x=x: F.linear(x, weight),
+                        bitsandbytes=lambda x=x: bnb.matmul_4bit(x, packed.t(), state),
+                    ),
+                    flops=2.0 * m * n * k,
+                    bytes=quantised.nbytes if m <= 4 else 0,
+                    want=dict(zip(("dense", "bitsandbytes"), wants[which], strict=True)),
+                )
+            yield backward(256, n, k, dtype, weight, quantised, (packed, state), BACKWARD[which])
+
+
+def no_grad(**calls):
+    return {name: torch.no_grad()(call) for name, call in calls.items()}
+
+
+def backward(m, n, k, dtype, weight, quantised, theirs, wants):
+    """Gradients of x, A and B through a LoRA layer with float32 adapters, as PEFT makes them."""
+    x = torch.randn(m, k).to(dtype).requires_grad_()
+    g = torch.randn(m, n).to(dtype)
+    A, B = torch.randn(R, k, requires_grad=True), torch.randn(n, R, requires_grad=True)
+
+    def composed(base):
+        low_rank = F.linear(F.linear(x.to(A.dtype), A), B) * 2.0
+        return base + low_rank.to(base.dtype)
+
+    packed, state = theirs
+    outputs = {
+        "peftops": peftops.nf4_linear(x, quantised, lora_A=A, lora_B=B, scaling=2.0),
+        "dense": composed(F.linear(x, weight)),
+        "bitsandbytes": composed(bnb.matmul_4bit(x, packed.t(), state)),
+    }
+    return harness.Case(
+        f"backward {n}x{k} {str(dtype)[6:]} M={m} r={R}",
+        {
+            name: lambda y=y: torch.autograd.grad(y, (x, A, B), g, retain_graph=True) for name, y in outputs.items()
+        },
+        flops=2.0 * m * n * k + 8.0 * m * R * (n + k) / 2,
+        want=dict(zip(("dense", "bitsandbytes"), wants, strict=True)),
+    )
+
+
+if __name__ == "__main__":
+    harness.run("nf4_linear", cases())

@@ -1,0 +1,70 @@
+// From packed NF4 codes back to floats: the pieces that dequantisation and the products share.
+#pragma once
+#include "kernels/nf4.h"
+#include "kernels/cpu/simd.h"
+
+namespace peftops::cpu::PEFTOPS_ISA {
+namespace {
+
+// The absmax of one block. Multiplied and added with two roundings, like bitsandbytes.
+inline float absmax_of(const Nf4Weight& w, int64_t block) {
+  if (w.absmax) return w.absmax[block];
+  return kDynamicMap.at[w.absmax_code[block]] * w.absmax_scale[block / kAbsmaxBlock] + *w.absmax_offset;
+}
+
+// The same for n blocks in a row.
+inline void decode_absmax(const Nf4Weight& w, int64_t block, int64_t n, float* out) {
+  if (w.absmax) return void(memcpy(out, w.absmax + block, n * sizeof(float)));
+  const Vec offset = set(*w.absmax_offset);
+  for (int64_t i = 0; i < n;) {
+    const int64_t group = (block + i) / kAbsmaxBlock, stop = at_most(n, (group + 1) * kAbsmaxBlock - block);
+    const Vec scale = set(w.absmax_scale[group]);
+    for (; i + kLanes <= stop; i += kLanes)
+      store(out + i, gather(kDynamicMap.at, load_bytes(w.absmax_code + block + i)) * scale + offset);
+    for (; i < stop; ++i) out[i] = absmax_of(w, block + i);
+  }
+}
+
+// out[i] = weight[flat + i] for i < n, whatever the alignment of flat: one run per block.
+template <class T> void decode_run(const Nf4Weight& w, int64_t flat, int64_t n, T* out) {
+  const Table16 table(kNf4Code);
+  while (n > 0) {
+    const int64_t block = flat / w.block_size, run = at_most(n, (block + 1) * w.block_size - flat);
+    const Vec scale = set(absmax_of(w, block));
+    int64_t i = 0;
+    if (flat & 1) {   // start in the middle of a byte
+      const uint8_t second[kLanes / 2] = {uint8_t(w.packed[flat / 2] << 4)};
+      store_n(out, 1, table(unpack_codes(second)) * scale);
+      i = 1;
+    }
+    const uint8_t* packed = w.packed + (flat + i) / 2;
+    int64_t at = 0;
+    for (; i + kLanes <= run; i += kLanes, at += kLanes / 2)
+      store(out + i, table(unpack_codes(packed + at)) * scale);
+    if (i < run) {
+      uint8_t tail[kLanes / 2] = {};
+      memcpy(tail, packed + at, (run - i + 1) / 2);
+      store_n(out + i, run - i, table(unpack_codes(tail)) * scale);
+    }
+    flat += run, out += run, n -= run;
+  }
+}
+
+// The fast paths read a weight in strips: one load of packed codes, kLanes dwords of eight codes each.
+// They need rows that start on a byte and segments of columns that lie within one block: cols % 32 == 0.
+constexpr int64_t kStrip = 8 * kLanes;
+
+inline bool is_regular(const Nf4Weight& w) { return w.cols % 32 == 0; }
+
+// Columns that share one absmax in every row: the largest power of two, a strip at most.
+inline int64_t segment_of(const Nf4Weight& w) {
+  int64_t segment = at_most(w.block_size, kStrip);
+  while (w.cols % segment) segment /= 2;
+  return segment;
+}
+
+// Column i of a dword's eight sits at this bit: bytes run upwards, and the high nibble comes first.
+inline Int code_at(Int octet, int i) { return shift_right(octet, i / 2 * 8 + (i % 2 ? 0 : 4)); }
+
+}  // namespace
+}  // namespace peftops::cpu::PEFTOPS_ISA

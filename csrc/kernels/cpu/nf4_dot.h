@@ -1,0 +1,232 @@
+// A few rows of x against an NF4 weight, straight from the packed codes: every row of the weight is
+// read once, in order, and nothing is written but the result. Lanes run along the columns of the
+// weight, in the order in which a strip's codes lie: x is brought into that order once per call.
+//
+// Limit: reading the codes; at four rows and more, decoding into a panel (product.h) is faster.
+#pragma once
+#include "kernels/cpu/nf4_decode.h"
+#include "kernels/cpu/product.h"
+#if defined(__AVX512F__)
+#include "kernels/cpu/product_int16.h"
+#endif
+
+namespace peftops::cpu::PEFTOPS_ISA {
+namespace {
+
+constexpr int64_t kDotRows = 4;
+constexpr int64_t kDotCols = 8192;   // elements of x that are packed at once: 32 KB, about what L1 holds
+
+// x as the dot product reads it. Lane l of vector j of a strip holds column 8 l + (j ^ 1): shifting a
+// dword right by 4 j brings the low nibble of byte j / 2 down when j is even, and that is an odd column.
+template <class T> void pack_dot(const T* x, int64_t rows, int64_t ld, int64_t cols, float* out) {
+  for (int64_t k = 0; k < cols; k += kStrip)
+    for (int64_t m = 0; m < rows; ++m, out += kStrip) {
+      float strip[kStrip] = {};
+      each_vector(at_most(kStrip, cols - k), [&](int64_t i, int64_t n) {
+        store(strip + i, load_upto(x + m * ld + k + i, n));
+      });
+      for (int j = 0; j < 8; ++j)
+        for (int lane = 0; lane < kLanes; ++lane) out[j * kLanes + lane] = strip[8 * lane + (j ^ 1)];
+    }
+}
+
+struct Dot32 {
+  // Rows of the weight that share the loads of M rows of x.
+  static constexpr int together(int M) { return M == 1 ? 1 : 4; }
+
+  const float* x;   // [strips][M][8][kLanes]
+  Table16 table{kNf4Code};
+
+  template <int M, int R>
+  void add(const Int (&strip)[R], int64_t i, const Vec (&scale)[R], Vec (&total)[M][R]) const {
+    const float* at = x + i * M * kStrip;
+    Vec sum[M][R];
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      Vec w[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) w[r] = table(shift_right(strip[r], 4 * j));
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const Vec v = load(at + (m * 8 + j) * kLanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sum[m][r] = j ? fma(w[r], v, sum[m][r]) : w[r] * v;
+      }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) total[m][r] = fma(sum[m][r], scale[r], total[m][r]);
+  }
+};
+
+#if defined(__AVX512F__)
+// The same with x and the codes in int16, see product_int16.h; 8 products a lane fit an int32.
+struct Dot16 {
+  static constexpr int together(int M) { return M <= 2 ? 1 : 4; }
+
+  const int16_t* x;      // [strips][M][4][2 * kLanes]
+  const float* factor;   // [strips][M]
+  Int table = load_int(kCode16.at);
+
+  template <int M, int R>
+  void add(const Int (&strip)[R], int64_t i, const Vec (&scale)[R], Vec (&total)[M][R]) const {
+    const int16_t* at = x + i * M * kStrip;
+    Int sum[M][R];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      Int w[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) w[r] = _mm512_permutexvar_epi16(shift_right(strip[r], 4 * j), table);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const Int v = load_int(at + (m * 4 + j) * 2 * kLanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sum[m][r] = _mm512_dpwssd_epi32(j ? sum[m][r] : as_int(zero()), w[r], v);
+      }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) total[m][r] = fma(_mm512_cvtepi32_ps(sum[m][r]), scale[r] * set(factor[i * M + m]), total[m][r]);
+  }
+};
+
+// Word l of vector j of a strip holds column 4 l + (j ^ 1). False if x does not fit.
+template <class T>
+bool pack_dot16(const T* x, int64_t rows, int64_t ld, int64_t cols, int16_t* out, float* factor) {
+  bool fits = true;
+  for (int64_t k = 0; k < cols; k += kStrip) {
+    T strips[kDotRows][kStrip] = {};
+    for (int64_t m = 0; m < rows; ++m) memcpy(strips[m], x + m * ld + k, at_most(kStrip, cols - k) * sizeof(T));
+    Ranges16 ranges;
+    fits &= ranges.measure<T>(rows, kStrip, [&](int64_t m) { return strips[m]; });
+    for (int64_t m = 0; m < rows; ++m, out += kStrip) {
+      *factor++ = ranges.scale[m] / kCodeFactor;
+      int32_t whole[kStrip];
+      for (int i = 0; i < kStrip; i += kLanes)
+        store_int(whole + i, _mm512_cvtps_epi32(load(strips[m] + i) * set(ranges.inverse[m])));
+      for (int j = 0; j < 4; ++j)
+        for (int l = 0; l < 2 * kLanes; ++l) out[j * 2 * kLanes + l] = int16_t(whole[4 * l + (j ^ 1)]);
+    }
+  }
+  return fits;
+}
+#endif
+
+// How the columns [k, k + cols) of a weight fall into strips, the last of which may be broken.
+struct Strips {
+  const Nf4Weight& w;
+  int64_t k, cols, segment, segments, per_strip, whole, rest;
+  Int which, inside;   // each lane's segment in a strip; lanes of the broken strip inside the row
+
+  Strips(const Nf4Weight& w, int64_t k, int64_t cols)
+      : w(w), k(k), cols(cols), segment(segment_of(w)), segments(cols / segment), per_strip(kStrip / segment),
+        whole(cols / kStrip), rest(cols % kStrip / 8) {
+    int32_t lane[2][kLanes];
+    for (int i = 0; i < kLanes; ++i) lane[0][i] = int32_t(i * 8 / segment), lane[1][i] = i < rest ? -1 : 0;
+    which = load_int(lane[0]), inside = load_int(lane[1]);
+  }
+  const uint8_t* packed(int64_t row) const { return w.packed + (row * w.cols + k) / 2; }
+
+  // The absmax values of `rows` rows from `row` on, one row after the other.
+  void absmax(int64_t row, int64_t rows, float* out) const {
+    if (segment == w.block_size && cols == w.cols) return decode_absmax(w, row * segments, rows * segments, out);
+    for (int64_t i = 0; i < rows; ++i, out += segments) {
+      const int64_t flat = (row + i) * w.cols + k;
+      if (segment == w.block_size) {
+        decode_absmax(w, flat / segment, segments, out);
+      } else {
+        for (int64_t s = 0; s < segments; ++s) out[s] = absmax_of(w, (flat + s * segment) / w.block_size);
+      }
+    }
+  }
+};
+
+// c[m][i] += x[m] . weight[row + i], over the strips' columns, for kLanes rows of the weight.
+template <int M, class Dot> void dot_lanes(const Strips& strips, const Dot& dot, int64_t row, float* c) {
+  constexpr int R = Dot::together(M);
+  const int64_t rows = at_most(kLanes, strips.w.rows - row);
+  float scales[kLanes * kDotCols / 32 + 16];
+  strips.absmax(row, rows, scales);
+  memset(scales + rows * strips.segments, 0, 16 * sizeof(float));   // a table is sixteen wide
+
+  Int partial[M][kLanes];
+  for (int i = 0; i < kLanes; i += R) {
+    const uint8_t* p[R];
+    const float* scale_of[R];
+    Vec total[M][R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const int64_t lane = at_most(i + r, rows - 1);
+      p[r] = strips.packed(row + lane);
+      scale_of[r] = scales + lane * strips.segments;
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) total[m][r] = zero();
+    }
+    Int codes[R];
+    Vec scale[R];
+    for (int64_t s = 0; s < strips.whole; ++s) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        codes[r] = load_int(p[r] + s * kStrip / 2);
+        scale[r] = Table16(scale_of[r] + s * strips.per_strip)(strips.which);
+      }
+      dot.template add<M, R>(codes, s, scale, total);
+    }
+    if (strips.rest) {
+      const int64_t s = strips.whole;
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        codes[r] = load_int_n(p[r] + s * kStrip / 2, strips.rest);
+        const Vec all = Table16(scale_of[r] + s * strips.per_strip)(strips.which);   // the next row's, too
+        scale[r] = as_float(as_int(all) & strips.inside);
+      }
+      dot.template add<M, R>(codes, s, scale, total);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) partial[m][i + r] = as_int(total[m][r]);
+  }
+  for (int m = 0; m < M; ++m) {
+    transpose(partial[m]);
+    Vec sum = load(c + m * Scratch::kCols);
+    for (int i = 0; i < kLanes; ++i) sum = sum + as_float(partial[m][i]);
+    store(c + m * Scratch::kCols, sum);
+  }
+}
+
+template <class Dot, int M = kDotRows>
+void dot_lanes_of(int64_t rows, const Strips& strips, const Dot& dot, int64_t row, float* c) {
+  if (rows == M) return dot_lanes<M>(strips, dot, row, c);
+  if constexpr (M > 1) dot_lanes_of<Dot, M - 1>(rows, strips, dot, row, c);
+}
+
+// Adds x W^T to a block of C that has kDotRows rows at most.
+template <class T> void accumulate_dot(const Block& b, const Nf4Weight& w, const T* x, const Scratch& s) {
+  const int64_t chunk = kDotCols / b.rows / kStrip * kStrip;
+  for (int64_t k = 0; k < w.cols; k += chunk) {
+    const Strips strips(w, k, at_most(chunk, w.cols - k));
+    const T* from = x + b.row * w.cols + k;
+    const auto run = [&](const auto& dot) {
+      for (int64_t col = b.col, j = 0; j < b.panels * 2 && col < w.rows; ++j, col += kLanes)
+        dot_lanes_of(b.rows, strips, dot, col, s.c + j * kLanes);
+    };
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 2) {
+      int16_t* packed = reinterpret_cast<int16_t*>(s.panels);
+      float* factor = s.panels + kDotCols;
+      if (pack_dot16(from, b.rows, w.cols, strips.cols, packed, factor)) {
+        run(Dot16{packed, factor});
+        continue;
+      }
+    }
+#endif
+    pack_dot(from, b.rows, w.cols, strips.cols, s.panels);
+    run(Dot32{s.panels});
+  }
+}
+
+}  // namespace
+}  // namespace peftops::cpu::PEFTOPS_ISA

@@ -1,0 +1,188 @@
+// The product of product.h for 16-bit activations, in int16: twice the multiply-adds per instruction.
+//
+// Codes become round(7854 code), activations round(16384 x / max |x|) with a maximum for every segment
+// of columns, within which a weight has one absmax. Both roundings together are a few 1e-5 of the
+// result (rms), below the rounding of a bf16 or fp16 output.
+//
+//   7854     of all factors up to 8191, the one that brings the sixteen codes nearest to whole numbers
+//   16384    so that 16 products, 16 * 7854 * 16384, fit an int32; then the sum moves on to fp32
+//
+// vpdpwssd multiplies pairs. Steps are paired i with i + 4 inside each eight, because that is how the
+// 16-bit look-up (vpermw) leaves the codes of a dword.
+#pragma once
+#include "kernels/cpu/nf4_decode.h"
+#include "kernels/cpu/product.h"
+
+namespace peftops::cpu::PEFTOPS_ISA {
+namespace {
+
+constexpr float kCodeFactor = 7854.f, kLeftFactor = 16384.f;
+constexpr int64_t kFlush = 8;               // pair steps, 16 products, between int32 and fp32
+constexpr int kTileRows16 = 6;              // x 2 vectors, in int32 and again in fp32: 24 of 32 registers
+constexpr int64_t kPairs = kDepth / 2, kPairStride = kPairs + kLanes;
+constexpr int64_t kSegments = kDepth / 32;  // of a panel's depth, at most
+
+struct Code16 { int16_t at[32]; };   // twice the table: vpermw reads five bits, a code has four
+constexpr Code16 make_code16() {
+  Code16 c = {};
+  for (int i = 0; i < 32; ++i) {
+    const float f = kNf4Code[i % 16] * kCodeFactor;
+    c.at[i] = int16_t(f < 0 ? f - 0.5f : f + 0.5f);
+  }
+  return c;
+}
+constexpr Code16 kCode16 = make_code16();
+
+// Views into the scratch of the fp32 product.
+struct Scratch16 {
+  float* c;            // [kRowBlock][kCols]
+  int32_t* panels;     // [kPanels][kPairs][2 * kLanes]
+  float* scales;       // [kPanels][kSegments][2 * kLanes]
+  int32_t* left;       // [kTileRows16][kPairStride]
+  float* left_scales;  // [kTileRows16][kSegments]
+
+  explicit Scratch16(const Scratch& s)
+      : c(s.c), panels(reinterpret_cast<int32_t*>(s.panels)), scales(s.panels + kPairs * Scratch::kCols),
+        left(reinterpret_cast<int32_t*>(s.left)), left_scales(s.left + kTileRows16 * kPairStride) {}
+};
+static_assert(kTileRows16 * (kPairStride + kSegments) <= kTileRows * kLeftStride);
+static_assert(kPairs + kSegments <= kDepth);
+
+// How the segments of a piece of x map to int16: x is about round(x * inverse) * scale.
+struct Ranges16 {
+  static constexpr int64_t kMost = 64;   // segments; a tile has 6 rows of 8 at most
+  float scale[kMost], inverse[kMost];
+
+  // Measures `count` segments, the i-th at at(i). False if one does not fit: it holds a NaN, an infinity,
+  // or magnitudes so small that the factor would overflow. It is then left to fp32.
+  template <class T, class At> bool measure(int64_t count, int64_t segment, const At& at) {
+    bool fits = true;
+    for (int64_t first = 0; first < count; first += kLanes) {
+      Int most[kLanes] = {};
+      for (int64_t i = 0; i < at_most(kLanes, count - first); ++i) {
+        const T* x = at(first + i);
+        Int m = as_int(zero());   // 16-bit magnitudes are ordered like the integers that their bits are
+        for (int64_t k = 0; k < segment; k += 2 * kLanes)
+          m = _mm512_max_epu16(m, _mm512_and_si512(load_int(x + k), _mm512_set1_epi16(0x7fff)));
+        most[i] = max_int(shift_right(m, 16), _mm512_and_si512(m, _mm512_set1_epi32(0xffff)));
+      }
+      transpose(most);   // so that one vector holds the maximum of each segment
+      for (int i = 1; i < kLanes; ++i) most[0] = max_int(most[0], most[i]);
+      T bits[kLanes];
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(bits), _mm512_cvtepi32_epi16(most[0]));
+      const Vec max = load(bits);
+      const __mmask16 usable = _mm512_cmp_ps_mask(max, set(1e-30f), _CMP_GT_OQ) &
+                               _mm512_cmp_ps_mask(max, set(__FLT_MAX__), _CMP_LE_OQ);
+      fits &= __mmask16(usable | _mm512_cmp_ps_mask(max, zero(), _CMP_EQ_OQ)) == 0xffff;
+      store(scale + first, _mm512_maskz_mul_ps(usable, max, set(1.f / kLeftFactor)));
+      store(inverse + first, _mm512_maskz_div_ps(usable, set(kLeftFactor), max));
+    }
+    return fits;
+  }
+};
+
+// A tile of A: rows of pairs, and a scale per segment. Returns whether all of it fits.
+template <class T>
+bool pack_tile16(const T* x, int64_t ldx, int64_t rows, int64_t steps, int64_t segment, int32_t* out,
+                 float* scales) {
+  Ranges16 ranges;
+  const int64_t segments = steps / segment;
+  const bool fits = ranges.measure<T>(rows * segments, segment, [&](int64_t i) {
+    return x + i / segments * ldx + i % segments * segment;
+  });
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* from = x + i * ldx;
+    for (int64_t s = 0; s < segments; ++s) {
+      const Vec inverse = set(ranges.inverse[i * segments + s]);
+      for (int64_t k = s * segment; k < (s + 1) * segment; k += 2 * kLanes) {
+        const Int a = _mm512_cvtps_epi32(load(from + k) * inverse);
+        const Int b = _mm512_cvtps_epi32(load(from + k + kLanes) * inverse);
+        const Int first = _mm512_shuffle_i32x4(a, b, 0x88), second = _mm512_shuffle_i32x4(a, b, 0xdd);
+        store_int(out + i * kPairStride + k / 2,
+                  _mm512_mask_blend_epi16(0xaaaaaaaa, first, shift_left(second, 16)));
+      }
+      scales[i * kSegments + s] = ranges.scale[i * segments + s];
+    }
+  }
+  return fits;
+}
+
+template <int R>
+void tile16(const int32_t* a, const float* a_scales, const int32_t* p, const float* p_scales, int64_t pairs,
+            int64_t segment, float* c) {
+  for (int64_t t = 0; t < pairs; t += segment / 2) {
+    Vec sum[R][2];
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = zero();
+    for (int64_t g = t; g < t + segment / 2; g += kFlush) {
+      Int dot[R][2];
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i) dot[i][0] = dot[i][1] = as_int(zero());
+#pragma GCC unroll 8
+      for (int64_t k = 0; k < kFlush; ++k) {
+        const Int b0 = load_int(p + (g + k) * 2 * kLanes), b1 = load_int(p + ((g + k) * 2 + 1) * kLanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < R; ++i) {
+          const Int x = _mm512_set1_epi32(a[i * kPairStride + g + k]);
+          dot[i][0] = _mm512_dpwssd_epi32(dot[i][0], x, b0);
+          dot[i][1] = _mm512_dpwssd_epi32(dot[i][1], x, b1);
+        }
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i) {
+        sum[i][0] = sum[i][0] + _mm512_cvtepi32_ps(dot[i][0]);
+        sum[i][1] = sum[i][1] + _mm512_cvtepi32_ps(dot[i][1]);
+      }
+    }
+    const Vec s0 = load(p_scales), s1 = load(p_scales + kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const Vec x = set(a_scales[i * kSegments]);
+      float* at = c + i * Scratch::kCols;
+      store(at, fma(sum[i][0] * s0, x, load(at)));
+      store(at + kLanes, fma(sum[i][1] * s1, x, load(at + kLanes)));
+    }
+    p_scales += 2 * kLanes;
+    ++a_scales;
+  }
+}
+
+template <int R = kTileRows16>
+void tile16_of(int64_t rows, const int32_t* a, const float* a_scales, const int32_t* p, const float* p_scales,
+               int64_t pairs, int64_t segment, float* c) {
+  if (rows == R) return tile16<R>(a, a_scales, p, p_scales, pairs, segment, c);
+  if constexpr (R > 1) tile16_of<R - 1>(rows, a, a_scales, p, p_scales, pairs, segment, c);
+}
+
+// Adds the product over `depth` steps to a block of C. P packs its panels with pack16(col, t, steps,
+// pairs, scales). Rows of x that do not fit are done over: redo(row, scratch) for each, with a zeroed C.
+template <class T, class Right, class Redo>
+void accumulate16(const Block& b, int64_t depth, int64_t segment, const T* x, int64_t ldx, const Right& right,
+                  const Scratch& scratch, const Redo& redo) {
+  constexpr int64_t kWidth = 2 * kLanes;
+  const Scratch16 s(scratch);
+  bool fits[kRowBlock];
+  memset(fits, true, sizeof fits);
+  for (int64_t t = 0; t < depth; t += kDepth) {
+    const int64_t steps = at_most(kDepth, depth - t);
+    for (int64_t j = 0; j < b.panels; ++j)
+      right.pack16(b.col + j * kWidth, t, steps, s.panels + j * kPairs * kWidth, s.scales + j * kSegments * kWidth);
+    each_tile(b.rows, kTileRows16, [&](int64_t row, int64_t rows) {
+      if (!pack_tile16(x + (b.row + row) * ldx + t, ldx, rows, steps, segment, s.left, s.left_scales))
+        memset(fits + row, false, rows);
+      for (int64_t j = 0; j < b.panels; ++j)
+        tile16_of(rows, s.left, s.left_scales, s.panels + j * kPairs * kWidth, s.scales + j * kSegments * kWidth,
+                  steps / 2, segment, s.c + row * Scratch::kCols + j * kWidth);
+    });
+  }
+  for (int64_t i = 0; i < b.rows; ++i) {
+    if (fits[i]) continue;
+    Scratch at = scratch;
+    at.c += i * Scratch::kCols;
+    memset(at.c, 0, Scratch::kCols * sizeof(float));
+    redo(Block{b.row + i, 1, b.col, b.panels}, at);
+  }
+}
+
+}  // namespace
+}  // namespace peftops::cpu::PEFTOPS_ISA

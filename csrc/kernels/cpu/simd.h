@@ -1,0 +1,65 @@
+// One vector of float32 lanes in the width of the ISA being built, so that a kernel is written once.
+//
+//   Vec, Int                     kLanes floats; kLanes 32-bit integers
+//   load, store, load_n, store_n float, bf16 and f16 memory; the conversions round to nearest even
+//   set, zero, fma, max, abs     and + - * of Vec
+//   transpose                    kLanes vectors of kLanes 32-bit lanes
+//   Table16                     sixteen values, looked up by the low four bits of each lane
+//
+// Everything is in an unnamed namespace: each ISA build keeps its own copy, whatever the linker sees
+// (numpy#25274, FBGEMM#46). No STL here or in any kernel file, for the same reason.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/dtype.h"
+
+namespace peftops::cpu::PEFTOPS_ISA {
+namespace {
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+template <class T> constexpr bool is_bf16 = false;
+template <> constexpr bool is_bf16<bf16> = true;
+
+}  // namespace
+}  // namespace peftops::cpu::PEFTOPS_ISA
+
+#if defined(__AVX512F__)
+#include "kernels/cpu/simd_avx512.h"
+#elif defined(__AVX2__)
+#include "kernels/cpu/simd_avx2.h"
+#else
+#include "kernels/cpu/simd_scalar.h"
+#endif
+
+namespace peftops::cpu::PEFTOPS_ISA {
+namespace {
+
+// The last n < kLanes elements of a row; lanes past n read as zero and are not written.
+template <class T> inline Vec load_n(const T* p, int64_t n) {
+  T tmp[kLanes] = {};
+  memcpy(tmp, p, n * sizeof(T));
+  return load(tmp);
+}
+template <class T> inline void store_n(T* p, int64_t n, Vec a) {
+  T tmp[kLanes];
+  store(tmp, a);
+  memcpy(p, tmp, n * sizeof(T));
+}
+
+// Calls f with the storage type that a dtype stands for: f(Type<float>{}) and so on.
+template <class T> struct Type { using type = T; };
+template <class F> inline void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32:  return f(Type<float>{});
+    case DType::bf16: return f(Type<bf16>{});
+    case DType::f16:  return f(Type<f16>{});
+  }
+}
+
+constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+}  // namespace peftops::cpu::PEFTOPS_ISA

@@ -1,0 +1,118 @@
+// simd.h for AVX2, FMA and F16C (nearly every x86 since 2013).
+#pragma once
+#include <immintrin.h>
+
+namespace peftops::cpu::PEFTOPS_ISA {
+namespace {
+
+using Vec = __m256;
+using Int = __m256i;
+constexpr int kLanes = 8;
+
+inline Vec zero() { return _mm256_setzero_ps(); }
+inline Vec set(float a) { return _mm256_set1_ps(a); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }   // b where either is a NaN
+inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), a); }
+
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
+inline void stream(float* p, Vec a) { _mm256_stream_ps(p, a); }
+
+inline Vec load(const bf16* p) {
+  const Int w = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
+}
+inline __m128i to_bf16(Vec a) {   // a NaN stays a NaN
+  const Int u = _mm256_castps_si256(a);
+  const Int odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const Int up = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const Int nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  const Int r = _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), _mm256_set1_epi32(0x7fc0), nan);
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08));
+}
+inline __m128i to_f16(Vec a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+inline void store(bf16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(a)); }
+inline void stream(bf16* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bf16(a)); }
+
+inline Vec load(const f16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store(f16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_f16(a)); }
+inline void stream(f16* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_f16(a)); }
+
+inline Int load_int(const void* p) { return _mm256_loadu_si256(static_cast<const Int*>(p)); }
+inline void store_int(void* p, Int a) { _mm256_storeu_si256(static_cast<Int*>(p), a); }
+// The first n lanes; the others read as zero, and their memory not at all.
+inline Int load_int_n(const void* p, int64_t n) {
+  const Int lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_maskload_epi32(static_cast<const int*>(p), _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), lane));
+}
+inline Int load_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+inline Vec gather(const float* p, Int at) { return _mm256_i32gather_ps(p, at, 4); }
+inline Int shift_left(Int a, int n) { return Int(__v8su(a) << n); }
+inline Int shift_right(Int a, int n) { return Int(__v8su(a) >> n); }
+inline Int max_int(Int a, Int b) { return _mm256_max_epi32(a, b); }
+inline Int truncate(Vec a) { return _mm256_cvttps_epi32(a); }
+inline Vec as_float(Int a) { return _mm256_castsi256_ps(a); }
+inline Int as_int(Vec a) { return _mm256_castps_si256(a); }
+
+// 8 x 8: pairs, then quadruples inside each 128-bit half, then the halves themselves.
+inline void transpose(Int (&v)[8]) {
+  Int t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    v[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const Int low = _mm256_permute2x128_si256(v[i], v[i + 4], 0x20);
+    v[i + 4] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x31);
+    v[i] = low;
+  }
+}
+
+// vpermps picks one of eight by the low three bits; bit 3, moved to the sign, picks the half.
+struct Table16 {
+  Vec low, high;
+  explicit Table16(const float* at) : low(load(at)), high(load(at + 8)) {}
+  Vec operator()(Int codes) const {
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
+  }
+};
+
+// c + (a > b ? step : 0) in each lane; false where either is a NaN.
+inline Int add_if_greater(Vec a, Vec b, Int c, int step) {
+  const Int mask = _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
+  return _mm256_add_epi32(c, _mm256_and_si256(mask, _mm256_set1_epi32(step)));
+}
+
+// Two vectors of codes, one a lane, as 8 packed bytes: the even lane of a pair is the high nibble.
+inline void pack_codes(uint8_t* p, Int first, Int second) {
+  const Int words = _mm256_packs_epi32(first, second);   // interleaved by 128-bit halves
+  const Int pairs = _mm256_madd_epi16(words, _mm256_set1_epi32(16 | 1 << 16));
+  const Int order = _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7);
+  const Int bytes = _mm256_shuffle_epi8(_mm256_permutevar8x32_epi32(pairs, order), _mm256_set1_epi32(0x0c080400));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes),
+                                                                     _mm256_extracti128_si256(bytes, 1)));
+}
+
+// One vector of codes, in order. Bits above the low four of a lane are left as they come: Table16 ignores them.
+inline Int unpack_codes(const uint8_t* p) {
+  int32_t word;
+  memcpy(&word, p, sizeof word);
+  const __m128i bytes = _mm_cvtsi32_si128(word);
+  return _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_srli_epi16(bytes, 4), bytes));
+}
+
+}  // namespace
+}  // namespace peftops::cpu::PEFTOPS_ISA

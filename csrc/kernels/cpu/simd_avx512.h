@@ -1,0 +1,113 @@
+// simd.h for AVX-512 F, BW, DQ, VL and VNNI (servers since 2019, Zen 4).
+#pragma once
+#include <immintrin.h>
+
+namespace peftops::cpu::PEFTOPS_ISA {
+namespace {
+
+using Vec = __m512;
+using Int = __m512i;
+constexpr int kLanes = 16;
+
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec set(float a) { return _mm512_set1_ps(a); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }   // b where either is a NaN
+inline Vec abs(Vec a) { return _mm512_abs_ps(a); }
+
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
+inline void stream(float* p, Vec a) { _mm512_stream_ps(p, a); }
+
+inline Vec load(const bf16* p) {
+  const Int w = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+}
+inline __m256i to_bf16(Vec a) {   // a NaN stays a NaN
+  const Int u = _mm512_castps_si512(a);
+  const Int odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const Int up = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_set1_epi32(_mm512_srli_epi32(up, 16), nan, 0x7fc0));
+}
+inline __m256i to_f16(Vec a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+inline void store(bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
+inline void stream(bf16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
+
+inline Vec load(const f16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store(f16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_f16(a)); }
+inline void stream(f16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_f16(a)); }
+
+inline Int load_int(const void* p) { return _mm512_loadu_si512(p); }
+inline void store_int(void* p, Int a) { _mm512_storeu_si512(p, a); }
+// The first n lanes; the others read as zero, and their memory not at all.
+inline Int load_int_n(const void* p, int64_t n) { return _mm512_maskz_loadu_epi32(__mmask16((1u << n) - 1), p); }
+inline Int load_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Vec gather(const float* p, Int at) { return _mm512_i32gather_ps(at, p, 4); }
+inline Int shift_left(Int a, int n) { return Int(__v16su(a) << n); }
+inline Int shift_right(Int a, int n) { return Int(__v16su(a) >> n); }
+inline Int max_int(Int a, Int b) { return _mm512_max_epi32(a, b); }
+inline Int truncate(Vec a) { return _mm512_cvttps_epi32(a); }
+inline Vec as_float(Int a) { return _mm512_castsi512_ps(a); }
+inline Int as_int(Vec a) { return _mm512_castps_si512(a); }
+
+// 16 x 16: pairs, then quadruples inside each 128-bit part, then the parts themselves.
+inline void transpose(Int (&v)[16]) {
+  Int t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+// vpermps reads only the low four bits of an index: codes need no mask.
+struct Table16 {
+  Vec values;
+  explicit Table16(const float* at) : values(load(at)) {}
+  Vec operator()(Int codes) const { return _mm512_permutexvar_ps(codes, values); }
+};
+
+// c + (a > b ? step : 0) in each lane; false where either is a NaN.
+inline Int add_if_greater(Vec a, Vec b, Int c, int step) {
+  return _mm512_mask_add_epi32(c, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), c, _mm512_set1_epi32(step));
+}
+
+// Two vectors of codes, one a lane, as 16 packed bytes: the even lane of a pair is the high nibble.
+inline void pack_codes(uint8_t* p, Int first, Int second) {
+  const Int words = _mm512_packs_epi32(first, second);   // interleaved by 128-bit parts
+  const Int pairs = _mm512_madd_epi16(words, _mm512_set1_epi32(16 | 1 << 16));
+  const Int order = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+  const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_permutexvar_epi32(order, pairs));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+
+// One vector of codes, in order. Bits above the low four of a lane are left as they come: Table16 ignores them.
+inline Int unpack_codes(const uint8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_srli_epi16(bytes, 4), bytes));
+}
+
+}  // namespace
+}  // namespace peftops::cpu::PEFTOPS_ISA

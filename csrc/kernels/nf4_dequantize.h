@@ -1,0 +1,33 @@
+// NF4 dequantisation: the contract between the kernels and everyone above them.
+//
+//   nf4_dequantize  out[i] = kNf4Code[code[i]] * absmax[block of i], computed in fp32, rounded once
+//   nf4_absmax      the double-quantised absmax values themselves
+#pragma once
+#include "kernels/cpu/kernel.h"
+#include "kernels/dtype.h"
+#include "kernels/nf4.h"
+
+namespace peftops {
+
+struct Nf4Dequantize {
+  Nf4Weight weight;
+  void* out;               // [rows, cols], row-major
+  DType dtype;             // of out
+};
+
+struct Nf4Absmax {
+  const uint8_t* code;     // [blocks]
+  const float* scale;      // [ceil(blocks / 256)]
+  const float* offset;     // [1]
+  float* absmax;           // [blocks]
+  int64_t blocks;
+};
+
+namespace cpu {
+namespace scalar     { Kernel<Nf4Dequantize> nf4_dequantize; Kernel<Nf4Absmax> nf4_absmax; }
+namespace avx2       { Kernel<Nf4Dequantize> nf4_dequantize; Kernel<Nf4Absmax> nf4_absmax; }
+namespace avx512     { Kernel<Nf4Dequantize> nf4_dequantize; Kernel<Nf4Absmax> nf4_absmax; }
+namespace avx512bf16 { Kernel<Nf4Dequantize> nf4_dequantize; Kernel<Nf4Absmax> nf4_absmax; }
+}  // namespace cpu
+
+}  // namespace peftops

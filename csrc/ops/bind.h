@@ -1,0 +1,125 @@
+// What every binding needs from torch, and nothing else of torch. LibTorch stable ABI only.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <memory>
+#include <optional>
+
+#include "kernels/cpu/isa.h"
+#include "kernels/dropout.h"
+#include "kernels/dtype.h"
+
+namespace peftops::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline bool is_float(const Tensor& t) {
+  const ScalarType s = t.scalar_type();
+  return s == ScalarType::Float || s == ScalarType::BFloat16 || s == ScalarType::Half;
+}
+
+inline DType dtype_of(const char* op, const char* name, ScalarType s) {
+  switch (s) {
+    case ScalarType::Float:    return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half:     return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16 or float16, not ", torch::headeronly::toString(s));
+  }
+}
+inline DType dtype_of(const char* op, const char* name, const Tensor& t) { return dtype_of(op, name, t.scalar_type()); }
+
+// "[4, 8]"
+inline std::string shape_of(const Tensor& t) {
+  std::string s = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + "]";
+}
+
+inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> want) {
+  bool same = t.dim() == int64_t(want.size());
+  std::string s = "[";
+  int64_t i = 0;
+  for (int64_t n : want) {
+    same = same && t.size(i) == n;
+    s += (i++ ? ", " : "") + std::to_string(n);
+  }
+  STD_TORCH_CHECK(same, op, ": ", name, " must have shape ", s, "], not ", shape_of(t));
+}
+
+inline void check_last_dim(const char* op, const char* name, const Tensor& t, int64_t want) {
+  STD_TORCH_CHECK(t.dim() >= 1 && t.size(-1) == want, op, ": the last dim of ", name, " must be ", want,
+                  ", but its shape is ", shape_of(t));
+}
+
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline int64_t rows_of(const Tensor& t) {   // all dims but the last, as one
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  return rows;
+}
+
+// An uninitialised contiguous tensor on the device of `like`. Straight through the C shim: the dispatcher
+// would take a microsecond more, which a product of one row is not much longer than.
+inline Tensor empty(const Tensor& like, const int64_t* shape, int64_t dims, ScalarType dtype) {
+  constexpr int64_t kMaxDims = 64;   // torch's own limit
+  int64_t strides[kMaxDims], stride = 1;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= shape[i] > 0 ? shape[i] : 1;
+  }
+  const auto device = like.device();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, shape, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                                                  int32_t(device.type()), device.index(), &handle));
+  return Tensor(handle);
+}
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return empty(like, shape.begin(), int64_t(shape.size()), dtype);
+}
+// The same with the dims and dtype of `like`, but for the last dim.
+inline Tensor empty_with_last_dim(const Tensor& like, int64_t last) {
+  std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
+  shape.back() = last;
+  return empty(like, shape.data(), int64_t(shape.size()), like.scalar_type());
+}
+
+inline const float* floats_of(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32");
+  return t.const_data_ptr<float>();
+}
+
+// Dropout as it crosses the operators: a probability, and one int64 that is read when p > 0.
+inline Dropout dropout_of(const char* op, double p, const std::optional<Tensor>& seed) {
+  STD_TORCH_CHECK(p >= 0 && p < 1, op, ": dropout_p must be in [0, 1), not ", p);
+  if (p == 0) return {0, 0};
+  STD_TORCH_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
+                  ": dropout needs a seed, one int64");
+  return {uint64_t(*seed->const_data_ptr<int64_t>()), p};
+}
+
+// Cache-line aligned working memory of one thread, kept from call to call.
+inline void* scratch() {
+  struct Free { void operator()(void* p) const { std::free(p); } };
+  thread_local const std::unique_ptr<void, Free> memory(std::aligned_alloc(4096, cpu::kScratchBytes));
+  STD_TORCH_CHECK(memory, "peftops: out of memory for ", cpu::kScratchBytes, " bytes of scratch");
+  return memory.get();
+}
+
+// Runs a CPU kernel on torch's own threads. `work` estimates multiply-adds or elements: a thread gets
+// no less than what takes it as long as it takes to wake another.
+template <class Args> void run(cpu::Kernel<Args>* kernel, const Args& args, int64_t work) {
+  constexpr int64_t kWorkPerThread = 1 << 17;
+  const int64_t units = kernel(args, 0, 0, nullptr);
+  if (units == 0) return;
+  const int64_t threads = work / kWorkPerThread + 1, grain = (units + threads - 1) / threads;
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end, scratch()); });
+}
+
+}  // namespace peftops::ops

@@ -1,0 +1,52 @@
+// Every operator of the package, in one list, and the module peftops._C. What an operator computes is
+// said in kernels/<stem>.h; the implementations are in ops/<stem>.cpp. They are private: the public
+// functions, with gradients and fakes, are in peftops/ops/<stem>.py.
+#include <pybind11/pybind11.h>
+
+#include "ops/bind.h"
+
+// Five arguments that are one weight: packed uint8; absmax float32, or uint8 with its scale and offset.
+#define NF4_WEIGHT "Tensor packed, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, int block_size"
+
+STABLE_TORCH_LIBRARY(peftops, m) {
+  m.def("nf4_quantize(Tensor weight, int block_size) -> (Tensor packed, Tensor absmax)");
+  m.def("nf4_quantize_absmax(Tensor absmax, Tensor offset) -> (Tensor code, Tensor scale)");
+  m.def("nf4_absmax(Tensor absmax, Tensor absmax_scale, Tensor absmax_offset) -> Tensor");
+  m.def("nf4_dequantize(" NF4_WEIGHT ", int rows, int cols, ScalarType dtype) -> Tensor");
+  m.def("nf4_linear(Tensor x, " NF4_WEIGHT ", int out_features, int in_features, Tensor? bias, Tensor? u,"
+        " Tensor? lora_B, float scaling) -> Tensor");
+  m.def("nf4_linear_backward(Tensor g, " NF4_WEIGHT ", int in_features, Tensor? v, Tensor? lora_A,"
+        " float dropout_p, Tensor? seed) -> Tensor");
+  m.def("lora_shrink(Tensor x, Tensor factor, bool by_rank, float scale, float dropout_p, Tensor? seed) -> Tensor");
+  m.def("lora_expand_(Tensor(a!) y, Tensor u, Tensor factor, bool by_rank, float scale, float dropout_p,"
+        " Tensor? seed) -> ()");
+  m.def("lora_gradient(Tensor u, Tensor x, ScalarType dtype, bool by_rank, float scale, float dropout_p,"
+        " Tensor? seed) -> Tensor");
+}
+
+#undef NF4_WEIGHT
+
+namespace py = pybind11;
+using namespace peftops::cpu;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled part of peftops: registers torch.ops.peftops, tells how it was built, and controls the CPU ISA.";
+
+  m.def("isa", [] { return isa_name(isa()); }, "The instruction set in use: 'scalar', 'avx2', 'avx512' or 'avx512bf16'.");
+  m.def("best_isa", [] { return isa_name(best_isa()); }, "The best instruction set of this CPU and build.");
+  m.def("isa_limit", [] { return isa_name(isa_limit()); }, "The highest instruction set allowed.");
+  m.def("set_isa_limit", [](const std::string& name) {
+    Isa limit;
+    if (!parse_isa(name.c_str(), limit))
+      throw py::value_error("isa must be 'scalar', 'avx2', 'avx512' or 'avx512bf16', not '" + name + "'");
+    set_isa_limit(limit);
+  }, py::arg("isa"), "Allow no instruction set above this one.");
+
+  py::dict build;
+  build["compiler"] = PEFTOPS_COMPILER;
+  build["build_type"] = PEFTOPS_BUILD_TYPE;
+  build["torch_target"] = "2.10";   // the LibTorch stable ABI that it keeps to
+  build["torch_built_with"] = PEFTOPS_TORCH_VERSION;
+  build["cuda"] = PEFTOPS_CUDA_VERSION[0] ? py::object(py::str(PEFTOPS_CUDA_VERSION)) : py::object(py::none());
+  m.attr("build_info") = build;
+}

@@ -1,0 +1,35 @@
+"""NF4 dequantisation."""
+
+import torch
+from torch import Tensor
+
+from .nf4_tensor import NF4Tensor
+
+_dequantize = torch.ops.peftops.nf4_dequantize.default
+
+
+@torch.library.register_fake("peftops::nf4_dequantize")
+def _(packed, absmax, absmax_scale, absmax_offset, block_size, rows, cols, dtype):
+    return packed.new_empty((rows, cols), dtype=dtype)
+
+
+@torch.library.register_fake("peftops::nf4_absmax")
+def _(absmax, absmax_scale, absmax_offset):
+    return absmax_scale.new_empty(absmax.shape)
+
+
+def nf4_dequantize(weight: NF4Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """The numbers that an ``NF4Tensor`` stands for: ``code * absmax``, in float32, rounded once to ``dtype``.
+
+    Args:
+        weight: from :func:`peftops.nf4_quantize`.
+        dtype: float32, bfloat16 or float16; by default ``weight.dtype``.
+
+    Returns:
+        A dense tensor of ``weight.shape``. No gradient flows through it.
+    """
+    if not isinstance(weight, NF4Tensor):
+        raise TypeError(f"nf4_dequantize: weight must be an NF4Tensor, not a {type(weight).__name__}")
+    cols = weight.shape[-1] if weight.dim() else 1
+    dense = _dequantize(*weight._arguments, weight.numel() // cols, cols, dtype or weight.dtype)
+    return dense.view(weight.shape)

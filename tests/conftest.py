@@ -1,0 +1,44 @@
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from peftops import _C
+
+# The fixture below is set up once per test and not per example, which is what is wanted.
+every_device = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+settings.register_profile("dev", max_examples=40, **every_device)
+settings.register_profile("ci", max_examples=80, derandomize=True, **every_device)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
+
+
+DEVICES = [f"cpu-{isa}" for isa in ISAS]
+if torch.cuda.is_available():
+    DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Each test that takes ``device`` runs on every build of every CPU kernel, and on CUDA where there is one."""
+    if request.param == "cuda":
+        yield "cuda"
+        return
+    isa, old = request.param.removeprefix("cpu-"), _C.isa_limit()
+    _C.set_isa_limit(isa)
+    try:
+        if _C.isa() != isa:  # never report a rung as tested that this CPU lacks
+            pytest.skip(f"this CPU has no {isa}")
+        yield "cpu"
+    finally:
+        _C.set_isa_limit(old)
+
+
+@pytest.fixture
+def threads():
+    """Restores the number of threads that a test changes."""
+    old = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(old)

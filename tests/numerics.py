@@ -1,0 +1,52 @@
+"""The tolerance rules of the whole suite; no test writes an rtol of its own.
+
+Elementwise results are exact. Sums are bounded from float64 by what rounding can do:
+
+* n fp32 additions or fused multiply-adds in any order err by at most n * 2^-24 times the sum of magnitudes;
+* the result is rounded once to its dtype, and below the smallest normal number by its spacing there;
+* a product in int16 (AVX-512, 16-bit activations) errs by what rounding to int16 does to its factors;
+* a product in bf16 (AVX512-BF16, bf16 activations) by what rounding to bf16 does to the weight.
+"""
+
+import torch
+
+from peftops import _C
+
+FP32 = 2.0**-24
+CODE16 = 4.27e-5  # |round(7854 c) / 7854 - c| for the sixteen codes c, at most
+HALF_STEP_CODE = 0.5 / 7854  # for any other number scaled to 7854
+HALF_STEP_X = 0.5 / 16384
+BF16 = 2.0**-9
+
+
+def assert_exact(got, want):
+    """``want`` (float32 or float64) rounded once to float32 and once to the dtype of ``got``."""
+    torch.testing.assert_close(got.detach(), want.detach().float().to(got.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def assert_sums(got, want, magnitude, terms, extra=0.0):
+    """Sums of ``terms`` numbers whose absolute values add up to ``magnitude`` (float64), within ``extra``."""
+    info = torch.finfo(got.dtype)
+    got, want = got.detach().double(), want.detach()
+    # What comes before the last rounding may be off, so round the largest it may be.
+    before = terms * FP32 * magnitude + extra
+    bound = before + info.eps / 2 * (want.abs() + before) + info.smallest_normal * info.eps
+    assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    excess = (got - want).abs() - bound
+    assert got.numel() == 0 or (excess <= 0).all(), f"beyond the bound of {bound.flatten()[excess.argmax()]:.3g} by {excess.max():.3g}"
+
+
+def product_of(x, regular, few=False):
+    """How the kernels multiply 16-bit activations ``x`` with a weight: in "fp32", "int16" or "bf16". ``regular``:
+    rows of whole strips; ``few``: rows few enough for the dot products, which know no bf16."""
+    if x.device.type != "cpu" or x.dtype == torch.float32 or not regular or "avx512" not in _C.isa():
+        return "fp32"
+    return "bf16" if _C.isa() == "avx512bf16" and x.dtype == torch.bfloat16 and not few else "int16"
+
+
+def segment_max(t, dim, length):
+    """The largest magnitude of each run of ``length`` along ``dim``, at every element of the run."""
+    t = t.abs().movedim(dim, -1)
+    n = t.shape[-1]
+    padded = torch.nn.functional.pad(t, (0, -n % length)).unflatten(-1, (-1, length))
+    return padded.amax(-1, keepdim=True).expand_as(padded).flatten(-2)[..., :n].movedim(-1, dim)

@@ -1,0 +1,78 @@
+"""What each op means, in plain PyTorch. No kernel is right unless it agrees with this file.
+
+Gradients have no entry: the reference gradient is autograd through these functions, in float64.
+"""
+
+import torch
+
+NF4 = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+])  # fmt: skip
+
+
+def dynamic_map():
+    """The signed dynamic code of 8 bits (arXiv:1511.04561), as bitsandbytes computes it."""
+    values = [0.0, 1.0]
+    for e in range(7):
+        edges = torch.linspace(0.1, 1, 2**e + 1)
+        middles = (10 ** (e - 6)) * ((edges[:-1] + edges[1:]) / 2)
+        values += middles.tolist() + (-middles).tolist()
+    return torch.tensor(sorted(values))
+
+
+def quantize_blocks(flat, block_size, code):
+    """Codes and absmax of float32 ``flat``: the number of midpoints below value * (1 / absmax)."""
+    n = flat.numel()
+    blocks = torch.nn.functional.pad(flat, (0, -n % block_size)).view(-1, block_size)
+    absmax = blocks.abs().amax(1)
+    scaled = blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]
+    midpoints = (code[:-1] + code[1:]) / 2
+    return torch.bucketize(scaled.flatten()[:n], midpoints), absmax
+
+
+def nf4_quantize(weight, block_size):
+    codes, absmax = quantize_blocks(weight.float().flatten(), block_size, NF4)
+    pairs = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=7).view(-1, 2)
+    return (pairs[:, 0] * 16 + pairs[:, 1]).to(torch.uint8), absmax
+
+
+def nf4_dequantize(packed, absmax, block_size, shape):
+    """In float32."""
+    n = shape.numel()
+    codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[:n].long()
+    return (NF4.to(packed.device)[codes] * absmax.repeat_interleave(block_size)[:n]).view(shape)
+
+
+def linear(x, weight, bias=None, lora_A=None, lora_B=None, scaling=1.0, keep=None):
+    """``keep`` is the dropout mask of x, its ones already divided by 1 - p."""
+    y = x @ weight.T
+    if bias is not None:
+        y = y + bias
+    if lora_A is not None:
+        dropped = x if keep is None else x * keep
+        y = y + scaling * (dropped @ lora_A.T) @ lora_B.T
+    return y
+
+
+def dropout_mask(seed, rows, cols, p):
+    """kernels/dropout.h in Python: which elements stay, [rows, cols]."""
+    mask32 = (1 << 32) - 1
+    row = torch.arange(rows)[:, None]
+    col = torch.arange(cols)[None]
+    c0, c1, c2, c3 = 16 * (col // 64) + col % 16 + 0 * row, row + 0 * col, 0 * (row + col), 0 * (row + col)
+    k0, k1 = seed & mask32, seed >> 32
+    for _ in range(10):
+        a, b = _product(0xD2511F53, c0), _product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = b[0] ^ c1 ^ k0, b[1], a[0] ^ c3 ^ k1, a[1]
+        k0, k1 = (k0 + 0x9E3779B9) & mask32, (k1 + 0xBB67AE85) & mask32
+    word = torch.stack([c0, c1, c2, c3]).gather(0, (col // 16 % 4 + 0 * row)[None])[0]
+    return word >= int(p * 2**32)
+
+
+def _product(a, b):
+    """High and low half of a 32 x 32 bit product; int64 holds no more than 63 bits, so in two pieces."""
+    low = a * (b & 0xFFFF)
+    high = a * (b >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)

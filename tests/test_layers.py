@@ -1,0 +1,113 @@
+"""The layering of the house, as tests: a file may include or import only what lies below it, every op is
+whole, and no ISA build leaks into another."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import peftops
+
+ROOT = Path(__file__).resolve().parents[1]
+ORDER = ["ops", "nn", "methods", "integrations"]  # peftops/<layer>, lowest first
+
+
+def read(*patterns):
+    paths = sorted(p for pattern in patterns for p in ROOT.glob(pattern) if p.is_file() and "__pycache__" not in p.parts)
+    return [pytest.param(p, p.read_text(), id=str(p.relative_to(ROOT))) for p in paths]
+
+
+@pytest.mark.parametrize("path, text", read("csrc/kernels/**/*.*"))
+def test_kernels_know_nothing_of_torch_or_python(path, text):
+    assert not re.search(r'#include [<"](torch|ATen|c10|Python|pybind11|ops/)', text)
+
+
+@pytest.mark.parametrize("path, text", read("csrc/kernels/cpu/*"))
+def test_isa_files_include_no_stl_and_do_not_dispatch(path, text):
+    if path.stem == "isa":
+        return
+    assert set(re.findall(r"#include <([\w./]+)>", text)) <= {"cstdint", "cstring", "immintrin.h"}
+    assert "cpu/isa.h" not in text
+
+
+@pytest.mark.parametrize("path, text", read("csrc/ops/*"))
+def test_bindings_keep_to_the_stable_abi(path, text):
+    assert not re.search(r"#include <(ATen|c10|torch/(?!csrc/stable|headeronly))", text)
+
+
+@pytest.mark.parametrize("path, text", read("peftops/*/*.py"))
+def test_python_layers_import_downwards(path, text):
+    layer = path.relative_to(ROOT).parts[1]
+    if layer not in ORDER:
+        return
+    for above in [*ORDER[ORDER.index(layer) + 1 :], "cli"]:
+        assert not re.search(rf"(from|import) (\.\.|peftops\.){above}\b", text)
+
+
+def test_every_op_is_whole():
+    """One stem from the contract to the bench: `git ls-files | grep <stem>` prints the whole op."""
+    stems = {p.stem for p in ROOT.glob("csrc/kernels/*.h")} - {"dtype", "dropout", "nf4"}
+    assert stems
+    for stem in stems:
+        for part in ("csrc/kernels/cpu/{}.cpp", "csrc/ops/{}.cpp", "peftops/ops/{}.py", "tests/ops/test_{}.py",
+                     "bench/bench_{}.py"):  # fmt: skip
+            assert (ROOT / part.format(stem)).exists(), part.format(stem)
+
+
+def test_every_operator_has_a_fake():
+    import torch
+
+    text = (ROOT / "csrc/ops/library.cpp").read_text()
+    operators = re.findall(r'm\.def\("(\w+)\(', text)
+    assert len(operators) >= 9
+    fakes = "".join(p.read_text() for p in (ROOT / "peftops/ops").glob("*.py"))
+    for name in operators:
+        assert f'register_fake("peftops::{name}")' in fakes, name
+        assert hasattr(torch.ops.peftops, name)
+
+
+def test_everything_public_is_documented_and_annotated():
+    import inspect
+
+    for name in peftops.__all__:
+        thing = getattr(peftops, name)
+        assert inspect.getdoc(thing), name
+        if inspect.isfunction(thing):
+            signature = inspect.signature(thing)
+            assert signature.return_annotation is not inspect.Signature.empty, name
+            assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values()), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("objdump"), reason="needs binutils")
+def test_isa_builds_stay_apart(tmp_path):
+    """The kernel library builds by itself, without Python or torch; no ISA object has a weak symbol that the
+    linker could merge with another's, and none uses registers above its own."""
+    build = lambda *args: subprocess.run(["cmake", *map(str, args)], check=True, capture_output=True)
+    build("-S", ROOT, "-B", tmp_path, *(["-G", "Ninja"] if shutil.which("ninja") else []))
+    build("--build", tmp_path, "--parallel", 2)
+    assert (tmp_path / "libpeftops_kernels.a").exists()
+    forbidden = {"scalar": r"%[yz]mm", "avx2": r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])", "avx512": None, "avx512bf16": None}
+    for isa, registers in forbidden.items():
+        objects = list((tmp_path / "CMakeFiles" / f"kernels_{isa}.dir").rglob("*.o"))
+        if not objects and isa != "scalar":
+            continue  # another architecture
+        assert objects
+        symbols = subprocess.run(["nm", "--format=posix", *objects], check=True, capture_output=True, text=True).stdout
+        assert not re.findall(r"^\S+ [VWu] .*", symbols, re.M)
+        if registers:
+            code = subprocess.run(["objdump", "-d", *objects], check=True, capture_output=True, text=True).stdout
+            assert not re.search(registers, code)
+    program = tmp_path / "main.cpp"
+    program.write_text(
+        '#include "kernels/nf4_quantize.h"\n#include "kernels/cpu/isa.h"\nusing namespace peftops;\n'
+        "int main() {\n  float w[64], absmax; uint8_t packed[32];\n  for (int i = 0; i < 64; ++i) w[i] = i - 31.f;\n"
+        "  PEFTOPS_PICK(nf4_quantize)({w, packed, &absmax, 64, 64, DType::f32}, 0, 1, nullptr);\n"
+        "  return absmax == 32.f ? 0 : 1;\n}\n"
+    )
+    compiler = shutil.which("c++") or "g++"
+    command = [compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", program, tmp_path / "libpeftops_kernels.a", "-o", tmp_path / "main"]
+    subprocess.run([str(part) for part in command], check=True)
+    subprocess.run([str(tmp_path / "main")], check=True)
