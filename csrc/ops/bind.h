@@ -6,6 +6,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <memory>
 #include <optional>
 
@@ -65,8 +69,20 @@ inline int64_t rows_of(const Tensor& t) {   // all dims but the last, as one
   return rows;
 }
 
+// Fresh memory of this size comes from the system, a page at a time; touching 4 KB pages first takes several
+// times as long as writing them, so ask for 2 MB ones. No more than a hint.
+inline void prefer_huge_pages(void* p, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kWorthIt = 8 << 20, kPage = 4096;
+  if (bytes < kWorthIt) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // An uninitialised contiguous tensor on the device of `like`. Straight through the C shim: the dispatcher
-// would take a microsecond more, which a product of one row is not much longer than.
+// would take a microsecond more, and a product of one row may take twenty in all.
 inline Tensor empty(const Tensor& like, const int64_t* shape, int64_t dims, ScalarType dtype) {
   constexpr int64_t kMaxDims = 64;   // torch's own limit
   int64_t strides[kMaxDims], stride = 1;
@@ -78,7 +94,9 @@ inline Tensor empty(const Tensor& like, const int64_t* shape, int64_t dims, Scal
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, shape, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                                   int32_t(device.type()), device.index(), &handle));
-  return Tensor(handle);
+  Tensor result(handle);
+  if (result.is_cpu()) prefer_huge_pages(result.mutable_data_ptr(), result.numel() * int64_t(result.element_size()));
+  return result;
 }
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   return empty(like, shape.begin(), int64_t(shape.size()), dtype);

@@ -1,0 +1,110 @@
+"""The command line: ``peftops finetune``, ``generate``, ``merge``, ``report``, ``info``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .. import __version__, _C
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; the exit status. A mistake of the user's is one sentence on stderr and status 2."""
+    parser = argparse.ArgumentParser(prog="peftops", description="Parameter-efficient fine-tuning of language models.")
+    parser.add_argument("--version", action="version", version=f"peftops {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (summary, arguments) in _COMMANDS.items():
+        arguments(commands.add_parser(name, help=summary, description=summary))
+    args = parser.parse_args(argv)
+    missing = [name for name in ("transformers", "tqdm", "matplotlib", "accelerate") if not _installed(name)]
+    if missing and args.command != "info":
+        print(f"peftops: {args.command} needs {', '.join(missing)}: pip install 'peftops[cli]'", file=sys.stderr)
+        return 2
+    try:
+        return _run(args)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"peftops: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\npeftops: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Each command imports what it needs when it runs: `peftops info` must not wait for transformers.
+    if args.command == "info":
+        return info()
+    if args.command == "report":
+        from . import report
+
+        print(report.table([report.read(folder) for folder in args.runs]))
+        return 0
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if args.command == "finetune":
+        from .finetune import run
+    elif args.command == "generate":
+        from .commands import generate as run
+    else:
+        from .commands import merge as run
+    return run(args)
+
+
+def info() -> int:
+    """What was built, and what it runs on."""
+    import torch
+
+    build = _C.build_info
+    print(f"peftops {__version__}, built with {build['compiler']} ({build['build_type']}), torch {build['torch_built_with']}")
+    print(f"torch   {torch.__version__}, {torch.get_num_threads()} threads")
+    limit = "" if _C.isa() == _C.best_isa() else f" (of {_C.best_isa()}; limited by PEFTOPS_ISA)"
+    print(f"CPU     kernels for {_C.isa()}{limit}")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
+    print(f"CUDA    {'kernels for CUDA ' + build['cuda'] if build['cuda'] else 'no kernels in this build'}, {device}")
+    return 0
+
+
+def _installed(name: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(name) is not None
+
+
+def _finetune_arguments(parser: argparse.ArgumentParser) -> None:
+    from .finetune import add_arguments
+
+    add_arguments(parser)
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="directory with config.json and safetensors, or a GGUF file")
+    parser.add_argument("--adapter", type=Path, help="directory with an adapter")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
+    parser.add_argument("--dense", action="store_true", help="do not quantise the model to 4 bits")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("prompt", nargs="+", help="what to answer")
+
+
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, help="directory for the merged model, dense safetensors")
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", help="output directories of peftops finetune")
+
+
+_COMMANDS = {
+    "finetune": ("Train an adapter of a causal language model.", _finetune_arguments),
+    "generate": ("Let a model answer, with an adapter or without.", _generate_arguments),
+    "merge": ("Fold an adapter into a dense model and save that.", _merge_arguments),
+    "report": ("Print runs of finetune side by side.", _report_arguments),
+    "info": ("Tell what was built and what it runs on.", lambda parser: None),
+}

@@ -1,0 +1,71 @@
+"""NF4 weights as bitsandbytes writes them into checkpoints: six tensors per weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..ops import NF4Tensor
+
+_STATE = "quant_state.bitsandbytes__nf4"
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _STATE)  # beside the packed weight itself
+_CODE = torch.ops.peftops.nf4_dequantize(
+    torch.arange(16, dtype=torch.uint8) * 17, torch.ones(1), None, None, 32, 1, 32, torch.float32
+)[0, ::2].contiguous()  # fmt: skip
+_MAP = torch.ops.peftops.nf4_absmax(torch.arange(256, dtype=torch.uint8), torch.ones(1), torch.zeros(1))
+
+
+def to_bitsandbytes(weight: NF4Tensor) -> dict[str, Tensor]:
+    """The tensors that bitsandbytes stores for this weight, by what follows the layer's name in a state dict:
+    ``weight``, ``weight.absmax``, ``weight.quant_map``, ``weight.quant_state.bitsandbytes__nf4`` and, if it is
+    double-quantised, ``weight.nested_absmax`` and ``weight.nested_quant_map``."""
+    state = {
+        "quant_type": "nf4",
+        "blocksize": weight.block_size,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
+    }
+    result = {"weight": weight.packed[:, None], "weight.absmax": weight._absmax, "weight.quant_map": _CODE.clone()}
+    if weight.double_quant:
+        state |= {
+            "nested_blocksize": 256,
+            "nested_dtype": "float32",
+            "nested_offset": weight._absmax_offset.item(),
+        }
+        result["weight.nested_absmax"] = weight._absmax_scale
+        result["weight.nested_quant_map"] = _MAP.clone()
+    text = json.dumps(state).encode()
+    result[f"weight.{_STATE}"] = torch.tensor(list(text), dtype=torch.uint8)
+    return result
+
+
+def from_bitsandbytes(tensors: Mapping[str, Tensor]) -> NF4Tensor:
+    """The reverse of :func:`to_bitsandbytes`.
+
+    Raises:
+        ValueError: a tensor is missing, or the weight is quantised in another way than NF4 with nested blocks of
+            256, whose maps are bitsandbytes' own.
+    """
+    missing = [key for key in ("weight", "weight.absmax", f"weight.{_STATE}") if key not in tensors]
+    if missing:
+        raise ValueError(f"not an NF4 weight of bitsandbytes: {', '.join(missing)} is missing")
+    try:
+        state = json.loads(bytes(tensors[f"weight.{_STATE}"].tolist()))
+        shape, block_size, dtype = torch.Size(state["shape"]), state["blocksize"], getattr(torch, state["dtype"])
+    except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"weight.{_STATE} is damaged: {error!r}") from None
+    for name, own in (("quant_map", _CODE), ("nested_quant_map", _MAP)):
+        given = tensors.get(f"weight.{name}")
+        # torch.linspace, of which bitsandbytes makes its map, rounds differently on some CPUs
+        if given is not None and not torch.allclose(given.float().cpu(), own, rtol=2**-22, atol=0):
+            raise ValueError(f"weight.{name} is not the one that bitsandbytes uses for NF4")
+    packed, absmax = tensors["weight"].flatten().view(torch.uint8), tensors["weight.absmax"]
+    if "nested_offset" not in state:
+        return NF4Tensor(packed, absmax, None, None, block_size, shape, dtype)
+    if state.get("nested_blocksize") != 256:
+        raise ValueError(f"nested blocks must have 256 elements, not {state.get('nested_blocksize')}")
+    offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device)
+    return NF4Tensor(packed, absmax, tensors["weight.nested_absmax"], offset, block_size, shape, dtype)

@@ -1,0 +1,157 @@
+"""Models of transformers, read straight into 4 bits."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..methods.targets import ALL_LINEAR, find_targets
+from ..nn import NF4Linear
+from ..ops import nf4_quantize
+from .bitsandbytes_files import PARTS, from_bitsandbytes
+from .gguf_files import gguf_tensors
+
+_DERIVED = re.compile(r".*rotary_emb\.inv_freq")  # in old checkpoints; computed from the configuration
+
+
+def gguf_file(path: str | os.PathLike) -> Path | None:
+    """``path`` if it is a GGUF file, or the only one in the directory that it is."""
+    path = Path(path)
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    files = sorted(path.glob("*.gguf"))
+    return files[0] if len(files) == 1 and not (path / "config.json").exists() else None
+
+
+def load_model(
+    path: str | os.PathLike,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantize: bool = True,
+    block_size: int = 64,
+    double_quant: bool = True,
+) -> nn.Module:
+    """Read a causal language model, each linear layer but the output layer straight into NF4.
+
+    One tensor is read, quantised and freed before the next, so memory never holds more than the 4-bit model
+    and one dense tensor. (Pages of the file itself come and go as the system likes.)
+
+    Args:
+        path: a directory with ``config.json`` and safetensors, dense or quantised to NF4 by bitsandbytes; or a
+            GGUF file (of a llama, qwen2 or qwen3), or a directory with one.
+        dtype: of what is not quantised, and what the 4-bit weights stand for.
+        quantize: False for a dense model.
+        block_size, double_quant: see :func:`peftops.nf4_quantize`.
+
+    Returns:
+        The model, in evaluation mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no model at ``path``.
+        ValueError: the files are damaged, or do not hold exactly the tensors that the model has.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    file, folder = gguf_file(path), Path(path)
+    if file:
+        try:
+            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        except Exception as error:  # whatever a reader stumbles over in a damaged file
+            raise ValueError(f"{file} is damaged or no GGUF: {error}") from error
+    elif (folder / "config.json").is_file():
+        config = AutoConfig.from_pretrained(folder)
+    else:
+        raise FileNotFoundError(f"no model at {path}: neither a GGUF file nor a directory with config.json")
+    prequantised = getattr(config, "quantization_config", None)
+    if prequantised is not None:
+        _check_prequantised(folder, prequantised)
+        del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    linears = set(find_targets(model, ALL_LINEAR)) if quantize else set()
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = dict(model.named_buffers())
+    tensors = gguf_tensors(file, names, config) if file else _safetensors(folder)
+
+    for name, tensor in tensors:
+        layer, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(layer) if name in names else None
+        if parent is None and name in buffers:
+            _check_shape(path, name, tensor, buffers[name].shape)
+            buffers[name].copy_(tensor)
+        elif parent is None:
+            if not _DERIVED.fullmatch(name):
+                raise ValueError(f"{path} has a tensor {name} that {type(model).__name__} has no place for")
+        else:
+            _check_shape(path, name, tensor, getattr(parent, leaf).shape)
+            if leaf == "weight" and layer in linears:
+                if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                    tensor = tensor.float()
+                if prequantised is None:
+                    tensor = nf4_quantize(tensor, block_size=block_size, double_quant=double_quant)
+                _replace(model, layer, NF4Linear(tensor.to(dtype), None))
+            else:
+                parent._parameters[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+        del tensor
+    model.tie_weights()
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} tensors, among them {', '.join(missing[:4])}")
+    model.requires_grad_(False)
+    model.config._name_or_path = str(path)
+    _read_generation_config(model, folder)
+    return model.eval()
+
+
+def _replace(model: nn.Module, name: str, new: NF4Linear) -> None:
+    parent, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent)
+    new.bias = getattr(parent, leaf).bias
+    setattr(parent, leaf, new)
+
+
+def _safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a directory; the parts of a weight that bitsandbytes quantised, as one."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no safetensors in {folder}; pytorch_model.bin is not read, save the model again")
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                keys = list(tensors.keys())
+                parts = {key for key in keys if any(key.endswith(f".weight.{part}") for part in PARTS)}
+                for key in keys:
+                    if key in parts:
+                        continue
+                    own = {p[len(key) - len("weight") :]: tensors.get_tensor(p) for p in parts if p.startswith(f"{key}.")}
+                    tensor = tensors.get_tensor(key)
+                    yield key, from_bitsandbytes({"weight": tensor, **own}) if own else tensor
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is damaged or cut short: {error}") from None
+
+
+def _check_prequantised(folder: Path, config: object) -> None:
+    get = config.get if isinstance(config, dict) else lambda key, default=None: getattr(config, key, default)
+    if get("quant_method") != "bitsandbytes" or get("bnb_4bit_quant_type") != "nf4":
+        raise ValueError(f"{folder} is quantised already, by {get('quant_method')}; only NF4 of bitsandbytes is read")
+
+
+def _check_shape(path: object, name: str, tensor: Tensor, shape: torch.Size) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{path}: tensor {name} has shape {list(tensor.shape)}, the model expects {list(shape)}")
+
+
+def _read_generation_config(model: nn.Module, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -1,0 +1,50 @@
+"""What is in a model: how much of it trains, and what its frozen weights take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..methods import adapted_layers
+from ..ops import NF4Tensor
+
+
+@dataclass
+class Summary:
+    """Counts of parameters and bytes; ``str()`` of it is a small table."""
+
+    adapters: dict[str, str]  # name: config
+    active: str | None
+    layers: int  # adapted
+    trainable: int  # parameters
+    total: int  # parameters of the base and the adapters; four bits count as one
+    frozen_bytes: int  # of the frozen linear weights that are adapted or quantised, as they are
+    dense_bytes: int  # of the same weights, had they stayed in their dtype
+
+    def __str__(self) -> str:
+        lines = [f"{name}{' (active)' if name == self.active else ''}: {kind}" for name, kind in self.adapters.items()]
+        lines.append(f"trainable parameters: {self.trainable:,} of {self.total:,} ({self.trainable / self.total:.3%})")
+        lines.append(f"adapted layers: {self.layers}")
+        if self.frozen_bytes:
+            lines.append(
+                f"their frozen weights: {self.frozen_bytes / 2**20:,.1f} MiB, dense {self.dense_bytes / 2**20:,.1f} MiB"
+            )
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Count the parameters of ``model`` that train, and the memory of the linear weights that do not."""
+    state = getattr(model, "_peftops", None)
+    adapted = {id(layer.base.weight) for _, layer in adapted_layers(model)}
+    result = Summary({}, None, sum(1 for _ in adapted_layers(model)), 0, 0, 0, 0)
+    if state is not None:
+        result.adapters = {name: str(config) for name, config in state.configs.items()}
+        result.active = state.switch.active
+    for parameter in model.parameters():
+        result.total += parameter.numel()
+        result.trainable += parameter.numel() if parameter.requires_grad else 0
+        if isinstance(parameter, NF4Tensor) or id(parameter) in adapted:
+            result.frozen_bytes += parameter.nbytes
+            result.dense_bytes += parameter.numel() * parameter.element_size()
+    return result

@@ -1,0 +1,44 @@
+"""QLoRA, Dettmers et al. 2023 (arXiv:2305.14314): LoRA on a base in NF4.
+
+    y = dequant(W_nf4) x + b + s B A D(x)
+
+The base is quantised as the adapter is attached, one layer after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..nn import quantize_linears
+from ..ops import NF4Tensor
+from . import adapted_layers, register
+from .lora import LoRA, LoRAConfig
+from .targets import ALL_LINEAR, find_targets
+
+
+@dataclass(frozen=True)
+class QLoRAConfig(LoRAConfig):
+    """Options of QLoRA: those of :class:`LoRAConfig`, and
+
+    Args:
+        block_size: elements of a weight that share one absmax, a power of two from 32 to 4096.
+        double_quant: quantise the absmax values, too: 4.127 instead of 4.5 bits per weight.
+    """
+
+    block_size: int = 64
+    double_quant: bool = True
+
+
+@register(QLoRAConfig)
+class QLoRA(LoRA):
+    @staticmethod
+    def prepare(model: nn.Module, config: QLoRAConfig) -> None:
+        """Quantise all linear layers but the output layer, adapted or not."""
+        if any(not isinstance(layer.base.weight, NF4Tensor) for _, layer in adapted_layers(model)):
+            raise ValueError("QLoRA would quantise layers that carry other adapters already; attach it before them")
+        chosen = {*find_targets(model, ALL_LINEAR), *find_targets(model, config.target)}
+        quantize_linears(
+            model, chosen.__contains__, block_size=config.block_size, double_quant=config.double_quant
+        )

@@ -1,0 +1,6 @@
+"""The blocks that methods are made of."""
+
+from .adapter import AdaptedLayer, Adapter, MergeError, Switch
+from .nf4_linear import NF4Linear, dense_weight, quantize_linears
+
+__all__ = ["AdaptedLayer", "Adapter", "MergeError", "NF4Linear", "Switch", "dense_weight", "quantize_linears"]

@@ -1,0 +1,80 @@
+"""A frozen linear layer in 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import NF4Tensor, nf4_linear, nf4_quantize
+
+
+class NF4Linear(nn.Linear):
+    """``nn.Linear`` whose weight is an :class:`~peftops.NF4Tensor`: frozen, an eighth of the memory of float32."""
+
+    weight: NF4Tensor
+
+    def __init__(self, weight: NF4Tensor, bias: Tensor | None = None):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, *, block_size: int = 64, double_quant: bool = True) -> NF4Linear:
+        """Quantise ``linear``; the bias is shared, not copied."""
+        weight = nf4_quantize(linear.weight, block_size=block_size, double_quant=double_quant)
+        return cls(weight, linear.bias).train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nf4_linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        block = f"block_size={self.weight.block_size}, double_quant={self.weight.double_quant}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {block}"
+
+
+def quantize_linears(
+    model: nn.Module,
+    chosen: Callable[[str], bool],
+    *,
+    block_size: int = 64,
+    double_quant: bool = True,
+) -> list[str]:
+    """Replace the chosen dense linear layers of ``model`` by :class:`NF4Linear`, in place and one by one.
+
+    A dense weight is freed before the next one is quantised (unless something else refers to it), so the
+    dense and the 4-bit model never exist at once.
+
+    Args:
+        model: any module. Layers that are 4-bit already are left alone.
+        chosen: tells by its dotted name whether a layer is to be quantised.
+
+    Returns:
+        The names of the layers that were replaced.
+    """
+    replaced = []
+    for name, parent, leaf in list(_dense_linears(model)):
+        if chosen(name):
+            dense = getattr(parent, leaf)
+            setattr(parent, leaf, NF4Linear.from_dense(dense, block_size=block_size, double_quant=double_quant))
+            replaced.append(name)
+            del dense
+    return replaced
+
+
+def _dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    for path, parent in model.named_modules():
+        for leaf, child in parent.named_children():
+            if isinstance(child, nn.Linear) and not isinstance(child.weight, NF4Tensor):
+                yield f"{path}.{leaf}".lstrip("."), parent, leaf
+
+
+def dense_weight(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight of a dense or 4-bit layer, densely, as a new tensor."""
+    from ..ops import nf4_dequantize
+
+    if isinstance(layer.weight, NF4Tensor):
+        return nf4_dequantize(layer.weight, dtype=dtype)
+    return layer.weight.detach().to(dtype, copy=True)

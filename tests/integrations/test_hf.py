@@ -1,0 +1,243 @@
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import models
+import peftops
+from peftops.integrations.bitsandbytes_files import from_bitsandbytes, to_bitsandbytes
+from peftops.nn import NF4Linear
+
+ids = models.tokens()
+
+
+@pytest.fixture
+def dense(tmp_path):
+    model = models.llama(tied=False)
+    model.save_pretrained(tmp_path / "dense")
+    return model, tmp_path / "dense"
+
+
+def quantised(model):
+    """The same by hand."""
+    return peftops.detach(peftops.attach(model, peftops.QLoRAConfig()))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reads_safetensors_into_4_bits(tmp_path, tied, dtype):
+    from transformers import LlamaForCausalLM
+
+    models.llama(tied=tied, dtype=dtype).save_pretrained(tmp_path)
+    model = peftops.load_model(tmp_path, dtype=dtype)
+    assert sum(isinstance(m, NF4Linear) for m in model.modules()) == 14 and type(model.lm_head) is nn.Linear
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    want = quantised(LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype))
+    assert torch.equal(model(ids).logits, want(ids).logits)
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 10)
+
+
+def test_reads_a_dense_model_as_transformers_does(dense):
+    original, folder = dense
+    model = peftops.load_model(folder, quantize=False)
+    assert torch.equal(model(ids).logits, original(ids).logits)
+
+
+def test_reads_several_files(tmp_path):
+    original = models.llama(tied=False)
+    original.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(peftops.load_model(tmp_path, quantize=False)(ids).logits, original(ids).logits)
+
+
+def test_options_reach_the_quantiser(dense):
+    model = peftops.load_model(dense[1], block_size=128, double_quant=False)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert weight.block_size == 128 and not weight.double_quant
+
+
+def test_a_bias_is_kept(tmp_path):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    original = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2)).eval()  # fmt: skip
+    nn.init.normal_(original.model.layers[0].self_attn.q_proj.bias)
+    original.save_pretrained(tmp_path)
+    model = peftops.load_model(tmp_path)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, NF4Linear)
+    assert torch.equal(model(ids).logits, quantised(original)(ids).logits)
+
+
+def test_reads_what_bitsandbytes_quantised(tmp_path):
+    """Its checkpoints hold six tensors per weight; ours are the same bits."""
+    original = quantised(models.llama(tied=False))
+    tensors = {name: p.detach() for name, p in original.state_dict().items()}
+    for name, layer in original.named_modules():
+        if isinstance(layer, NF4Linear):
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.{key}": t.contiguous() for key, t in to_bitsandbytes(layer.weight).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = original.config.to_dict()
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+                                     "bnb_4bit_use_double_quant": True}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = peftops.load_model(tmp_path)
+    assert torch.equal(model(ids).logits, original(ids).logits)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, original.model.layers[0].mlp.up_proj.weight)
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is quantised already, by gptq"):
+        peftops.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("kw", [{}, {"double_quant": False}, {"block_size": 256}], ids=str)
+def test_bitsandbytes_tensors_round_trip(kw):
+    weight = peftops.nf4_quantize(torch.randn(33, 100).bfloat16(), **kw)
+    tensors = to_bitsandbytes(weight)
+    back = from_bitsandbytes(tensors)
+    assert torch.equal(back, weight) and (back.dtype, back.shape) == (weight.dtype, weight.shape)
+    with pytest.raises(ValueError, match="weight.absmax is missing"):
+        from_bitsandbytes({k: v for k, v in tensors.items() if k != "weight.absmax"})
+    state = "weight.quant_state.bitsandbytes__nf4"
+    with pytest.raises(ValueError, match="is damaged"):
+        from_bitsandbytes({**tensors, state: tensors[state][:-3]})
+    with pytest.raises(ValueError, match="quant_map is not the one"):
+        from_bitsandbytes({**tensors, "weight.quant_map": torch.zeros(16)})
+
+
+def write_gguf(path, model, kind="llama"):
+    """A GGUF of a llama with float32 and Q8_0 tensors, written from llama.cpp's rules: names, permuted q and k."""
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(path, kind)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(config.head_dim)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        values = tensor.float().numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads and kind == "llama":
+            values = values.reshape(heads, 2, values.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(values.shape)
+        target = names.get_name(name.removesuffix(".weight")) + ".weight"
+        if "mlp" in name:
+            packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(target, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(target, np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def llama_gguf(tmp_path):
+    pytest.importorskip("gguf")
+    model = models.llama(tied=False)
+    write_gguf(tmp_path / "model.gguf", model)
+    return model, tmp_path
+
+
+@pytest.mark.parametrize("what", ["file", "directory"])
+def test_reads_gguf(llama_gguf, what):
+    original, folder = llama_gguf
+    path = folder / "model.gguf" if what == "file" else folder
+    dense = peftops.load_model(path, quantize=False)
+    torch.testing.assert_close(dense(ids).logits, original(ids).logits, rtol=0.02, atol=0.02)  # Q8_0 in the MLP
+    attention = original.model.layers[1].self_attn
+    assert torch.equal(dense.model.layers[1].self_attn.k_proj.weight, attention.k_proj.weight)
+    assert torch.equal(dense.model.layers[1].self_attn.q_proj.weight, attention.q_proj.weight)
+    model = peftops.load_model(path)
+    assert torch.equal(model(ids).logits, quantised(dense)(ids).logits)
+
+
+def test_a_damaged_gguf_raises(llama_gguf):
+    _, folder = llama_gguf
+    data = (folder / "model.gguf").read_bytes()
+    for cut in (2, 60, len(data) // 2):
+        (folder / "model.gguf").write_bytes(data[:cut])
+        with pytest.raises(ValueError):
+            peftops.load_model(folder)
+    (folder / "model.gguf").write_bytes(b"not a GGUF at all" * 100)
+    with pytest.raises(ValueError):
+        peftops.load_model(folder)
+
+
+def test_bad_models(tmp_path, dense):
+    with pytest.raises(FileNotFoundError, match="no model at .*: neither a GGUF file nor a directory with config.json"):
+        peftops.load_model(tmp_path / "nowhere")
+    _, folder = dense
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+
+    def expect(message, change):
+        changed = dict(tensors)
+        change(changed)
+        save_file(changed, file)
+        with pytest.raises(ValueError, match=message):
+            peftops.load_model(folder)
+
+    expect("lacks 1 tensors, among them model.norm.weight", lambda t: t.pop("model.norm.weight"))
+    expect("lacks 1 tensors, among them model.layers.0.mlp.up_proj.weight", lambda t: t.pop("model.layers.0.mlp.up_proj.weight"))
+    expect("has a tensor model.extra that LlamaForCausalLM has no place for", lambda t: t.update({"model.extra": torch.ones(1)}))
+    expect(r"tensor model.norm.weight has shape \[3\], the model expects \[64\]", lambda t: t.update({"model.norm.weight": torch.ones(3)}))
+    expect("holds a NaN or an infinity", lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.full((96, 64), float("nan"))}))
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="is damaged or cut short"):
+        peftops.load_model(folder)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="no safetensors in .*; pytorch_model.bin is not read"):
+        peftops.load_model(folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_is_the_4_bit_model_and_one_tensor(tmp_path):
+    """In a process of its own: a model of 190 MB in float32, most of it linear layers of 8 MB each."""
+    script = textwrap.dedent("""
+        import sys, threading, time, torch, peftops
+        from transformers import LlamaConfig, LlamaForCausalLM
+        folder, make = sys.argv[1:]
+        config = LlamaConfig(vocab_size=500, hidden_size=1024, intermediate_size=2048, num_hidden_layers=5,
+                             num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=True)
+        if make == "make":
+            LlamaForCausalLM(config).save_pretrained(folder)
+            raise SystemExit
+        anonymous = lambda: int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) * 1024
+        LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=1))
+        start, peak, stop = anonymous(), [0], []
+        def watch():
+            while not stop:
+                peak[0] = max(peak[0], anonymous())
+                time.sleep(0.0005)
+        thread = threading.Thread(target=watch); thread.start()
+        model = peftops.load_model(folder)
+        stop.append(1); thread.join()
+        size = sum(p.nbytes for p in model.parameters())
+        print(peak[0] - start, size)
+    """)
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    subprocess.run([*command, "make"], check=True, capture_output=True)
+    output = subprocess.run([*command, "load"], check=True, capture_output=True, text=True).stdout.split()
+    growth, size = map(int, output)
+    file = (tmp_path / "model.safetensors").stat().st_size
+    layer = 4 * 1024 * 2048
+    assert size < file / 6
+    assert growth < size + 2 * layer + (16 << 20), f"{growth / 2**20:.0f} MiB for a model of {size / 2**20:.0f} MiB"
