@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.targets import ALL_LINEAR, find_targets
-from ..nn import NF4Linear
+from ..nn import NF4Linear, as_matrix, is_conv1d, shell_of
 from ..ops import nf4_quantize
 from .bitsandbytes_files import PARTS, from_bitsandbytes
 from .gguf_files import gguf_tensors
@@ -95,8 +95,11 @@ def load_model(
                 if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                     tensor = tensor.float()
                 if prequantised is None:
+                    tensor = as_matrix(parent, tensor).contiguous()
                     tensor = nf4_quantize(tensor, block_size=block_size, double_quant=double_quant)
-                _replace(model, layer, NF4Linear(tensor.to(dtype), None))
+                elif is_conv1d(parent):
+                    raise ValueError(f"{path} holds {layer}, a Conv1D, in NF4; read the dense model instead")
+                _replace(model, layer, NF4Linear(tensor.to(dtype), None, shell_of(parent)))
             else:
                 parent._parameters[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
         del tensor

@@ -9,20 +9,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..methods import METHODS, adapted_layers, attach, attachment, detach
-from ..methods.lora import LoRAConfig
+from ..methods import METHODS, attach, attachment, detach, hosts
 from ..methods.targets import suffixes_or_names
-from .files import write_atomically, writable_directory
+from ..nn import PREFIX
+from .files import writable_directory, write_atomically
 
 CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "peftops.json"
-_PREFIX = "base_model.model."  # PEFT's wrappers around the model
+VERSION = 1  # of peftops.json and of what it says about the tensors
 
 
 def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = None) -> None:
@@ -41,24 +43,23 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
     if name not in state.configs:
         raise ValueError(f"the model has no adapter named {name!r}; it has {', '.join(state.configs)}")
     config = state.configs[name]
-    tensors, layers = {}, []
-    for path, layer in adapted_layers(model):
-        if name in layer.adapters:
-            layers.append(path)
-            adapter = layer.adapters[name]
-            for parameter, key in adapter.peft_keys.items():
-                tensors[f"{_PREFIX}{path}.{key}"] = getattr(adapter, parameter).detach().cpu().contiguous()
-
+    adapters = {path: host.adapters[name] for path, host in hosts(model) if name in host.adapters}
+    tensors = {
+        adapter.file_key(key, path): tensor.detach().cpu().contiguous()
+        for path, adapter in adapters.items()
+        for key, tensor in adapter.stored().items()
+    }
+    targets = {"target_modules": suffixes_or_names(model, list(adapters))} if hasattr(config, "target") else {}
     fields = {
         **config.to_peft(),
-        "target_modules": suffixes_or_names(model, layers),
+        **targets,
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "inference_mode": True,
         "auto_mapping": None,
         "revision": None,
     }
-    own = {"method": type(config).__name__, "options": dataclasses.asdict(config)}
+    own = {"version": VERSION, "method": type(config).__name__, "options": dataclasses.asdict(config)}
     folder = writable_directory(directory, sum(t.nbytes for t in tensors.values()) + 2**20)
     text = lambda value: json.dumps(value, indent=2, sort_keys=True) + "\n"
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
@@ -89,66 +90,79 @@ def load(
         own = _read_json(folder / OWN)
     tensors = _read_tensors(folder / WEIGHTS)
     config = _config(fields, own, quantize)
-
-    layers: dict[str, dict[str, Tensor]] = {}
-    keys = {f".{key}": parameter for parameter, key in METHODS[type(config)].peft_keys.items()}
-    for key, tensor in tensors.items():
-        suffix = next((s for s in keys if key.endswith(s)), None)
-        if not key.startswith(_PREFIX) or suffix is None:
-            raise ValueError(f"{folder / WEIGHTS} has an unexpected tensor {key}")
-        layers.setdefault(key[len(_PREFIX) : -len(suffix)], {})[keys[suffix]] = tensor
-    known = {path for path, _ in model.named_modules()}
-    strangers = sorted(path for path in layers if path not in known)
-    if strangers:
-        raise ValueError(f"{folder / WEIGHTS} is for another model: this one has no {_some(strangers)}")
-
-    # The tensors tell best which layers are adapted: PEFT has several more ways to choose them.
-    attach(model, dataclasses.replace(config, target=sorted(layers)), name=name)
+    if hasattr(config, "target"):
+        # The tensors tell best which layers are adapted: PEFT has several more ways to choose them.
+        layers = _layers(METHODS[type(config)], tensors, folder / WEIGHTS)
+        known = {path for path, _ in model.named_modules()}
+        strangers = sorted(layers - known)
+        if strangers:
+            raise ValueError(f"{folder / WEIGHTS} is for another model: this one has no {_some(strangers)}")
+        config = dataclasses.replace(config, target=sorted(layers))
+    attach(model, config, name=name)
     try:
-        _fill(model, name, layers, folder / WEIGHTS)
+        _fill(model, name, tensors, folder / WEIGHTS)
     except BaseException:
         detach(model, name)
         raise
     return model
 
 
+def _layers(adapter_class: type, tensors: dict[str, Tensor], file: Path) -> set[str]:
+    """The names of the layers that a file has tensors for."""
+    suffixes = [f".{key}" for key in adapter_class.peft_keys.values()]
+    found = set()
+    for key in tensors:
+        suffix = next((s for s in suffixes if key.endswith(s)), None)
+        if key.startswith(PREFIX) and suffix is not None:
+            found.add(key[len(PREFIX) : -len(suffix)])
+        elif not any(fnmatch(key, shared) for shared in adapter_class.peft_shared.values()):
+            raise ValueError(f"{file} has an unexpected tensor {key}")
+    return found
+
+
 @torch.no_grad()
-def _fill(model: nn.Module, name: str, layers: dict[str, dict[str, Tensor]], file: Path) -> None:
+def _fill(model: nn.Module, name: str, tensors: dict[str, Tensor], file: Path) -> None:
     """Copy the tensors into the adapters, all of which must be there and fit, before the first is copied."""
-    copies, wrong = [], []
-    for path, layer in adapted_layers(model):
-        if name not in layer.adapters:
+    wrong, used, filled = [], set(), []
+    for path, host in hosts(model):
+        if name not in host.adapters:
             continue
-        for parameter in layer.adapters[name].peft_keys:
-            target, source = getattr(layer.adapters[name], parameter), layers[path].get(parameter)
+        adapter, own = host.adapters[name], {}
+        for parameter, tensor in adapter.stored().items():
+            key = adapter.file_key(parameter, path)
+            source = tensors.get(key)
+            used.add(key)
             if source is None:
                 wrong.append(f"{path}.{parameter} is missing")
-            elif source.shape != target.shape:
-                wrong.append(f"{path}.{parameter} has shape {list(source.shape)}, expected {list(target.shape)}")
+            elif source.shape != tensor.shape:
+                wrong.append(f"{path}.{parameter} has shape {list(source.shape)}, expected {list(tensor.shape)}")
             else:
-                copies.append((target, source))
+                own[parameter] = source.to(tensor.device)
+        filled.append((adapter, own))
+    wrong += [f"{key} is unexpected" for key in sorted(tensors.keys() - used)]
     if wrong:
         raise ValueError(f"{file} does not fit: {_some(wrong)}")
-    for target, source in copies:
-        target.copy_(source)
+    for adapter, own in filled:
+        adapter.restore(own)
 
 
-def _config(fields: dict, own: dict, quantize: bool | None) -> object:
+def _config(fields: dict, own: dict, quantize: bool | None) -> Any:
+    """The options that a file was made with."""
+    version = own.get("version", VERSION)
+    if version > VERSION:
+        raise ValueError(f"{OWN} is of version {version}, made by a newer peftops; this one reads up to {VERSION}")
     kind = fields.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(f"peft_type {kind!r} is not supported; LORA is")
-    missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in fields]
-    if missing:
-        raise ValueError(f"{CONFIG} lacks {', '.join(missing)}")
-    from ..methods.qlora import QLoRAConfig
-
-    if quantize is None:
-        quantize = own.get("method") == QLoRAConfig.__name__
-    if not quantize:
-        return LoRAConfig.from_peft(fields)
-    options = own.get("options", {})
-    chosen = {key: options[key] for key in ("block_size", "double_quant") if key in options}
-    return QLoRAConfig.from_peft(fields, **chosen)
+    family = [config for config in METHODS if getattr(config, "peft_type", None) == kind]
+    if kind is None or not family:
+        known = sorted({config.peft_type for config in METHODS if hasattr(config, "peft_type")})
+        raise ValueError(f"peft_type {kind!r} is not supported; {', '.join(known)} are")
+    main = next(config for config in family if "peft_type" in vars(config))
+    chosen = next((config for config in family if config.__name__ == own.get("method")), None)
+    chosen = chosen or next((config for config in family if config.claims(fields)), main)
+    if quantize is not None and quantize != chosen.quantizes:
+        chosen = next((config for config in family if config.quantizes == quantize), chosen)
+    new = {field.name for field in dataclasses.fields(chosen)} - {field.name for field in dataclasses.fields(main)}
+    return chosen.from_peft(fields, **{key: value for key, value in own.get("options", {}).items() if key in new})
 
 
 def _read_json(path: Path) -> dict:

@@ -36,7 +36,7 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """Count the parameters of ``model`` that train, and the memory of the linear weights that do not."""
     state = getattr(model, "_peftops", None)
-    adapted = {id(layer.base.weight) for _, layer in adapted_layers(model)}
+    adapted = {id(p) for _, layer in adapted_layers(model) for p in layer.base.parameters() if p.dim() > 1}
     result = Summary({}, None, sum(1 for _ in adapted_layers(model)), 0, 0, 0, 0)
     if state is not None:
         result.adapters = {name: str(config) for name, config in state.configs.items()}

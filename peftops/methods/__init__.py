@@ -1,7 +1,12 @@
 """Every PEFT method: one file here is one method, and nothing else needs to know its name.
 
-A file holds the paper, the equation, a frozen dataclass with the method's options, and a class that is an
-:class:`~peftops.nn.Adapter`. ``@register(Config)`` is all that makes ``attach(model, Config(...))`` use it.
+A file holds the paper, the equation, a frozen dataclass with the method's options, and a class of one of three
+bases: an :class:`~peftops.nn.Adapter` changes what a layer computes, a :class:`~peftops.nn.Select` trains
+parameters that a layer has, a :class:`~peftops.nn.Prompt` puts vectors before what the model reads.
+``@register(Config)`` is all that makes ``attach(model, Config(...))`` use it.
+
+Three hooks, and no more, are for methods that one layer at a time does not fit: ``build`` makes the adapters of
+all layers together, ``prepare`` changes the model before they are put in, ``begin`` the layer that one stands on.
 """
 
 from __future__ import annotations
@@ -15,24 +20,42 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..nn import AdaptedLayer, Adapter, MergeError, Switch
+from ..nn import AdaptedLayer, Adapter, MergeError, Prompt, Prompted, Stored, Switch
 from ..ops import NF4Tensor
-from .targets import find_targets
+from .targets import base_of, find_targets
 
-METHODS: dict[type, type[Adapter]] = {}  # config class -> adapter class
+METHODS: dict[type, type[Stored]] = {}  # config class -> class of its adapters
 
 
-def register(config_class: type) -> Callable[[type[Adapter]], type[Adapter]]:
-    """Makes ``attach(model, Config(...))`` use the decorated class: ``Adapter(base, config, name of the layer)``.
+def register(config_class: type) -> Callable[[type[Stored]], type[Stored]]:
+    """Makes ``attach(model, Config(...))`` use the decorated class.
 
-    The class may have a hook ``prepare(model, config)``, which runs before the layers are looked up.
+    An adapter of a layer is made by ``Class(base, config, name of the layer)``, for all layers of
+    ``config.target``. The class may have static hooks:
+
+    * ``build(model, config) -> {name: adapter}`` makes all adapters instead; it changes nothing of the model and
+      raises whatever is wrong. (The name of a prompt is that of the body that it stands before.)
+    * ``prepare(model, config)`` runs next.
     """
 
-    def add(adapter_class: type[Adapter]) -> type[Adapter]:
+    def add(adapter_class: type[Stored]) -> type[Stored]:
         METHODS[config_class] = adapter_class
         return adapter_class
 
     return add
+
+
+def each_target(adapter_class: type[Adapter], model: nn.Module, config: object) -> dict[str, nn.Module]:
+    """The layers that ``config.target`` means, by name."""
+    paths = find_targets(model, config.target, adapter_class.layers)
+    return {path: base_of(model.get_submodule(path)) for path in paths}
+
+
+def build(adapter_class: type[Stored], model: nn.Module, config: object) -> dict[str, Stored]:
+    """The adapters of a method for a model, not yet in it."""
+    if hasattr(adapter_class, "build"):
+        return adapter_class.build(model, config)
+    return {path: adapter_class(base, config, path) for path, base in each_target(adapter_class, model, config).items()}
 
 
 @dataclass
@@ -56,6 +79,15 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLayer))
 
 
+def hosts(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer | Prompted]]:
+    """All that adapters are in: the adapted layers, and the bodies with prompts, by their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, Prompted):
+            yield name.removesuffix(Prompted.NAME).rstrip("."), module
+        elif isinstance(module, AdaptedLayer):
+            yield name, module
+
+
 def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Module:
     """Add an adapter to ``model``, in place, freeze everything else, and make the adapter active.
 
@@ -77,14 +109,10 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     state = getattr(model, "_peftops", None) or Attachment()
     if name in state.configs:
         raise ValueError(f"the model already has an adapter named {name!r}; give this one another name")
-    if any(layer.is_merged for _, layer in adapted_layers(model)):
+    if any(host.is_merged for _, host in hosts(model)):
         raise ValueError("an adapter is merged into the model; unmerge it first: peftops.unmerge(model)")
     # Whatever can be wrong with the config shows here, before anything has changed.
-    adapters = {}
-    for path in find_targets(model, config.target):
-        layer = model.get_submodule(path)
-        base = layer.base if isinstance(layer, AdaptedLayer) else layer
-        adapters[path] = adapter_class(base, config, path).train(layer.training)
+    adapters = build(adapter_class, model, config)
 
     if not state.configs:
         state.trainable_before = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -94,12 +122,8 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     if not state.configs:
         model.requires_grad_(False)
     for path, adapter in adapters.items():
-        parent, leaf = _parent(model, path)
-        layer = getattr(parent, leaf)
-        if not isinstance(layer, AdaptedLayer):
-            layer = AdaptedLayer(layer, state.switch).train(layer.training)
-            setattr(parent, leaf, layer)
-        layer.adapters[name] = adapter
+        adapter.train(model.get_submodule(path).training)
+        (Prompted if isinstance(adapter, Prompt) else AdaptedLayer).put(model, path, name, adapter, state.switch)
     state.configs[name] = config
     state.switch.active = name
     model._peftops = state
@@ -119,20 +143,19 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
     if name is not None:
         _check_name(state, name)
     if merged:
-        if not all(layer.is_merged for _, layer in adapted_layers(model)):
+        if not all(host.is_merged for _, host in hosts(model)):
             raise ValueError("detach(merged=True) needs a merged adapter: peftops.merge(model)")
         name = None
     else:
         unmerge(model)
     for adapter in list(state.configs) if name is None else [name]:
         del state.configs[adapter]
-        for _, layer in adapted_layers(model):
-            if adapter in layer.adapters:
-                del layer.adapters[adapter]
-    for path, layer in list(adapted_layers(model)):
-        if not layer.adapters:
-            parent, leaf = _parent(model, path)
-            setattr(parent, leaf, layer.base)
+        for _, host in hosts(model):
+            if adapter in host.adapters:
+                del host.adapters[adapter]
+    for path, host in list(hosts(model)):
+        if not host.adapters:
+            host.leave(model, path)
     if state.switch.active not in state.configs:
         state.switch.active = next(iter(state.configs), None)
     if not state.configs:
@@ -154,8 +177,7 @@ def activate(model: nn.Module, name: str) -> None:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside ``with disabled(model):`` the model computes what it computed without adapters."""
     switch = attachment(model).switch
-    merged = [layer for _, layer in adapted_layers(model) if layer.is_merged]
-    if merged:
+    if any(host.is_merged for _, host in hosts(model)):
         raise ValueError("an adapter is merged into the model; unmerge it first: peftops.unmerge(model)")
     active, switch.active = switch.active, None
     try:
@@ -202,14 +224,14 @@ def merge(model: nn.Module, *, dense: bool = False) -> MergeReport:
     """
     state = attachment(model)
     name = state.switch.active
-    targets = [(path, layer) for path, layer in adapted_layers(model) if name in layer.adapters]
-    if any(layer.is_merged for _, layer in targets):
+    targets = [(path, host) for path, host in hosts(model) if name in host.adapters]
+    if any(host.is_merged for _, host in targets):
         raise ValueError("an adapter is merged into the model already; unmerge it first: peftops.unmerge(model)")
-    quantized = not dense and any(isinstance(layer.base.weight, NF4Tensor) for _, layer in targets)
+    quantized = not dense and any(isinstance(p, NF4Tensor) for _, host in targets for p in host.parameters())
     report = MergeReport({}, quantized)
     try:
-        for path, layer in targets:
-            report.layers[path] = layer.merge(name, dense=dense)
+        for path, host in targets:
+            report.layers[path] = host.merge(name, dense=dense)
     except BaseException:
         unmerge(model)  # all or nothing
         raise
@@ -220,18 +242,14 @@ def merge(model: nn.Module, *, dense: bool = False) -> MergeReport:
 
 def unmerge(model: nn.Module) -> None:
     """Put the layers back that :func:`merge` replaced: the same bits."""
-    for _, layer in adapted_layers(model):
-        layer.unmerge()
+    for _, host in hosts(model):
+        host.unmerge()
 
 
 def _check_name(state: Attachment, name: str) -> None:
     if name not in state.configs:
         raise ValueError(f"the model has no adapter named {name!r}; it has {', '.join(state.configs)}")
 
-
-def _parent(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    parent, _, leaf = path.rpartition(".")
-    return model.get_submodule(parent), leaf
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -2,26 +2,28 @@
 
     y = W x + b + s B A D(x)    s = alpha / r, or alpha / sqrt(r) with rslora;  D = dropout
 
-A in R^(r x in) starts random (Kaiming uniform), B in R^(out x r) at 0: the model starts as it was.
+A in R^(r x in) starts random (Kaiming uniform), B in R^(out x r) at 0: the model starts as it was. W may also be
+the kernel of a Conv2d (A then has its shape, with r channels, and B is 1 x 1) or an embedding (A, a column per id,
+starts at 0, and B is normal).
 """
 
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..nn import Adapter
-from ..ops import NF4Tensor, lora_linear, nf4_linear
+from ..nn import CONVOLUTION, EMBEDDING, LINEAR, Adapter, factor_shapes, kind_of, low_rank, sizes
 from . import register
+from .config import Config, by_pattern, check_range, check_target, needs, refuse
 from .targets import ALL_LINEAR, Target
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(Config):
     """Options of LoRA.
 
     Args:
@@ -35,6 +37,8 @@ class LoRAConfig:
         alpha_pattern: the same for alpha.
     """
 
+    peft_type: ClassVar[str] = "LORA"
+
     r: int = 16
     alpha: float | None = None
     dropout: float = 0.0
@@ -45,21 +49,17 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         for r in (self.r, *self.rank_pattern.values()):
-            if not isinstance(r, int) or r < 1:
-                raise ValueError(f"r must be a whole number from 1, not {r!r}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout!r}")
-        if not self.target:
-            raise ValueError(f"target must be 'all-linear', names or a regular expression, not {self.target!r}")
+            check_range("r", r, 1, whole=True)
+        check_range("dropout", self.dropout, 0, 1)
+        check_target(self.target)
 
     def rank_and_scaling(self, layer: str) -> tuple[int, float]:
         """r and s of a layer, by its name."""
-        r = _by_pattern(self.rank_pattern, layer, self.r)
-        alpha = _by_pattern(self.alpha_pattern, layer, 2.0 * self.r if self.alpha is None else self.alpha)
+        r = by_pattern(self.rank_pattern, layer, self.r)
+        alpha = by_pattern(self.alpha_pattern, layer, 2.0 * self.r if self.alpha is None else self.alpha)
         return r, alpha / (math.sqrt(r) if self.rslora else r)
 
-    def to_peft(self) -> dict:
-        """The fields of HF PEFT's adapter_config.json that are this method's."""
+    def to_peft(self) -> dict[str, Any]:
         return {
             "peft_type": "LORA", "r": self.r, "lora_alpha": 2 * self.r if self.alpha is None else self.alpha,
             "lora_dropout": self.dropout, "use_rslora": self.rslora, "rank_pattern": self.rank_pattern,
@@ -68,14 +68,11 @@ class LoRAConfig:
         }  # fmt: skip
 
     @classmethod
-    def from_peft(cls, fields: dict, **own: object) -> LoRAConfig:
-        """The reverse. ``own`` are options that PEFT does not know."""
-        unsupported = {"bias": "none", "use_dora": False, "modules_to_save": None, "use_qalora": False,
-                       "lora_bias": False, "trainable_token_indices": None, "target_parameters": None,
-                       "layer_replication": None, "alora_invocation_tokens": None}  # fmt: skip
-        for key, neutral in unsupported.items():
-            if fields.get(key) not in (None, neutral, [], {}):
-                raise ValueError(f"this adapter needs {key}={fields[key]!r}, which peftops does not support")
+    def from_peft(cls, fields: dict[str, Any], **own: Any) -> LoRAConfig:
+        needs(fields, "r", "lora_alpha", "target_modules")
+        refuse(fields, bias="none", use_dora=False, modules_to_save=None, use_qalora=False, lora_bias=False,
+               trainable_token_indices=None, target_parameters=None, layer_replication=None,
+               alora_invocation_tokens=None)  # fmt: skip
         return cls(
             r=fields["r"], alpha=fields["lora_alpha"], dropout=fields.get("lora_dropout", 0.0),
             target=fields["target_modules"], rslora=fields.get("use_rslora", False),
@@ -83,37 +80,47 @@ class LoRAConfig:
         )  # fmt: skip
 
 
-def _by_pattern(pattern: dict, layer: str, default):
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", layer):
-            return value
-    return default
-
-
 @register(LoRAConfig)
 class LoRA(Adapter):
-    peft_keys = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    layers: ClassVar = (LINEAR, EMBEDDING, CONVOLUTION)
+    peft_keys: ClassVar = {
+        "lora_A": "lora_A.weight", "lora_B": "lora_B.weight",
+        "lora_embedding_A": "lora_embedding_A", "lora_embedding_B": "lora_embedding_B",
+    }  # fmt: skip
 
-    def __init__(self, base: nn.Linear, config: LoRAConfig, layer: str):
+    def __init__(self, base: nn.Module, config: LoRAConfig, layer: str):
         super().__init__()
         r, self.scaling = config.rank_and_scaling(layer)
-        if r > min(base.in_features, base.out_features):
-            raise ValueError(
-                f"r={r} is more than {layer} can use: its weight is {base.out_features} x {base.in_features}"
-            )
+        check_rank(r, base, layer)
         self.dropout = config.dropout
         device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))  # float32, whatever the base
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        A, B = (nn.Parameter(torch.zeros(shape, device=device)) for shape in factor_shapes(base, r))  # in float32
+        if kind_of(base) == EMBEDDING:
+            self.names = "lora_embedding_A", "lora_embedding_B"
+            nn.init.normal_(B)
+        else:
+            self.names = "lora_A", "lora_B"
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        for name, factor in zip(self.names, (A, B), strict=True):
+            self.register_parameter(name, factor)
 
-    def adapt(self, base: nn.Linear, x: Tensor) -> Tensor:
-        op = nf4_linear if isinstance(base.weight, NF4Tensor) else lora_linear
-        return op(x, base.weight, base.bias, lora_A=self.lora_A, lora_B=self.lora_B, scaling=self.scaling,
-                  dropout_p=self.dropout, training=self.training)  # fmt: skip
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """What is multiplied with: A and B, or what a method makes of them."""
+        A, B = self.names
+        return getattr(self, A), getattr(self, B)
+
+    def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
+        return low_rank(base, x, *self.factors(), self.scaling, dropout=self.dropout, training=self.training)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.scaling * self.lora_B.float() @ self.lora_A.float(), bias
+        A, B = self.factors()
+        return weight + self.scaling * B.float().flatten(1) @ A.float().flatten(1), bias
 
     def extra_repr(self) -> str:
-        return f"r={self.lora_A.shape[0]}, scaling={self.scaling:g}, dropout={self.dropout}"
+        return f"r={self.factors()[0].shape[0]}, scaling={self.scaling:g}, dropout={self.dropout}"
+
+
+def check_rank(r: int, base: nn.Module, layer: str) -> None:
+    in_, out = sizes(base)
+    if r > min(in_, out):
+        raise ValueError(f"r={r} is more than {layer} can use: its weight is {out} x {in_}")

@@ -8,6 +8,7 @@ The base is quantised as the adapter is attached, one layer after the other.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -27,8 +28,15 @@ class QLoRAConfig(LoRAConfig):
         double_quant: quantise the absmax values, too: 4.127 instead of 4.5 bits per weight.
     """
 
+    quantizes: ClassVar[bool] = True
+
     block_size: int = 64
     double_quant: bool = True
+
+
+def check_nothing_dense_is_adapted(method: str, model: nn.Module) -> None:
+    if any(not isinstance(layer.base.weight, NF4Tensor) for _, layer in adapted_layers(model)):
+        raise ValueError(f"{method} would quantise layers that carry other adapters already; attach it before them")
 
 
 @register(QLoRAConfig)
@@ -36,9 +44,8 @@ class QLoRA(LoRA):
     @staticmethod
     def prepare(model: nn.Module, config: QLoRAConfig) -> None:
         """Quantise all linear layers but the output layer, adapted or not."""
-        if any(not isinstance(layer.base.weight, NF4Tensor) for _, layer in adapted_layers(model)):
-            raise ValueError("QLoRA would quantise layers that carry other adapters already; attach it before them")
-        chosen = {*find_targets(model, ALL_LINEAR), *find_targets(model, config.target)}
+        check_nothing_dense_is_adapted("QLoRA", model)
+        chosen = {*find_targets(model, ALL_LINEAR), *find_targets(model, config.target, QLoRA.layers)}
         quantize_linears(
             model, chosen.__contains__, block_size=config.block_size, double_quant=config.double_quant
         )

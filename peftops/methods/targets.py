@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
-from ..nn import AdaptedLayer
+from ..nn import LINEAR, AdaptedLayer, kind_of
 
 ALL_LINEAR = "all-linear"
 Target = str | Sequence[str]
@@ -25,8 +26,13 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             stack += [(f"{name}.{leaf}" if name else leaf, child) for leaf, child in reversed(children)]
 
 
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer that an adapted layer was, or the layer itself."""
+    return module.base if isinstance(module, AdaptedLayer) else module
+
+
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module.base if isinstance(module, AdaptedLayer) else module, nn.Linear)
+    return kind_of(base_of(module)) == LINEAR
 
 
 def is_output_layer(model: nn.Module, module: nn.Module) -> bool:
@@ -35,17 +41,18 @@ def is_output_layer(model: nn.Module, module: nn.Module) -> bool:
     return module is head
 
 
-def find_targets(model: nn.Module, target: Target) -> list[str]:
+def find_targets(model: nn.Module, target: Target, kinds: Sequence[str] = (LINEAR,)) -> list[str]:
     """The names of the layers that ``target`` means, as HF PEFT reads it.
 
     Args:
         target: "all-linear" for every linear layer but the output layer; any other string is a regular
             expression for whole names; a list holds names or their last parts (``"q_proj"`` matches
             ``"model.layers.0.self_attn.q_proj"``).
+        kinds: of layers that are supported; "all-linear" means linear ones anyway.
 
     Raises:
         ValueError: nothing matches; the sentence lists near names.
-        TypeError: a match is not a linear layer.
+        TypeError: a match is of no such kind.
     """
     named = [(name, module) for name, module in layers(model) if name]
     if target == ALL_LINEAR:
@@ -65,9 +72,10 @@ def find_targets(model: nn.Module, target: Target) -> list[str]:
     if not found:
         raise ValueError(f"target {target!r} matches no layer of {type(model).__name__}{_near(named, target)}")
     for name, module in found:
-        if not is_linear(module):
+        if kind_of(base_of(module)) not in kinds:
+            supported = " and ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
             raise TypeError(
-                f"target {target!r} matches {name}, a {type(module).__name__}; only linear layers are supported"
+                f"target {target!r} matches {name}, a {type(module).__name__}; only {supported} layers are supported"
             )
     return [name for name, _ in found]
 
@@ -82,9 +90,69 @@ def _near(named: list[tuple[str, nn.Module]], target: Target) -> str:
 
 def suffixes_or_names(model: nn.Module, names: Sequence[str]) -> list[str]:
     """The shortest list of targets that means exactly these layers: last parts of names if they do."""
-    leaves = sorted({name.rpartition(".")[2] for name in names})
-    try:
-        same = set(find_targets(model, leaves)) == set(names)
-    except TypeError:
-        same = False
-    return leaves if same else sorted(names)
+    leaves = {name.rpartition(".")[2] for name in names}
+    meant = {name for name, _ in layers(model) if name.rpartition(".")[2] in leaves}
+    return sorted(leaves) if meant == set(names) else sorted(names)
+
+
+def blocks(model: nn.Module) -> list[str]:
+    """The names of the blocks that a model is a stack of, bottom first.
+
+    They are the members of the outermost lists of modules (``nn.ModuleList``) that have parameters; for a model
+    without such lists, its children that do.
+    """
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{block}.") for block in found):
+            found += [f"{name}.{leaf}" for leaf, child in module.named_children() if any(child.parameters())]
+    return found or [name for name, child in model.named_children() if any(child.parameters())]
+
+
+def body_of(model: nn.Module) -> str:
+    """The name of the part under the head, as transformers' models tell it; "" if it is the model itself."""
+    body = getattr(model, "base_model", model)
+    return next(name for name, module in model.named_modules() if module is body)
+
+
+def head_of(model: nn.Module) -> list[str]:
+    """The names of the layers above the body; for a model that has no body, of the last one with parameters."""
+    body = body_of(model)
+    leaves = [name for name, module in layers(model) if name and any(base_of(module).parameters(recurse=False))]
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    above = [name for name in leaves if body and not name.startswith(f"{body}.")]
+    return above or [name for name in leaves if model.get_submodule(name) is output] or leaves[-1:]
+
+
+@dataclass
+class Sublayers:
+    """Where a transformer block adds to its stream: names of linear layers."""
+
+    attention: list[str]  # the last one of each attention
+    feed_forward: tuple[str, str]  # the first and the last one of the rest
+
+
+def sublayers(model: nn.Module) -> list[Sublayers]:
+    """Those of each block. An attention is a module whose class has "Attention" in its name, as all of
+    transformers' have; the other linear layers of a block are its feed-forward part.
+
+    Raises:
+        TypeError: a block is not of that shape.
+    """
+    result = []
+    for block in blocks(model):
+        named = [(f"{block}.{name}" if name else block, m) for name, m in layers(model.get_submodule(block))]
+        outer: list[str] = []
+        for name, module in named:
+            if "Attention" in type(module).__name__ and not any(name.startswith(f"{o}.") for o in outer):
+                outer.append(name)
+        linear = [name for name, module in named if is_linear(module)]
+        attention = [[n for n in linear if n.startswith(f"{o}.")] for o in outer]
+        rest = [n for n in linear if not any(n.startswith(f"{o}.") for o in outer)]
+        if not rest or not outer or not all(attention):
+            kind = type(model.get_submodule(block)).__name__
+            raise TypeError(
+                f"{block}, a {kind}, is no transformer block with linear layers: it needs a submodule whose class is "
+                "named ...Attention... and a feed-forward part"
+            )
+        result.append(Sublayers([names[-1] for names in attention], (rest[0], rest[-1])))
+    return result

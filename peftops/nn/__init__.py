@@ -1,6 +1,25 @@
 """The blocks that methods are made of."""
 
-from .adapter import AdaptedLayer, Adapter, MergeError, Switch
-from .nf4_linear import NF4Linear, dense_weight, quantize_linears
+from .adapter import PREFIX, AdaptedLayer, Adapter, MergeError, Stored, Switch
+from .layers import (
+    CONVOLUTION,
+    EMBEDDING,
+    LINEAR,
+    as_matrix,
+    dense_matrix,
+    is_conv1d,
+    kind_of,
+    matrix,
+    sizes,
+    with_matrix,
+)
+from .low_rank import factor_shapes, low_rank
+from .nf4_linear import NF4Linear, quantize_linears, shell_of
+from .prompt import Prompt, Prompted
+from .select import Select
 
-__all__ = ["AdaptedLayer", "Adapter", "MergeError", "NF4Linear", "Switch", "dense_weight", "quantize_linears"]
+__all__ = [
+    "CONVOLUTION", "EMBEDDING", "LINEAR", "PREFIX", "AdaptedLayer", "Adapter", "MergeError", "NF4Linear", "Prompt",
+    "Prompted", "Select", "Stored", "Switch", "as_matrix", "dense_matrix", "factor_shapes", "is_conv1d", "kind_of",
+    "low_rank", "matrix", "quantize_linears", "shell_of", "sizes", "with_matrix",
+]  # fmt: skip

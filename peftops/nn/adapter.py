@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import NF4Tensor, nf4_dequantize, nf4_quantize
-from .nf4_linear import NF4Linear, dense_weight
+from .layers import LINEAR, dense_matrix, matrix, sizes, with_matrix
+from .nf4_linear import NF4Linear
 
-
-class Adapter(nn.Module):
-    """A trainable change of one layer. A method writes :meth:`adapt` and, if it can, :meth:`merged`.
-
-    The base layer is passed in and never owned, so an adapter's state dict holds the adapter alone.
-    """
-
-    def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
-        """What the adapted layer computes."""
-        raise NotImplementedError
-
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The weight and bias, float32, of one plain layer that computes the same from ``weight`` and ``bias``."""
-        raise TypeError(f"{type(self).__name__} cannot be merged into the weights that it adapts")
-
-    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
-        return self.adapt(base, x)
+PREFIX = "base_model.model."  # of PEFT's keys, for its wrappers around the model
 
 
 class Switch:
@@ -42,6 +28,76 @@ class MergeError:
     change: float  # of the adapter
     rounding: float  # of casting, or quantising again, what came out
 
+    @classmethod
+    def between(cls, before: Tensor, after: Tensor, rounded: Tensor) -> MergeError:
+        size = before.norm().clamp(min=1e-30)
+        return cls(((after - before).norm() / size).item(), ((rounded.float() - after).norm() / size).item())
+
+
+class Stored(nn.Module):
+    """What is attached to a model, and how it is called in HF PEFT's files."""
+
+    peft_keys: ClassVar[dict[str, str]] = {}  # parameter: the end of its key, after the name of the layer
+    peft_shared: ClassVar[dict[str, str]] = {}  # parameter that all layers share: its whole key
+
+    def file_key(self, name: str, layer: str) -> str:
+        """The whole key of one of the tensors of :meth:`stored`."""
+        return self.peft_shared.get(name) or f"{PREFIX}{layer}.{self.peft_keys[name]}"
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors of a file, by the names of ``peft_keys`` and ``peft_shared``."""
+        values = {name: getattr(self, name, None) for name in (*self.peft_keys, *self.peft_shared)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The reverse, under ``torch.no_grad()``; the shapes are those of :meth:`stored`."""
+        for name, value in tensors.items():
+            getattr(self, name).copy_(value)
+
+    def merge_into(self, base: nn.Module, *, dense: bool) -> tuple[nn.Module, MergeError]:
+        """A plain layer that computes what the adapted one does."""
+        raise TypeError(f"{type(self).__name__} cannot be merged into the weights that it adapts")
+
+
+class Adapter(Stored):
+    """A trainable change of one layer. A method writes :meth:`adapt` and, if it can, :meth:`merged`.
+
+    The base layer is passed in and never owned, so an adapter's state dict holds the adapter alone.
+    """
+
+    layers: ClassVar[tuple[str, ...]] = (LINEAR,)  # kinds of layers it can adapt, as nn.layers has them
+
+    def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
+        """What the adapted layer computes."""
+        raise NotImplementedError
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight ``[out, in]`` and bias, float32, of one plain layer that computes the same from ``weight``
+        and ``bias``."""
+        raise TypeError(f"{type(self).__name__} cannot be merged into the weights that it adapts")
+
+    def begin(self, base: nn.Module) -> nn.Module:
+        """The layer to stand on, as the adapter is put into a model; usually ``base`` itself."""
+        return base
+
+    def forward(self, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        return self.adapt(base, *args, **kwargs)
+
+    def merge_into(self, base: nn.Module, *, dense: bool) -> tuple[nn.Module, MergeError]:
+        before, bias = dense_matrix(base), getattr(base, "bias", None)
+        dtype, bias_dtype = base.weight.dtype, base.weight.dtype if bias is None else bias.dtype
+        weight, bias = self.merged(before, None if bias is None else bias.detach().float())
+        bias = None if bias is None else bias.to(bias_dtype)
+        if isinstance(base.weight, NF4Tensor) and not dense:
+            kind = base.weight
+            codes = nf4_quantize(weight.to(dtype), block_size=kind.block_size, double_quant=kind.double_quant)
+            result: nn.Module = NF4Linear(codes, bias, getattr(base, "dense_shell", None))
+            rounded = nf4_dequantize(codes, dtype=torch.float32)
+        else:
+            rounded = weight.to(dtype)
+            result = with_matrix(base, rounded, bias)
+        return result.train(base.training), MergeError.between(before, weight, rounded)
+
 
 class AdaptedLayer(nn.Module):
     """A layer in its adapted form: ``base`` as it was, and one :class:`Adapter` per name."""
@@ -53,11 +109,26 @@ class AdaptedLayer(nn.Module):
         self.switch = switch
         self._unmerged: list[nn.Module] = []  # the base itself while a merged one stands in (a list hides it)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         name = self.switch.active
         if self._unmerged or name is None or name not in self.adapters:
-            return self.base(x)
-        return self.adapters[name](self.base, x)
+            return self.base(*args, **kwargs)
+        return self.adapters[name](self.base, *args, **kwargs)
+
+    @classmethod
+    def put(cls, model: nn.Module, path: str, name: str, adapter: Adapter, switch: Switch) -> None:
+        """Let the layer at ``path`` have one more adapter."""
+        parent, _, leaf = path.rpartition(".")
+        owner, layer = model.get_submodule(parent), model.get_submodule(path)
+        if not isinstance(layer, cls):
+            layer = cls(adapter.begin(layer), switch).train(layer.training)
+            setattr(owner, leaf, layer)
+        layer.adapters[name] = adapter
+
+    def leave(self, model: nn.Module, path: str) -> None:
+        """Put the base where the adapted layer is."""
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, self.base)
 
     # Other code looks at a layer's weight for its dtype, shape or device.
     @property
@@ -70,11 +141,11 @@ class AdaptedLayer(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return self.base.in_features
+        return sizes(self.base)[0]
 
     @property
     def out_features(self) -> int:
-        return self.base.out_features
+        return matrix(self.base).shape[0]
 
     @property
     def is_merged(self) -> bool:
@@ -84,25 +155,9 @@ class AdaptedLayer(nn.Module):
     def merge(self, name: str, *, dense: bool) -> MergeError:
         """Let a plain layer with the adapter's change stand in for the base. An NF4 base is quantised again
         unless ``dense``."""
-        base = self.base
-        before, bias = dense_weight(base), None if base.bias is None else base.bias.float()
-        weight, bias = self.adapters[name].merged(before, bias)
-        dtype = base.weight.dtype
-        bias = None if bias is None else bias.to(base.bias.dtype)
-        if isinstance(base.weight, NF4Tensor) and not dense:
-            kind = base.weight
-            rounded = nf4_quantize(weight.to(dtype), block_size=kind.block_size, double_quant=kind.double_quant)
-            merged = NF4Linear(rounded, bias)
-            result = nf4_dequantize(rounded, dtype=torch.float32)
-        else:
-            merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-            result = weight.to(dtype)
-            merged.weight = nn.Parameter(result, requires_grad=False)
-            merged.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        size = before.norm().clamp(min=1e-30)
-        error = MergeError(((weight - before).norm() / size).item(), ((result.float() - weight).norm() / size).item())
-        self._unmerged = [base]
-        self.base = merged.train(base.training)
+        merged, error = self.adapters[name].merge_into(self.base, dense=dense)
+        self._unmerged = [self.base]
+        self.base = merged
         return error
 
     def unmerge(self) -> None:

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor, nn
 
 from ..ops import NF4Tensor, nf4_linear, nf4_quantize
+from .layers import is_conv1d, matrix
 
 
 class NF4Linear(nn.Linear):
-    """``nn.Linear`` whose weight is an :class:`~peftops.NF4Tensor`: frozen, an eighth of the memory of float32."""
+    """``nn.Linear`` whose weight is an :class:`~peftops.NF4Tensor`: frozen, an eighth of the memory of float32.
+
+    ``dense_shell`` is the layer it was quantised from, without parameters, if that was no plain ``nn.Linear``:
+    dense again, it has to become such a layer.
+    """
 
     weight: NF4Tensor
 
-    def __init__(self, weight: NF4Tensor, bias: Tensor | None = None):
+    def __init__(self, weight: NF4Tensor, bias: Tensor | None = None, dense_shell: nn.Module | None = None):
         nn.Module.__init__(self)
+        if dense_shell is None:
+            dense_shell = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        self.__dict__["dense_shell"] = dense_shell  # no submodule
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, *, block_size: int = 64, double_quant: bool = True) -> NF4Linear:
-        """Quantise ``linear``; the bias is shared, not copied."""
-        weight = nf4_quantize(linear.weight, block_size=block_size, double_quant=double_quant)
-        return cls(weight, linear.bias).train(linear.training)
+        """Quantise ``linear`` (or a Conv1D of transformers); the bias is shared, not copied."""
+        weight = nf4_quantize(matrix(linear).contiguous(), block_size=block_size, double_quant=double_quant)
+        return cls(weight, linear.bias, shell_of(linear)).train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         return nf4_linear(x, self.weight, self.bias)
@@ -67,14 +75,12 @@ def quantize_linears(
 def _dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for path, parent in model.named_modules():
         for leaf, child in parent.named_children():
-            if isinstance(child, nn.Linear) and not isinstance(child.weight, NF4Tensor):
+            if (isinstance(child, nn.Linear) or is_conv1d(child)) and not isinstance(child.weight, NF4Tensor):
                 yield f"{path}.{leaf}".lstrip("."), parent, leaf
 
 
-def dense_weight(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight of a dense or 4-bit layer, densely, as a new tensor."""
-    from ..ops import nf4_dequantize
-
-    if isinstance(layer.weight, NF4Tensor):
-        return nf4_dequantize(layer.weight, dtype=dtype)
-    return layer.weight.detach().to(dtype, copy=True)
+def shell_of(layer: nn.Module) -> nn.Module:
+    """A layer like ``layer`` that holds no weights."""
+    shell = copy.copy(layer)
+    shell._parameters = dict.fromkeys(layer._parameters)
+    return shell

@@ -54,11 +54,11 @@ class LoRATerm:
         """Add the term's gradient to dx."""
         _expand_(dx, v, self.A, True, 1.0, *self.dropout)
 
-    def gradients(self, g: Tensor, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """dA and dB."""
-        dA = _gradient(v, x, self.A.dtype, True, 1.0, *self.dropout)
-        dB = _gradient(u, g, self.B.dtype, False, self.scaling, 0.0, None)
-        return dA, dB
+    def gradient_A(self, x: Tensor, v: Tensor) -> Tensor:
+        return _gradient(v, x, self.A.dtype, True, 1.0, *self.dropout)
+
+    def gradient_B(self, g: Tensor, u: Tensor) -> Tensor:
+        return _gradient(u, g, self.B.dtype, False, self.scaling, 0.0, None)
 
 
 def check_lora(op: str, n: int, k: int, lora_A: Tensor | None, lora_B: Tensor | None, dropout_p: float) -> None:
@@ -98,7 +98,9 @@ class _LoRALinear(torch.autograd.Function):
         y = F.linear(x, weight, bias)
         u = term.shrink(x)
         term.expand_(y, u)
-        ctx.save_for_backward(x, weight, u, lora_A, lora_B, seed)
+        # A frozen A (LoRA-FA, VeRA) over a frozen weight needs u alone, a fraction of x.
+        need_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        ctx.save_for_backward(x if need_x else None, weight, u, lora_A, lora_B, seed)
         ctx.scaling, ctx.dropout_p = scaling, dropout_p
         return y
 
@@ -106,7 +108,7 @@ class _LoRALinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         x, weight, u, lora_A, lora_B, seed = ctx.saved_tensors
-        need_x, need_weight, need_bias, *need_lora = ctx.needs_input_grad[:5]
+        need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         term = LoRATerm(lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed)
         dx = dweight = dbias = None
         rows = g.reshape(-1, g.shape[-1])
@@ -118,7 +120,8 @@ class _LoRALinear(torch.autograd.Function):
             dweight = rows.t() @ x.reshape(-1, x.shape[-1])
         if need_bias:
             dbias = sum_rows(g, g.dtype)
-        dA, dB = term.gradients(g, x, u, v) if any(need_lora) else (None, None)
+        dA = term.gradient_A(x, v) if need_A else None
+        dB = term.gradient_B(g, u) if need_B else None
         return dx, dweight, dbias, dA, dB, None, None, None
 
 
@@ -136,7 +139,7 @@ def lora_linear(
     """``x W^T + bias + scaling * dropout(x) A^T B^T`` over a dense weight (LoRA, arXiv:2106.09685).
 
     The base product is torch's own; the low-rank term is added in place, in float32. Backward keeps ``x``
-    itself, ``x A^T`` (float32) and a seed, and no copy or cast of ``x``.
+    itself (unless ``lora_A`` and ``weight`` are frozen), ``x A^T`` (float32) and a seed, and no copy or cast of ``x``.
 
     Args:
         x: float32, bfloat16 or float16, ``[..., in]``.

@@ -26,8 +26,8 @@ class _NF4Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, lora_A, lora_B, weight, n, k, scaling, dropout_p, seed):
         u = None if lora_A is None else LoRATerm(lora_A, lora_B, scaling, dropout_p, seed).shrink(x)
-        # Without a low-rank term, dx is all there is, and x is not needed for it.
-        ctx.save_for_backward(None if u is None else x, u, lora_A, lora_B, seed, *weight[:4])
+        # x is needed for the gradient of lora_A alone.
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, u, lora_A, lora_B, seed, *weight[:4])
         ctx.block_size, ctx.k, ctx.scaling, ctx.dropout_p = weight[4], k, scaling, dropout_p
         ctx.bias_dtype = None if bias is None else bias.dtype
         return _linear(x, *weight, n, k, bias, u, lora_B, scaling)
@@ -36,13 +36,13 @@ class _NF4Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         x, u, lora_A, lora_B, seed, *weight = ctx.saved_tensors
-        need_x, need_bias, *need_lora = ctx.needs_input_grad[:4]
+        need_x, need_bias, need_A, need_B = ctx.needs_input_grad[:4]
         v = dx = dbias = dA = dB = None
         if u is not None:
             term = LoRATerm(lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed)
             v = term.shrink_gradient(g)
-            if any(need_lora):
-                dA, dB = term.gradients(g, x, u, v)
+            dA = term.gradient_A(x, v) if need_A else None
+            dB = term.gradient_B(g, u) if need_B else None
         if need_x:
             dx = _backward(g, *weight, ctx.block_size, ctx.k, v, lora_A, ctx.dropout_p, seed)
         if need_bias:
@@ -66,7 +66,7 @@ def nf4_linear(
     The weight is decoded in registers or cache-sized panels; it never exists densely, forward or backward.
     Sums are float32; with 16-bit ``x``, AVX-512 multiplies in int16, with an error below the rounding of the
     result. The result has the same bits for any number of threads. Backward keeps ``x`` itself (only if
-    there is a low-rank term), ``x A^T`` (float32) and a seed.
+    ``lora_A`` needs a gradient), ``x A^T`` (float32) and a seed.
 
     Args:
         x: float32, bfloat16 or float16, ``[..., in]``; any strides.

@@ -3,18 +3,27 @@
 import copy
 import io
 
+import models
 import pytest
 import torch
 from torch import nn
 
-import models
 import peftops
-from peftops.methods import METHODS, adapted_layers
-from peftops.nn import NF4Linear
+from examples import VECTORS, example_of
+from peftops.methods import METHODS, adapted_layers, hosts
+from peftops.nn import AdaptedLayer, NF4Linear
 
-every_method = pytest.mark.parametrize("config_class", METHODS, ids=lambda c: c.__name__.removesuffix("Config").lower())
+examples = {c.__name__.removesuffix("Config").lower(): example_of(c) for c in METHODS}
+every_method = pytest.mark.parametrize("example", examples.values(), ids=examples)
+
+
+def methods_that(choose):
+    chosen = {name: example for name, example in examples.items() if choose(example)}
+    return pytest.mark.parametrize("example", chosen.values(), ids=chosen)
+
+
 both_biases = pytest.mark.parametrize("bias", [True, False])
-x = torch.linspace(-2, 2, 5 * 64).view(5, 64)
+x = VECTORS
 
 
 def shake(model, seed=1):
@@ -24,15 +33,20 @@ def shake(model, seed=1):
             nn.init.normal_(parameter, std=0.2)
 
 
-def base_of(config_class, bias=True, build=models.mlp, **kw):
+def base_of(example, bias=True, build=None, **kw):
     """The base as the method leaves it: quantised, for QLoRA."""
+    build = build or example.build
     base = build(bias=bias) if build is models.mlp else build(**kw)
-    return peftops.detach(peftops.attach(base, config_class()))
+    return peftops.detach(peftops.attach(base, example.config))
 
 
-def adapted(config_class, bias=True, **kw):
-    base = base_of(config_class, bias, **kw)
-    return base, peftops.attach(copy.deepcopy(base), config_class())
+def adapted(example, bias=True, **kw):
+    base = base_of(example, bias, **kw)
+    return base, peftops.attach(copy.deepcopy(base), example.config)
+
+
+def own_parameters(model, name="default"):
+    return [p for _, host in hosts(model) if name in host.adapters for p in host.adapters[name].parameters()]
 
 
 def same_state(a, b):
@@ -40,147 +54,172 @@ def same_state(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@every_method
+@methods_that(lambda e: e.starts_as_base)
 @both_biases
-def test_starts_as_the_base_model(config_class, bias):
-    base, model = adapted(config_class, bias)
-    torch.testing.assert_close(model(x), base(x), rtol=0, atol=1e-6)
+def test_starts_as_the_base_model(example, bias):
+    base, model = adapted(example, bias)
+    torch.testing.assert_close(example.run(model), example.run(base), rtol=0, atol=1e-6)
 
 
 @every_method
-def test_only_the_adapter_trains_and_all_of_it(config_class):
-    _, model = adapted(config_class)
+def test_only_the_adapter_trains_and_all_of_it(example):
+    _, model = adapted(example)
     shake(model)
-    model(x).square().mean().backward()
-    adapter = {id(p) for _, layer in adapted_layers(model) for p in layer.adapters.parameters()}
-    assert adapter
+    example.run(model).square().mean().backward()
+    adapter = {id(p) for p in own_parameters(model)}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    for name, parameter in trained.items():
+        assert id(parameter) in adapter, name
+        assert parameter.dtype == torch.float32 and parameter.grad.abs().sum() > 0, name
+
+
+@every_method
+def test_an_optimizer_step_moves_the_adapter_and_nothing_else(example):
+    base, model = adapted(example)
+    shake(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    example.run(model).square().mean().backward()
+    optimizer.step()
     for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == (id(parameter) in adapter), name
-        assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == (id(parameter) in adapter), name
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+    assert same_state(peftops.detach(model), base)
 
 
-@every_method
+@methods_that(lambda e: e.merges)
 @both_biases
-def test_merged_computes_the_same_and_unmerge_is_exact(config_class, bias):
-    base, model = adapted(config_class, bias)
+def test_merged_computes_the_same_and_unmerge_is_exact(example, bias):
+    base, model = adapted(example, bias)
     shake(model)
-    want, state = model(x), copy.deepcopy(model.state_dict())
+    want, state = example.run(model), copy.deepcopy(model.state_dict())
     report = peftops.merge(model, dense=True)
     assert report.change > 0.01 and report.rounding < 1e-6
-    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(example.run(model), want, rtol=1e-4, atol=1e-4)
     peftops.unmerge(model)
-    assert torch.equal(model(x), want)
+    assert torch.equal(example.run(model), want)
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert same_state(peftops.detach(model), base)
 
 
 @every_method
-def test_detach_leaves_what_was_there_before(config_class):
-    base, model = adapted(config_class)
+def test_detach_leaves_what_was_there_before(example):
+    base, model = adapted(example)
     shake(model)
-    assert not torch.equal(model(x), base(x))
+    assert not torch.equal(example.run(model), example.run(base))
     peftops.detach(model)
-    assert same_state(model, base) and torch.equal(model(x), base(x))
+    assert same_state(model, base) and torch.equal(example.run(model), example.run(base))
     assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in base.parameters()]
     assert not hasattr(model, "_peftops")
 
 
-@every_method
-def test_detach_can_leave_the_merged_weights(config_class):
-    _, model = adapted(config_class)
+@methods_that(lambda e: not e.merges)
+def test_what_cannot_be_merged_says_so_and_stays(example):
+    _, model = adapted(example)
     shake(model)
-    want = model(x)
+    want = example.run(model)
+    with pytest.raises(TypeError, match="cannot be merged into the weights"):
+        peftops.merge(model)
+    assert torch.equal(example.run(model), want)
+
+
+@methods_that(lambda e: e.merges)
+def test_detach_can_leave_the_merged_weights(example):
+    _, model = adapted(example)
+    shake(model)
+    want = example.run(model)
     peftops.merge(model, dense=True)
     peftops.detach(model, merged=True)
-    assert all(type(m) is nn.Linear for m in model if hasattr(m, "weight"))
-    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(m, AdaptedLayer | NF4Linear) for m in model.modules())
+    torch.testing.assert_close(example.run(model), want, rtol=1e-4, atol=1e-4)
 
 
 @every_method
-def test_disabled_is_the_base(config_class):
-    base, model = adapted(config_class)
+def test_disabled_is_the_base(example):
+    base, model = adapted(example)
     shake(model)
-    want = model(x)
+    want = example.run(model)
     with peftops.disabled(model):
-        assert torch.equal(model(x), base(x))
-    assert torch.equal(model(x), want)
+        assert torch.equal(example.run(model), example.run(base))
+    assert torch.equal(example.run(model), want)
     with pytest.raises(RuntimeError), peftops.disabled(model):
         raise RuntimeError
-    assert torch.equal(model(x), want)
+    assert torch.equal(example.run(model), want)
 
 
 @every_method
-def test_adapters_side_by_side(config_class):
+def test_adapters_side_by_side(example):
     """Each computes what it would alone; switching changes nothing but the choice."""
-    base, model = adapted(config_class)
+    base, model = adapted(example)
     shake(model, 1)
-    first = model(x)
-    peftops.attach(model, config_class(), name="second")
-    torch.testing.assert_close(model(x), base(x), rtol=0, atol=1e-6)
+    first = example.run(model)
+    peftops.attach(model, example.config, name="second")
+    if example.starts_as_base:
+        torch.testing.assert_close(example.run(model), example.run(base), rtol=0, atol=1e-5)
     torch.manual_seed(2)
-    for _, layer in adapted_layers(model):
-        for parameter in layer.adapters["second"].parameters():
+    for parameter in own_parameters(model, "second"):
+        if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.2)
-    second = model(x)
+    second = example.run(model)
     assert not torch.equal(first, second)
     peftops.activate(model, "default")
-    assert torch.equal(model(x), first)
+    assert torch.equal(example.run(model), first)
     peftops.activate(model, "second")
-    assert torch.equal(model(x), second)
+    assert torch.equal(example.run(model), second)
     peftops.detach(model, "second")
-    assert torch.equal(model(x), first)
+    assert torch.equal(example.run(model), first)
     assert same_state(peftops.detach(model), base)
 
 
 @every_method
-def test_state_dict_round_trip(config_class):
-    _, model = adapted(config_class)
+def test_state_dict_round_trip(example):
+    _, model = adapted(example)
     shake(model)
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     buffer.seek(0)
-    _, other = adapted(config_class)
+    _, other = adapted(example)
     other.load_state_dict(torch.load(buffer, weights_only=True))
-    assert torch.equal(other(x), model(x))
+    assert torch.equal(example.run(other), example.run(model))
 
 
 @every_method
-def test_file_round_trip(config_class, tmp_path):
-    base, model = adapted(config_class)
+def test_file_round_trip(example, tmp_path):
+    base, model = adapted(example)
     shake(model)
     peftops.save(model, tmp_path)
     other = peftops.load(copy.deepcopy(base), tmp_path)
-    assert torch.equal(other(x), model(x))
+    assert torch.equal(example.run(other), example.run(model))
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     peftops.save(other, tmp_path / "again")
     assert (tmp_path / "again/adapter_model.safetensors").read_bytes() == first["adapter_model.safetensors"]
 
 
 @every_method
-def test_compiles_without_a_graph_break(config_class):
-    _, model = adapted(config_class)
+def test_compiles_without_a_graph_break(example):
+    _, model = adapted(example)
     shake(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
-    compiled(x).sum().backward()
+    torch.testing.assert_close(example.run(compiled), example.run(model), rtol=0, atol=0)
+    example.run(compiled).sum().backward()
 
 
 @every_method
-def test_bf16_base_with_float32_adapter(config_class):
-    base = base_of(config_class).to(torch.bfloat16)
-    model = peftops.attach(base, config_class())
+def test_bf16_base_with_float32_adapter(example):
+    base = base_of(example).to(torch.bfloat16)
+    model = peftops.attach(base, example.config)
     shake(model)
-    y = model(x.bfloat16())
+    y = model(x.bfloat16()) if example.build is models.mlp else example.run(model)
     y.sum().backward()
     assert y.dtype == torch.bfloat16
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
 @every_method
-def test_gradient_checkpointing_gives_the_same_gradients(config_class):
-    _, model = adapted(config_class, build=models.llama)
+def test_gradient_checkpointing_gives_the_same_gradients(example):
+    _, model = adapted(example, build=models.llama)
     shake(model)
     ids = models.tokens()
     grads = []
@@ -195,25 +234,25 @@ def test_gradient_checkpointing_gives_the_same_gradients(config_class):
 
 
 @every_method
-def test_survives_a_deep_copy(config_class):
-    _, model = adapted(config_class)
+def test_survives_a_deep_copy(example):
+    _, model = adapted(example)
     shake(model)
     copied = copy.deepcopy(model)
-    assert torch.equal(copied(x), model(x))
+    assert torch.equal(example.run(copied), example.run(model))
     with peftops.disabled(copied):  # its switch is its own
-        assert not torch.equal(copied(x), model(x))
+        assert not torch.equal(example.run(copied), example.run(model))
     peftops.detach(copied)
     assert hasattr(model, "_peftops")
 
 
 @every_method
-def test_trains(config_class):
-    _, model = adapted(config_class)
-    target = torch.sin(torch.arange(5 * 32.0)).view(5, 32)
+def test_trains(example):
+    _, model = adapted(example)
+    target = torch.sin(torch.arange(example.run(model).numel() / 1.0)).view_as(example.run(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     losses = []
     for _ in range(60):
-        loss = (model(x) - target).square().mean()
+        loss = (example.run(model) - target).square().mean()
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -221,19 +260,23 @@ def test_trains(config_class):
     assert losses[-1] < losses[0] / 3
 
 
-@every_method
-def test_on_an_nf4_base(config_class):
+@methods_that(lambda e: e.on_nf4)
+def test_on_an_nf4_base(example):
     """Whatever the method, it works on a base in 4 bits, and merging into it reports what that costs."""
-    base = base_of(peftops.QLoRAConfig)
-    model = peftops.attach(copy.deepcopy(base), config_class())
+    base = base_of(examples["qlora"], build=example.build)
+    model = peftops.attach(copy.deepcopy(base), example.config)
     shake(model)
-    want = model(x)
-    with pytest.warns(UserWarning, match="quantising the merged weights again errs by"):
-        report = peftops.merge(model)
-    assert report.quantized and 0.05 < report.rounding / (1 + report.change) < 0.2
-    assert "2 layers merged" in str(report)
-    assert all(isinstance(layer.base, NF4Linear) for _, layer in adapted_layers(model))
-    assert not torch.equal(model(x), want) and (model(x) - want).norm() < 0.5 * want.norm()
-    peftops.unmerge(model)
-    assert torch.equal(model(x), want)
+    want = example.run(model)
+    assert not torch.equal(want, example.run(base))
+    want.sum().backward()
+    if example.merges:
+        with pytest.warns(UserWarning, match="quantising the merged weights again errs by"):
+            report = peftops.merge(model)
+        assert report.quantized and 0.05 < report.rounding / (1 + report.change) < 0.2
+        assert f"{len(report.layers)} layers merged" in str(report)
+        assert all(isinstance(layer.base, NF4Linear) for _, layer in adapted_layers(model))
+        got = example.run(model)
+        assert not torch.equal(got, want) and (got - want).norm() < 0.5 * want.norm()
+        peftops.unmerge(model)
+        assert torch.equal(example.run(model), want)
     assert same_state(peftops.detach(model), base)

@@ -1,11 +1,11 @@
 import json
 import math
 
+import models
 import pytest
 import torch
 from torch import nn
 
-import models
 import peftops
 from peftops import LoRAConfig, QLoRAConfig
 from peftops.methods import adapted_layers

@@ -1,0 +1,82 @@
+"""What the options of a method know about files: HF PEFT's ``adapter_config.json``, or the same with our own type."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from .targets import Target
+
+
+class Config:
+    """Base of every method's options, which are a frozen dataclass.
+
+    By default the fields are written as they are, under a ``peft_type`` that PEFT does not know and refuses. A
+    method that PEFT has, translates. Several methods may share PEFT's type (all that are LoRA once trained); the
+    one that sets ``peft_type`` itself reads the files that PEFT wrote.
+    """
+
+    peft_type: ClassVar[str]
+    quantizes: ClassVar[bool] = False  # whether the method puts the base into 4 bits itself
+
+    @classmethod
+    def claims(cls, fields: dict[str, Any]) -> bool:
+        """Whether fields that PEFT wrote mean this method, and not the main one of their type."""
+        return False
+
+    def to_peft(self) -> dict[str, Any]:
+        """The fields of ``adapter_config.json`` that are this method's."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "target"}
+        return {"peft_type": self.peft_type, **own}
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any], **own: Any) -> Config:
+        """The reverse. ``own`` are options that the file's format does not know."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        if "target" in names:
+            needs(fields, "target_modules")
+            own["target"] = fields["target_modules"]
+        return cls(**{name: fields[name] for name in names if name in fields}, **own)
+
+
+def needs(fields: dict[str, Any], *keys: str) -> None:
+    missing = [key for key in keys if key not in fields]
+    if missing:
+        raise ValueError(f"adapter_config.json lacks {', '.join(missing)}")
+
+
+def refuse(fields: dict[str, Any], **neutral: Any) -> None:
+    """Raise for a field that would change the result, unless it has its neutral value or an empty one."""
+    for key, value in neutral.items():
+        if fields.get(key) not in (None, value, [], {}):
+            raise ValueError(f"this adapter needs {key}={fields[key]!r}, which peftops does not support")
+
+
+def check_range(name: str, value: Any, low: float, high: float | None = None, *, whole: bool = False) -> None:
+    """Raise unless ``value`` is a number in ``[low, high)``."""
+    right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if right and value >= low and (high is None or value < high):
+        return
+    kind = "a whole number" if whole else "a number"
+    limits = f"from {low}" if high is None else f"in [{low}, {high})"
+    raise ValueError(f"{name} must be {kind} {limits}, not {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+
+
+def check_target(target: Target) -> None:
+    if not target:
+        raise ValueError(f"target must be 'all-linear', names or a regular expression, not {target!r}")
+
+
+def by_pattern(pattern: dict[str, Any], layer: str, default: Any) -> Any:
+    """The value of the first key that matches the end of a layer's name, as HF PEFT reads its patterns."""
+    import re
+
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", layer):
+            return value
+    return default

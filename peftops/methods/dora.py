@@ -1,0 +1,68 @@
+"""DoRA, Liu et al. 2024 (arXiv:2402.09353): LoRA for the direction of each row of the weight, and its length m.
+
+    y = m / n * (W x + s B A D(x)) + b    n_i = || W_i + s (B A)_i ||, of which no gradient is taken (section 4.3)
+
+m in R^out starts as the lengths of W's rows, B at 0: the model starts as it was. n comes without forming B A:
+n^2 = ||W||^2 + 2 s diag(W A^T B^T) + s^2 diag(B A A^T B^T). HF PEFT differs with dropout alone, which it also
+applies to the x that meets W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..nn import LINEAR, dense_matrix, low_rank, matrix
+from ..ops import NF4Tensor, nf4_linear
+from . import register
+from .lora import LoRA, LoRAConfig
+
+
+@dataclass(frozen=True)
+class DoRAConfig(LoRAConfig):
+    """Options of DoRA: those of :class:`LoRAConfig`."""
+
+    def to_peft(self) -> dict[str, Any]:
+        return {**super().to_peft(), "use_dora": True}
+
+    @classmethod
+    def claims(cls, fields: dict[str, Any]) -> bool:
+        return bool(fields.get("use_dora"))
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any], **own: Any) -> DoRAConfig:
+        return super().from_peft({**fields, "use_dora": False}, **own)
+
+
+@register(DoRAConfig)
+class DoRA(LoRA):
+    layers: ClassVar = (LINEAR,)
+    peft_keys: ClassVar = {**LoRA.peft_keys, "magnitude": "lora_magnitude_vector"}
+
+    def __init__(self, base: nn.Module, config: DoRAConfig, layer: str):
+        super().__init__(base, config, layer)
+        # Of the weight alone, so it is not in the state: a file of the adapter fits any base.
+        self.register_buffer("squares", dense_matrix(base).square().sum(1), persistent=False)
+        self.magnitude = nn.Parameter(self.squares.sqrt())
+
+    @torch.no_grad()
+    def lengths(self, base: nn.Module) -> Tensor:
+        """n."""
+        A, B, weight = self.lora_A, self.lora_B, matrix(base)
+        projected = nf4_linear(A, weight) if isinstance(weight, NF4Tensor) else F.linear(A.to(weight.dtype), weight)
+        cross = (B * projected.float().t()).sum(1)
+        own = ((B @ (A @ A.t())) * B).sum(1)
+        return (self.squares + 2 * self.scaling * cross + self.scaling**2 * own).sqrt()
+
+    def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
+        y = low_rank(base, x, *self.factors(), self.scaling, dropout=self.dropout, training=self.training, bias=False)
+        y = y * (self.magnitude / self.lengths(base)).to(y.dtype)
+        return y if base.bias is None else y + base.bias.to(y.dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        direction, bias = super().merged(weight, bias)
+        return self.magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True), bias

@@ -1,0 +1,99 @@
+"""LoftQ, Li et al. 2023 (arXiv:2310.08659): QLoRA whose factors start by making good what quantisation lost.
+
+    minimise || W - Q - s B A ||    Q_t = nf4(W - s B A),  s B A = the first r singular vectors of W - Q_t,  t = 1 .. T
+
+The last is an SVD, so the factors fit their Q. The error need not fall from one iterate to the next: the best is
+kept. (HF PEFT leaves the division by s out, so that its start is right for s = 1 alone.) A layer that is in 4 bits
+already has lost its W, and starts as in QLoRA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import LINEAR, NF4Linear, dense_matrix, quantize_linears, shell_of
+from ..ops import NF4Tensor, nf4_dequantize, nf4_quantize
+from . import register
+from .config import check_range
+from .lora import LoRA
+from .pissa import main_factors
+from .qlora import QLoRAConfig, check_nothing_dense_is_adapted
+from .targets import ALL_LINEAR, find_targets
+
+
+@dataclass(frozen=True)
+class LoftQConfig(QLoRAConfig):
+    """Options of LoftQ: those of :class:`QLoRAConfig` (without double quantisation, as in the paper), and
+
+    Args:
+        iterations: T.
+    """
+
+    double_quant: bool = False
+    iterations: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("iterations", self.iterations, 1, whole=True)
+
+
+def loftq(
+    weight: Tensor, r: int, scaling: float, *, iterations: int = 5, block_size: int = 64, double_quant: bool = False
+) -> tuple[NF4Tensor, Tensor, Tensor, list[float]]:
+    """Q, A and B of the best iterate, and the relative errors: of plain NF4, then of each iterate.
+
+    Args:
+        weight: ``[out, in]``, any float dtype, which Q has, too.
+    """
+    want, size = weight.float(), weight.float().norm().clamp(min=1e-30)
+    rest, errors, best = want, [], None
+    for _ in range(iterations):
+        codes = nf4_quantize(rest.to(weight.dtype), block_size=block_size, double_quant=double_quant)
+        lost = want - nf4_dequantize(codes, dtype=torch.float32)
+        if not errors:
+            errors.append((lost.norm() / size).item())
+        A, B = main_factors(lost, r, scaling)
+        rest = want - scaling * B @ A
+        errors.append(((lost - scaling * B @ A).norm() / size).item())
+        if best is None or errors[-1] < min(errors[1:-1], default=float("inf")):
+            best = codes, A, B
+    return *best, errors
+
+
+@register(LoftQConfig)
+class LoftQ(LoRA):
+    layers: ClassVar = (LINEAR,)
+
+    def __init__(self, base: nn.Module, config: LoftQConfig, layer: str):
+        super().__init__(base, config, layer)
+        self.config = config
+        self.errors: list[float] = []  # relative: of plain NF4, then of each iterate
+
+    @staticmethod
+    def prepare(model: nn.Module, config: LoftQConfig) -> None:
+        """Quantise the linear layers that are not adapted."""
+        check_nothing_dense_is_adapted("LoftQ", model)
+        chosen = {*find_targets(model, ALL_LINEAR)} - {*find_targets(model, config.target)}
+        quantize_linears(
+            model, chosen.__contains__, block_size=config.block_size, double_quant=config.double_quant
+        )
+
+    @torch.no_grad()
+    def begin(self, base: nn.Module) -> nn.Module:
+        if isinstance(base.weight, NF4Tensor):
+            return base
+        c, r = self.config, self.lora_A.shape[0]
+        weight = dense_matrix(base, base.weight.dtype)
+        codes, A, B, self.errors = loftq(weight, r, self.scaling, iterations=c.iterations, block_size=c.block_size,
+                                         double_quant=c.double_quant)  # fmt: skip
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
+        return NF4Linear(codes, base.bias, shell_of(base)).train(base.training)
+
+    def extra_repr(self) -> str:
+        line = f", error {min(self.errors[1:]):.3%} (NF4 {self.errors[0]:.3%})" if self.errors else ""
+        return super().extra_repr() + line

@@ -1,0 +1,34 @@
+"""OLoRA, Büyükakyüz 2024 (arXiv:2406.01775): LoRA that starts from an orthonormal basis of the weight's columns.
+
+    y = W x + b + s (B A - B0 A0) D(x)    W = Q R,  B0 = the first r columns of Q,  A0 = the first r rows of R
+
+A and B start as A0 and B0, so the model starts as it was; the rest is as in :mod:`~peftops.methods.pissa`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import register
+from .pissa import PiSSA, PiSSAConfig
+
+
+@dataclass(frozen=True)
+class OLoRAConfig(PiSSAConfig):
+    """Options of OLoRA: those of :class:`LoRAConfig` (``iterations`` has no meaning)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.iterations is not None:
+            raise ValueError(f"iterations={self.iterations}, but OLoRA needs no SVD")
+
+
+@register(OLoRAConfig)
+class OLoRA(PiSSA):
+    def start(self, weight: Tensor, config: OLoRAConfig) -> tuple[Tensor, Tensor]:
+        q, upper = torch.linalg.qr(weight)
+        r = self.lora_A.shape[0]
+        return upper[:r], q[:, :r]

@@ -1,0 +1,95 @@
+"""PiSSA, Meng et al. 2024 (arXiv:2404.02948): LoRA that starts from the main singular vectors of the weight.
+
+    y = W x + b + s (B A - B0 A0) D(x)    W = U S V^T,  A0 = sqrt(S_r / s) V_r^T,  B0 = U_r sqrt(S_r / s)
+
+A and B start as A0 and B0, so the model starts as it was. The paper puts W - s B0 A0 in the place of W. Here W
+stays and the frozen A0, B0 are subtracted in the same product, of rank 2 r: an adapter can be switched off, is
+one of several, and its file is LoRA of rank 2 r ([A; A0], [B, -B0]) that HF PEFT reads on the original base.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import LINEAR, dense_matrix
+from . import register
+from .config import check_range
+from .lora import LoRA, LoRAConfig
+
+
+@dataclass(frozen=True)
+class PiSSAConfig(LoRAConfig):
+    """Options of PiSSA: those of :class:`LoRAConfig`, and
+
+    Args:
+        iterations: of a randomised SVD, faster for large layers (16 is plenty); None for the exact one.
+    """
+
+    iterations: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.iterations is not None:
+            check_range("iterations", self.iterations, 1, whole=True)
+
+    def _with_rank(self, factor: float) -> LoRAConfig:
+        """The same scaling at ``factor`` times the rank."""
+        grown = math.sqrt(factor) if self.rslora else factor
+        return replace(
+            self, r=int(factor * self.r), alpha=grown * (2.0 * self.r if self.alpha is None else self.alpha),
+            rank_pattern={key: int(factor * r) for key, r in self.rank_pattern.items()},
+            alpha_pattern={key: grown * alpha for key, alpha in self.alpha_pattern.items()},
+        )  # fmt: skip
+
+    def to_peft(self) -> dict[str, Any]:
+        return super(PiSSAConfig, self._with_rank(2)).to_peft()
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any], **own: Any) -> PiSSAConfig:
+        return super().from_peft(fields, **own)._with_rank(0.5)
+
+
+@register(PiSSAConfig)
+class PiSSA(LoRA):
+    layers: ClassVar = (LINEAR,)
+
+    def __init__(self, base: nn.Module, config: PiSSAConfig, layer: str):
+        super().__init__(base, config, layer)
+        A, B = self.start(dense_matrix(base), config)
+        with torch.no_grad():
+            self.lora_A.copy_(A)
+            self.lora_B.copy_(B)
+        self.start_A = nn.Parameter(self.lora_A.detach().clone(), requires_grad=False)
+        self.start_B = nn.Parameter(self.lora_B.detach().clone(), requires_grad=False)
+
+    def start(self, weight: Tensor, config: PiSSAConfig) -> tuple[Tensor, Tensor]:
+        """A0 and B0."""
+        r = self.lora_A.shape[0]
+        return main_factors(weight, r, self.scaling, config.iterations)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], 1)
+
+    def stored(self) -> dict[str, Tensor]:
+        return dict(zip(("lora_A", "lora_B"), self.factors(), strict=True))
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        A, B = tensors["lora_A"].chunk(2), tensors["lora_B"].chunk(2, 1)
+        for parameter, value in ((self.lora_A, A[0]), (self.start_A, A[1]), (self.lora_B, B[0]), (self.start_B, -B[1])):
+            parameter.copy_(value)
+
+
+def main_factors(weight: Tensor, r: int, scaling: float, iterations: int | None = None) -> tuple[Tensor, Tensor]:
+    """A and B of rank ``r`` such that ``scaling * B A`` is closest to ``weight``, their singular values shared."""
+    if iterations is None:
+        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        u, s, v = torch.svd_lowrank(weight, min(2 * r, *weight.shape), iterations)
+        vt = v.t()
+    root = (s[:r] / scaling).sqrt()
+    return root[:, None] * vt[:r], u[:, :r] * root

@@ -1,0 +1,83 @@
+"""The layers that low-rank methods can adapt, each seen as one matrix ``[out, in]``.
+
+==============  =========================  ==========================
+kind            layers                     weight as they store it
+==============  =========================  ==========================
+linear          Linear, NF4Linear          ``[out, in]``
+linear          transformers' Conv1D       ``[in, out]``
+embedding       Embedding                  ``[in, out]``: a row per id
+convolution     Conv2d without groups      ``[out, in, height, width]``
+==============  =========================  ==========================
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import NF4Tensor, nf4_dequantize
+
+LINEAR, EMBEDDING, CONVOLUTION = "linear", "embedding", "convolution"
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether it is the transposed linear layer of GPT-2 (known by its shape: core code does not need transformers)."""
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nx") and hasattr(layer, "nf")
+
+
+def kind_of(layer: nn.Module) -> str | None:
+    """What a layer is to a low-rank method; None if it is nothing that one can adapt."""
+    if isinstance(layer, nn.Linear) or is_conv1d(layer):
+        return LINEAR
+    # A subclass that does more than look up (Gemma's scales what it found) is not linear in its weight alone.
+    if isinstance(layer, nn.Embedding) and type(layer).forward is nn.Embedding.forward and layer.max_norm is None:
+        return EMBEDDING
+    if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
+        return CONVOLUTION
+    return None
+
+
+def as_matrix(layer: nn.Module, weight: Tensor) -> Tensor:
+    """``weight``, stored as ``layer`` stores its own, as ``[out, in]``: a view."""
+    if is_conv1d(layer) or isinstance(layer, nn.Embedding):
+        return weight.t()
+    return weight.flatten(1) if isinstance(layer, nn.Conv2d) else weight
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """The layer's own weight as ``[out, in]``, no copy."""
+    return as_matrix(layer, layer.weight)
+
+
+def sizes(layer: nn.Module) -> tuple[int, int]:
+    """``in`` and ``out`` of the matrix."""
+    out, in_ = matrix(layer).shape
+    return in_, out
+
+
+def dense_matrix(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The matrix of a dense or 4-bit layer as a new dense tensor."""
+    if isinstance(layer.weight, NF4Tensor):
+        return nf4_dequantize(layer.weight, dtype=dtype)
+    return matrix(layer).detach().to(dtype, copy=True)
+
+
+def with_parameters(layer: nn.Module, parameters: dict[str, Tensor | None]) -> nn.Module:
+    """A layer like ``layer`` with other, frozen, parameters; all else is shared with it."""
+    result = copy.copy(layer)
+    own = {name: None if t is None else nn.Parameter(t, requires_grad=False) for name, t in parameters.items()}
+    result._parameters = {**layer._parameters, **own}
+    return result
+
+
+def with_matrix(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A dense layer that works as ``layer`` does, on the matrix ``weight``, stored as such a layer stores it."""
+    layer = getattr(layer, "dense_shell", layer)
+    if is_conv1d(layer) or isinstance(layer, nn.Embedding):
+        weight = weight.t().contiguous()
+    elif isinstance(layer, nn.Conv2d):
+        weight = weight.view(weight.shape[0], layer.in_channels, *layer.kernel_size)
+    parameters = {"weight": weight} if isinstance(layer, nn.Embedding) else {"weight": weight, "bias": bias}
+    return with_parameters(layer, parameters)

@@ -1,0 +1,47 @@
+"""``scaling * B A``, added to any layer that can be seen as a matrix. All of the LoRA family computes with this."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import NF4Tensor, lora_linear, nf4_linear
+from .layers import CONVOLUTION, EMBEDDING, kind_of, matrix, sizes
+
+
+def factor_shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of A and B of rank ``r`` for a layer: two matrices, or two convolutions of which the second is 1 x 1."""
+    in_, out = sizes(base)
+    if kind_of(base) == CONVOLUTION:
+        return (r, base.in_channels, *base.kernel_size), (out, r, 1, 1)
+    return (r, in_), (out, r)
+
+
+def low_rank(
+    base: nn.Module,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    dropout: float = 0.0,
+    training: bool = False,
+    bias: bool = True,
+) -> Tensor:
+    """What ``base`` computes of ``x``, plus ``scaling * B A dropout(x)``; an embedding knows no dropout.
+
+    Args:
+        lora_A, lora_B: of the shapes that :func:`factor_shapes` tells, any float dtype.
+        bias: False leaves out the bias of a linear layer.
+    """
+    kind = kind_of(base)
+    if kind == EMBEDDING:
+        y = base(x)
+        return y + (scaling * (F.embedding(x, lora_A.t()) @ lora_B.t())).to(y.dtype)
+    if kind == CONVOLUTION:
+        h = F.dropout(x, dropout, training)
+        u = F.conv2d(h, lora_A.to(x.dtype), None, base.stride, base.padding, base.dilation)
+        return base(x) + scaling * F.conv2d(u, lora_B.to(x.dtype))
+    op = nf4_linear if isinstance(base.weight, NF4Tensor) else lora_linear
+    return op(x, matrix(base), base.bias if bias else None, lora_A=lora_A, lora_B=lora_B, scaling=scaling,
+              dropout_p=dropout, training=training)  # fmt: skip

@@ -1,0 +1,111 @@
+"""Methods that put trainable vectors before what a model reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import MergeError, Stored, Switch
+
+
+class Prompt(Stored):
+    """Trainable vectors for a whole model. A method writes :meth:`before` and, if it must, :meth:`after`.
+
+    They run around the call of the model's body, the part under its head, so that a head, its loss and
+    ``generate`` see as many positions as the caller gave.
+    """
+
+    def before(self, body: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that the body is called with, in place of ``arguments``."""
+        raise NotImplementedError
+
+    def after(self, body: nn.Module, output: Any) -> Any:
+        """What the call returns, in place of ``output``."""
+        return output
+
+    def forward(self) -> None:
+        raise RuntimeError(f"{type(self).__name__} is not called; it changes what the model's body is called with")
+
+
+class Prompted(nn.Module):
+    """All prompts of a model: a submodule of its body, with a hook before and one after the body's forward."""
+
+    NAME = "peftops_prompts"
+    is_merged = False
+
+    def __init__(self, body: nn.Module, switch: Switch):
+        super().__init__()
+        self.adapters = nn.ModuleDict()
+        self.switch = switch
+        self._hooks = [
+            body.register_forward_pre_hook(self._before, with_kwargs=True),
+            body.register_forward_hook(self._after),
+        ]
+
+    @classmethod
+    def put(cls, model: nn.Module, path: str, name: str, prompt: Prompt, switch: Switch) -> None:
+        """Let the body at ``path`` have one more prompt."""
+        body = model.get_submodule(path)
+        if not hasattr(body, cls.NAME):
+            body.add_module(cls.NAME, cls(body, switch).train(body.training))
+        getattr(body, cls.NAME).adapters[name] = prompt
+
+    def leave(self, model: nn.Module, path: str) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+        delattr(model.get_submodule(path), self.NAME)
+
+    def merge(self, name: str, *, dense: bool) -> MergeError:
+        return self.adapters[name].merge_into(self, dense=dense)[1]
+
+    def unmerge(self) -> None:
+        pass
+
+    def _active(self) -> Prompt | None:
+        name = self.switch.active
+        return self.adapters[name] if name is not None and name in self.adapters else None
+
+    def _before(self, body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        prompt = self._active()
+        if prompt is None:
+            return None
+        if args:  # transformers' bodies take the ids first, and everything else by name
+            kwargs = {body.main_input_name if hasattr(body, "main_input_name") else "input_ids": args[0], **kwargs}
+        if len(args) > 1:
+            raise TypeError(f"{type(prompt).__name__} needs the arguments of {type(body).__name__} by their names")
+        return (), prompt.before(body, kwargs)
+
+    def _after(self, body: nn.Module, args: tuple, output: Any) -> Any:
+        prompt = self._active()
+        return None if prompt is None else prompt.after(body, output)
+
+
+def cached(arguments: dict[str, Any]) -> int:
+    """How many positions the cache of a call holds already."""
+    cache = arguments.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def shifted(arguments: dict[str, Any], by: int, *, new: bool) -> dict[str, Any]:
+    """The mask and the positions of a call whose tokens have ``by`` more in front of them.
+
+    Args:
+        new: whether these are in the call's own sequence, so that they need positions.
+
+    Raises:
+        ValueError: the mask is not one number per token, to which nothing can be put in front.
+    """
+    changed = dict(arguments)
+    mask = arguments.get("attention_mask")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            raise ValueError("a prompt needs an attention_mask of shape [batch, tokens], or none")
+        changed["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], by), mask], 1)
+    positions = arguments.get("position_ids")
+    if positions is not None:
+        front = torch.arange(by, device=positions.device, dtype=positions.dtype).expand(*positions.shape[:-1], by)
+        changed["position_ids"] = torch.cat([front, positions + by], -1) if new else positions + by
+    return changed

@@ -1,0 +1,49 @@
+"""Methods that train parameters which a model has already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..ops import NF4Tensor
+from .adapter import Adapter, MergeError
+from .layers import with_parameters
+
+
+class Select(Adapter):
+    """Parameters of a layer, trained: the layer computes with copies in their place.
+
+    The copies start as what they replace, in float32, and the base keeps its own: it can be asked at any time,
+    switching costs nothing and taking the copies off is exact. A copy of a tied weight is tied no longer.
+    """
+
+    def __init__(self, base: nn.Module, leaves: list[str], layer: str):
+        super().__init__()
+        for leaf in leaves:
+            value = getattr(base, leaf)
+            if isinstance(value, NF4Tensor):
+                raise TypeError(f"{layer}.{leaf} is in 4 bits, and codes cannot be trained; use a dense model")
+            self.register_parameter(leaf, nn.Parameter(value.detach().to(torch.float32, copy=True)))
+        self.peft_keys = {leaf: self.peft_key(leaf) for leaf in leaves}
+
+    @staticmethod
+    def peft_key(leaf: str) -> str:
+        """The end of a parameter's key in a file."""
+        return leaf
+
+    def _in_place_of(self, base: nn.Module) -> dict[str, Tensor]:
+        return {leaf: parameter.to(getattr(base, leaf).dtype) for leaf, parameter in self.named_parameters()}
+
+    def adapt(self, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        # (a tied weight has one copy of its own here, hence tie_weights=False)
+        return functional_call(base, self._in_place_of(base), args, kwargs, tie_weights=False)
+
+    def merge_into(self, base: nn.Module, *, dense: bool) -> tuple[nn.Module, MergeError]:
+        flat = lambda tensors: torch.cat([t.detach().float().flatten() for t in tensors])
+        rounded = self._in_place_of(base)
+        before = flat(getattr(base, leaf) for leaf in rounded)
+        error = MergeError.between(before, flat(self.parameters()), flat(rounded.values()))
+        return with_parameters(base, rounded), error
