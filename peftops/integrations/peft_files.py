@@ -49,7 +49,7 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
         for path, adapter in adapters.items()
         for key, tensor in adapter.stored().items()
     }
-    targets = {"target_modules": suffixes_or_names(model, list(adapters))} if hasattr(config, "target") else {}
+    targets = {"target_modules": suffixes_or_names(model, list(adapters))} if _target_field(config) else {}
     fields = {
         **config.to_peft(),
         **targets,
@@ -90,14 +90,15 @@ def load(
         own = _read_json(folder / OWN)
     tensors = _read_tensors(folder / WEIGHTS)
     config = _config(fields, own, quantize)
-    if hasattr(config, "target"):
+    field = _target_field(config)
+    if field:
         # The tensors tell best which layers are adapted: PEFT has several more ways to choose them.
         layers = _layers(METHODS[type(config)], tensors, folder / WEIGHTS)
         known = {path for path, _ in model.named_modules()}
         strangers = sorted(layers - known)
         if strangers:
             raise ValueError(f"{folder / WEIGHTS} is for another model: this one has no {_some(strangers)}")
-        config = dataclasses.replace(config, target=sorted(layers))
+        config = dataclasses.replace(config, **{field: sorted(layers)})
     attach(model, config, name=name)
     try:
         _fill(model, name, tensors, folder / WEIGHTS)
@@ -105,6 +106,12 @@ def load(
         detach(model, name)
         raise
     return model
+
+
+def _target_field(config: Any) -> str | None:
+    """The option that says which layers are adapted; None if that follows from others."""
+    field = getattr(config, "target_field", "target")
+    return field if hasattr(config, field) else None
 
 
 def _layers(adapter_class: type, tensors: dict[str, Tensor], file: Path) -> set[str]:

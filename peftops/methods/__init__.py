@@ -191,7 +191,11 @@ class MergeReport:
     """The error that merging added, by layer."""
 
     layers: dict[str, MergeError]
-    quantized: bool
+
+    @property
+    def quantized(self) -> bool:
+        """Whether a merged weight was quantised again."""
+        return any(error.quantized for error in self.layers.values())
 
     @property
     def rounding(self) -> float:
@@ -227,15 +231,14 @@ def merge(model: nn.Module, *, dense: bool = False) -> MergeReport:
     targets = [(path, host) for path, host in hosts(model) if name in host.adapters]
     if any(host.is_merged for _, host in targets):
         raise ValueError("an adapter is merged into the model already; unmerge it first: peftops.unmerge(model)")
-    quantized = not dense and any(isinstance(p, NF4Tensor) for _, host in targets for p in host.parameters())
-    report = MergeReport({}, quantized)
+    report = MergeReport({})
     try:
         for path, host in targets:
             report.layers[path] = host.merge(name, dense=dense)
     except BaseException:
         unmerge(model)  # all or nothing
         raise
-    if quantized:
+    if report.quantized:
         warnings.warn(f"{report}. merge(model, dense=True) merges into dense weights instead.", stacklevel=2)
     return report
 

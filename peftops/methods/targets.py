@@ -95,6 +95,10 @@ def suffixes_or_names(model: nn.Module, names: Sequence[str]) -> list[str]:
     return sorted(leaves) if meant == set(names) else sorted(names)
 
 
+def has_parameters(module: nn.Module, *, recurse: bool = True) -> bool:
+    return next(module.parameters(recurse), None) is not None
+
+
 def blocks(model: nn.Module) -> list[str]:
     """The names of the blocks that a model is a stack of, bottom first.
 
@@ -104,8 +108,8 @@ def blocks(model: nn.Module) -> list[str]:
     found: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{block}.") for block in found):
-            found += [f"{name}.{leaf}" for leaf, child in module.named_children() if any(child.parameters())]
-    return found or [name for name, child in model.named_children() if any(child.parameters())]
+            found += [f"{name}.{leaf}".lstrip(".") for leaf, child in module.named_children() if has_parameters(child)]
+    return found or [name for name, child in model.named_children() if has_parameters(child)]
 
 
 def body_of(model: nn.Module) -> str:
@@ -117,7 +121,7 @@ def body_of(model: nn.Module) -> str:
 def head_of(model: nn.Module) -> list[str]:
     """The names of the layers above the body; for a model that has no body, of the last one with parameters."""
     body = body_of(model)
-    leaves = [name for name, module in layers(model) if name and any(base_of(module).parameters(recurse=False))]
+    leaves = [name for name, module in layers(model) if name and has_parameters(base_of(module), recurse=False)]
     output = getattr(model, "get_output_embeddings", lambda: None)()
     above = [name for name in leaves if body and not name.startswith(f"{body}.")]
     return above or [name for name in leaves if model.get_submodule(name) is output] or leaves[-1:]

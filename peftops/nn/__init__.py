@@ -13,7 +13,7 @@ from .layers import (
     sizes,
     with_matrix,
 )
-from .low_rank import factor_shapes, low_rank
+from .low_rank import factor_shapes, low_rank, product
 from .nf4_linear import NF4Linear, quantize_linears, shell_of
 from .prompt import Prompt, Prompted
 from .select import Select
@@ -21,5 +21,5 @@ from .select import Select
 __all__ = [
     "CONVOLUTION", "EMBEDDING", "LINEAR", "PREFIX", "AdaptedLayer", "Adapter", "MergeError", "NF4Linear", "Prompt",
     "Prompted", "Select", "Stored", "Switch", "as_matrix", "dense_matrix", "factor_shapes", "is_conv1d", "kind_of",
-    "low_rank", "matrix", "quantize_linears", "shell_of", "sizes", "with_matrix",
+    "low_rank", "matrix", "product", "quantize_linears", "shell_of", "sizes", "with_matrix",
 ]  # fmt: skip

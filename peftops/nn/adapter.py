@@ -27,11 +27,12 @@ class MergeError:
 
     change: float  # of the adapter
     rounding: float  # of casting, or quantising again, what came out
+    quantized: bool = False  # whether it was quantised again
 
     @classmethod
-    def between(cls, before: Tensor, after: Tensor, rounded: Tensor) -> MergeError:
-        size = before.norm().clamp(min=1e-30)
-        return cls(((after - before).norm() / size).item(), ((rounded.float() - after).norm() / size).item())
+    def between(cls, before: Tensor, after: Tensor, rounded: Tensor, *, quantized: bool = False) -> MergeError:
+        relative = lambda t: (t.norm() / before.norm().clamp(min=1e-30)).item()
+        return cls(relative(after - before), relative(rounded.float() - after), quantized)
 
 
 class Stored(nn.Module):
@@ -88,7 +89,8 @@ class Adapter(Stored):
         dtype, bias_dtype = base.weight.dtype, base.weight.dtype if bias is None else bias.dtype
         weight, bias = self.merged(before, None if bias is None else bias.detach().float())
         bias = None if bias is None else bias.to(bias_dtype)
-        if isinstance(base.weight, NF4Tensor) and not dense:
+        quantized = isinstance(base.weight, NF4Tensor) and not dense
+        if quantized:
             kind = base.weight
             codes = nf4_quantize(weight.to(dtype), block_size=kind.block_size, double_quant=kind.double_quant)
             result: nn.Module = NF4Linear(codes, bias, getattr(base, "dense_shell", None))
@@ -96,7 +98,7 @@ class Adapter(Stored):
         else:
             rounded = weight.to(dtype)
             result = with_matrix(base, rounded, bias)
-        return result.train(base.training), MergeError.between(before, weight, rounded)
+        return result.train(base.training), MergeError.between(before, weight, rounded, quantized=quantized)
 
 
 class AdaptedLayer(nn.Module):

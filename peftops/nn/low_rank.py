@@ -45,3 +45,9 @@ def low_rank(
     op = nf4_linear if isinstance(base.weight, NF4Tensor) else lora_linear
     return op(x, matrix(base), base.bias if bias else None, lora_A=lora_A, lora_B=lora_B, scaling=scaling,
               dropout_p=dropout, training=training)  # fmt: skip
+
+
+def product(base: nn.Module, x: Tensor) -> Tensor:
+    """``x W^T`` of a linear layer, without its bias."""
+    weight = matrix(base)
+    return nf4_linear(x, weight) if isinstance(weight, NF4Tensor) else F.linear(x, weight)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..ops import NF4Tensor
-from .adapter import Adapter, MergeError
+from .adapter import PREFIX, Adapter, MergeError
 from .layers import with_parameters
 
 
@@ -27,12 +27,13 @@ class Select(Adapter):
             if isinstance(value, NF4Tensor):
                 raise TypeError(f"{layer}.{leaf} is in 4 bits, and codes cannot be trained; use a dense model")
             self.register_parameter(leaf, nn.Parameter(value.detach().to(torch.float32, copy=True)))
-        self.peft_keys = {leaf: self.peft_key(leaf) for leaf in leaves}
+        self.leaves = leaves
 
-    @staticmethod
-    def peft_key(leaf: str) -> str:
-        """The end of a parameter's key in a file."""
-        return leaf
+    def stored(self) -> dict[str, Tensor]:
+        return {leaf: getattr(self, leaf) for leaf in self.leaves}
+
+    def file_key(self, name: str, layer: str) -> str:
+        return f"{PREFIX}{layer}.{self.peft_keys.get(name, name)}"
 
     def _in_place_of(self, base: nn.Module) -> dict[str, Tensor]:
         return {leaf: parameter.to(getattr(base, leaf).dtype) for leaf, parameter in self.named_parameters()}

@@ -106,7 +106,7 @@ def test_a_file_that_is_cut_short_raises(saved, cut):
     assert not hasattr(model, "_peftops")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"peft_type": "LORA"}', '{"peft_type": "IA3"}', "{}", "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"peft_type": "LORA"}', '{"peft_type": "BOFT"}', "{}", "\xff"])
 def test_a_config_that_is_damaged_or_of_another_method_raises(saved, text):
     (saved / "adapter_config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match="is damaged|lacks r, lora_alpha|peft_type .* is not supported"):

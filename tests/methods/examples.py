@@ -8,6 +8,14 @@ from dataclasses import dataclass
 import models
 import torch
 
+from peftops.methods.bitfit import BitFitConfig
+from peftops.methods.bottleneck import BottleneckConfig
+from peftops.methods.head_only import HeadOnlyConfig
+from peftops.methods.norm_tuning import NormTuningConfig
+from peftops.methods.prefix_tuning import PrefixTuningConfig
+from peftops.methods.prompt_tuning import PromptTuningConfig
+from peftops.methods.surgical import SurgicalConfig
+from peftops.methods.top_layers import TopLayersConfig
 from peftops.methods.vera import VeRAConfig
 
 VECTORS = torch.linspace(-2, 2, 5 * 64).view(5, 64)
@@ -22,6 +30,9 @@ class Example:
     starts_as_base: bool = True
     merges: bool = True
     on_nf4: bool = True  # whether it can change layers in 4 bits
+    requantizes: bool = True  # whether merging quantises again, then
+
+    lr: float = 0.02
 
     def run(self, model):
         return model(VECTORS) if self.build is models.mlp else model(models.tokens()).logits
@@ -29,6 +40,14 @@ class Example:
 
 EXAMPLES: dict[type, Example] = {
     VeRAConfig: Example(VeRAConfig(r=24)),
+    BottleneckConfig: Example(BottleneckConfig(activation="gelu"), models.llama, merges=False),
+    NormTuningConfig: Example(NormTuningConfig(), models.llama, requantizes=False),
+    BitFitConfig: Example(BitFitConfig(), models.qwen2, requantizes=False),
+    TopLayersConfig: Example(TopLayersConfig(layers=1), models.llama, on_nf4=False),
+    HeadOnlyConfig: Example(HeadOnlyConfig(), models.llama, requantizes=False),
+    SurgicalConfig: Example(SurgicalConfig(), models.llama, on_nf4=False),
+    PromptTuningConfig: Example(PromptTuningConfig(tokens=3), models.llama, starts_as_base=False, merges=False),
+    PrefixTuningConfig: Example(PrefixTuningConfig(tokens=3), models.llama, starts_as_base=False, merges=False),
 }
 
 

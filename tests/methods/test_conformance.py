@@ -199,6 +199,7 @@ def test_file_round_trip(example, tmp_path):
 
 @every_method
 def test_compiles_without_a_graph_break(example):
+    torch._dynamo.reset()  # or it counts the models of other tests as recompilations
     _, model = adapted(example)
     shake(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -219,7 +220,7 @@ def test_bf16_base_with_float32_adapter(example):
 
 @every_method
 def test_gradient_checkpointing_gives_the_same_gradients(example):
-    _, model = adapted(example, build=models.llama)
+    _, model = adapted(example, build=models.llama if example.build is models.mlp else example.build)
     shake(model)
     ids = models.tokens()
     grads = []
@@ -246,18 +247,20 @@ def test_survives_a_deep_copy(example):
 
 
 @every_method
-def test_trains(example):
-    _, model = adapted(example)
-    target = torch.sin(torch.arange(example.run(model).numel() / 1.0)).view_as(example.run(model))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+def test_learns_what_another_adapter_computes(example):
+    base, teacher = adapted(example)
+    shake(teacher)
+    target = example.run(teacher).detach()
+    model = peftops.attach(base, example.config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=example.lr)
     losses = []
-    for _ in range(60):
+    for _ in range(60 if example.build is models.mlp else 30):
         loss = (example.run(model) - target).square().mean()
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert losses[-1] < losses[0] / 3
+    assert losses[-1] < losses[0] / 2, losses[::10]
 
 
 @methods_that(lambda e: e.on_nf4)
@@ -269,10 +272,12 @@ def test_on_an_nf4_base(example):
     want = example.run(model)
     assert not torch.equal(want, example.run(base))
     want.sum().backward()
-    if example.merges:
+    if example.merges and example.requantizes:
         with pytest.warns(UserWarning, match="quantising the merged weights again errs by"):
             report = peftops.merge(model)
-        assert report.quantized and 0.05 < report.rounding / (1 + report.change) < 0.2
+        assert report.quantized
+        for error in report.layers.values():  # of NF4: 5% to 20% of what came out, whose size change bounds
+            assert 0.05 * abs(1 - error.change) < error.rounding < 0.2 * (1 + error.change)
         assert f"{len(report.layers)} layers merged" in str(report)
         assert all(isinstance(layer.base, NF4Linear) for _, layer in adapted_layers(model))
         got = example.run(model)

@@ -1,0 +1,32 @@
+"""BitFit, Ben Zaken et al. 2021 (arXiv:2106.10199): the biases train and nothing else.
+
+    y = W x + b    b trains
+
+They start as they are: so does the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from ..nn import Select
+from . import register
+from .config import Config
+from .selection import copies
+
+
+@dataclass(frozen=True)
+class BitFitConfig(Config):
+    """BitFit has no options. Models that have no biases (LLaMA, Mistral, Gemma) have nothing for it to train."""
+
+    peft_type: ClassVar[str] = "BITFIT"
+
+
+@register(BitFitConfig)
+class BitFit(Select):
+    @staticmethod
+    def build(model: nn.Module, config: BitFitConfig) -> dict[str, BitFit]:
+        return copies(BitFit, model, lambda path, layer, leaf: leaf == "bias", "biases")

@@ -1,0 +1,34 @@
+"""Head only, also called linear probing: the layers above the model's body train.
+
+    y = W f(x) + b    W and b train, f is frozen
+
+They start as they are: so does the model. A head whose weight is tied to the embedding gets a weight of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from ..nn import Select
+from . import register
+from .config import Config
+from .selection import copies
+from .targets import head_of
+
+
+@dataclass(frozen=True)
+class HeadOnlyConfig(Config):
+    """It has no options."""
+
+    peft_type: ClassVar[str] = "HEAD_ONLY"
+
+
+@register(HeadOnlyConfig)
+class HeadOnly(Select):
+    @staticmethod
+    def build(model: nn.Module, config: HeadOnlyConfig) -> dict[str, HeadOnly]:
+        head = head_of(model)
+        return copies(HeadOnly, model, lambda path, layer, leaf: path in head, "head")

@@ -1,0 +1,78 @@
+"""(IA)^3, Liu et al. 2022 (arXiv:2205.05638): a learned factor per output, or per input.
+
+    y = l * (W x + b)    l in R^out,    and where the feed-forward part is read:    y = W (l * x) + b    l in R^in
+
+l starts at 1: the model starts as it was. The paper scales keys, values and what the last feed-forward layer reads;
+``target`` and ``feedforward`` say so for a LLaMA: ["k_proj", "v_proj", "down_proj"] and ["down_proj"].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import Adapter, sizes
+from . import each_target, register
+from .config import Config, check_target, needs, refuse
+from .targets import ALL_LINEAR, Target, find_targets
+
+
+@dataclass(frozen=True)
+class IA3Config(Config):
+    """Options of (IA)^3.
+
+    Args:
+        target: as in :class:`LoRAConfig`.
+        feedforward: which of these layers have their input scaled instead of their output.
+    """
+
+    peft_type: ClassVar[str] = "IA3"
+
+    target: Target = ALL_LINEAR
+    feedforward: Target = ()
+
+    def __post_init__(self) -> None:
+        check_target(self.target)
+
+    def to_peft(self) -> dict[str, Any]:
+        feedforward = self.feedforward if isinstance(self.feedforward, str) else list(self.feedforward)
+        return {"peft_type": "IA3", "feedforward_modules": feedforward, "fan_in_fan_out": False,
+                "modules_to_save": None, "init_ia3_weights": True}  # fmt: skip
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any], **own: Any) -> IA3Config:
+        needs(fields, "target_modules", "feedforward_modules")
+        refuse(fields, modules_to_save=None)
+        return cls(target=fields["target_modules"], feedforward=fields["feedforward_modules"] or (), **own)
+
+
+@register(IA3Config)
+class IA3(Adapter):
+    peft_keys: ClassVar = {"ia3_l": "ia3_l"}
+
+    @staticmethod
+    def build(model: nn.Module, config: IA3Config) -> dict[str, IA3]:
+        inputs = set(find_targets(model, config.feedforward)) if config.feedforward else set()
+        return {path: IA3(base, path in inputs) for path, base in each_target(IA3, model, config).items()}
+
+    def __init__(self, base: nn.Module, scales_input: bool):
+        super().__init__()
+        in_, out = sizes(base)
+        self.scales_input = scales_input
+        shape = (1, in_) if scales_input else (out, 1)  # those of PEFT's files
+        self.ia3_l = nn.Parameter(torch.ones(shape, device=base.weight.device))
+
+    def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
+        factor = self.ia3_l.flatten()
+        if self.scales_input:
+            return base(x * factor.to(x.dtype))
+        y = base(x)
+        return y * factor.to(y.dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.scales_input or bias is None:
+            return weight * self.ia3_l, bias
+        return weight * self.ia3_l, bias * self.ia3_l.flatten()

@@ -1,0 +1,63 @@
+"""Norm tuning, Zhao et al. 2023 (arXiv:2312.11420): the weights and biases of the normalisation layers train.
+
+    y = g * (x - mean) / deviation + h    g and h train (RMSNorm has no mean and no h)
+
+They start as they are: so does the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..nn import Select
+from . import register
+from .config import Config, needs, refuse
+from .selection import copies
+
+
+@dataclass(frozen=True)
+class NormTuningConfig(Config):
+    """Options of norm tuning.
+
+    Args:
+        norms: "all", or names of norm layers or their last parts.
+    """
+
+    peft_type: ClassVar[str] = "LN_TUNING"
+    target_field: ClassVar[str] = "norms"
+
+    norms: str | list[str] = "all"
+
+    def __post_init__(self) -> None:
+        if not self.norms or (isinstance(self.norms, str) and self.norms != "all"):
+            raise ValueError(f"norms must be 'all' or a list of names, not {self.norms!r}")
+
+    def to_peft(self) -> dict[str, Any]:
+        return {"peft_type": "LN_TUNING", "modules_to_save": None}
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any], **own: Any) -> NormTuningConfig:
+        needs(fields, "target_modules")
+        refuse(fields, modules_to_save=None)
+        return cls(norms=list(fields["target_modules"]))
+
+
+def is_norm(layer: nn.Module) -> bool:
+    """Whether its class is called a norm, as all of torch's and transformers' are. BatchNorm is left out: what it
+    computes is not its weights' alone."""
+    name = type(layer).__name__
+    return "Norm" in name and "BatchNorm" not in name and not any(True for _ in layer.children())
+
+
+@register(NormTuningConfig)
+class NormTuning(Select):
+    peft_keys: ClassVar = {leaf: f"ln_tuning_layers.{leaf}" for leaf in ("weight", "bias")}
+
+    @staticmethod
+    def build(model: nn.Module, config: NormTuningConfig) -> dict[str, NormTuning]:
+        named = lambda path: config.norms == "all" or any(path == n or path.endswith(f".{n}") for n in config.norms)
+        what = "norms" if config.norms == "all" else f"norms {config.norms}"
+        return copies(NormTuning, model, lambda path, layer, leaf: is_norm(layer) and named(path), what)

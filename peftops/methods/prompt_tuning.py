@@ -1,0 +1,140 @@
+"""Soft prompt tuning, Lester et al. 2021 (arXiv:2104.08691): trainable vectors before the embedded input.
+
+    model([E; X])    E in R^(P x d) trains, X in R^(S x d) are the embeddings of the input
+
+The prompt has the positions 0 .. P-1 and everything sees it; in an encoder-decoder it stands before the encoder's
+input, and the decoder sees it, too. It does not start as the base model: no P vectors are the same as none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import Prompt
+from ..nn.prompt import cached, shifted
+from . import register
+from .config import Config, check_choice, check_range, needs, refuse
+from .prompt_start import encoded, frequent
+from .targets import body_of
+
+
+@dataclass(frozen=True)
+class PromptTuningConfig(Config):
+    """Options of prompt tuning. It needs a learning rate 10 to 50 times LoRA's.
+
+    Args:
+        tokens: P.
+        init: where the vectors start. "vocab": embeddings of P of the 5,000 first ids, which are the most frequent
+            ones; "text": those of ``text``, its first P tokens; "labels": a vector per label, the mean of its
+            tokens' embeddings; "random": uniform in [-0.5, 0.5]. What text and labels leave is as "vocab".
+        text, labels: see ``init``.
+        tokenizer: for text and labels; a path, by default that of the model.
+    """
+
+    peft_type: ClassVar[str] = "PROMPT_TUNING"
+
+    tokens: int = 20
+    init: str = "vocab"
+    text: str | None = None
+    labels: tuple[str, ...] = ()
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        check_range("tokens", self.tokens, 1, whole=True)
+        check_choice("init", self.init, ("vocab", "text", "labels", "random"))
+        if self.init == "text" and not self.text:
+            raise ValueError("init='text' needs a text")
+        if self.init == "labels" and not 0 < len(self.labels) <= self.tokens:
+            raise ValueError(f"init='labels' needs 1 to {self.tokens} labels, one per token, not {len(self.labels)}")
+
+    def to_peft(self) -> dict[str, Any]:
+        return {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": self.tokens, "prompt_tuning_init": "RANDOM",
+                "num_transformer_submodules": 1, "modules_to_save": None}  # fmt: skip
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any], **own: Any) -> PromptTuningConfig:
+        needs(fields, "num_virtual_tokens")
+        refuse(fields, modules_to_save=None, num_transformer_submodules=1)
+        return cls(tokens=fields["num_virtual_tokens"], init="random", **own)
+
+
+@register(PromptTuningConfig)
+class PromptTuning(Prompt):
+    peft_shared: ClassVar = {"prompt": "prompt_embeddings"}
+
+    @staticmethod
+    def build(model: nn.Module, config: PromptTuningConfig) -> dict[str, Prompt]:
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        if not hasattr(embedding, "weight") or embedding.weight.dim() != 2 or not hasattr(embedding, "num_embeddings"):
+            kind = type(model).__name__
+            raise TypeError(f"PromptTuning needs a model of transformers that embeds tokens, not a {kind}")
+        prompt = PromptTuning(model, embedding, config)
+        if not model.config.is_encoder_decoder:
+            return {body_of(model): prompt}
+        name_of = {id(module): name for name, module in model.named_modules()}
+        encoder, decoder = model.get_encoder(), model.get_decoder()
+        prompt.keep = True
+        return {name_of[id(encoder)]: prompt, name_of[id(decoder)]: LongerMemory(config.tokens)}
+
+    def __init__(self, model: nn.Module, embedding: nn.Module, config: PromptTuningConfig):
+        super().__init__()
+        self.keep, self._new = False, False
+        size = (config.tokens, embedding.weight.shape[1])
+        self.prompt = nn.Parameter(torch.empty(size, device=embedding.weight.device).uniform_(-0.5, 0.5))
+        if config.init == "random" or embedding.weight.is_meta:
+            return
+        with torch.no_grad():
+            embed = lambda ids: embedding(torch.tensor(ids, device=embedding.weight.device)).float()
+            rows = [embed(frequent(model, config.tokens))]
+            if config.init == "text":
+                rows.insert(0, embed(encoded(model, config.tokenizer, config.text)))
+            if config.init == "labels":
+                means = [embed(encoded(model, config.tokenizer, label)).mean(0) for label in config.labels]
+                rows.insert(0, torch.stack(means))
+            self.prompt.copy_(torch.cat(rows)[: config.tokens])
+
+    def before(self, body: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        tokens = len(self.prompt)
+        self._new = not cached(arguments)
+        if not self._new:
+            return shifted(arguments, tokens, new=False)
+        arguments = shifted(arguments, tokens, new=True)
+        ids, embeds = arguments.pop("input_ids", None), arguments.get("inputs_embeds")
+        if embeds is None:
+            embeds = body.get_input_embeddings()(ids)
+        prompt = self.prompt.to(embeds.dtype).expand(len(embeds), -1, -1)
+        types = arguments.get("token_type_ids")
+        if types is not None:
+            arguments["token_type_ids"] = torch.cat([types.new_zeros(len(types), tokens), types], 1)
+        return {**arguments, "inputs_embeds": torch.cat([prompt, embeds], 1)}
+
+    def after(self, body: nn.Module, output: Any) -> Any:
+        """Drop the prompt's own outputs, so that the head sees the caller's positions alone."""
+        if not self._new or self.keep:
+            return output
+        drop = lambda hidden: hidden[:, len(self.prompt) :]
+        if isinstance(output, tuple):
+            return (drop(output[0]), *output[1:])
+        output.last_hidden_state = drop(output.last_hidden_state)
+        return output
+
+    def extra_repr(self) -> str:
+        return f"tokens={self.prompt.shape[0]}"
+
+
+class LongerMemory(Prompt):
+    """Before the decoder of an encoder-decoder: its mask of the encoder's output, longer by the prompt."""
+
+    def __init__(self, tokens: int):
+        super().__init__()
+        self.tokens = tokens
+
+    def before(self, body: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        mask: Tensor | None = arguments.get("encoder_attention_mask")
+        if mask is None:
+            return arguments
+        return {**arguments, "encoder_attention_mask": torch.cat([mask.new_ones(len(mask), self.tokens), mask], 1)}

@@ -1,0 +1,39 @@
+"""What the methods that train a model's own parameters share: a choice of parameters becomes trained copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from ..nn import Select
+from .targets import base_of, layers
+
+
+def copies(
+    select_class: type[Select], model: nn.Module, chosen: Callable[[str, nn.Module, str], bool], what: str
+) -> dict[str, Select]:
+    """A ``select_class`` for each layer that has chosen parameters.
+
+    Args:
+        chosen: tells of a layer's name, the layer and a parameter's name in it whether that trains.
+        what: is chosen, for the error.
+
+    Raises:
+        ValueError: nothing is chosen.
+        TypeError: a chosen parameter belongs to a module that contains others, not to a layer.
+    """
+    found: dict[str, Select] = {}
+    for path, module in layers(model):
+        base = base_of(module)
+        leaves = [leaf for leaf, _ in base.named_parameters(recurse=False) if chosen(path, base, leaf)]
+        if not leaves:
+            continue
+        if not path or any(True for _ in base.children()):
+            name = f"{path}.{leaves[0]}".lstrip(".")
+            kind = type(base).__name__
+            raise TypeError(f"{name} is not in a layer but in a {kind} of several; it cannot be selected")
+        found[path] = select_class(base, leaves, path)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no {what} to train")
+    return found
