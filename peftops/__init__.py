@@ -5,12 +5,35 @@ import torch  # noqa: F401  (loads the libraries that _C is linked with)
 from . import _C
 from .integrations import load, load_model, save, summary
 from .methods import activate, attach, detach, disabled, merge, unmerge
+from .methods.bitfit import BitFitConfig
+from .methods.bottleneck import BottleneckConfig
+from .methods.dora import DoRAConfig
+from .methods.glora import GLoRAConfig
+from .methods.head_only import HeadOnlyConfig
+from .methods.ia3 import IA3Config
+from .methods.loftq import LoftQConfig
 from .methods.lora import LoRAConfig
+from .methods.lorafa import LoRAFAConfig
+from .methods.loraplus import loraplus_groups
+from .methods.multilora import MultiLoRAConfig
+from .methods.norm_tuning import NormTuningConfig
+from .methods.olora import OLoRAConfig
+from .methods.pissa import PiSSAConfig
+from .methods.prefix_tuning import PrefixTuningConfig
+from .methods.prompt_tuning import PromptTuningConfig
 from .methods.qlora import QLoRAConfig
+from .methods.surgical import SurgicalConfig, auto_rgn, auto_snr, weighted_groups
+from .methods.tiedlora import TiedLoRAConfig
+from .methods.top_layers import TopLayersConfig
+from .methods.vera import VeRAConfig
 from .ops import NF4Tensor, lora_linear, nf4_dequantize, nf4_linear, nf4_quantize
 
 __version__ = "0.1.0"
 __all__ = [
-    "LoRAConfig", "NF4Tensor", "QLoRAConfig", "activate", "attach", "detach", "disabled", "load", "load_model",
-    "lora_linear", "merge", "nf4_dequantize", "nf4_linear", "nf4_quantize", "save", "summary", "unmerge",
+    "BitFitConfig", "BottleneckConfig", "DoRAConfig", "GLoRAConfig", "HeadOnlyConfig", "IA3Config", "LoRAConfig",
+    "LoRAFAConfig", "LoftQConfig", "MultiLoRAConfig", "NF4Tensor", "NormTuningConfig", "OLoRAConfig", "PiSSAConfig",
+    "PrefixTuningConfig", "PromptTuningConfig", "QLoRAConfig", "SurgicalConfig", "TiedLoRAConfig", "TopLayersConfig",
+    "VeRAConfig", "activate", "attach", "auto_rgn", "auto_snr", "detach", "disabled", "load", "load_model",
+    "lora_linear", "loraplus_groups", "merge", "nf4_dequantize", "nf4_linear", "nf4_quantize", "save", "summary",
+    "unmerge", "weighted_groups",
 ]  # fmt: skip

@@ -35,10 +35,12 @@ def is_linear(module: nn.Module) -> bool:
     return kind_of(base_of(module)) == LINEAR
 
 
-def is_output_layer(model: nn.Module, module: nn.Module) -> bool:
-    """Whether this is the model's head, which "all-linear" leaves out: it is large and often tied."""
+def output_layers(model: nn.Module) -> list[str]:
+    """The model's head, which "all-linear" leaves out: it is large and often tied, or tiny, and a task's own."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return module is head
+    if head is not None:
+        return [name for name, module in model.named_modules() if module is head]
+    return head_of(model) if body_of(model) else []
 
 
 def find_targets(model: nn.Module, target: Target, kinds: Sequence[str] = (LINEAR,)) -> list[str]:
@@ -56,7 +58,8 @@ def find_targets(model: nn.Module, target: Target, kinds: Sequence[str] = (LINEA
     """
     named = [(name, module) for name, module in layers(model) if name]
     if target == ALL_LINEAR:
-        found = [name for name, module in named if is_linear(module) and not is_output_layer(model, module)]
+        outputs = output_layers(model)
+        found = [name for name, module in named if is_linear(module) and name not in outputs]
         if not found:
             raise ValueError(f"target {ALL_LINEAR!r}: the model has no linear layers but its output layer")
         return found

@@ -1,10 +1,10 @@
 """HF PEFT reads our adapters and we read PEFT's: same logits."""
 
+import models
 import pytest
 import torch
 from torch import nn
 
-import models
 import peftops
 from peftops import LoRAConfig
 

@@ -1,0 +1,95 @@
+"""How many parameters train, on the shapes of real models. On the meta device, counts need no memory."""
+
+import pytest
+import torch
+from torch import nn
+
+import peftops
+from peftops import (
+    BottleneckConfig,
+    DoRAConfig,
+    GLoRAConfig,
+    LoRAConfig,
+    LoRAFAConfig,
+    MultiLoRAConfig,
+    NormTuningConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    TiedLoRAConfig,
+    TopLayersConfig,
+    VeRAConfig,
+)  # fmt: skip
+
+qv = ["q_proj", "v_proj"]
+
+
+def llama_3b():
+    """The shapes of Llama-3.2-3B, for which HF PEFT's benchmark publishes counts."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, head_dim=128,
+                         num_attention_heads=24, num_key_value_heads=8, tie_word_embeddings=True)  # fmt: skip
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+def gpt2_medium():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.device("meta"):
+        return GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16))
+
+
+def linear(in_, out, count=1, bias=False):
+    with torch.device("meta"):
+        return nn.ModuleList([nn.Linear(in_, out, bias=bias) for _ in range(count)])
+
+
+
+
+def encoder_block(width):
+    """One block with an attention and a feed-forward part."""
+    with torch.device("meta"):
+        attention = nn.Sequential(nn.Linear(width, width))
+        attention.__class__ = type("SelfAttention", (nn.Sequential,), {})
+        up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        return nn.ModuleList([nn.Sequential(attention, up, down)])
+
+
+@pytest.mark.parametrize("build, config, count", [
+    (llama_3b, LoRAConfig(r=32, target=qv), 9_175_040),
+    (llama_3b, LoRAConfig(r=64, target=qv), 18_350_080),
+    (llama_3b, DoRAConfig(r=32, target=qv), 9_289_728),
+    (llama_3b, LoRAFAConfig(r=32, target=qv), 3_670_016),
+    (llama_3b, VeRAConfig(r=256, target=qv), 129_024),
+    (llama_3b, GLoRAConfig(r=8, target=qv, new_bias=False), 4_587_520),
+    (llama_3b, GLoRAConfig(target=qv, A="vector", B="vector", new_bias=False), 229_376),
+    (llama_3b, PromptTuningConfig(tokens=200), 614_400),
+    (llama_3b, PrefixTuningConfig(tokens=200), 11_468_800),
+    (llama_3b, PrefixTuningConfig(tokens=50), 2_867_200),
+    (llama_3b, NormTuningConfig(), 175_104),
+    (llama_3b, MultiLoRAConfig(r=8, n=3, target=qv), 28 * 3 * (8 * (3072 + 3072 + 3072 + 1024) + 3072 + 1024)),
+    (llama_3b, TopLayersConfig(layers=2), 2 * (2 * 3072**2 + 2 * 3072 * 1024 + 3 * 3072 * 8192 + 2 * 3072) + 3072),
+    (gpt2_medium, PrefixTuningConfig(tokens=10), 491_520),
+    (gpt2_medium, PrefixTuningConfig(tokens=10, hidden=512), 25_750_016),
+    (lambda: linear(4096, 3 * 4096, 32), TiedLoRAConfig(r=8), 524_544),
+    (lambda: linear(4096, 3 * 4096, 32), TiedLoRAConfig.tl5(r=8), 131_072),
+    (lambda: linear(4096, 3 * 4096, 32), TiedLoRAConfig(r=8, train_A=False, train_B=False), 32 * (8 + 3 * 4096)),
+    (lambda: linear(4096, 3 * 4096, 32), LoRAConfig(r=8), 4_194_304),
+    (lambda: linear(64, 96, 1, True), GLoRAConfig(r=4, D="vector", E="vector"),
+     2 * 4 * (64 + 96) + 4 * (64 + 1) + 2 * 96),
+    (lambda: encoder_block(1024), BottleneckConfig(width=24), 49_152 + 24 + 1024),
+    (lambda: encoder_block(1024), BottleneckConfig(width=24, placement="houlsby"), 2 * (49_152 + 24 + 1024)),
+    (lambda: encoder_block(1024), BottleneckConfig(width=24, placement="parallel"), 49_152 + 24 + 1024),
+])  # fmt: skip
+def test_counts_of_real_shapes(build, config, count):
+    model = peftops.attach(build(), config)
+    assert peftops.summary(model).trainable == count
+
+
+def test_five_soft_tokens_of_llama_7b():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1))
+    assert peftops.summary(peftops.attach(model, PromptTuningConfig(tokens=5))).trainable == 20_480
