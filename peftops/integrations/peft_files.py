@@ -24,6 +24,7 @@ from ..nn import PREFIX
 from .files import writable_directory, write_atomically
 
 CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "peftops.json"
+_NOT_ADAPTERS = (".base_layer.weight", ".zeros")
 VERSION = 1  # of peftops.json and of what it says about the tensors
 
 
@@ -53,7 +54,7 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
     fields = {
         **config.to_peft(),
         **targets,
-        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        "task_type": _task(model),
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "inference_mode": True,
         "auto_mapping": None,
@@ -88,7 +89,8 @@ def load(
     fields, own = _read_json(folder / CONFIG), {}
     if (folder / OWN).exists():
         own = _read_json(folder / OWN)
-    tensors = _read_tensors(folder / WEIGHTS)
+    # PEFT also writes what is no adapter's: an embedding's own weight, and zeros where GLoRA has nothing.
+    tensors = {k: t for k, t in _read_tensors(folder / WEIGHTS).items() if not k.endswith(_NOT_ADAPTERS)}
     config = _config(fields, own, quantize)
     field = _target_field(config)
     if field:
@@ -106,6 +108,13 @@ def load(
         detach(model, name)
         raise
     return model
+
+
+def _task(model: nn.Module) -> str | None:
+    """PEFT's name of what a model of transformers does; it needs that for prompts."""
+    if not getattr(model, "can_generate", lambda: False)():
+        return None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def _target_field(config: Any) -> str | None:
