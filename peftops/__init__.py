@@ -7,10 +7,19 @@ from .integrations import load, load_model, save, summary
 from .methods import activate, attach, detach, disabled, merge, unmerge
 from .methods.lora import LoRAConfig
 from .methods.qlora import QLoRAConfig
-from .ops import NF4Tensor, lora_linear, nf4_dequantize, nf4_linear, nf4_quantize
+from .ops import (
+    GroupQuantTensor,
+    NF4Tensor,
+    group_dequantize,
+    group_quantize,
+    lora_linear,
+    nf4_dequantize,
+    nf4_linear,
+    nf4_quantize,
+)
 
 __version__ = "0.1.0"
 __all__ = [
-    "LoRAConfig", "NF4Tensor", "QLoRAConfig", "activate", "attach", "detach", "disabled", "load", "load_model",
-    "lora_linear", "merge", "nf4_dequantize", "nf4_linear", "nf4_quantize", "save", "summary", "unmerge",
+    "GroupQuantTensor", "LoRAConfig", "NF4Tensor", "QLoRAConfig", "activate", "attach", "detach", "disabled",
+    "group_dequantize", "group_quantize", "load", "load_model", "lora_linear", "merge", "nf4_dequantize", "nf4_linear", "nf4_quantize", "save", "summary", "unmerge",
 ]  # fmt: skip

@@ -76,3 +76,19 @@ def _product(a, b):
     low = a * (b & 0xFFFF)
     high = a * (b >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def group_quantize(weight, bits, group_size, symmetric):
+    """Codes [n, k], scales and zeros [n, groups], in float32, for groups that are not constant."""
+    w = weight.float().unflatten(1, (-1, group_size))
+    low, high, top = w.amin(-1), w.amax(-1), 2**bits - 1
+    scales = (2 * torch.maximum(high, -low) if symmetric else high - low) / top
+    zeros = torch.full_like(scales, 2.0 ** (bits - 1)) if symmetric else -low / scales
+    codes = (w * (1 / scales)[..., None] + zeros[..., None]).round().clamp(0, top)
+    return codes.flatten(1).to(torch.uint8), scales, zeros
+
+
+def group_dequantize(codes, scales, zeros):
+    """In the dtype of scales."""
+    q = codes.to(scales.dtype).unflatten(1, (scales.shape[1], -1))
+    return ((q - zeros[..., None]) * scales[..., None]).flatten(1)

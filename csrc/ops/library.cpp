@@ -7,6 +7,8 @@
 
 // Five arguments that are one weight: packed uint8; absmax float32, or uint8 with its scale and offset.
 #define NF4_WEIGHT "Tensor packed, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, int block_size"
+// And five that are a group-quantised one: packed uint8 [out, in * bits / 8]; scales and zeros float32 [out, groups].
+#define GROUP_WEIGHT "Tensor packed, Tensor scales, Tensor zeros, int bits, int group_size"
 
 STABLE_TORCH_LIBRARY(peftops, m) {
   m.def("nf4_quantize(Tensor weight, int block_size) -> (Tensor packed, Tensor absmax)");
@@ -22,9 +24,13 @@ STABLE_TORCH_LIBRARY(peftops, m) {
         " Tensor? seed) -> ()");
   m.def("lora_gradient(Tensor u, Tensor x, ScalarType dtype, bool by_rank, float scale, float dropout_p,"
         " Tensor? seed) -> Tensor");
+  m.def("group_quantize(Tensor weight, int bits, int group_size, bool symmetric)"
+        " -> (Tensor packed, Tensor scales, Tensor zeros)");
+  m.def("group_dequantize(" GROUP_WEIGHT ", ScalarType dtype) -> Tensor");
 }
 
 #undef NF4_WEIGHT
+#undef GROUP_WEIGHT
 
 namespace py = pybind11;
 using namespace peftops::cpu;

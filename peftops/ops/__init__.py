@@ -1,9 +1,15 @@
 """The operators: what a kernel computes, as differentiable functions of tensors."""
 
+from .group_dequantize import group_dequantize
+from .group_quantize import group_quantize
+from .group_tensor import GroupQuantTensor
 from .lora_linear import lora_linear
 from .nf4_dequantize import nf4_dequantize
 from .nf4_linear import nf4_linear
 from .nf4_quantize import nf4_quantize
 from .nf4_tensor import NF4Tensor
 
-__all__ = ["NF4Tensor", "lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize"]
+__all__ = [
+    "GroupQuantTensor", "NF4Tensor", "group_dequantize", "group_quantize", "lora_linear", "nf4_dequantize",
+    "nf4_linear", "nf4_quantize",
+]  # fmt: skip

@@ -1,0 +1,98 @@
+// Compiled once per ISA into namespace peftops::cpu::{scalar,avx2,avx512,avx512bf16}; see CMakeLists.txt.
+//
+// Two passes over kLanes groups of a row: the first reads them from memory for their extremes, the second
+// from cache and codes them. Limit: reading the weight once.
+#include "kernels/group_quantize.h"
+#include "kernels/cpu/group_decode.h"
+
+namespace peftops::cpu::PEFTOPS_ISA {
+namespace {
+
+constexpr float kSmallest = 1e-30f;   // of scales: its reciprocal, and zeros of any weight, stay finite
+
+// n elements of a group; a group shorter than a vector fills it twice, which changes no extreme.
+template <class T> inline Vec load_group(const T* w, int64_t n) {
+  if (n >= kLanes) return load(w);
+  T twice[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) twice[i] = w[i % n];
+  return load(twice);
+}
+
+// What describes each of kLanes groups. `inverse` is what w is multiplied with: 1 / scale, or 0 for codes 0.
+struct Ranges { float scale[kLanes], zero[kLanes], inverse[kLanes]; };
+
+template <class T> void find_ranges(const T* w, int64_t group, int64_t groups, float levels, bool symmetric, Ranges& r) {
+  Int low[kLanes] = {}, high[kLanes] = {}, spoilt[kLanes] = {};
+  for (int64_t g = 0; g < groups; ++g) {
+    Vec least = load_group(w + g * group, group), most = least, nan = least - least;
+    for (int64_t i = kLanes; i < group; i += kLanes) {
+      const Vec v = load(w + g * group + i);
+      least = min(least, v), most = max(most, v), nan = nan + (v - v);   // not 0 only for NaN and infinity
+    }
+    low[g] = as_int(least), high[g] = as_int(most), spoilt[g] = as_int(nan);
+  }
+  transpose(low), transpose(high), transpose(spoilt);   // so that a lane is a group
+  Vec least = as_float(low[0]), most = as_float(high[0]), nan = as_float(spoilt[0]);
+  for (int i = 1; i < kLanes; ++i) {
+    least = min(least, as_float(low[i])), most = max(most, as_float(high[i])), nan = nan + as_float(spoilt[i]);
+  }
+  const Vec widest = max(most, zero() - least);
+  const Vec scale = ((symmetric ? widest + widest : most - least) + nan) / set(levels);
+  store(r.scale, scale);
+  store(r.zero, symmetric ? set((levels + 1) / 2) : (zero() - least) / scale);
+  store(r.inverse, set(1.f) / scale);
+  float constant[kLanes];
+  store(constant, least);
+  for (int64_t g = 0; g < groups; ++g) {
+    if (r.scale[g] >= kSmallest && r.scale[g] <= __FLT_MAX__) continue;
+    const float c = constant[g], size = c < 0 ? -c : c;
+    if (!(r.scale[g] < kSmallest)) {   // NaN or infinite
+      r.scale[g] = r.zero[g] = __builtin_nanf(""), r.inverse[g] = 0;
+    } else if (symmetric || size < kSmallest) {
+      r.scale[g] = 1, r.zero[g] = symmetric ? (levels + 1) / 2 : 0.f, r.inverse[g] = 1;
+    } else {
+      r.scale[g] = size, r.zero[g] = c < 0 ? 1.f : -1.f, r.inverse[g] = 1 / size;
+    }
+  }
+}
+
+// Rounds by adding 2^23, whose last bit is one: the sum's low byte is the code.
+template <int B, class T> void code_group(const T* w, int64_t group, float zero_, float inverse_, uint8_t* packed) {
+  const Vec zero_point = set(zero_), inverse = set(inverse_), top = set((1 << B) - 1);
+  uint8_t codes[kMaxGroup + kLanes];
+  for (int64_t i = 0; i < group; i += kLanes) {
+    const Vec v = load_group(w + i, group) * inverse + zero_point;
+    store_bytes(codes + i, as_int(min(max(v, zero()), top) + set(0x1p23f)));
+  }
+  for (int64_t i = 0; i < group; i += 8) Octet<B>::squeeze(codes + i, packed + i / 8 * B);
+}
+
+template <int B, class T> void quantize_row(const GroupQuantize& a, int64_t row) {
+  const int64_t groups = a.cols / a.group;
+  const T* w = static_cast<const T*>(a.weight) + row * a.cols;
+  for (int64_t g = 0; g < groups; g += kLanes) {
+    const int64_t n = at_most(kLanes, groups - g);
+    Ranges r;
+    find_ranges(w + g * a.group, a.group, n, (1 << B) - 1, a.symmetric, r);
+    memcpy(a.scales + row * groups + g, r.scale, n * sizeof(float));
+    memcpy(a.zeros + row * groups + g, r.zero, n * sizeof(float));
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t col = (g + i) * a.group;
+      code_group<B>(w + col, a.group, r.zero[i], r.inverse[i], a.packed + (row * a.cols + col) / 8 * B);
+    }
+  }
+}
+
+}  // namespace
+
+int64_t group_quantize(const GroupQuantize& a, int64_t begin, int64_t end, void*) {
+  with_bits(a.bits, [&](auto bits) {
+    with_type(a.dtype, [&](auto t) {
+      for (int64_t row = begin; row < end; ++row)
+        quantize_row<decltype(bits)::value, typename decltype(t)::type>(a, row);
+    });
+  });
+  return a.rows;
+}
+
+}  // namespace peftops::cpu::PEFTOPS_ISA
