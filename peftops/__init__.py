@@ -11,6 +11,7 @@ from .ops import (
     GroupQuantTensor,
     NF4Tensor,
     group_dequantize,
+    group_linear,
     group_quantize,
     lora_linear,
     nf4_dequantize,
@@ -21,5 +22,5 @@ from .ops import (
 __version__ = "0.1.0"
 __all__ = [
     "GroupQuantTensor", "LoRAConfig", "NF4Tensor", "QLoRAConfig", "activate", "attach", "detach", "disabled",
-    "group_dequantize", "group_quantize", "load", "load_model", "lora_linear", "merge", "nf4_dequantize", "nf4_linear", "nf4_quantize", "save", "summary", "unmerge",
+    "group_dequantize", "group_linear", "group_quantize", "load", "load_model", "lora_linear", "merge", "nf4_dequantize", "nf4_linear", "nf4_quantize", "save", "summary", "unmerge",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """The operators: what a kernel computes, as differentiable functions of tensors."""
 
 from .group_dequantize import group_dequantize
+from .group_linear import group_linear
 from .group_quantize import group_quantize
 from .group_tensor import GroupQuantTensor
 from .lora_linear import lora_linear
@@ -10,6 +11,6 @@ from .nf4_quantize import nf4_quantize
 from .nf4_tensor import NF4Tensor
 
 __all__ = [
-    "GroupQuantTensor", "NF4Tensor", "group_dequantize", "group_quantize", "lora_linear", "nf4_dequantize",
-    "nf4_linear", "nf4_quantize",
+    "GroupQuantTensor", "NF4Tensor", "group_dequantize", "group_linear", "group_quantize", "lora_linear",
+    "nf4_dequantize", "nf4_linear", "nf4_quantize",
 ]  # fmt: skip

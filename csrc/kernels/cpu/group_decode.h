@@ -19,50 +19,87 @@ template <class F> inline void with_bits(int64_t bits, const F& f) {
 }
 
 // Eight codes of B bits each, as eight bytes and back, in three steps of doubling: fields of 4 B bits in
-// every 32, then 2 B in every 16, then B in every 8.
-template <int B> struct Octet {
+// every 32, then 2 B in every 16, then B in every 8. Plain loops over many, which the compiler vectorises.
+template <int B> struct Octets {
   static constexpr uint64_t kFours = ((1ull << 4 * B) - 1) * 0x0000000100000001;
   static constexpr uint64_t kPairs = ((1ull << 2 * B) - 1) * 0x0001000100010001;
   static constexpr uint64_t kOnes = ((1ull << B) - 1) * 0x0101010101010101;
 
-  static uint64_t spread(const uint8_t* packed) {
-    uint64_t x = 0;
-    memcpy(&x, packed, B);
-    x = (x | x << (32 - 4 * B)) & kFours;
-    x = (x | x << (16 - 2 * B)) & kPairs;
-    return (x | x << (8 - B)) & kOnes;
+  static void spread(const uint8_t* packed, int64_t octets, uint8_t* codes) {
+    for (int64_t i = 0; i < octets; ++i) {
+      uint64_t x = 0;
+      for (int b = 0; b < B; ++b) x |= uint64_t(packed[i * B + b]) << 8 * b;
+      x = (x | x << (32 - 4 * B)) & kFours;
+      x = (x | x << (16 - 2 * B)) & kPairs;
+      x = (x | x << (8 - B)) & kOnes;
+      memcpy(codes + 8 * i, &x, 8);
+    }
   }
-  static void squeeze(const uint8_t* codes, uint8_t* packed) {
-    uint64_t x;
-    memcpy(&x, codes, 8);
-    x = (x | x >> (8 - B)) & kPairs;
-    x = (x | x >> (16 - 2 * B)) & kFours;
-    x |= x >> (32 - 4 * B);
-    memcpy(packed, &x, B);
+  static void squeeze(const uint8_t* codes, int64_t octets, uint8_t* packed) {
+    for (int64_t i = 0; i < octets; ++i) {
+      uint64_t x;
+      memcpy(&x, codes + 8 * i, 8);
+      x = (x | x >> (8 - B)) & kPairs;
+      x = (x | x >> (16 - 2 * B)) & kFours;
+      x |= x >> (32 - 4 * B);
+      for (int b = 0; b < B; ++b) packed[i * B + b] = uint8_t(x >> 8 * b);
+    }
   }
 };
 
 // out[i] = weight[row, col + i] for i < n. Both col and n are multiples of eight, as group sizes are.
 template <int B, class T> void decode_row(const GroupWeight& w, int64_t row, int64_t col, int64_t n, T* out) {
-  constexpr int64_t kChunk = kLanes > 8 ? kLanes : 8;
+  constexpr int64_t kChunk = 1024;   // codes that are spread before any is read: they stay in L1
+  uint8_t spread[kChunk + kLanes];
   const int64_t groups = w.cols / w.group;
-  while (n > 0) {
-    const int64_t group = col / w.group, run = at_most(n, (group + 1) * w.group - col);
-    const Vec scale = set(w.scales[row * groups + group]), zero = set(w.zeros[row * groups + group]);
-    const uint8_t* packed = w.packed + (row * w.cols + col) / 8 * B;
-    for (int64_t i = 0; i < run; i += kChunk) {
-      uint64_t codes[kChunk / 8] = {};
-      const int64_t m = at_most(kChunk, run - i);
-      for (int64_t o = 0; o < m / 8; ++o) codes[o] = Octet<B>::spread(packed + (i / 8 + o) * B);
-      for (int64_t l = 0; l < m; l += kLanes) {
-        const Vec code = to_float(load_bytes(reinterpret_cast<const uint8_t*>(codes) + l));
-        const Vec value = (code - zero) * scale;
-        m - l < kLanes ? store_n(out + i + l, m - l, value) : store(out + i + l, value);
-      }
+  const float *scales = w.scales + row * groups, *zeros = w.zeros + row * groups;
+  for (const int64_t end = col + n; col < end;) {
+    const int64_t stop = at_most(end, col + kChunk);
+    const int64_t begin = col;
+    Octets<B>::spread(w.packed + (row * w.cols + col) / 8 * B, (stop - col) / 8, spread);
+    while (col < stop) {
+      const int64_t group = col / w.group, last = at_most(stop, (group + 1) * w.group);
+      const Vec scale = set(scales[group]), zero = set(zeros[group]);
+      const auto value = [&](int64_t i) { return (to_float(load_bytes(spread + i - begin)) - zero) * scale; };
+      for (; col + kLanes <= last; col += kLanes, out += kLanes) store(out, value(col));
+      if (col < last) store_n(out, last - col, value(col)), out += last - col, col = last;
     }
-    col += run, out += run, n -= run;
   }
 }
+
+// The products read a row in units, one in each lane: 32 bits that hold the next kCodes codes (24 bits hold
+// eight of three bits, 16 bits eight of two).
+template <int B> struct Unit {
+  static constexpr int kCodes = B == 8 ? 4 : 8, kBytes = kCodes * B / 8;
+  static constexpr int64_t kStrip = kCodes * kLanes;   // codes of a whole vector
+
+  static Int load(const uint8_t* p, int64_t n) {
+    if constexpr (kBytes == 4) return n == kLanes ? load_int(p) : load_int_n(p, n);
+    int32_t lane[kLanes] = {};
+    for (int64_t i = 0; i < n; ++i)
+      for (int b = 0; b < kBytes; ++b) lane[i] |= p[i * kBytes + b] << 8 * b;
+    return load_int(lane);
+  }
+
+#if defined(__AVX512F__)
+  // One look-up masks and converts: a table of sixteen repeats itself for codes of less than four bits.
+  struct Table { float at[16]; };
+  static constexpr Table make_table() {
+    Table t = {};
+    for (int i = 0; i < 16; ++i) t.at[i] = float(i & ((1 << B) - 1));
+    return t;
+  }
+  static constexpr Table kTable = make_table();
+  Table16 table{kTable.at};
+
+  Vec code(Int units, int i) const {
+    if constexpr (B <= 4) return table(shift_right(units, B * i));
+    return to_float(shift_right(units, B * i) & set_int((1 << B) - 1));
+  }
+#else
+  Vec code(Int units, int i) const { return to_float(shift_right(units, B * i) & set_int((1 << B) - 1)); }
+#endif
+};
 
 }  // namespace
 }  // namespace peftops::cpu::PEFTOPS_ISA

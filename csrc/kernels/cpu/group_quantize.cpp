@@ -56,40 +56,39 @@ template <class T> void find_ranges(const T* w, int64_t group, int64_t groups, f
   }
 }
 
-// Rounds by adding 2^23, whose last bit is one: the sum's low byte is the code.
-template <int B, class T> void code_group(const T* w, int64_t group, float zero_, float inverse_, uint8_t* packed) {
-  const Vec zero_point = set(zero_), inverse = set(inverse_), top = set((1 << B) - 1);
-  uint8_t codes[kMaxGroup + kLanes];
+// A byte a code. Rounds by adding 2^23, whose last bit is one: the sum's low byte is the code.
+template <class T> void code_group(const T* w, int64_t group, float zero_, float inverse_, float levels, uint8_t* codes) {
+  const Vec zero_point = set(zero_), inverse = set(inverse_), top = set(levels);
   for (int64_t i = 0; i < group; i += kLanes) {
     const Vec v = load_group(w + i, group) * inverse + zero_point;
     store_bytes(codes + i, as_int(min(max(v, zero()), top) + set(0x1p23f)));
   }
-  for (int64_t i = 0; i < group; i += 8) Octet<B>::squeeze(codes + i, packed + i / 8 * B);
 }
 
-template <int B, class T> void quantize_row(const GroupQuantize& a, int64_t row) {
+template <int B, class T> void quantize_row(const GroupQuantize& a, int64_t row, uint8_t* codes) {
+  constexpr float kLevels = (1 << B) - 1;
   const int64_t groups = a.cols / a.group;
-  const T* w = static_cast<const T*>(a.weight) + row * a.cols;
   for (int64_t g = 0; g < groups; g += kLanes) {
-    const int64_t n = at_most(kLanes, groups - g);
+    const int64_t n = at_most(kLanes, groups - g), at = row * groups + g;
+    const T* w = static_cast<const T*>(a.weight) + at * a.group;
     Ranges r;
-    find_ranges(w + g * a.group, a.group, n, (1 << B) - 1, a.symmetric, r);
-    memcpy(a.scales + row * groups + g, r.scale, n * sizeof(float));
-    memcpy(a.zeros + row * groups + g, r.zero, n * sizeof(float));
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t col = (g + i) * a.group;
-      code_group<B>(w + col, a.group, r.zero[i], r.inverse[i], a.packed + (row * a.cols + col) / 8 * B);
-    }
+    find_ranges(w, a.group, n, kLevels, a.symmetric, r);
+    memcpy(a.scales + at, r.scale, n * sizeof(float));
+    memcpy(a.zeros + at, r.zero, n * sizeof(float));
+    for (int64_t i = 0; i < n; ++i)
+      code_group(w + i * a.group, a.group, r.zero[i], r.inverse[i], kLevels, codes + i * a.group);
+    Octets<B>::squeeze(codes, n * a.group / 8, a.packed + at * a.group / 8 * B);
   }
 }
+static_assert(kLanes * kMaxGroup + kLanes <= kScratchBytes);
 
 }  // namespace
 
-int64_t group_quantize(const GroupQuantize& a, int64_t begin, int64_t end, void*) {
+int64_t group_quantize(const GroupQuantize& a, int64_t begin, int64_t end, void* scratch) {
   with_bits(a.bits, [&](auto bits) {
     with_type(a.dtype, [&](auto t) {
       for (int64_t row = begin; row < end; ++row)
-        quantize_row<decltype(bits)::value, typename decltype(t)::type>(a, row);
+        quantize_row<decltype(bits)::value, typename decltype(t)::type>(a, row, static_cast<uint8_t*>(scratch));
     });
   });
   return a.rows;
