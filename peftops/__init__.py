@@ -17,10 +17,13 @@ from .ops import (
     nf4_dequantize,
     nf4_linear,
     nf4_quantize,
+    qalora_linear,
+    qalora_merge,
 )
 
 __version__ = "0.1.0"
 __all__ = [
     "GroupQuantTensor", "LoRAConfig", "NF4Tensor", "QLoRAConfig", "activate", "attach", "detach", "disabled",
-    "group_dequantize", "group_linear", "group_quantize", "load", "load_model", "lora_linear", "merge", "nf4_dequantize", "nf4_linear", "nf4_quantize", "save", "summary", "unmerge",
+    "group_dequantize", "group_linear", "group_quantize", "load", "load_model", "lora_linear", "merge",
+    "nf4_dequantize", "nf4_linear", "nf4_quantize", "qalora_linear", "qalora_merge", "save", "summary", "unmerge",
 ]  # fmt: skip

@@ -29,6 +29,8 @@ STABLE_TORCH_LIBRARY(peftops, m) {
   m.def("group_dequantize(" GROUP_WEIGHT ", ScalarType dtype) -> Tensor");
   m.def("group_linear(Tensor x, " GROUP_WEIGHT ", Tensor? bias, Tensor? u, Tensor? lora_B, float scaling) -> Tensor");
   m.def("group_linear_backward(Tensor g, " GROUP_WEIGHT ", Tensor? v, Tensor? lora_A) -> Tensor");
+  m.def("qalora_shrink(Tensor x, Tensor lora_A, int group_size) -> (Tensor pooled, Tensor u)");
+  m.def("qalora_merge(Tensor scales, Tensor zeros, Tensor lora_A, Tensor lora_B, float factor) -> Tensor");
 }
 
 #undef NF4_WEIGHT

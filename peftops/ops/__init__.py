@@ -9,8 +9,10 @@ from .nf4_dequantize import nf4_dequantize
 from .nf4_linear import nf4_linear
 from .nf4_quantize import nf4_quantize
 from .nf4_tensor import NF4Tensor
+from .qalora_linear import qalora_linear
+from .qalora_merge import qalora_merge
 
 __all__ = [
     "GroupQuantTensor", "NF4Tensor", "group_dequantize", "group_linear", "group_quantize", "lora_linear",
-    "nf4_dequantize", "nf4_linear", "nf4_quantize",
+    "nf4_dequantize", "nf4_linear", "nf4_quantize", "qalora_linear", "qalora_merge",
 ]  # fmt: skip
