@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .group_tensor import GroupQuantTensor
+from .group_tensor import GroupQuantTensor, all_finite
 
 _quantize = torch.ops.peftops.group_quantize.default
 
@@ -40,7 +40,7 @@ def group_quantize(
     if weight.numel() == 0:
         raise ValueError(f"group_quantize: weight is empty, shape {tuple(weight.shape)}")
     packed, scales, zeros = _quantize(weight.detach(), bits, group_size, symmetric)
-    if not torch.compiler.is_compiling() and not weight.is_meta and not scales.isfinite().all():
+    if not torch.compiler.is_compiling() and not weight.is_meta and not all_finite(scales):
         row, group = (~scales.isfinite()).nonzero()[0].tolist()
         raise ValueError(
             f"group_quantize: weight holds a NaN or an infinity (or a span beyond float32), the first in "

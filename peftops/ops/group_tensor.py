@@ -75,9 +75,13 @@ class GroupQuantTensor(PackedTensor):
             raise ValueError(f"{op}: codes must be integers [out, in], not {codes.dtype} {list(codes.shape)}")
         n, k = codes.shape
         if scales.dim() != 2 or scales.shape[0] != n or not 0 < scales.shape[1] <= k or k % scales.shape[1]:
-            raise ValueError(f"{op}: scales must have shape [{n}, groups] with groups a divisor of {k}, not {list(scales.shape)}")
+            raise ValueError(
+                f"{op}: scales must have shape [{n}, groups] with groups a divisor of {k}, not {list(scales.shape)}"
+            )
         if zeros.shape != scales.shape:
-            raise ValueError(f"{op}: zeros must have the shape of scales, {list(scales.shape)}, not {list(zeros.shape)}")
+            raise ValueError(
+                f"{op}: zeros must have the shape of scales, {list(scales.shape)}, not {list(zeros.shape)}"
+            )
         group = k // scales.shape[1]
         if not 8 <= group <= 4096 or group & (group - 1):
             raise ValueError(f"{op}: the group size must be a power of two from 8 to 4096, not {group}")
@@ -100,6 +104,11 @@ class GroupQuantTensor(PackedTensor):
                 f"with_zeros: zeros must be float32 {list(self.scales.shape)}, not {zeros.dtype} {list(zeros.shape)}"
             )
         return GroupQuantTensor(self.packed, self.scales, zeros, self.bits, self.group_size, self.shape, self.dtype)
+
+
+def all_finite(t: Tensor) -> bool:
+    """Whether all elements are: a sum tells, unless it overflows, and is ten times faster than looking at each."""
+    return bool(t.sum().isfinite()) or bool(t.isfinite().all())
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

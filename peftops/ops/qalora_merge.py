@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .group_tensor import GroupQuantTensor
+from .group_tensor import GroupQuantTensor, all_finite
 from .lora_linear import check_lora
 from .qalora_linear import Pool, pool_factor
 
@@ -38,6 +38,8 @@ def qalora_merge(
     check_lora("qalora_merge", weight.shape[0], weight.scales.shape[1], lora_A, lora_B, 0.0)
     factor = scaling * pool_factor("qalora_merge", pool, weight)
     zeros = _merge(weight.scales, weight.zeros, lora_A, lora_B, factor)
-    if not torch.compiler.is_compiling() and not zeros.is_meta and not zeros.isfinite().all():
-        raise ValueError("qalora_merge: a merged zero is not finite; lora_A or lora_B holds a NaN or an infinity, or overflows")
+    if not torch.compiler.is_compiling() and not zeros.is_meta and not all_finite(zeros):
+        raise ValueError(
+            "qalora_merge: a merged zero is not finite; lora_A or lora_B holds a NaN or an infinity, or overflows"
+        )
     return weight.with_zeros(zeros)

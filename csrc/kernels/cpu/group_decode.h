@@ -47,26 +47,6 @@ template <int B> struct Octets {
   }
 };
 
-// out[i] = weight[row, col + i] for i < n. Both col and n are multiples of eight, as group sizes are.
-template <int B, class T> void decode_row(const GroupWeight& w, int64_t row, int64_t col, int64_t n, T* out) {
-  constexpr int64_t kChunk = 1024;   // codes that are spread before any is read: they stay in L1
-  uint8_t spread[kChunk + kLanes];
-  const int64_t groups = w.cols / w.group;
-  const float *scales = w.scales + row * groups, *zeros = w.zeros + row * groups;
-  for (const int64_t end = col + n; col < end;) {
-    const int64_t stop = at_most(end, col + kChunk);
-    const int64_t begin = col;
-    Octets<B>::spread(w.packed + (row * w.cols + col) / 8 * B, (stop - col) / 8, spread);
-    while (col < stop) {
-      const int64_t group = col / w.group, last = at_most(stop, (group + 1) * w.group);
-      const Vec scale = set(scales[group]), zero = set(zeros[group]);
-      const auto value = [&](int64_t i) { return (to_float(load_bytes(spread + i - begin)) - zero) * scale; };
-      for (; col + kLanes <= last; col += kLanes, out += kLanes) store(out, value(col));
-      if (col < last) store_n(out, last - col, value(col)), out += last - col, col = last;
-    }
-  }
-}
-
 // The products read a row in units, one in each lane: 32 bits that hold the next kCodes codes (24 bits hold
 // eight of three bits, 16 bits eight of two).
 template <int B> struct Unit {
@@ -100,6 +80,34 @@ template <int B> struct Unit {
   Vec code(Int units, int i) const { return to_float(shift_right(units, B * i) & set_int((1 << B) - 1)); }
 #endif
 };
+
+// out[i] = weight[row, col + i] for i < n. Both col and n are multiples of eight, as group sizes are.
+template <int B, class T> void decode_row(const GroupWeight& w, int64_t row, int64_t col, int64_t n, T* out) {
+  const int64_t groups = w.cols / w.group, end = col + n;
+  const float *scales = w.scales + row * groups, *zeros = w.zeros + row * groups;
+  const Unit<B> unit;
+  // From `col` to `stop`, group by group: codes_at(i) holds the codes of columns i on, one a lane.
+  const auto decode = [&](int64_t stop, const auto& codes_at) {
+    while (col < stop) {
+      const int64_t group = col / w.group, last = at_most(stop, (group + 1) * w.group);
+      const Vec scale = set(scales[group]), zero = set(zeros[group]);
+      const auto value = [&](int64_t i) { return (unit.code(codes_at(i), 0) - zero) * scale; };
+      for (; col + kLanes <= last; col += kLanes, out += kLanes) store(out, value(col));
+      if (col < last) store_n(out, last - col, value(col)), out += last - col, col = last;
+    }
+  };
+  const uint8_t* packed = w.packed + row * w.cols / 8 * B;
+  if constexpr (B == 4) {
+    if (w.group >= kLanes) return decode(end, [&](int64_t i) { return unpack_codes<false>(packed + i / 2); });
+  }
+  constexpr int64_t kChunk = 1024;   // codes that are spread before any is read: they stay in L1
+  uint8_t spread[kChunk + kLanes];
+  while (col < end) {
+    const int64_t begin = col, stop = at_most(end, col + kChunk);
+    Octets<B>::spread(packed + col / 8 * B, (stop - col) / 8, spread);
+    decode(stop, [&](int64_t i) { return load_bytes(spread + i - begin); });
+  }
+}
 
 }  // namespace
 }  // namespace peftops::cpu::PEFTOPS_ISA

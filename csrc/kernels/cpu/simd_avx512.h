@@ -109,9 +109,10 @@ inline void pack_codes(uint8_t* p, Int first, Int second) {
 }
 
 // One vector of codes, in order. Bits above the low four of a lane are left as they come: Table16 ignores them.
-inline Int unpack_codes(const uint8_t* p) {
+template <bool kHighFirst = true> inline Int unpack_codes(const uint8_t* p) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_srli_epi16(bytes, 4), bytes));
+  const __m128i high = _mm_srli_epi16(bytes, 4);
+  return _mm512_cvtepu8_epi32(kHighFirst ? _mm_unpacklo_epi8(high, bytes) : _mm_unpacklo_epi8(bytes, high));
 }
 
 }  // namespace

@@ -117,7 +117,9 @@ inline void pack_codes(uint8_t* p, Int first, Int second) {
 }
 
 // One vector of codes, in order. Bits above the low four of a lane are left as they come: Table16 ignores them.
-inline Int unpack_codes(const uint8_t* p) { return Int{p[0] >> 4, p[0], p[1] >> 4, p[1]}; }
+template <bool kHighFirst = true> inline Int unpack_codes(const uint8_t* p) {
+  return kHighFirst ? Int{p[0] >> 4, p[0], p[1] >> 4, p[1]} : Int{p[0], p[0] >> 4, p[1], p[1] >> 4};
+}
 
 }  // namespace
 }  // namespace peftops::cpu::PEFTOPS_ISA
