@@ -25,6 +25,7 @@ struct GroupLinear {
   void* y;               // [m, n]
   int64_t m, r;
   float scaling;
+  bool int8;             // x may be rounded to int8, see cpu/group_int8.h
   DType dtype;           // of x and y
   DType bias_dtype, b_dtype;
 };

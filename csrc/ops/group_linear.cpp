@@ -7,7 +7,7 @@ namespace {
 // y = x W^T + bias + scaling * u lora_B^T
 Tensor group_linear_cpu(const Tensor& x_, const Tensor& packed, const Tensor& scales, const Tensor& zeros,
                         int64_t bits, int64_t group, const std::optional<Tensor>& bias_,
-                        const std::optional<Tensor>& u_, const std::optional<Tensor>& b_, double scaling) {
+                        const std::optional<Tensor>& u_, const std::optional<Tensor>& b_, double scaling, bool int8) {
   constexpr const char* kOp = "group_linear";
   const GroupParts w(kOp, packed, scales, zeros, bits, group);
   const int64_t n = w.weight.rows;
@@ -20,6 +20,7 @@ Tensor group_linear_cpu(const Tensor& x_, const Tensor& packed, const Tensor& sc
   args.x = x.const_data_ptr();
   args.y = y.mutable_data_ptr();
   args.m = m;
+  args.int8 = int8;
   args.dtype = dtype_of(kOp, "x", x);
   if (bias_) {
     bias = as_contiguous(*bias_);

@@ -27,7 +27,8 @@ STABLE_TORCH_LIBRARY(peftops, m) {
   m.def("group_quantize(Tensor weight, int bits, int group_size, bool symmetric)"
         " -> (Tensor packed, Tensor scales, Tensor zeros)");
   m.def("group_dequantize(" GROUP_WEIGHT ", ScalarType dtype) -> Tensor");
-  m.def("group_linear(Tensor x, " GROUP_WEIGHT ", Tensor? bias, Tensor? u, Tensor? lora_B, float scaling) -> Tensor");
+  m.def("group_linear(Tensor x, " GROUP_WEIGHT ", Tensor? bias, Tensor? u, Tensor? lora_B, float scaling, bool int8)"
+        " -> Tensor");
   m.def("group_linear_backward(Tensor g, " GROUP_WEIGHT ", Tensor? v, Tensor? lora_A) -> Tensor");
   m.def("qalora_shrink(Tensor x, Tensor lora_A, int group_size) -> (Tensor pooled, Tensor u)");
   m.def("qalora_merge(Tensor scales, Tensor zeros, Tensor lora_A, Tensor lora_B, float factor) -> Tensor");

@@ -45,7 +45,7 @@ class _QALoRALinear(torch.autograd.Function):
         ctx.save_for_backward(pooled, u, lora_A, lora_B, *weight[:3])
         ctx.settings, ctx.factor = weight[3:], factor
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _linear(x, *weight, bias, u, lora_B, factor)
+        return _linear(x, *weight, bias, u, lora_B, factor, False)
 
     @staticmethod
     @once_differentiable
@@ -109,4 +109,4 @@ def qalora_linear(
     if torch.is_grad_enabled():
         return _QALoRALinear.apply(x, bias, lora_A, lora_B, weight._arguments, factor)
     _, u = _pool_and_shrink(x, lora_A, weight.group_size)
-    return _linear(x, *weight._arguments, bias, u, lora_B, factor)
+    return _linear(x, *weight._arguments, bias, u, lora_B, factor, False)

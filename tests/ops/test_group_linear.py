@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 import peftops
 from group_layer import FEW, GroupLayer
-from numerics import FP32, assert_sums
+from numerics import FP32, assert_sums, segment_max
 from peftops import _C
 from strategies import bit_widths, dtypes, grouped_ins, layouts, normal, outs, rows, seeds, strided
 
@@ -80,9 +80,9 @@ def test_a_nan_group_spoils_its_row_and_columns_only(device):
     packed, scales, zeros, bits, group = peftops.group_quantize(torch.randn(64, 64, device=device))._arguments
     scales[20, 1] = float("nan")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for m in (1, 8, 20):
+        for m, int8 in ((1, False), (8, False), (20, False), (20, True)):
             x = torch.randn(m, 64, device=device).to(dtype)
-            y = torch.ops.peftops.group_linear(x, packed, scales, zeros, bits, group, None, None, None, 1.0)
+            y = torch.ops.peftops.group_linear(x, packed, scales, zeros, bits, group, None, None, None, 1.0, int8)
             assert y[:, 20].isnan().all() and y.isnan().sum() == m
             dx = torch.ops.peftops.group_linear_backward(x, packed, scales, zeros, bits, group, None, None)
             assert dx[:, 32:].isnan().all() and dx[:, :32].isfinite().all()
@@ -135,7 +135,8 @@ def test_registration(device, layout):
     A, B = torch.randn(4, 3, device=device), torch.randn(64, 4, device=device)
     weight = layer.weight._arguments
     op = torch.ops.peftops
-    torch.library.opcheck(op.group_linear.default, (x, *weight, None, u, B, 0.5))
+    torch.library.opcheck(op.group_linear.default, (x, *weight, None, u, B, 0.5, False))
+    torch.library.opcheck(op.group_linear.default, (x, *weight, None, None, None, 1.0, True))
     torch.library.opcheck(op.group_linear_backward.default, (g, *weight, v, A))
 
 
@@ -179,6 +180,8 @@ def test_bad_input(device):
         call(x, weight, torch.zeros(63, device=device))
     with pytest.raises(ValueError, match="weight requires a gradient"):
         call(x, torch.nn.Parameter(weight))
+    with pytest.raises(ValueError, match="group_linear: compute must be 'float' or 'int8', not 'int4'"):
+        call(x, weight, compute="int4")
     v, A = torch.randn(7, 4, device=device), torch.randn(4, 5, device=device)
     with pytest.raises(RuntimeError, match=r"lora_A must have shape \[4, groups\] with groups a divisor of 96"):
         torch.ops.peftops.group_linear_backward(torch.randn(7, 64, device=device), *weight._arguments, v, A)
@@ -212,3 +215,66 @@ def test_backward_of_a_repeated_factor(device, m, n, group_k, bits, dtype, seed)
         want = layer.g.double() @ layer.dense + v.double() @ repeated
         size = layer.g.double().abs() @ layer.size + v.double().abs() @ repeated.abs()
         assert_sums(dx, want, size, n + 11, layer.narrow_backward())
+
+
+def int8_error(layer, m):
+    """What rounding x to int8 may add: half a step of each row's segment."""
+    if m <= FEW:
+        return 0.0
+    step = segment_max(layer.x.detach().double(), -1, min(layer.weight.group_size, 128)) / 127
+    return (step / 2 * (1 + 4 * FP32)) @ layer.dense.abs().T
+
+
+@given(n=outs, group_k=grouped_ins(), m=rows, bits=bit_widths, dtype=dtypes, bias=st.booleans(), layout=layouts,
+       offset=st.sampled_from([0.0, 0.0, 5.0]), seed=seeds)  # fmt: skip
+def test_int8_matches_reference(device, n, group_k, m, bits, dtype, bias, layout, offset, seed):
+    group, k = group_k
+    layer = GroupLayer(device, n, k, (m,), dtype, seed, bits=bits, group=group, bias=bias, layout=layout, offset=offset)
+    y = layer(compute="int8")
+    want, _ = layer.reference()
+    size, _ = layer.magnitudes()
+    assert_sums(y, want, size, k + 8, int8_error(layer, m))
+    dx, dx_float = (torch.autograd.grad(t, layer.x, layer.g)[0] for t in (y, layer()))
+    assert torch.equal(dx, dx_float)
+
+
+@given(n=st.sampled_from([1, 33, 96]), group_k=grouped_ins(), bits=bit_widths, seed=seeds)
+def test_int8_is_exact_where_x_is_whole(device, n, group_k, bits, seed):
+    """With a maximum of 127 in every group nothing is rounded: what remains is fp32."""
+    group, k = group_k
+    layer = GroupLayer(device, n, k, (9,), torch.float32, seed, bits=bits, group=group)
+    with torch.no_grad():
+        layer.x.copy_((20 * layer.x).round().clamp(-127, 127))
+        layer.x[:, :: min(group, 128)] = 127
+    assert_sums(layer(compute="int8"), *(f()[0] for f in (layer.reference, layer.magnitudes)), k + 8)
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_int8_error_is_what_the_docstring_says(device, group):
+    layer = GroupLayer(device, 512, 2048, (64,), torch.float32, 3, group=group)
+    with torch.no_grad():
+        want = layer.x.double() @ layer.dense.T
+        error = ((layer(compute="int8").double() - want).norm() / want.norm()).item()
+    assert 0.003 < error < (0.0055 if group == 32 else 0.0075)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e-38])
+def test_int8_leaves_what_it_cannot_hold_to_fp32(device, dtype, bad):
+    layer = GroupLayer(device, 64, 320, (9,), dtype, 5)
+    with torch.no_grad():
+        layer.x[8] = 0
+        layer.x[8, 70] = bad
+    y, want = layer(compute="int8"), layer()
+    assert torch.allclose(y[:8].float(), want[:8].float(), rtol=0, atol=0.1 * float(want[:8].detach().abs().max()))
+    assert torch.equal(y[8].isnan(), want[8].isnan()) and torch.equal(y[8].isinf(), want[8].isinf())
+    assert_sums(y[8].nan_to_num(0, 0, 0), want[8].double().nan_to_num(0, 0, 0), want[8].double().abs().nan_to_num(0, 0, 0), 8)
+
+
+def test_int8_same_bits_for_any_number_of_threads(device, threads):
+    layer = GroupLayer(device, 333, 1024, (300,), torch.float32, 1)
+    runs = []
+    for count in (1, 2, 3):
+        threads(count)
+        runs.append(layer(compute="int8"))
+    assert all(torch.equal(runs[0], run) for run in runs)

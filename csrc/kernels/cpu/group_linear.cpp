@@ -1,12 +1,15 @@
 // Compiled once per ISA into namespace peftops::cpu::{scalar,avx2,avx512,avx512bf16}; see CMakeLists.txt.
 //
-// Four ways to the same product, by the number of rows and the dtype:
+// Five ways to the same product, by the number of rows, the dtype and what the caller allows:
 //   up to 4 rows             dot products straight from the codes (group_dot.h), in fp32
+//   int8 allowed             codes as they are, x rounded to int8 (group_int8.h)
 //   bf16 x, AVX512-BF16      panels decoded to bf16 (product_bf16.h)
 //   16-bit x, AVX-512        panels decoded to int16 (product_int16.h)
 //   otherwise                panels decoded to fp32 (product.h)
 #include "kernels/group_linear.h"
+#include "kernels/cpu/group_columns.h"
 #include "kernels/cpu/group_dot.h"
+#include "kernels/cpu/group_int8.h"
 #if defined(__AVX512F__)
 #include "kernels/cpu/product_int16.h"
 #endif
@@ -17,47 +20,8 @@
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
-// Rows of the weight as columns of P, decoded: units of kLanes rows are transposed, so that a shift and a
-// conversion leave one column of the weight, one row a lane.
-template <int V, int B> struct GroupColumns {
-  const GroupWeight& w;
-  Unit<B> unit;
-
-  void pack(int64_t col, int64_t t, int64_t steps, float* out) const {
-    const int64_t groups = w.cols / w.group;
-    for (int v = 0; v < V; ++v, col += kLanes) {
-      // Lanes past the last row take the last row again.
-      const int64_t first = at_most(col, w.rows - 1), more = w.rows - 1 - first;
-      int32_t offset[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) offset[i] = int32_t(at_most(i, more) * groups);
-      const Int lane_groups = load_int(offset);
-      Vec scale = zero(), zero_point = zero();
-      for (int64_t k = 0; k < steps; k += Unit<B>::kStrip) {
-        const int64_t units = at_most(kLanes, (steps - k) / Unit<B>::kCodes);
-        Int q[kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) {
-          const uint8_t* p = w.packed + ((first + at_most(i, more)) * w.cols + t + k) / 8 * B;
-          __builtin_prefetch(p + kDepth / 8 * B);   // where the next panel begins
-          q[i] = Unit<B>::load(p, units);
-        }
-        transpose(q);
-        for (int64_t d = 0; d < units; ++d) {
-          const int64_t step = k + d * Unit<B>::kCodes;
-          if (step == 0 || (t + step) % w.group == 0) {
-            const int64_t group = first * groups + (t + step) / w.group;
-            scale = gather(w.scales + group, lane_groups), zero_point = gather(w.zeros + group, lane_groups);
-          }
-#pragma GCC unroll 8
-          for (int i = 0; i < Unit<B>::kCodes; ++i)
-            store(out + ((step + i) * V + v) * kLanes, (unit.code(q[d], i) - zero_point) * scale);
-        }
-      }
-    }
-  }
-};
-
 template <class T, int B>
-void multiply(const GroupLinear& a, const Block& b, const Scratch& s, [[maybe_unused]] bool int16 = true) {
+void multiply(const GroupLinear& a, const Block& b, const Scratch& s, bool narrow = true) {
   const GroupWeight& w = a.weight;
   const T* x = static_cast<const T*>(a.x);
   if (a.r)
@@ -69,6 +33,8 @@ void multiply(const GroupLinear& a, const Block& b, const Scratch& s, [[maybe_un
   const GroupColumns<2, B> columns{w, {}};
   const bool few = a.m <= kDotRows;
   if (few && is_moderate(x, a.m * w.cols)) return accumulate_dot<B>(b, w, x, s);
+  const auto exactly = [&](const Block& row, const Scratch& at) { multiply<T, B>(a, row, at, false); };
+  if (a.int8 && narrow && !few) return accumulate_int8<B>(b, w, x, s, exactly);
 #if defined(__AVX512BF16__)
   if constexpr (is_bf16<T>)
     if (!few) return accumulate_bf16(b, w.cols, x, w.cols, AsBf16<2, GroupColumns<2, B>>{columns}, s);
@@ -76,10 +42,9 @@ void multiply(const GroupLinear& a, const Block& b, const Scratch& s, [[maybe_un
 #if defined(__AVX512F__)
   using Narrow = AsInt16<GroupColumns<2, B>>;
   if constexpr (sizeof(T) == 2)
-    if (int16 && !few && w.cols % 32 == 0) {
-      const Narrow narrow{columns, Narrow::segment_of(w.cols)};
-      return accumulate16(b, w.cols, narrow.segment, x, w.cols, narrow, s,
-                          [&](const Block& row, const Scratch& at) { multiply<T, B>(a, row, at, false); });
+    if (narrow && !few && w.cols % 32 == 0) {
+      const Narrow right{columns, Narrow::segment_of(w.cols)};
+      return accumulate16(b, w.cols, right.segment, x, w.cols, right, s, exactly);
     }
 #endif
   accumulate<2>(b, w.cols, Rows<T>{x, w.cols}, columns, s);
