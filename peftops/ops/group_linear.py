@@ -67,16 +67,17 @@ def group_linear(
     of the rounding of the result. The result has the same bits for any number of threads. Backward keeps
     nothing of ``x``.
 
-    ``compute="int8"`` is faster from five rows on, and less exact: ``x`` is rounded to 8 bits, with a maximum
-    for each row and group (or 128 columns of it); codes, scales, zeros and sums stay as they are. Normal
-    activations come out with a relative error of 0.5 % (group 32) to 0.7 % (128 and more), root of the mean square.
-    An outlier costs its own group the precision of the rest. The gradient is that of ``compute="float"``.
+    ``compute="int8"`` allows ``x`` to be rounded to 8 bits, with a maximum for each row and group (or 128
+    columns of it); codes, scales, zeros and sums stay as they are. Normal activations come out with a relative
+    error of 0.5 % (group 32) to 0.7 % (128 and more), root of the mean square; an outlier costs its own group
+    the precision of the rest. It is done where it is faster: from five rows on, and with AVX2 in groups of
+    128 and more. The gradient is that of ``compute="float"``.
 
     Args:
         x: float32, bfloat16 or float16, ``[..., in]``; any strides.
         weight: ``[out, in]``, frozen; from :func:`peftops.group_quantize`.
         bias: ``[out]`` of any float dtype, or None.
-        compute: ``"float"``, or ``"int8"`` for rounded activations.
+        compute: ``"float"``, or ``"int8"`` to allow rounded activations.
 
     Returns:
         ``[..., out]`` in x's dtype. Differentiable once in ``x`` and ``bias``.

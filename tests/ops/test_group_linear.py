@@ -255,7 +255,10 @@ def test_int8_error_is_what_the_docstring_says(device, group):
     with torch.no_grad():
         want = layer.x.double() @ layer.dense.T
         error = ((layer(compute="int8").double() - want).norm() / want.norm()).item()
-    assert 0.003 < error < (0.0055 if group == 32 else 0.0075)
+    if _C.isa() == "avx2" and group == 32:  # where fp32 is faster, it is used
+        assert error < 1e-5
+    else:
+        assert 0.003 < error < (0.0055 if group == 32 else 0.0075)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

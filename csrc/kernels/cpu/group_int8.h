@@ -19,12 +19,15 @@ constexpr int64_t kMostInt8Segment = 128;   // columns that share a maximum; lon
 
 #if defined(__AVX512F__)
 constexpr int kTileRows8 = 6, kPerDword = 4;
+constexpr int64_t kLeastInt8Group = kMinGroup;
 inline Int dot_add(Int sum, Int codes, Int x) { return _mm512_dpbusd_epi32(sum, codes, x); }
 #elif defined(__AVX2__)
 constexpr int kTileRows8 = 3, kPerDword = 2;
+constexpr int64_t kLeastInt8Group = 128;   // in shorter groups the scales cost what vpmaddwd saves: fp32 is faster
 inline Int dot_add(Int sum, Int codes, Int x) { return _mm256_add_epi32(sum, _mm256_madd_epi16(codes, x)); }
 #else
 constexpr int kTileRows8 = 2, kPerDword = 4;
+constexpr int64_t kLeastInt8Group = kMinGroup;
 inline Int dot_add(Int sum, Int codes, Int x) {
   for (int i = 0; i < 32; i += 8) sum += (shift_right(codes, i) & 255) * (shift_left(x, 24 - i) >> 24);
   return sum;
@@ -85,44 +88,66 @@ inline void pack_left8(const int32_t* whole, int64_t n, int32_t* out) {
   for (int64_t i = 0; i < n; i += kLanes)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i / kPerDword),
                      _mm_shuffle_epi8(_mm512_cvtepi32_epi8(load_int(whole + i)), order));
+#elif defined(__AVX2__)
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Int all = load_int(whole + i);
+    const __m128i high = _mm_slli_epi32(_mm256_extracti128_si256(all, 1), 16);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i / kPerDword),
+                     _mm_blend_epi16(_mm256_castsi256_si128(all), high, 0xaa));
+  }
 #else
-  constexpr uint32_t kMask = kPerDword == 4 ? 0xff : 0xffff;
-  for (int64_t i = 0; i < n; i += 8)
+  for (int64_t i = 0; i < n; i += 2 * kLanes)
     for (int d = 0; d < kDwords; ++d) {
       uint32_t all = 0;
-      for (int j = 0; j < kPerDword; ++j) all |= (uint32_t(whole[i + d + kDwords * j]) & kMask) << (32 / kPerDword * j);
+      for (int j = 0; j < kPerDword; ++j) all |= (uint32_t(whole[i + d + kDwords * j]) & 0xff) << 8 * j;
       out[i / kPerDword + d] = int32_t(all);
     }
 #endif
 }
 
-// A tile of A. False for a row that int8 cannot hold: with a NaN, an infinity, or so small that 1 / max overflows.
-template <class T> bool pack_row8(const T* x, int64_t steps, int64_t segment, int32_t* out, float* scales, float* sums) {
-  int32_t whole[kDepth + kLanes] = {};
-  bool fits = true;
-  for (int64_t s = 0; s < steps / segment; ++s, x += segment) {
-    Vec most = zero(), spoilt = zero();
-    each_vector(segment, [&](int64_t i, int64_t n) {
-      const Vec v = load_upto(x + i, n);
-      most = max(most, abs(v)), spoilt = spoilt + (v - v);   // not 0 for NaN and infinity
+// A tile of A, kLanes segments at a time, so that their maxima and sums are found side by side. `fits` becomes
+// false for a row that int8 cannot hold: with a NaN, an infinity, or so small that 1 / max overflows.
+template <class T>
+void pack_tile8(const T* x, int64_t ldx, int64_t rows, int64_t steps, int64_t segment, const Scratch8& to, bool* fits) {
+  int32_t whole[kTileRows8][kDepth + kLanes];
+  const int64_t segments = steps / segment, count = rows * segments;
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const int64_t n = at_most(kLanes, count - first);
+    Int most[kLanes] = {}, sum[kLanes] = {};
+    const auto each = [&](const auto& f) {
+      for (int64_t i = 0; i < n; ++i) f(i, (first + i) / segments, (first + i) % segments);
+    };
+    each([&](int64_t i, int64_t row, int64_t s) {
+      Int all = as_int(zero());   // as integers, so that a NaN is the largest
+      each_vector(segment, [&](int64_t k, int64_t m) {
+        all = max_int(all, as_int(abs(load_upto(x + row * ldx + s * segment + k, m))));
+      });
+      most[i] = all;
     });
-    float lane[kLanes], bad[kLanes], largest = 0, all = 0;
-    store(lane, most), store(bad, spoilt);
-    for (int i = 0; i < kLanes; ++i) largest = lane[i] > largest ? lane[i] : largest, all += bad[i];
-    fits &= all == 0 && (largest == 0 || largest > 1e-30f);
-    const Vec inverse = set(largest > 1e-30f ? kInt8Factor / largest : 0.f);
-    Vec sum = zero();
-    each_vector(segment, [&](int64_t i, int64_t n) {
-      const Vec rounded = load_upto(x + i, n) * inverse + set(kRound);
-      store_int(whole + s * segment + i, as_int(rounded));
-      sum = sum + (rounded - set(kRound));   // lanes past n hold zeros
+    transpose(most);   // so that a lane is a segment
+    for (int i = 1; i < kLanes; ++i) most[0] = max_int(most[0], most[i]);
+    float largest[kLanes];
+    store(largest, as_float(most[0]));
+    each([&](int64_t i, int64_t row, int64_t s) {
+      const bool usable = largest[i] > 1e-30f && largest[i] <= __FLT_MAX__;
+      fits[row] &= usable || largest[i] == 0;
+      to.left_scales[row * kSegments8 + s] = largest[i] / kInt8Factor;
+      const Vec inverse = set(usable ? kInt8Factor / largest[i] : 0.f);
+      Vec total = zero();
+      each_vector(segment, [&](int64_t k, int64_t m) {
+        const Vec rounded = load_upto(x + row * ldx + s * segment + k, m) * inverse + set(kRound);
+        store_int(&whole[row][s * segment + k], as_int(rounded));
+        total = total + (rounded - set(kRound));   // lanes past m hold zeros
+      });
+      sum[i] = as_int(total);
     });
-    store(lane, sum);
-    scales[s] = largest / kInt8Factor, sums[s] = 0;
-    for (float l : lane) sums[s] += l;
+    transpose(sum);
+    Vec total = as_float(sum[0]);
+    for (int i = 1; i < kLanes; ++i) total = total + as_float(sum[i]);
+    store(largest, total);
+    each([&](int64_t i, int64_t row, int64_t s) { to.left_sums[row * kSegments8 + s] = largest[i]; });
   }
-  pack_left8(whole, steps, out);
-  return fits;
+  for (int64_t i = 0; i < rows; ++i) pack_left8(whole[i], steps, to.left + i * kStride8);
 }
 
 template <int R>
@@ -135,14 +160,16 @@ void tile8(const int32_t* a, const float* a_scales, const float* a_sums, const i
     Int dot[R][2];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) dot[i][0] = dot[i][1] = as_int(zero());
-    for (int64_t t = 0; t < dwords; ++t, p += 2 * kLanes) {
-      const Int b0 = load_int(p), b1 = load_int(p + kLanes);
+    for (int64_t t = 0; t < dwords; t += kDwords, p += kDwords * 2 * kLanes)
+#pragma GCC unroll 4
+      for (int d = 0; d < kDwords; ++d) {
+        const Int b0 = load_int(p + d * 2 * kLanes), b1 = load_int(p + (d * 2 + 1) * kLanes);
 #pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) {
-        const Int x = set_int(a[i * kStride8 + t]);
-        dot[i][0] = dot_add(dot[i][0], b0, x), dot[i][1] = dot_add(dot[i][1], b1, x);
+        for (int i = 0; i < R; ++i) {
+          const Int x = set_int(a[i * kStride8 + t + d]);
+          dot[i][0] = dot_add(dot[i][0], b0, x), dot[i][1] = dot_add(dot[i][1], b1, x);
+        }
       }
-    }
     const Vec s0 = load(p_scales), s1 = load(p_scales + kLanes), z0 = load(p_zeros), z1 = load(p_zeros + kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
@@ -178,9 +205,7 @@ void accumulate_int8(const Block& b, const GroupWeight& w, const T* x, const Scr
       pack_panel8<B>(w, b.col + j * kWidth, t, steps, segment, s.panels + j * kDepth / kPerDword * kWidth,
                      s.scales + j * kSegments8 * kWidth, s.zeros + j * kSegments8 * kWidth);
     each_tile(b.rows, kTileRows8, [&](int64_t row, int64_t rows) {
-      for (int64_t i = 0; i < rows; ++i)
-        fits[row + i] &= pack_row8(x + (b.row + row + i) * w.cols + t, steps, segment, s.left + i * kStride8,
-                                   s.left_scales + i * kSegments8, s.left_sums + i * kSegments8);
+      pack_tile8(x + (b.row + row) * w.cols + t, w.cols, rows, steps, segment, s, fits + row);
       for (int64_t j = 0; j < b.panels; ++j)
         tile8_of(rows, s.left, s.left_scales, s.left_sums, s.panels + j * kDepth / kPerDword * kWidth,
                  s.scales + j * kSegments8 * kWidth, s.zeros + j * kSegments8 * kWidth, steps / segment,

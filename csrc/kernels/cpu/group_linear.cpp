@@ -2,7 +2,7 @@
 //
 // Five ways to the same product, by the number of rows, the dtype and what the caller allows:
 //   up to 4 rows             dot products straight from the codes (group_dot.h), in fp32
-//   int8 allowed             codes as they are, x rounded to int8 (group_int8.h)
+//   int8 allowed and faster  codes as they are, x rounded to int8 (group_int8.h)
 //   bf16 x, AVX512-BF16      panels decoded to bf16 (product_bf16.h)
 //   16-bit x, AVX-512        panels decoded to int16 (product_int16.h)
 //   otherwise                panels decoded to fp32 (product.h)
@@ -34,7 +34,8 @@ void multiply(const GroupLinear& a, const Block& b, const Scratch& s, bool narro
   const bool few = a.m <= kDotRows;
   if (few && is_moderate(x, a.m * w.cols)) return accumulate_dot<B>(b, w, x, s);
   const auto exactly = [&](const Block& row, const Scratch& at) { multiply<T, B>(a, row, at, false); };
-  if (a.int8 && narrow && !few) return accumulate_int8<B>(b, w, x, s, exactly);
+  if (a.int8 && narrow && !few && w.group >= kLeastInt8Group)
+    return accumulate_int8<B>(b, w, x, s, exactly);
 #if defined(__AVX512BF16__)
   if constexpr (is_bf16<T>)
     if (!few) return accumulate_bf16(b, w.cols, x, w.cols, AsBf16<2, GroupColumns<2, B>>{columns}, s);
