@@ -24,7 +24,7 @@ STABLE_TORCH_LIBRARY(peftops, m) {
         " Tensor? seed) -> ()");
   m.def("lora_gradient(Tensor u, Tensor x, ScalarType dtype, bool by_rank, float scale, float dropout_p,"
         " Tensor? seed) -> Tensor");
-  m.def("group_quantize(Tensor weight, int bits, int group_size, bool symmetric)"
+  m.def("group_quantize(Tensor weight, int bits, int group_size, bool symmetric, int narrower)"
         " -> (Tensor packed, Tensor scales, Tensor zeros)");
   m.def("group_dequantize(" GROUP_WEIGHT ", ScalarType dtype) -> Tensor");
   m.def("group_linear(Tensor x, " GROUP_WEIGHT ", Tensor? bias, Tensor? u, Tensor? lora_B, float scaling, bool int8)"

@@ -89,7 +89,7 @@ def test_a_weight_that_is_not_finite_raises_and_says_where(device, bad, dtype, s
     begin = 69 // group * group
     with pytest.raises(ValueError, match=rf"NaN or an infinity.*row 3, columns {begin} to {begin + group - 1}$"):
         peftops.group_quantize(weight.to(device), symmetric=symmetric, group_size=group)
-    packed, scales, zeros = torch.ops.peftops.group_quantize(weight.to(device), 4, group, symmetric)
+    packed, scales, zeros = torch.ops.peftops.group_quantize(weight.to(device), 4, group, symmetric, 0)
     dense = torch.ops.peftops.group_dequantize(packed, scales, zeros, 4, group, torch.float32)
     assert dense[3, begin : begin + group].isnan().all() and dense.isnan().sum() == group
 
@@ -120,6 +120,11 @@ def test_bad_input(device):
         peftops.group_quantize(torch.randn(8, 96, device=device), group_size=64)
     with pytest.raises(RuntimeError, match=r"weight must have two dims, \[out, in\], not shape \[2, 4, 32\]"):
         peftops.group_quantize(torch.randn(2, 4, 32, device=device))
+    with pytest.raises(ValueError, match="group_quantize: clip must be 'none' or 'mse', not 'gptq'"):
+        peftops.group_quantize(weight, clip="gptq")
+    for narrower in (-1, 64):
+        with pytest.raises(RuntimeError, match=f"narrower must be from 0 to 63, not {narrower}"):
+            torch.ops.peftops.group_quantize(weight, 4, 32, False, narrower)
     with pytest.raises(ValueError, match=r"weight is empty, shape \(0, 64\)"):
         peftops.group_quantize(weight[:0])
     for dtype, name in ((torch.float64, "Double"), (torch.int32, "Int")):
@@ -130,8 +135,8 @@ def test_bad_input(device):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_registration(device, bits):
     weight = torch.randn(8, 96, device=device)
-    torch.library.opcheck(torch.ops.peftops.group_quantize.default, (weight, bits, 32, False))
-    torch.library.opcheck(torch.ops.peftops.group_quantize.default, (torch.randn(96, 8).t(), bits, 32, True))
+    torch.library.opcheck(torch.ops.peftops.group_quantize.default, (weight, bits, 32, False, 0))
+    torch.library.opcheck(torch.ops.peftops.group_quantize.default, (torch.randn(96, 8).t(), bits, 32, True, 31))
 
 
 def test_same_bits_for_any_number_of_threads(device, threads):
@@ -141,3 +146,36 @@ def test_same_bits_for_any_number_of_threads(device, threads):
         threads(n)
         runs.append(peftops.group_quantize(weight))
     assert all(torch.equal(runs[0], run) for run in runs)
+
+
+@given(n=some_rows, group_k=grouped_ins(), bits=bit_widths, symmetric=st.booleans(), dtype=dtypes, seed=seeds)
+def test_clipping_finds_the_best_of_its_ranges(device, n, group_k, bits, symmetric, dtype, seed):
+    """Every candidate tried in plain PyTorch: none is better, by more than the rounding of a sum of squares."""
+    group, k = group_k
+    weight = normal((n, k), dtype, seed)
+    got = peftops.group_quantize(weight.to(device), bits=bits, group_size=group, symmetric=symmetric, clip="mse")
+    w, top = weight.float().unflatten(1, (-1, group)), 2**bits - 1
+    _, widest, first = reference.group_quantize(weight, bits, group, symmetric)
+    width = 1 - torch.arange(32)[:, None, None] / 64
+    scales = widest * width
+    zeros = first.expand_as(scales) if symmetric else top / 2 - (top / 2 - first) / width
+    zeros = torch.cat([first[None], zeros[1:]])  # the extremes' own, as they are
+    codes = (w * (1 / scales)[..., None] + zeros[..., None]).round().clamp(0, top)
+    errors = ((codes - zeros[..., None]) * scales[..., None] - w).double().square().sum(-1)
+    dense = peftops.group_dequantize(got, dtype=torch.float32).cpu().unflatten(1, (-1, group))
+    error = (dense - w).double().square().sum(-1)
+    assert (error <= errors.amin(0) * (1 + 1e-4) + 1e-12).all()
+    chosen = (got.scales.cpu() == scales) & (got.zeros.cpu() == zeros)
+    assert chosen.any(0).all()
+    index = chosen.double().argmax(0)[None]
+    assert torch.equal(got.codes.cpu(), codes.gather(0, index[..., None].expand(1, *codes.shape[1:]))[0].flatten(1).byte())
+
+
+def test_clipping_pays(device):
+    """A normal weight in few bits: less error than by the extremes, the more so the fewer bits there are."""
+    weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)).to(device)
+    error = lambda bits, clip: (
+        (peftops.group_dequantize(peftops.group_quantize(weight, bits=bits, clip=clip)) - weight).norm() / weight.norm()
+    )
+    gain = [(error(bits, "mse") / error(bits, "none")).item() for bits in (2, 3, 4, 8)]
+    assert gain == sorted(gain) and gain[0] < 0.9 and gain[2] < 0.99 and gain[3] <= 1

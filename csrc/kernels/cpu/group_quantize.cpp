@@ -56,6 +56,34 @@ template <class T> void find_ranges(const T* w, int64_t group, int64_t groups, f
   }
 }
 
+// Squared error of a group under a scale and a zero.
+template <class T> float error_of(const T* w, int64_t group, float scale_, float zero_, float levels) {
+  const Vec scale = set(scale_), zero_point = set(zero_), inverse = set(1 / scale_), top = set(levels);
+  Vec sum = zero();
+  for (int64_t i = 0; i < group; i += kLanes) {
+    const Vec v = load_group(w + i, group);
+    const Vec code = min(max(v * inverse + zero_point, zero()), top) + set(0x1p23f) - set(0x1p23f);
+    const Vec off = (code - zero_point) * scale - v;
+    sum = sum + off * off;
+  }
+  float lane[kLanes], total = 0;
+  store(lane, sum);
+  for (float l : lane) total += l;
+  return total;
+}
+
+// The best of the range of group i and narrower ones.
+template <class T> void narrow(const T* w, const GroupQuantize& a, float levels, int64_t i, Ranges& r) {
+  const float scale = r.scale[i], zero_point = r.zero[i], middle = levels / 2;
+  float least = error_of(w, a.group, scale, zero_point, levels);
+  for (int64_t step = 1; step <= a.narrower; ++step) {
+    const float width = 1 - float(step) / 64, narrower = scale * width;
+    const float moved = a.symmetric ? zero_point : middle - (middle - zero_point) / width;
+    const float error = error_of(w, a.group, narrower, moved, levels);
+    if (error < least) least = error, r.scale[i] = narrower, r.zero[i] = moved, r.inverse[i] = 1 / narrower;
+  }
+}
+
 // A byte a code. Rounds by adding 2^23, whose last bit is one: the sum's low byte is the code.
 template <class T> void code_group(const T* w, int64_t group, float zero_, float inverse_, float levels, uint8_t* codes) {
   const Vec zero_point = set(zero_), inverse = set(inverse_), top = set(levels);
@@ -73,6 +101,7 @@ template <int B, class T> void quantize_row(const GroupQuantize& a, int64_t row,
     const T* w = static_cast<const T*>(a.weight) + at * a.group;
     Ranges r;
     find_ranges(w, a.group, n, kLevels, a.symmetric, r);
+    for (int64_t i = 0; a.narrower && i < n; ++i) narrow(w + i * a.group, a, kLevels, i, r);
     memcpy(a.scales + at, r.scale, n * sizeof(float));
     memcpy(a.zeros + at, r.zero, n * sizeof(float));
     for (int64_t i = 0; i < n; ++i)
