@@ -10,6 +10,7 @@ from .methods.qlora import QLoRAConfig
 from .ops import (
     GroupQuantTensor,
     NF4Tensor,
+    gptq_quantize,
     group_dequantize,
     group_linear,
     group_quantize,
@@ -24,6 +25,6 @@ from .ops import (
 __version__ = "0.1.0"
 __all__ = [
     "GroupQuantTensor", "LoRAConfig", "NF4Tensor", "QLoRAConfig", "activate", "attach", "detach", "disabled",
-    "group_dequantize", "group_linear", "group_quantize", "load", "load_model", "lora_linear", "merge",
+    "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "load", "load_model", "lora_linear", "merge",
     "nf4_dequantize", "nf4_linear", "nf4_quantize", "qalora_linear", "qalora_merge", "save", "summary", "unmerge",
 ]  # fmt: skip
