@@ -35,7 +35,9 @@ def cases():
                         yield harness.Case(
                             f"int8 {n}x{k} {str(dtype)[6:]} bits={bits} M={m}",
                             {
-                                "peftops": torch.no_grad()(lambda x=x, w=weight: peftops.group_linear(x, w, compute="int8")),
+                                "peftops": torch.no_grad()(
+                                    lambda x=x, w=weight: peftops.group_linear(x, w, compute="int8")
+                                ),
                                 "dense": torch.no_grad()(lambda x=x, w=dense: F.linear(x, w)),
                                 "float": torch.no_grad()(lambda x=x, w=weight: peftops.group_linear(x, w)),
                             },

@@ -17,7 +17,9 @@ class GroupLayer:
                  layout="plain", offset=0.0):  # fmt: skip
         weight = normal((n, k), dtype, seed, device) + offset
         self.weight = peftops.group_quantize(weight, bits=bits, group_size=group)
-        leaf = lambda shape, dtype, i, how="plain": strided(normal(shape, dtype, seed + i, device), how).requires_grad_()
+        leaf = lambda shape, dtype, i, how="plain": (
+            strided(normal(shape, dtype, seed + i, device), how).requires_grad_()
+        )
         self.x = leaf((*lead, k), dtype, 1, layout)
         self.g = strided(normal((*lead, n), dtype, seed + 2, device), layout)
         adapter = adapter or dtype

@@ -24,7 +24,8 @@ def naive(weight, inputs, bits, group, damping=0.01):
     codes = torch.empty_like(weight, dtype=torch.uint8)
     for i in range(w.shape[1]):
         if i % group == 0:
-            found = peftops.group_quantize(w[:, i : i + group].float().contiguous(), bits=bits, group_size=group, clip="mse")
+            part = w[:, i : i + group].float().contiguous()
+            found = peftops.group_quantize(part, bits=bits, group_size=group, clip="mse")
             scale, zero = found.scales[:, 0].double(), found.zeros[:, 0].double()
         code = (w[:, i] / scale + zero).round().clamp(0, 2**bits - 1)
         codes[:, i] = code

@@ -205,10 +205,10 @@ def test_every_isa_agrees_closely():
 
 @given(m=rows, n=outs, group_k=grouped_ins(), bits=bit_widths, dtype=dtypes, seed=seeds)
 def test_backward_of_a_repeated_factor(device, m, n, group_k, bits, dtype, seed):
-    """dx = g W + v A', also where A's columns are repeated less often than a group is long."""
+    """dx = g W + v A', also where A's columns are repeated another number of times than a group is long."""
     group, k = group_k
     layer = GroupLayer(device, n, k, (m,), dtype, seed, bits=bits, group=group)
-    for pool in {1, 8, group}:
+    for pool in {1, 8, group, 8 * (k // group)}:  # the last need not be a power of two
         v, A = normal((m, 3), torch.float32, seed + 7, device), normal((3, k // pool), torch.float32, seed + 8, device)
         dx = torch.ops.peftops.group_linear_backward(layer.g, *layer.weight._arguments, v, A)
         repeated = A.double().repeat_interleave(pool, 1)
