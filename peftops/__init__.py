@@ -26,14 +26,28 @@ from .methods.surgical import SurgicalConfig, auto_rgn, auto_snr, weighted_group
 from .methods.tiedlora import TiedLoRAConfig
 from .methods.top_layers import TopLayersConfig
 from .methods.vera import VeRAConfig
-from .ops import NF4Tensor, lora_linear, nf4_dequantize, nf4_linear, nf4_quantize
+from .ops import (
+    GroupQuantTensor,
+    NF4Tensor,
+    gptq_quantize,
+    group_dequantize,
+    group_linear,
+    group_quantize,
+    lora_linear,
+    nf4_dequantize,
+    nf4_linear,
+    nf4_quantize,
+    qalora_linear,
+    qalora_merge,
+)
 
 __version__ = "0.1.0"
 __all__ = [
-    "BitFitConfig", "BottleneckConfig", "DoRAConfig", "GLoRAConfig", "HeadOnlyConfig", "IA3Config", "LoRAConfig",
-    "LoRAFAConfig", "LoftQConfig", "MultiLoRAConfig", "NF4Tensor", "NormTuningConfig", "OLoRAConfig", "PiSSAConfig",
-    "PrefixTuningConfig", "PromptTuningConfig", "QLoRAConfig", "SurgicalConfig", "TiedLoRAConfig", "TopLayersConfig",
-    "VeRAConfig", "activate", "attach", "auto_rgn", "auto_snr", "detach", "disabled", "load", "load_model",
-    "lora_linear", "loraplus_groups", "merge", "nf4_dequantize", "nf4_linear", "nf4_quantize", "save", "summary",
-    "unmerge", "weighted_groups",
+    "BitFitConfig", "BottleneckConfig", "DoRAConfig", "GLoRAConfig", "GroupQuantTensor", "HeadOnlyConfig", "IA3Config",
+    "LoRAConfig", "LoRAFAConfig", "LoftQConfig", "MultiLoRAConfig", "NF4Tensor", "NormTuningConfig", "OLoRAConfig",
+    "PiSSAConfig", "PrefixTuningConfig", "PromptTuningConfig", "QLoRAConfig", "SurgicalConfig", "TiedLoRAConfig",
+    "TopLayersConfig", "VeRAConfig", "activate", "attach", "auto_rgn", "auto_snr", "detach", "disabled",
+    "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "load", "load_model", "lora_linear",
+    "loraplus_groups", "merge", "nf4_dequantize", "nf4_linear", "nf4_quantize", "qalora_linear", "qalora_merge",
+    "save", "summary", "unmerge", "weighted_groups",
 ]  # fmt: skip

@@ -76,3 +76,40 @@ def _product(a, b):
     low = a * (b & 0xFFFF)
     high = a * (b >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def group_quantize(weight, bits, group_size, symmetric):
+    """Codes [n, k], scales and zeros [n, groups], in float32, for groups that are not constant."""
+    w = weight.float().unflatten(1, (-1, group_size))
+    low, high, top = w.amin(-1), w.amax(-1), 2**bits - 1
+    scales = (2 * torch.maximum(high, -low) if symmetric else high - low) / top
+    zeros = torch.full_like(scales, 2.0 ** (bits - 1)) if symmetric else -low / scales
+    codes = (w * (1 / scales)[..., None] + zeros[..., None]).round().clamp(0, top)
+    return codes.flatten(1).to(torch.uint8), scales, zeros
+
+
+def group_dequantize(codes, scales, zeros):
+    """In the dtype of scales."""
+    q = codes.to(scales.dtype).unflatten(1, (scales.shape[1], -1))
+    return ((q - zeros[..., None]) * scales[..., None]).flatten(1)
+
+
+def pooled(x, group_size):
+    """The sum of every group of columns."""
+    return x.unflatten(-1, (-1, group_size)).sum(-1)
+
+
+def pool_factor(pool, group_size, groups):
+    """What each convention multiplies the sum of a group with."""
+    return {"sum": 1.0, "mean": 1.0 / group_size, "peft": groups / group_size}[pool]
+
+
+def qalora(x, lora_A, lora_B, scaling, pool, group_size):
+    """The low-rank term of QA-LoRA."""
+    factor = scaling * pool_factor(pool, group_size, lora_A.shape[1])
+    return factor * (pooled(x, group_size) @ lora_A.T) @ lora_B.T
+
+
+def qalora_merge(scales, zeros, lora_A, lora_B, scaling, pool, group_size):
+    """New zeros."""
+    return zeros - scaling * pool_factor(pool, group_size, lora_A.shape[1]) * (lora_B @ lora_A) / scales

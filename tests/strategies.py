@@ -9,6 +9,16 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 seeds = st.integers(0, 2**31 - 1)
 layouts = st.sampled_from(["plain", "transposed", "offset"])
 block_sizes = st.sampled_from([32, 64, 128, 256, 1024, 4096])
+bit_widths = st.sampled_from([2, 3, 4, 8])
+group_sizes = st.sampled_from([8, 16, 32, 64, 128, 256, 1024])
+
+
+@st.composite
+def grouped_ins(draw):
+    """A group size and a number of columns that it divides, at and around every strip and panel."""
+    group = draw(group_sizes)
+    return group, group * draw(st.integers(1, max(1, 640 // group)))
+
 
 rows = st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 13, 14, 15, 29, 33])  # around the few and the register tiles
 outs = st.one_of(st.sampled_from(_EDGES), st.integers(1, 300))

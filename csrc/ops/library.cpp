@@ -7,6 +7,8 @@
 
 // Five arguments that are one weight: packed uint8; absmax float32, or uint8 with its scale and offset.
 #define NF4_WEIGHT "Tensor packed, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, int block_size"
+// And five that are a group-quantised one: packed uint8 [out, in * bits / 8]; scales and zeros float32 [out, groups].
+#define GROUP_WEIGHT "Tensor packed, Tensor scales, Tensor zeros, int bits, int group_size"
 
 STABLE_TORCH_LIBRARY(peftops, m) {
   m.def("nf4_quantize(Tensor weight, int block_size) -> (Tensor packed, Tensor absmax)");
@@ -22,9 +24,18 @@ STABLE_TORCH_LIBRARY(peftops, m) {
         " Tensor? seed) -> ()");
   m.def("lora_gradient(Tensor u, Tensor x, ScalarType dtype, bool by_rank, float scale, float dropout_p,"
         " Tensor? seed) -> Tensor");
+  m.def("group_quantize(Tensor weight, int bits, int group_size, bool symmetric, int narrower)"
+        " -> (Tensor packed, Tensor scales, Tensor zeros)");
+  m.def("group_dequantize(" GROUP_WEIGHT ", ScalarType dtype) -> Tensor");
+  m.def("group_linear(Tensor x, " GROUP_WEIGHT ", Tensor? bias, Tensor? u, Tensor? lora_B, float scaling, bool int8)"
+        " -> Tensor");
+  m.def("group_linear_backward(Tensor g, " GROUP_WEIGHT ", Tensor? v, Tensor? lora_A) -> Tensor");
+  m.def("qalora_shrink(Tensor x, Tensor lora_A, int group_size) -> (Tensor pooled, Tensor u)");
+  m.def("qalora_merge(Tensor scales, Tensor zeros, Tensor lora_A, Tensor lora_B, float factor) -> Tensor");
 }
 
 #undef NF4_WEIGHT
+#undef GROUP_WEIGHT
 
 namespace py = pybind11;
 using namespace peftops::cpu;

@@ -1,9 +1,19 @@
 """The operators: what a kernel computes, as differentiable functions of tensors."""
 
+from .gptq_quantize import gptq_quantize
+from .group_dequantize import group_dequantize
+from .group_linear import group_linear
+from .group_quantize import group_quantize
+from .group_tensor import GroupQuantTensor
 from .lora_linear import lora_linear
 from .nf4_dequantize import nf4_dequantize
 from .nf4_linear import nf4_linear
 from .nf4_quantize import nf4_quantize
 from .nf4_tensor import NF4Tensor
+from .qalora_linear import qalora_linear
+from .qalora_merge import qalora_merge
 
-__all__ = ["NF4Tensor", "lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize"]
+__all__ = [
+    "GroupQuantTensor", "NF4Tensor", "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "lora_linear",
+    "nf4_dequantize", "nf4_linear", "nf4_quantize", "qalora_linear", "qalora_merge",
+]  # fmt: skip

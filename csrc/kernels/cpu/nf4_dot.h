@@ -4,17 +4,14 @@
 //
 // Limit: reading the codes; at four rows and more, decoding into a panel (product.h) is faster.
 #pragma once
+#include "kernels/cpu/dot.h"
 #include "kernels/cpu/nf4_decode.h"
-#include "kernels/cpu/product.h"
 #if defined(__AVX512F__)
 #include "kernels/cpu/product_int16.h"
 #endif
 
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
-
-constexpr int64_t kDotRows = 4;
-constexpr int64_t kDotCols = 8192;   // elements of x that are packed at once: 32 KB, about what L1 holds
 
 // x as the dot product reads it. Lane l of vector j of a strip holds column 8 l + (j ^ 1): shifting a
 // dword right by 4 j brings the low nibble of byte j / 2 down when j is even, and that is an odd column.
@@ -189,18 +186,7 @@ template <int M, class Dot> void dot_lanes(const Strips& strips, const Dot& dot,
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) partial[m][i + r] = as_int(total[m][r]);
   }
-  for (int m = 0; m < M; ++m) {
-    transpose(partial[m]);
-    Vec sum = load(c + m * Scratch::kCols);
-    for (int i = 0; i < kLanes; ++i) sum = sum + as_float(partial[m][i]);
-    store(c + m * Scratch::kCols, sum);
-  }
-}
-
-template <class Dot, int M = kDotRows>
-void dot_lanes_of(int64_t rows, const Strips& strips, const Dot& dot, int64_t row, float* c) {
-  if (rows == M) return dot_lanes<M>(strips, dot, row, c);
-  if constexpr (M > 1) dot_lanes_of<Dot, M - 1>(rows, strips, dot, row, c);
+  add_lanes(partial, c);
 }
 
 // Adds x W^T to a block of C that has kDotRows rows at most.
@@ -211,7 +197,7 @@ template <class T> void accumulate_dot(const Block& b, const Nf4Weight& w, const
     const T* from = x + b.row * w.cols + k;
     const auto run = [&](const auto& dot) {
       for (int64_t col = b.col, j = 0; j < b.panels * 2 && col < w.rows; ++j, col += kLanes)
-        dot_lanes_of(b.rows, strips, dot, col, s.c + j * kLanes);
+        with_dot_rows(b.rows, [&](auto m) { dot_lanes<decltype(m)::value>(strips, dot, col, s.c + j * kLanes); });
     };
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 2) {

@@ -79,5 +79,22 @@ void accumulate_bf16(const Block& b, int64_t depth, const bf16* x, int64_t ldx, 
   }
 }
 
+// Any P of product.h, decoded in fp32 and rounded.
+template <int V, class Right> struct AsBf16 {
+  static constexpr int64_t kChunk = 128;   // steps at once: 16 KB
+  const Right& right;
+
+  void pack_bf16(int64_t col, int64_t t, int64_t steps, int32_t* out) const {
+    float panel[kChunk * V * kLanes];
+    for (int64_t first = 0; first < steps; first += kChunk) {
+      const int64_t n = at_most(kChunk, steps - first);
+      right.pack(col, t + first, n, panel);
+      for (const float* p = panel; p < panel + n * V * kLanes; p += 8 * V * kLanes)
+        for (int i = 0; i < 4 * V; ++i, out += kLanes)
+          store_int(out, pair_bf16(load(p + i * kLanes), load(p + (i + 4 * V) * kLanes)));
+    }
+  }
+};
+
 }  // namespace
 }  // namespace peftops::cpu::PEFTOPS_ISA

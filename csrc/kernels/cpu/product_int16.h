@@ -184,5 +184,36 @@ void accumulate16(const Block& b, int64_t depth, int64_t segment, const T* x, in
   }
 }
 
+// Any P of product.h, decoded in fp32 and rounded to the largest of each column's segment.
+template <class Right> struct AsInt16 {
+  static constexpr int64_t kMostSegment = 128;   // steps: 16 KB
+  const Right& right;
+  int64_t segment;
+
+  void pack16(int64_t col, int64_t t, int64_t steps, int32_t* out, float* scale) const {
+    float panel[kMostSegment * 2 * kLanes];
+    for (int64_t first = 0; first < steps; first += segment, scale += 2 * kLanes) {
+      right.pack(col, t + first, segment, panel);
+      Vec factor[2];
+      for (int v = 0; v < 2; ++v) {
+        Int most = as_int(zero());   // as integers, so that a NaN is the largest
+        for (int64_t k = 0; k < segment; ++k) most = max_int(most, as_int(abs(load(panel + (2 * k + v) * kLanes))));
+        const __mmask16 usable = _mm512_cmp_ps_mask(as_float(most), zero(), _CMP_GT_OQ);
+        factor[v] = _mm512_maskz_div_ps(usable, set(kCodeFactor), as_float(most));
+        store(scale + v * kLanes, as_float(most) * set(1.f / kCodeFactor));
+      }
+      const auto whole = [&](int64_t k, int v) {
+        return _mm512_cvtps_epi32(load(panel + (2 * k + v) * kLanes) * factor[v]);
+      };
+      for (int64_t k = 0; k < segment; k += 8)
+        for (int64_t j = k; j < k + 4; ++j)
+          for (int v = 0; v < 2; ++v, out += kLanes)
+            store_int(out, _mm512_mask_blend_epi16(0xaaaaaaaa, whole(j, v), shift_left(whole(j + 4, v), 16)));
+    }
+  }
+  // The longest segment that divides a depth, a multiple of 32.
+  static int64_t segment_of(int64_t depth) { return depth % 128 == 0 ? 128 : depth % 64 == 0 ? 64 : 32; }
+};
+
 }  // namespace
 }  // namespace peftops::cpu::PEFTOPS_ISA

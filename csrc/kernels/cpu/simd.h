@@ -2,7 +2,7 @@
 //
 //   Vec, Int                     kLanes floats; kLanes 32-bit integers
 //   load, store, load_n, store_n float, bf16 and f16 memory; the conversions round to nearest even
-//   set, zero, fma, max, abs     and + - * of Vec
+//   set, zero, fma, max, min, abs and + - * / of Vec; to_float, permute
 //   transpose                    kLanes vectors of kLanes 32-bit lanes
 //   Table16                     sixteen values, looked up by the low four bits of each lane
 //

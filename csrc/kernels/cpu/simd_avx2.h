@@ -13,6 +13,7 @@ inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec set(float a) { return _mm256_set1_ps(a); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }   // b where either is a NaN
+inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), a); }
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
@@ -49,11 +50,19 @@ inline Int load_int_n(const void* p, int64_t n) {
   return _mm256_maskload_epi32(static_cast<const int*>(p), _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), lane));
 }
 inline Int load_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+inline void store_bytes(uint8_t* p, Int a) {
+  const Int bytes = _mm256_shuffle_epi8(a, _mm256_set1_epi32(0x0c080400));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes),
+                                                                     _mm256_extracti128_si256(bytes, 1)));
+}
 inline Vec gather(const float* p, Int at) { return _mm256_i32gather_ps(p, at, 4); }
 inline Int shift_left(Int a, int n) { return Int(__v8su(a) << n); }
 inline Int shift_right(Int a, int n) { return Int(__v8su(a) >> n); }
 inline Int max_int(Int a, Int b) { return _mm256_max_epi32(a, b); }
 inline Int truncate(Vec a) { return _mm256_cvttps_epi32(a); }
+inline Int set_int(int32_t a) { return _mm256_set1_epi32(a); }
+inline Vec to_float(Int a) { return _mm256_cvtepi32_ps(a); }
+inline Vec permute(Vec a, Int from) { return _mm256_permutevar8x32_ps(a, from); }   // lane i gets a[from[i]]
 inline Vec as_float(Int a) { return _mm256_castsi256_ps(a); }
 inline Int as_int(Vec a) { return _mm256_castps_si256(a); }
 
@@ -107,11 +116,12 @@ inline void pack_codes(uint8_t* p, Int first, Int second) {
 }
 
 // One vector of codes, in order. Bits above the low four of a lane are left as they come: Table16 ignores them.
-inline Int unpack_codes(const uint8_t* p) {
+template <bool kHighFirst = true> inline Int unpack_codes(const uint8_t* p) {
   int32_t word;
   memcpy(&word, p, sizeof word);
   const __m128i bytes = _mm_cvtsi32_si128(word);
-  return _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_srli_epi16(bytes, 4), bytes));
+  const __m128i high = _mm_srli_epi16(bytes, 4);
+  return _mm256_cvtepu8_epi32(kHighFirst ? _mm_unpacklo_epi8(high, bytes) : _mm_unpacklo_epi8(bytes, high));
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec set(float a) { return _mm512_set1_ps(a); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }   // b where either is a NaN
+inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline Vec abs(Vec a) { return _mm512_abs_ps(a); }
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -45,11 +46,15 @@ inline void store_int(void* p, Int a) { _mm512_storeu_si512(p, a); }
 // The first n lanes; the others read as zero, and their memory not at all.
 inline Int load_int_n(const void* p, int64_t n) { return _mm512_maskz_loadu_epi32(__mmask16((1u << n) - 1), p); }
 inline Int load_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline void store_bytes(uint8_t* p, Int a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
 inline Vec gather(const float* p, Int at) { return _mm512_i32gather_ps(at, p, 4); }
 inline Int shift_left(Int a, int n) { return Int(__v16su(a) << n); }
 inline Int shift_right(Int a, int n) { return Int(__v16su(a) >> n); }
 inline Int max_int(Int a, Int b) { return _mm512_max_epi32(a, b); }
 inline Int truncate(Vec a) { return _mm512_cvttps_epi32(a); }
+inline Int set_int(int32_t a) { return _mm512_set1_epi32(a); }
+inline Vec to_float(Int a) { return _mm512_cvtepi32_ps(a); }
+inline Vec permute(Vec a, Int from) { return _mm512_permutexvar_ps(from, a); }   // lane i gets a[from[i]]
 inline Vec as_float(Int a) { return _mm512_castsi512_ps(a); }
 inline Int as_int(Vec a) { return _mm512_castps_si512(a); }
 
@@ -104,9 +109,10 @@ inline void pack_codes(uint8_t* p, Int first, Int second) {
 }
 
 // One vector of codes, in order. Bits above the low four of a lane are left as they come: Table16 ignores them.
-inline Int unpack_codes(const uint8_t* p) {
+template <bool kHighFirst = true> inline Int unpack_codes(const uint8_t* p) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_srli_epi16(bytes, 4), bytes));
+  const __m128i high = _mm_srli_epi16(bytes, 4);
+  return _mm512_cvtepu8_epi32(kHighFirst ? _mm_unpacklo_epi8(high, bytes) : _mm_unpacklo_epi8(bytes, high));
 }
 
 }  // namespace

@@ -18,8 +18,14 @@ inline Int as_int(Vec a) { return (Int)a; }
 inline Vec max(Vec a, Vec b) {   // b where either is a NaN
   return as_float((as_int(a) & (a > b)) | (as_int(b) & ~(a > b)));
 }
+inline Vec min(Vec a, Vec b) {
+  return as_float((as_int(a) & (a < b)) | (as_int(b) & ~(a < b)));
+}
 inline Int max_int(Int a, Int b) { return (a & (a > b)) | (b & ~(a > b)); }
 inline Int truncate(Vec a) { return __builtin_convertvector(a, Int); }
+inline Int set_int(int32_t a) { return Int{a, a, a, a}; }
+inline Vec to_float(Int a) { return __builtin_convertvector(a, Vec); }
+inline Vec permute(Vec a, Int from) { return Vec{a[from[0]], a[from[1]], a[from[2]], a[from[3]]}; }
 inline Vec abs(Vec a) { return as_float(as_int(a) & 0x7fffffff); }
 
 inline uint32_t bits_of(float a) {
@@ -79,6 +85,9 @@ inline Int load_int_n(const void* p, int64_t n) {
   return a;
 }
 inline Int load_bytes(const uint8_t* p) { return Int{p[0], p[1], p[2], p[3]}; }
+inline void store_bytes(uint8_t* p, Int a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(a[i]);
+}
 inline Vec gather(const float* p, Int at) { return Vec{p[at[0]], p[at[1]], p[at[2]], p[at[3]]}; }
 inline Int shift_left(Int a, int n) { return Int(Uint(a) << n); }
 inline Int shift_right(Int a, int n) { return Int(Uint(a) >> n); }
@@ -108,7 +117,9 @@ inline void pack_codes(uint8_t* p, Int first, Int second) {
 }
 
 // One vector of codes, in order. Bits above the low four of a lane are left as they come: Table16 ignores them.
-inline Int unpack_codes(const uint8_t* p) { return Int{p[0] >> 4, p[0], p[1] >> 4, p[1]}; }
+template <bool kHighFirst = true> inline Int unpack_codes(const uint8_t* p) {
+  return kHighFirst ? Int{p[0] >> 4, p[0], p[1] >> 4, p[1]} : Int{p[0], p[0] >> 4, p[1], p[1] >> 4};
+}
 
 }  // namespace
 }  // namespace peftops::cpu::PEFTOPS_ISA

@@ -1,0 +1,78 @@
+// Compiled once per ISA into namespace peftops::cpu::{scalar,avx2,avx512,avx512bf16}; see CMakeLists.txt.
+//
+// Five ways to the same product, by the number of rows, the dtype and what the caller allows:
+//   up to 4 rows             dot products straight from the codes (group_dot.h), in fp32
+//   int8 allowed and faster  codes as they are, x rounded to int8 (group_int8.h)
+//   bf16 x, AVX512-BF16      panels decoded to bf16 (product_bf16.h)
+//   16-bit x, AVX-512        panels decoded to int16 (product_int16.h)
+//   otherwise                panels decoded to fp32 (product.h)
+#include "kernels/group_linear.h"
+#include "kernels/cpu/group_columns.h"
+#include "kernels/cpu/group_dot.h"
+#include "kernels/cpu/group_int8.h"
+#if defined(__AVX512F__)
+#include "kernels/cpu/product_int16.h"
+#endif
+#if defined(__AVX512BF16__)
+#include "kernels/cpu/product_bf16.h"
+#endif
+
+namespace peftops::cpu::PEFTOPS_ISA {
+namespace {
+
+template <class T, int B>
+void multiply(const GroupLinear& a, const Block& b, const Scratch& s, bool narrow = true) {
+  const GroupWeight& w = a.weight;
+  const T* x = static_cast<const T*>(a.x);
+  if (a.r)
+    with_type(a.b_dtype, [&](auto t) {
+      using F = typename decltype(t)::type;
+      const Columns<2, F> right{static_cast<const F*>(a.b), w.rows, a.r, a.scaling};
+      accumulate<2>(b, a.r, Rows<float>{a.u, a.r}, right, s);
+    });
+  const GroupColumns<2, B> columns{w, {}};
+  const bool few = a.m <= kDotRows;
+  if (few && is_moderate(x, a.m * w.cols)) return accumulate_dot<B>(b, w, x, s);
+  const auto exactly = [&](const Block& row, const Scratch& at) { multiply<T, B>(a, row, at, false); };
+  if (a.int8 && narrow && !few && w.group >= kLeastInt8Group)
+    return accumulate_int8<B>(b, w, x, s, exactly);
+#if defined(__AVX512BF16__)
+  if constexpr (is_bf16<T>)
+    if (!few) return accumulate_bf16(b, w.cols, x, w.cols, AsBf16<2, GroupColumns<2, B>>{columns}, s);
+#endif
+#if defined(__AVX512F__)
+  using Narrow = AsInt16<GroupColumns<2, B>>;
+  if constexpr (sizeof(T) == 2)
+    if (narrow && !few && w.cols % 32 == 0) {
+      const Narrow right{columns, Narrow::segment_of(w.cols)};
+      return accumulate16(b, w.cols, right.segment, x, w.cols, right, s, exactly);
+    }
+#endif
+  accumulate<2>(b, w.cols, Rows<T>{x, w.cols}, columns, s);
+}
+
+}  // namespace
+
+int64_t group_linear(const GroupLinear& a, int64_t begin, int64_t end, void* scratch) {
+  const Units<2> units(a.m, a.weight.rows);
+  const Scratch s(scratch);
+  with_type(a.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    T* y = static_cast<T*>(a.y);
+    const int64_t n = a.weight.rows;
+    units.each(begin, end, s, [&](const Block& b) {
+      with_bits(a.weight.bits, [&](auto bits) { multiply<T, decltype(bits)::value>(a, b, s); });
+      if (!a.bias)
+        return write<2>(b, s, n, [&](int64_t i, int64_t j, int64_t m, Vec sum) { store_upto(y + i * n + j, m, sum); });
+      with_type(a.bias_dtype, [&](auto u) {
+        const auto* bias = static_cast<const typename decltype(u)::type*>(a.bias);
+        write<2>(b, s, n, [&](int64_t i, int64_t j, int64_t m, Vec sum) {
+          store_upto(y + i * n + j, m, sum + load_upto(bias + j, m));
+        });
+      });
+    });
+  });
+  return units.count();
+}
+
+}  // namespace peftops::cpu::PEFTOPS_ISA

@@ -1,0 +1,26 @@
+// Group-wise dequantisation: the contract between the kernels and everyone above them.
+//
+//   group_dequantize  out[o, j] = (code[o, j] - zeros[o, j / group]) * scales[o, j / group]
+//
+// computed in fp32, the difference rounded and the product rounded, then rounded once to the dtype of out.
+#pragma once
+#include "kernels/cpu/kernel.h"
+#include "kernels/dtype.h"
+#include "kernels/group.h"
+
+namespace peftops {
+
+struct GroupDequantize {
+  GroupWeight weight;
+  void* out;               // [rows, cols], row-major
+  DType dtype;             // of out
+};
+
+namespace cpu {
+namespace scalar     { Kernel<GroupDequantize> group_dequantize; }
+namespace avx2       { Kernel<GroupDequantize> group_dequantize; }
+namespace avx512     { Kernel<GroupDequantize> group_dequantize; }
+namespace avx512bf16 { Kernel<GroupDequantize> group_dequantize; }
+}  // namespace cpu
+
+}  // namespace peftops

@@ -1,0 +1,40 @@
+// Group-wise quantisation, group by group: the contract between the kernels and everyone above them.
+//
+//   asymmetric   scale = (max - min) / (2^bits - 1)              zero = -min / scale
+//   symmetric    scale = 2 max(|max|, |min|) / (2^bits - 1)      zero = 2^(bits - 1)
+//   code = round(w * (1 / scale) + zero), to even at a tie, clamped to [0, 2^bits - 1]
+//
+// With `narrower` > 0 as many further ranges are tried: 1 - i / 64 as wide for i = 1, 2, ..., about the same
+// middle (symmetric: the same zero), so that what lies outside is clipped and the rest is finer. The one
+// with the least squared error wins, the widest of equals.
+//
+// All in fp32, operation by operation, so that the codes are the same everywhere. A group whose scale would
+// be under 1e-30 is constant: asymmetric, it is scale |min|, zero -sign(min) and code 0, which is exact; a zero
+// group has scale 1, so that a zero can move whatever the group. A group with a NaN or an infinity, or
+// wider than fp32 reaches, gets scale NaN, and dequantises to NaN and never to a plausible number.
+#pragma once
+#include "kernels/cpu/kernel.h"
+#include "kernels/dtype.h"
+#include "kernels/group.h"
+
+namespace peftops {
+
+struct GroupQuantize {
+  const void* weight;      // [rows, cols]
+  uint8_t* packed;         // [rows, cols * bits / 8]
+  float* scales;           // [rows, cols / group]
+  float* zeros;            // [rows, cols / group]
+  int64_t rows, cols, group, bits;
+  int64_t narrower;        // from 0, the extremes alone, to 63
+  bool symmetric;
+  DType dtype;             // of weight
+};
+
+namespace cpu {
+namespace scalar     { Kernel<GroupQuantize> group_quantize; }
+namespace avx2       { Kernel<GroupQuantize> group_quantize; }
+namespace avx512     { Kernel<GroupQuantize> group_quantize; }
+namespace avx512bf16 { Kernel<GroupQuantize> group_quantize; }
+}  // namespace cpu
+
+}  // namespace peftops

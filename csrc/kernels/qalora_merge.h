@@ -1,0 +1,31 @@
+// Merging QA-LoRA into the zeros of a group-quantised weight: the contract between the kernels and everyone
+// above them.
+//
+//   out[o, l] = zeros[o, l] - factor * (B A)[o, l] / scales[o, l]
+//
+// since scale * (code - out) = scale * (code - zeros) + factor * (B A), whatever the code. Sums are fp32.
+#pragma once
+#include "kernels/cpu/kernel.h"
+#include "kernels/dtype.h"
+
+namespace peftops {
+
+struct QaloraMerge {
+  const float* scales;   // [n, groups]
+  const float* zeros;    // [n, groups]
+  const void* a;         // lora_A [r, groups] of a_dtype
+  const void* b;         // lora_B [n, r] of b_dtype
+  float* out;            // [n, groups]
+  int64_t n, groups, r;
+  float factor;
+  DType a_dtype, b_dtype;
+};
+
+namespace cpu {
+namespace scalar     { Kernel<QaloraMerge> qalora_merge; }
+namespace avx2       { Kernel<QaloraMerge> qalora_merge; }
+namespace avx512     { Kernel<QaloraMerge> qalora_merge; }
+namespace avx512bf16 { Kernel<QaloraMerge> qalora_merge; }
+}  // namespace cpu
+
+}  // namespace peftops

@@ -1,0 +1,21 @@
+#include "kernels/group_dequantize.h"
+#include "ops/group.h"
+
+namespace peftops::ops {
+namespace {
+
+Tensor group_dequantize_cpu(const Tensor& packed, const Tensor& scales, const Tensor& zeros, int64_t bits,
+                            int64_t group, ScalarType dtype) {
+  constexpr const char* kOp = "group_dequantize";
+  const GroupParts w(kOp, packed, scales, zeros, bits, group);
+  const DType out_dtype = dtype_of(kOp, "dtype", dtype);
+  Tensor out = empty(packed, {w.weight.rows, w.weight.cols}, dtype);
+  run(PEFTOPS_PICK(group_dequantize), GroupDequantize{w.weight, out.mutable_data_ptr(), out_dtype}, out.numel());
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(peftops, CPU, m) { m.impl("group_dequantize", TORCH_BOX(&group_dequantize_cpu)); }
+
+}  // namespace peftops::ops

@@ -1,0 +1,131 @@
+"""The tensors of a GPTQ checkpoint, from and to a group-quantised weight.
+
+GPTQ packs along the inputs: ``qweight`` int32 ``[in * bits / 32, out]``, ``scales`` ``[in / group, out]``,
+``qzeros`` int32 ``[in / group, out * bits / 32]`` holding each zero less one, and ``g_idx`` int32 ``[in]``. Our own
+form keeps ``scales`` and ``qzeros`` as float32, so that nothing is lost, least of all what QA-LoRA merged
+into the zeros; GPTQ's kernels need whole zeros, and rounding them costs what :class:`ZeroRounding` tells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops import GroupQuantTensor, group_dequantize
+from ..ops.group_tensor import pack_bits, unpack_bits
+
+
+@dataclass
+class ZeroRounding:
+    """What whole zeros, and scales of 16 bits, did to one weight."""
+
+    largest_shift: float  # of a zero, in units of a code; 0.5 at most unless some are clamped
+    clamped: int  # zeros outside of GPTQ's range from 1 to 2**bits
+    weight_error: float  # of the dequantised weight, relative, in the Frobenius norm
+    lost_change: float | None  # of the change from `before`, relative to it: 1 means that nothing of it is left
+
+
+def to_gptq(weight: GroupQuantTensor) -> dict[str, Tensor]:
+    """The weight in GPTQ's layout with float32 ``scales`` and ``qzeros``: our own form, exact.
+
+    Raises:
+        TypeError: it is not a GroupQuantTensor.
+        ValueError: its rows do not fill int32 words.
+    """
+    if not isinstance(weight, GroupQuantTensor):
+        raise TypeError(f"to_gptq: weight must be a GroupQuantTensor, not a {type(weight).__name__}")
+    n, k = weight.shape
+    if k * weight.bits % 32:
+        raise ValueError(f"to_gptq: rows of {k} codes of {weight.bits} bits do not fill int32 words")
+    return {
+        "qweight": _words(weight.packed).t().contiguous(),
+        "scales": weight.scales.t().contiguous(),
+        "qzeros": weight.zeros.t().contiguous(),
+        "g_idx": torch.arange(k, dtype=torch.int32, device=weight.device) // weight.group_size,
+    }
+
+
+def to_gptq_integers(
+    weight: GroupQuantTensor, before: GroupQuantTensor | None = None
+) -> tuple[dict[str, Tensor], ZeroRounding]:
+    """The weight as GPTQ's own kernels read it, with whole zeros and float16 scales, and what that costs.
+
+    Zeros are rounded, so this is not exact: a QA-LoRA adapter, whose merge moves zeros by fractions, may be lost
+    altogether. Read the report.
+
+    Args:
+        weight: to be exported.
+        before: the weight before a merge; the report then tells how much of the change is lost.
+
+    Raises:
+        TypeError, ValueError: as :func:`to_gptq`; or ``out`` does not fill int32 words.
+    """
+    parts = to_gptq(weight)
+    n, bits = weight.shape[0], weight.bits
+    if n * bits % 32:
+        raise ValueError(f"to_gptq_integers: {n} zeros of {bits} bits do not fill int32 words")
+    rounded = weight.zeros.round()
+    whole = rounded.clamp(1, 2**bits)  # stored less one, in `bits` bits
+    parts["qzeros"] = _words(pack_bits((whole - 1).t().to(torch.uint8), bits))
+    parts["scales"] = parts["scales"].half()
+    want, got = (group_dequantize(w, dtype=torch.float32) for w in (weight, from_gptq(parts, bits=bits)))
+    lost = None
+    if before is not None:
+        change = want - group_dequantize(before, dtype=torch.float32)
+        lost = float((got - want).norm() / change.norm())
+    return parts, ZeroRounding(
+        largest_shift=float((whole - weight.zeros).abs().max()),
+        clamped=int((rounded != whole).sum()),
+        weight_error=float((got - want).norm() / want.norm()),
+        lost_change=lost,
+    )
+
+
+def from_gptq(parts: dict[str, Tensor], *, bits: int, dtype: torch.dtype = torch.float32) -> GroupQuantTensor:
+    """A weight from a layer of a GPTQ checkpoint, with packed int32 ``qzeros`` or, from :func:`to_gptq`, float ones.
+
+    Args:
+        parts: ``qweight``, ``scales``, ``qzeros`` and, if there is one, ``g_idx``.
+        bits: 2, 3, 4 or 8.
+        dtype: what the weight stands for.
+
+    Raises:
+        KeyError: a part is missing.
+        ValueError: the shapes do not fit, or ``g_idx`` permutes the columns (act-order), which groups of
+            neighbouring columns cannot hold.
+    """
+    qweight, scales, qzeros = (parts[name] for name in ("qweight", "scales", "qzeros"))
+    if qweight.dim() != 2 or qweight.dtype != torch.int32:
+        raise ValueError(
+            f"from_gptq: qweight must be int32 [in * bits / 32, out], not {qweight.dtype} {list(qweight.shape)}"
+        )
+    codes = unpack_bits(_bytes(qweight.t()), bits)
+    n, k = codes.shape
+    if scales.dim() != 2 or scales.shape[1] != n or k % max(1, scales.shape[0]):
+        raise ValueError(
+            f"from_gptq: scales must have shape [groups, {n}] with groups a divisor of {k}, not {list(scales.shape)}"
+        )
+    groups = scales.shape[0]
+    if qzeros.dtype == torch.int32:
+        if qzeros.shape != (groups, n * bits // 32):
+            raise ValueError(
+                f"from_gptq: qzeros must have shape [{groups}, {n * bits // 32}], not {list(qzeros.shape)}"
+            )
+        zeros = unpack_bits(_bytes(qzeros), bits).float() + 1
+    else:
+        zeros = qzeros
+    order = torch.arange(k, device=qweight.device) // (k // groups)
+    if "g_idx" in parts and not torch.equal(parts["g_idx"].long(), order):
+        raise ValueError("from_gptq: g_idx permutes the columns (act-order); quantise without it")
+    return GroupQuantTensor.from_codes(codes, scales.t(), zeros.t(), bits=bits, dtype=dtype)
+
+
+def _words(packed: Tensor) -> Tensor:
+    """Rows of bytes as rows of little-endian int32."""
+    return packed.contiguous().view(torch.int32)
+
+
+def _bytes(words: Tensor) -> Tensor:
+    return words.contiguous().view(torch.uint8)

@@ -1,0 +1,130 @@
+"""``GroupQuantTensor``: a frozen weight in 2, 3, 4 or 8 bits, with a scale and a float zero for every group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .packed_tensor import PackedTensor
+
+
+class GroupQuantTensor(PackedTensor):
+    """A weight in group-wise affine codes: ``scales * (codes - zeros)`` (QA-LoRA, arXiv:2309.14717).
+
+    A group is ``group_size`` columns in a row of the weight ``[out, in]``. It is made by
+    :func:`peftops.group_quantize` (or :meth:`from_codes`) and used by :func:`peftops.group_linear`,
+    :func:`peftops.qalora_linear` and :func:`peftops.group_dequantize`. Like an
+    :class:`~peftops.NF4Tensor` it can be a (frozen) parameter, be copied, moved, pickled and saved, and
+    raises at any other operation.
+
+    Attributes:
+        packed: uint8, ``[out, in * bits / 8]``; each row a string of bits, the first code lowest.
+        scales: float32, ``[out, in / group_size]``, none of them 0.
+        zeros: float32, ``[out, in / group_size]``, in units of a code; any real number.
+        bits: 2, 3, 4 or 8.
+        group_size: a power of two from 8 to 4096.
+    """
+
+    _PARTS = ("packed", "scales", "zeros")
+    _SETTINGS = ("bits", "group_size")
+    _LAYOUT = ("shape", "bits", "group_size")
+    _NAME = "a GroupQuantTensor"
+    _INSTEAD = (
+        "For a product use peftops.group_linear(x, weight); "
+        "for the numbers ask for them: peftops.group_dequantize(weight)"
+    )
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor
+    bits: int
+    group_size: int
+
+    @staticmethod
+    def __new__(
+        cls,
+        packed: Tensor,
+        scales: Tensor,
+        zeros: Tensor,
+        bits: int,
+        group_size: int,
+        shape: torch.Size,
+        dtype: torch.dtype,
+    ) -> GroupQuantTensor:
+        return cls._make((packed, scales, zeros), (bits, group_size), shape, dtype)
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, scales: Tensor, zeros: Tensor, *, bits: int, dtype: torch.dtype = torch.float32
+    ) -> GroupQuantTensor:
+        """A weight from codes that exist already; the group size follows from the shapes.
+
+        Args:
+            codes: integers from 0 to ``2**bits - 1``, ``[out, in]``.
+            scales: ``[out, in / group_size]``, and zeros of the same shape; kept as float32.
+            bits: 2, 3, 4 or 8.
+            dtype: what the weight stands for.
+
+        Raises:
+            ValueError: shapes do not fit, a code is out of range, or a scale is 0 or not finite.
+        """
+        op = "GroupQuantTensor.from_codes"
+        if bits not in (2, 3, 4, 8):
+            raise ValueError(f"{op}: bits must be 2, 3, 4 or 8, not {bits}")
+        if codes.dim() != 2 or codes.is_floating_point():
+            raise ValueError(f"{op}: codes must be integers [out, in], not {codes.dtype} {list(codes.shape)}")
+        n, k = codes.shape
+        if scales.dim() != 2 or scales.shape[0] != n or not 0 < scales.shape[1] <= k or k % scales.shape[1]:
+            raise ValueError(
+                f"{op}: scales must have shape [{n}, groups] with groups a divisor of {k}, not {list(scales.shape)}"
+            )
+        if zeros.shape != scales.shape:
+            raise ValueError(
+                f"{op}: zeros must have the shape of scales, {list(scales.shape)}, not {list(zeros.shape)}"
+            )
+        group = k // scales.shape[1]
+        if not 8 <= group <= 4096 or group & (group - 1):
+            raise ValueError(f"{op}: the group size must be a power of two from 8 to 4096, not {group}")
+        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < 2**bits):
+            raise ValueError(f"{op}: codes must be from 0 to {2**bits - 1}, not from {codes.min()} to {codes.max()}")
+        scales, zeros = scales.float().contiguous(), zeros.float().contiguous()
+        if not (scales.isfinite().all() and zeros.isfinite().all() and (scales != 0).all()):
+            raise ValueError(f"{op}: scales must be finite and not 0, zeros finite")
+        return cls(pack_bits(codes, bits), scales, zeros, bits, group, codes.shape, dtype)
+
+    @property
+    def codes(self) -> Tensor:
+        """uint8 ``[out, in]``: the codes, a byte each."""
+        return unpack_bits(self.packed, self.bits)
+
+    def with_zeros(self, zeros: Tensor) -> GroupQuantTensor:
+        """The same codes and scales, which are shared and not copied, under other zeros."""
+        if zeros.shape != self.scales.shape or zeros.dtype != torch.float32:
+            raise ValueError(
+                f"with_zeros: zeros must be float32 {list(self.scales.shape)}, not {zeros.dtype} {list(zeros.shape)}"
+            )
+        return GroupQuantTensor(self.packed, self.scales, zeros, self.bits, self.group_size, self.shape, self.dtype)
+
+
+def all_finite(t: Tensor) -> bool:
+    """Whether all elements are: a sum tells, unless it overflows, and is ten times faster than looking at each."""
+    return bool(t.sum().isfinite()) or bool(t.isfinite().all())
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Rows of codes as rows of bits: ``[n, k]`` to uint8 ``[n, k * bits / 8]``, the first code lowest."""
+    place = torch.arange(8, device=codes.device) * bits
+    octets = (codes.long().unflatten(1, (-1, 8)) << place).sum(-1)
+    place = torch.arange(bits, device=codes.device) * 8
+    return (octets[..., None] >> place & 255).to(torch.uint8).flatten(1)
+
+
+def unpack_bits(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of :func:`pack_bits`."""
+    place = torch.arange(bits, device=packed.device) * 8
+    octets = (packed.long().unflatten(1, (-1, bits)) << place).sum(-1)
+    place = torch.arange(8, device=packed.device) * bits
+    return (octets[..., None] >> place & 2**bits - 1).to(torch.uint8).flatten(1)
+
+
+torch.serialization.add_safe_globals([GroupQuantTensor])

@@ -1,0 +1,124 @@
+"""The base of quantised weights: a tensor made of others, that passes for the dense tensor it stands for."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+class PackedTensor(Tensor):
+    """A frozen weight that is stored as something else. A subclass names its parts and its settings.
+
+    ``shape``, ``dtype`` and ``device`` are those of the weight that it stands for. It can be a (frozen)
+    parameter, be copied, moved, pickled and saved; ``.to(dtype)`` changes the dtype it stands for and leaves
+    the parts alone. Any other operation raises: nothing dequantises it behind your back.
+    """
+
+    _PARTS: ClassVar[tuple[str, ...]]  # attributes that hold its tensors, or None where it has no such part
+    _SETTINGS: ClassVar[tuple[str, ...]]  # attributes that hold plain numbers
+    _LAYOUT: ClassVar[tuple[str, ...]]  # what two of them must share for one to be copied to the other
+    _NAME: ClassVar[str]  # in a sentence, with its article
+    _INSTEAD: ClassVar[str]  # what to do instead of an operation that it does not have
+
+    @classmethod
+    def _make(cls, parts: tuple, settings: tuple, shape: torch.Size, dtype: torch.dtype) -> Any:
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=parts[0].device)
+        for name, value in zip(cls._PARTS + cls._SETTINGS, (*parts, *settings), strict=True):
+            setattr(self, name, value)
+        return self
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes, scales and all."""
+        return sum(part.nbytes for part in self._parts().values())
+
+    @property
+    def _arguments(self) -> tuple:
+        """The weight as the operators take it."""
+        return tuple(getattr(self, name) for name in self._PARTS + self._SETTINGS)
+
+    def _parts(self) -> dict[str, Tensor]:
+        return {name: part for name in self._PARTS if (part := getattr(self, name)) is not None}
+
+    def _like(self, change, dtype: torch.dtype | None = None) -> Any:
+        """The same weight with ``change`` applied to each part."""
+        parts = tuple(None if (part := getattr(self, name)) is None else change(part) for name in self._PARTS)
+        settings = tuple(getattr(self, name) for name in self._SETTINGS)
+        return self._make(parts, settings, self.shape, dtype or self.dtype)
+
+    def _layout(self) -> tuple:
+        return tuple(getattr(self, name) for name in self._LAYOUT)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        layout = ", ".join(f"{name}={getattr(self, name)}" for name in self._LAYOUT if name != "shape")
+        return (
+            f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}', "
+            f"{layout}, nbytes={self.nbytes})"
+        )
+
+    # How torch.compile takes it apart and puts it together.
+    def __tensor_flatten__(self) -> tuple[list[str], tuple]:
+        settings = tuple(getattr(self, name) for name in self._SETTINGS)
+        return list(self._parts()), (type(self), settings, self.shape, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(parts: dict[str, Tensor], context: tuple, outer_size: Any, outer_stride: Any) -> Any:
+        cls, settings, shape, dtype = context
+        return cls._make(tuple(parts.get(name) for name in cls._PARTS), settings, shape, dtype)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (_aten.detach.default, _aten.alias.default):
+            return args[0]._like(lambda part: part)
+        if func is _aten.clone.default:
+            return args[0]._like(torch.clone)
+        if func is _aten._to_copy.default:
+            dtype = kwargs.pop("dtype", None) or args[0].dtype
+            if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise TypeError(f"{cls._NAME} can stand for float32, bfloat16 or float16, not {dtype}")
+            kwargs.pop("layout", None), kwargs.pop("memory_format", None)
+            return args[0]._like(lambda part: _aten._to_copy.default(part, **kwargs), dtype)
+        if func is _aten.empty_like.default:
+            return args[0]._like(lambda part: torch.empty_like(part, device=kwargs.get("device")), kwargs.get("dtype"))
+        if func is _aten.copy_.default:
+            target, source = args[0], args[1]
+            cls._check_same_layout(target, source)
+            for name, part in target._parts().items():
+                part.copy_(getattr(source, name))
+            return target
+        if func is _aten.equal.default:
+            return all(isinstance(t, cls) for t in args[:2]) and _equal(*args[:2])
+        if func is _aten.is_pinned.default:
+            return args[0]._arguments[0].is_pinned()
+        if func is _aten._pin_memory.default:
+            return args[0]._like(Tensor.pin_memory)
+        raise NotImplementedError(f"{func} does not work on {cls._NAME}. {cls._INSTEAD}")
+
+    @classmethod
+    def _check_same_layout(cls, target: Any, source: Any) -> None:
+        for t in (target, source):
+            if not isinstance(t, cls):
+                raise TypeError(
+                    f"{cls._NAME} can only be copied to {cls._NAME}, not with a {type(t).__name__}"
+                )
+        if target._layout() != source._layout():
+            raise ValueError(
+                f"cannot copy between {cls.__name__}s of different ({', '.join(cls._LAYOUT)}): "
+                f"{source._layout()} to {target._layout()}"
+            )
+
+
+def _equal(a: PackedTensor, b: PackedTensor) -> bool:
+    return a._layout() == b._layout() and all(
+        torch.equal(part, getattr(b, name)) for name, part in a._parts().items()
+    )
