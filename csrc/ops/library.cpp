@@ -7,6 +7,7 @@
 
 // Five arguments that are one weight: packed uint8; absmax float32, or uint8 with its scale and offset.
 #define NF4_WEIGHT "Tensor packed, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, int block_size"
+#define GATED_PROMPT "Tensor query, Tensor prompt_key, Tensor prompt_value, Tensor gate, float scale"
 
 STABLE_TORCH_LIBRARY(peftops, m) {
   m.def("nf4_quantize(Tensor weight, int block_size) -> (Tensor packed, Tensor absmax)");
@@ -22,8 +23,13 @@ STABLE_TORCH_LIBRARY(peftops, m) {
         " Tensor? seed) -> ()");
   m.def("lora_gradient(Tensor u, Tensor x, ScalarType dtype, bool by_rank, float scale, float dropout_p,"
         " Tensor? seed) -> Tensor");
+  m.def("gated_prompt_add(Tensor out, " GATED_PROMPT ") -> Tensor");
+  m.def("gated_prompt_add_(Tensor(a!) out, " GATED_PROMPT ") -> ()");
+  m.def("gated_prompt_backward(Tensor g, " GATED_PROMPT ", bool need_query)"
+        " -> (Tensor dquery, Tensor dprompt_key, Tensor dprompt_value, Tensor dgate)");
 }
 
+#undef GATED_PROMPT
 #undef NF4_WEIGHT
 
 namespace py = pybind11;

@@ -1,9 +1,13 @@
 """The operators: what a kernel computes, as differentiable functions of tensors."""
 
+from .gated_prompt_attention import add_gated_prompt, gated_prompt_attention
 from .lora_linear import lora_linear
 from .nf4_dequantize import nf4_dequantize
 from .nf4_linear import nf4_linear
 from .nf4_quantize import nf4_quantize
 from .nf4_tensor import NF4Tensor
 
-__all__ = ["NF4Tensor", "lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize"]
+__all__ = [
+    "NF4Tensor", "add_gated_prompt", "gated_prompt_attention", "lora_linear", "nf4_dequantize", "nf4_linear",
+    "nf4_quantize",
+]  # fmt: skip
