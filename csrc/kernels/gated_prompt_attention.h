@@ -48,35 +48,53 @@ struct GatedPromptAdd {
   Strides out_at, y_at;
 };
 
-// A unit of work leaves its share of the gradients here, in fp32: dkey [tokens][padded d], dvalue
-// [tokens][padded dv], dgate [heads / kv_heads]. Padded means to a multiple of kPromptPad.
+// The queries that see one prompt head are cut into `blocks`, and each leaves its share of the gradients in
+// `partial`, in fp32: dkey [tokens][padded d], dvalue [tokens][padded dv], dgate [heads / kv_heads]. Padded means
+// to a multiple of kPromptPad.
 struct GatedPromptBackward {
   GatedPrompt in;
   const void* g;          // [batch, heads, rows, dv]
   void* dquery;           // [batch, heads, rows, d], or null if nobody wants it
-  float* partial;         // [units][partial_stride]
+  float* partial;         // [prompts, kv_heads, blocks][partial_stride]
   Strides g_at, dquery_at;
-  int64_t partial_stride;
+  int64_t blocks, partial_stride;
 };
 
 struct GatedPromptReduce {
-  const float* partial;   // [units][partial_stride], the units of one (prompt, kv head) being neighbours
+  const float* partial;   // [prompts, kv_heads, blocks][partial_stride]
   void* dkey;             // [prompts, kv_heads, tokens, d] of dtype, contiguous
   void* dvalue;           // [prompts, kv_heads, tokens, dv]
   float* dgate;           // [heads]
-  int64_t partial_stride, units;
+  int64_t blocks, partial_stride;
   int64_t heads, d, dv, prompts, kv_heads, tokens;
   DType dtype;
 };
 
-constexpr int64_t kPromptPad = 16;          // floats; a multiple of every vector width
-constexpr int64_t kMaxPromptHeadDim = 1024; // a tile of queries of this width still fits the scratch
+constexpr int64_t kPromptPad = 16;            // floats; a multiple of every vector width
+constexpr int64_t kMaxPromptHeadDim = 1024;   // a tile of queries of this width still fits the scratch
+constexpr int64_t kQueriesPerToken = 32;      // in a block, of 8 tokens at least: `partial` is 1/16 of query at most
 
 namespace cpu {
-namespace scalar     { Kernel<GatedPromptAdd> gated_prompt_add; Kernel<GatedPromptBackward> gated_prompt_backward; Kernel<GatedPromptReduce> gated_prompt_reduce; }
-namespace avx2       { Kernel<GatedPromptAdd> gated_prompt_add; Kernel<GatedPromptBackward> gated_prompt_backward; Kernel<GatedPromptReduce> gated_prompt_reduce; }
-namespace avx512     { Kernel<GatedPromptAdd> gated_prompt_add; Kernel<GatedPromptBackward> gated_prompt_backward; Kernel<GatedPromptReduce> gated_prompt_reduce; }
-namespace avx512bf16 { Kernel<GatedPromptAdd> gated_prompt_add; Kernel<GatedPromptBackward> gated_prompt_backward; Kernel<GatedPromptReduce> gated_prompt_reduce; }
+namespace scalar {
+Kernel<GatedPromptAdd> gated_prompt_add;
+Kernel<GatedPromptBackward> gated_prompt_backward;
+Kernel<GatedPromptReduce> gated_prompt_reduce;
+}
+namespace avx2 {
+Kernel<GatedPromptAdd> gated_prompt_add;
+Kernel<GatedPromptBackward> gated_prompt_backward;
+Kernel<GatedPromptReduce> gated_prompt_reduce;
+}
+namespace avx512 {
+Kernel<GatedPromptAdd> gated_prompt_add;
+Kernel<GatedPromptBackward> gated_prompt_backward;
+Kernel<GatedPromptReduce> gated_prompt_reduce;
+}
+namespace avx512bf16 {
+Kernel<GatedPromptAdd> gated_prompt_add;
+Kernel<GatedPromptBackward> gated_prompt_backward;
+Kernel<GatedPromptReduce> gated_prompt_reduce;
+}
 }  // namespace cpu
 
 }  // namespace peftops

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "kernels/gated_prompt_attention.h"
 #include "ops/bind.h"
 
@@ -21,24 +23,25 @@ struct Operands {
            double scale) {
     STD_TORCH_CHECK(query_.dim() == 4, op, ": query must have shape [batch, heads, rows, d], not ", shape_of(query_));
     for (const Tensor* prompt : {&key_, &value_})
-      STD_TORCH_CHECK(prompt->dim() == 3 || prompt->dim() == 4, op,
-                      ": a prompt must have shape [batch, kv_heads, tokens, d] or [kv_heads, tokens, d], not ", shape_of(*prompt));
+      STD_TORCH_CHECK(prompt->dim() == 3 || prompt->dim() == 4, op, ": a prompt must have shape [kv_heads, tokens, d] or"
+                      " [batch, kv_heads, tokens, d], not ", shape_of(*prompt));
     query = with_whole_rows(query_), key = with_whole_rows(key_), value = with_whole_rows(value_);
     in.query = query.const_data_ptr(), in.key = key.const_data_ptr(), in.value = value.const_data_ptr();
     in.query_at = strides_of(query), in.key_at = strides_of(key), in.value_at = strides_of(value);
     in.batch = query.size(0), in.heads = query.size(1), in.rows = query.size(2), in.d = query.size(3);
     in.prompts = key.dim() == 4 ? key.size(0) : 1, in.kv_heads = key.size(-3), in.tokens = key.size(-2);
     in.dv = value.size(-1);
-    STD_TORCH_CHECK(in.prompts == 1 || in.prompts == in.batch, op, ": there must be one prompt, or one for each of the ",
+    STD_TORCH_CHECK(in.prompts == 1 || in.prompts == in.batch, op, ": there must be one prompt, or one for each of ",
                     in.batch, " samples, not ", in.prompts);
-    STD_TORCH_CHECK(in.kv_heads > 0 && in.heads % in.kv_heads == 0, op, ": ", in.kv_heads, " prompt heads do not divide ",
-                    in.heads, " query heads");
+    STD_TORCH_CHECK(in.kv_heads > 0 && in.heads % in.kv_heads == 0, op, ": ", in.kv_heads,
+                    " prompt heads do not divide ", in.heads, " query heads");
     STD_TORCH_CHECK(in.tokens > 0, op, ": a prompt needs at least one token");
     for (const int64_t d : {in.d, in.dv})
       STD_TORCH_CHECK(d > 0 && d <= kMaxPromptHeadDim, op, ": a head must have 1 to ", kMaxPromptHeadDim, " dims, not ", d);
     STD_TORCH_CHECK(key.size(-1) == in.d && value.dim() == key.dim() && value.size(0) == key.size(0) &&
-                    value.size(-3) == in.kv_heads && value.size(-2) == in.tokens, op,
-                    ": prompt_key ", shape_of(key), " and prompt_value ", shape_of(value), " do not fit query ", shape_of(query));
+                    value.size(-3) == in.kv_heads && value.size(-2) == in.tokens,
+                    op, ": prompt_key ", shape_of(key), " and prompt_value ", shape_of(value), " do not fit together or"
+                    " query ", shape_of(query));
     check_shape(op, "gate", gate, {in.heads});
     in.gate = floats_of(op, "gate", gate), in.gate_stride = gate.stride(0);
     in.scale = float(scale);
@@ -101,19 +104,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_prompt_backward_cpu(
   Tensor dgate = empty(gate, {in.heads}, ScalarType::Float);
   if (in.prompts == 0) return {dquery, dkey, dvalue, torch::stable::zero_(dgate)};   // one each for no samples
 
-  const auto padded = [](int64_t d) { return (d + kPromptPad - 1) / kPromptPad * kPromptPad; };
-  GatedPromptBackward args = {in, g.const_data_ptr(), need_query ? dquery.mutable_data_ptr() : nullptr, nullptr,
-                              strides_of(g), need_query ? strides_of(dquery) : Strides{}, 0};
-  const auto kernel = PEFTOPS_PICK(gated_prompt_backward);
-  const int64_t units = kernel(args, 0, 0, nullptr);
-  args.partial_stride = in.tokens * (padded(in.d) + padded(in.dv)) + in.heads / in.kv_heads;
-  const Tensor partial = empty(gate, {units, args.partial_stride}, ScalarType::Float);
-  args.partial = partial.mutable_data_ptr<float>();
-  run(kernel, args, 3 * o.work());
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const auto padded = [&](int64_t d) { return ceil_div(d, kPromptPad) * kPromptPad; };
+  const int64_t queries = in.batch / in.prompts * in.rows * (in.heads / in.kv_heads);
+  const int64_t blocks = ceil_div(queries, kQueriesPerToken * std::max<int64_t>(8, in.tokens));
+  const int64_t stride = in.tokens * (padded(in.d) + padded(in.dv)) + in.heads / in.kv_heads;
+  Tensor partial = empty(gate, {in.prompts * in.kv_heads * blocks, stride}, ScalarType::Float);
+  run(PEFTOPS_PICK(gated_prompt_backward),
+      GatedPromptBackward{in, g.const_data_ptr(), need_query ? dquery.mutable_data_ptr() : nullptr,
+                          partial.mutable_data_ptr<float>(), strides_of(g), need_query ? strides_of(dquery) : Strides{},
+                          blocks, stride},
+      3 * o.work());
   run(PEFTOPS_PICK(gated_prompt_reduce),
-      GatedPromptReduce{args.partial, dkey.mutable_data_ptr(), dvalue.mutable_data_ptr(), dgate.mutable_data_ptr<float>(),
-                        args.partial_stride, units, in.heads, in.d, in.dv, in.prompts, in.kv_heads, in.tokens,
-                        in.prompt_dtype},
+      GatedPromptReduce{partial.const_data_ptr<float>(), dkey.mutable_data_ptr(), dvalue.mutable_data_ptr(),
+                        dgate.mutable_data_ptr<float>(), blocks, stride, in.heads, in.d, in.dv, in.prompts, in.kv_heads,
+                        in.tokens, in.prompt_dtype},
       partial.numel());
   return {dquery, dkey, dvalue, dgate};
 }

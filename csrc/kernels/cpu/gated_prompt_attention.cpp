@@ -7,20 +7,25 @@
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
-struct Forward : PromptSoftmax {
-  Tile sum_pv;   // [kQueries][dv], the sum of p value
+// 128 queries in a unit make up for converting its prompts.
+int64_t blocks_of(const GatedPrompt& in) { return ceil_div(Plan::queries_of(in), 128); }
 
-  Forward(const GatedPrompt& in, void* scratch) : PromptSoftmax(in, scratch), sum_pv(take(kQueries, padded(in.dv))) {}
+struct Forward : PromptSoftmax<Needs::forward> {
+  Tile weighted;   // [kQueries][dv], the sum of p value
 
-  template <class T> void attend(const Unit& u, const Queries& q, bool loaded) {
-    start<T>(q);
-    each_chunk(u, loaded, [&] {
+  Forward(const GatedPrompt& in, void* scratch)
+      : PromptSoftmax(in, blocks_of(in), scratch), weighted(take(kQueries, padded(in.dv))) {}
+
+  template <class T> void attend(const Queries& q) {
+    take_queries<T>(q);
+    each_chunk([&] {
       scores();
       exponentiate();
-      if (first == 0) return multiply<false>(kQueries, as_columns(p), value, n, sum_pv);
-      for (int64_t i = 0; i < kQueries; ++i)
-        each_vector(sum_pv.ld, [&](int64_t c, int64_t) { store(sum_pv.row(i) + c, load(sum_pv.row(i) + c) * set(rescale[i])); });
-      multiply<true>(kQueries, as_columns(p), value, n, sum_pv);
+      if (first == 0) return multiply<false>(q.n, columns_of(p), value, n, weighted);
+      for (int64_t i = 0; i < q.n; ++i)
+        for (int64_t c = 0; c < weighted.ld; c += kLanes)
+          store(weighted.row(i) + c, load(weighted.row(i) + c) * set(rescale[i]));
+      multiply<true>(q.n, columns_of(p), value, n, weighted);
     });
   }
 
@@ -31,7 +36,7 @@ struct Forward : PromptSoftmax {
       if (q.gate[i] != 0) {
         const Vec factor = set(q.gate[i] / sum[i]);
         each_vector(in.dv, [&](int64_t c, int64_t n) {
-          store_upto(to + c, n, fma(load(sum_pv.row(i) + c), factor, load_upto(from + c, n)));
+          store_upto(to + c, n, fma(load(weighted.row(i) + c), factor, load_upto(from + c, n)));
         });
       } else if (to != from) {   // shut: not even the sign of a zero may change
         memcpy(to, from, in.dv * sizeof(T));
@@ -39,6 +44,7 @@ struct Forward : PromptSoftmax {
     }
   }
 };
+static_assert(4 * (Forward::floats(kMaxPromptHeadDim) + kQueries * kMaxPromptHeadDim) <= kScratchBytes);
 
 }  // namespace
 
@@ -47,19 +53,22 @@ int64_t gated_prompt_add(const GatedPromptAdd& a, int64_t begin, int64_t end, vo
     using T = typename decltype(t)::type;
     Forward work(a.in, scratch);
     for (int64_t index = begin; index < end; ++index) {
-      const Unit u(a.in, index);
-      bool loaded = false;
-      for (int64_t tile = 0; tile < u.count; tile += kQueries) {
-        const Queries q(a.in, u, tile);
-        bool open = false;
-        for (float gate : q.gate) open |= gate != 0;
-        if (open) work.attend<T>(u, q, loaded);
-        loaded |= open;
-        work.add<T>(a, q);
+      const Unit u(a.in, work.plan, index);
+      work.start(u);
+      for (int64_t tile = 0; tile < u.queries; tile += kQueries) {
+        Queries q(a.in, u, tile);
+        for (int64_t head = 0; head < u.heads; ++head) {
+          q.choose(u.head + head);
+          work.choose(u, head);
+          bool open = false;
+          for (float gate : q.gate) open |= gate != 0;
+          if (open) work.attend<T>(q);
+          work.add<T>(a, q);
+        }
       }
     }
   });
-  return Unit::count_of(a.in);
+  return Plan(a.in, blocks_of(a.in)).count;
 }
 
 }  // namespace peftops::cpu::PEFTOPS_ISA

@@ -7,33 +7,35 @@
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
-struct Backward : PromptSoftmax {
-  Tile g, g_t;          // [kQueries][dv] and [dv][kQueries]
-  Tile t;               // [kTokens][kQueries] g . value
-  Tile dquery;          // [kQueries][d]
-  float* mean;          // [kQueries] the mean of t under p
-  Tile dkey, dvalue;    // [K], of the unit
-  float* dgate;         // [heads of the unit]
+struct Backward : PromptSoftmax<Needs::backward> {
+  Tile g, g_t;           // [kQueries][dv], [dv][kQueries]
+  Tile t;                // [tokens][kQueries] g . value
+  Tile dquery;           // [kQueries][d]
+  float* mean;           // [kQueries] the mean of t under p
+  Tile dkey, dvalue;     // [K], of the unit
+  float* dgate;          // [heads / kv_heads]
 
-  Backward(const GatedPrompt& in, void* scratch) : PromptSoftmax(in, scratch) {
+  Backward(const GatedPrompt& in, int64_t blocks, void* scratch) : PromptSoftmax(in, blocks, scratch) {
     g = take(kQueries, padded(in.dv)), g_t = take(padded(in.dv), kQueries);
-    t = take(kTokens, kQueries), dquery = take(kQueries, padded(in.d)), mean = take(1, kQueries).p;
+    t = take(chunk_of(in.d, in.dv), kQueries), dquery = take(kQueries, padded(in.d)), mean = take(1, kQueries).p;
   }
 
-  void start_unit(const GatedPromptBackward& a, float* partial) {
-    memset(partial, 0, a.partial_stride * sizeof(float));
-    dkey = {partial, query.ld}, dvalue = {dkey.row(in.tokens), g.ld}, dgate = dvalue.row(in.tokens);
+  // The unit's share of the gradients of its head-th head.
+  void choose_gradients(const GatedPromptBackward& a, const Unit& u, int64_t head) {
+    const int64_t index = (u.prompt * in.kv_heads + u.head + head) * plan.blocks + u.block;
+    dkey = {a.partial + index * a.partial_stride, query.ld}, dvalue = {dkey.row(in.tokens), g.ld};
+    dgate = dvalue.row(in.tokens);
   }
 
   void score_gradients() const {
     scores();
-    multiply<false>(n, as_rows(value), g_t, in.dv, t);
+    multiply<false>(n, columns_of(value_t), g_t, in.dv, t);
   }
 
   // mean, over all chunks; leaves p and t of the last one behind.
-  void find_mean(const Unit& u, bool loaded) {
+  void find_mean() {
     for (int64_t i = 0; i < kQueries; i += kLanes) store(mean + i, zero());
-    each_chunk(u, loaded, [&] {
+    each_chunk([&] {
       score_gradients();
       exponentiate();
       for (int64_t i = 0; i < kQueries; i += kLanes) {
@@ -57,31 +59,29 @@ struct Backward : PromptSoftmax {
     }
   }
 
-  template <class T> void add_gradients(const GatedPromptBackward& a, const Unit& u, const Queries& q, bool loaded) {
-    start<T>(q);
+  template <class T> void add_gradients(const GatedPromptBackward& a, const Queries& q) {
+    take_queries<T>(q);
     q.gather<T>(a.g, a.g_at, in.dv, g);
     transpose_tile(g, 1.f, g_t);
-    find_mean(u, loaded);
-    for (int64_t i = 0; i < q.n; ++i) dgate[q.at[i].head % (in.heads / in.kv_heads)] += mean[i];
+    find_mean();
+    for (int64_t i = 0; i < q.n; ++i) dgate[q.at[i].member] += mean[i];
 
-    const bool whole = in.tokens <= kTokens;   // p and t are still there
-    if (a.dquery) memset(dquery.p, 0, kQueries * dquery.ld * sizeof(float));
-    each_chunk(u, true, [&] {
-      if (!whole) score_gradients();
-      weigh(q, whole);
-      multiply<true>(n, as_rows(p), g, kQueries, {dvalue.row(first), dvalue.ld});
-      multiply<true>(n, as_rows(t), query, kQueries, {dkey.row(first), dkey.ld});
-      if (a.dquery) multiply<true>(kQueries, as_columns(t), key, n, dquery);
+    memset(dquery.p, 0, q.n * dquery.ld * sizeof(float));
+    each_chunk([&] {
+      if (!plan.whole) score_gradients();
+      weigh(q, plan.whole);
+      multiply<true>(n, rows_of<kQueries>(p), g, q.n, {dvalue.row(first), dvalue.ld});
+      multiply<true>(n, rows_of<kQueries>(t), query, q.n, {dkey.row(first), dkey.ld});
+      if (a.dquery) multiply<true>(q.n, columns_of(t), key, n, dquery);
     });
-    if (!a.dquery) return;
-    for (int64_t i = 0; i < q.n; ++i) {
+    for (int64_t i = 0; a.dquery && i < q.n; ++i) {
       T* to = static_cast<T*>(a.dquery) + q.offset(i, a.dquery_at);
       each_vector(in.d, [&](int64_t c, int64_t n) { store_upto(to + c, n, load(dquery.row(i) + c)); });
     }
   }
 
-  static constexpr int64_t floats(int64_t d) {   // with dv = d, padded
-    return 2 * kTokens * d + 5 * kQueries * d + 2 * kTokens * kQueries + 4 * kQueries;
+  static constexpr int64_t floats(int64_t d) {   // with dv = d
+    return PromptSoftmax::floats(d) + 3 * kQueries * d + (chunk_of(d, d) + 1) * kQueries;
   }
 };
 static_assert(4 * Backward::floats(kMaxPromptHeadDim) <= kScratchBytes);
@@ -100,20 +100,31 @@ template <class T> void add_blocks(const float* partial, int64_t stride, int64_t
 int64_t gated_prompt_backward(const GatedPromptBackward& a, int64_t begin, int64_t end, void* scratch) {
   if (begin < end) with_type(a.in.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    Backward work(a.in, scratch);
+    Backward work(a.in, a.blocks, scratch);
     for (int64_t index = begin; index < end; ++index) {
-      const Unit u(a.in, index);
-      work.start_unit(a, a.partial + index * a.partial_stride);
-      for (int64_t tile = 0; tile < u.count; tile += kQueries)
-        work.add_gradients<T>(a, u, Queries(a.in, u, tile), tile > 0);
+      const Unit u(a.in, work.plan, index);
+      work.start(u);
+      for (int64_t head = 0; head < u.heads; ++head) {
+        work.choose_gradients(a, u, head);
+        memset(work.dkey.p, 0, a.partial_stride * sizeof(float));
+      }
+      for (int64_t tile = 0; tile < u.queries; tile += kQueries) {
+        Queries q(a.in, u, tile);
+        for (int64_t head = 0; head < u.heads; ++head) {
+          q.choose(u.head + head);
+          work.choose(u, head);
+          work.choose_gradients(a, u, head);
+          work.add_gradients<T>(a, q);
+        }
+      }
     }
   });
-  return Unit::count_of(a.in);
+  return Plan(a.in, a.blocks).count;
 }
 
 // A unit of work is a token of a prompt head. The first of a head also takes the gates that it serves.
 int64_t gated_prompt_reduce(const GatedPromptReduce& a, int64_t begin, int64_t end, void*) {
-  const int64_t blocks = a.units / (a.prompts * a.kv_heads), group = a.heads / a.kv_heads;
+  const int64_t blocks = a.blocks, group = a.heads / a.kv_heads;
   const int64_t d = padded(a.d), dv = padded(a.dv), gates = a.tokens * (d + dv);
   with_type(a.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
@@ -121,7 +132,8 @@ int64_t gated_prompt_reduce(const GatedPromptReduce& a, int64_t begin, int64_t e
       const int64_t token = index % a.tokens, head = index / a.tokens;   // head: of a prompt
       const float* partial = a.partial + head * blocks * a.partial_stride;
       add_blocks(partial + token * d, a.partial_stride, blocks, static_cast<T*>(a.dkey) + index * a.d, a.d);
-      add_blocks(partial + a.tokens * d + token * dv, a.partial_stride, blocks, static_cast<T*>(a.dvalue) + index * a.dv, a.dv);
+      add_blocks(partial + a.tokens * d + token * dv, a.partial_stride, blocks, static_cast<T*>(a.dvalue) + index * a.dv,
+                 a.dv);
       if (token > 0 || head >= a.kv_heads) continue;
       for (int64_t i = 0; i < group; ++i) {
         float sum = 0;
