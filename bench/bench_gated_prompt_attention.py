@@ -44,10 +44,16 @@ def inputs(rows, keys, dtype):
     return [t.requires_grad_() for t in (*words, *prompt, torch.randn(H))]
 
 
-def step(call, leaves, g):
-    y = call(*leaves)
-    wanted = [t for t in leaves if call is not plain or t.dim() == 4]
-    return torch.autograd.grad(y, wanted, g)
+def no_grad(calls, leaves):
+    return {name: torch.no_grad()(lambda f=f: f(*leaves)) for name, f in calls.items()}
+
+
+def steps(calls, leaves, g):
+    def step(call):
+        wanted = leaves[:3] if call is plain else leaves
+        return lambda: torch.autograd.grad(call(*leaves), wanted, g)
+
+    return {name: step(call) for name, call in calls.items()}
 
 
 def cases():
@@ -57,21 +63,18 @@ def cases():
         leaves = inputs(rows, rows, dtype)
         g = torch.randn(B, rows, H, D).to(dtype).transpose(1, 2)
         label = f"S={rows} K={TOKENS} {str(dtype)[6:]}"
-        forward = {name: torch.no_grad()(lambda f=f: f(*leaves)) for name, f in calls.items()}
-        yield harness.Case(f"forward {label}", forward, want=want)
-        steps = {name: lambda f=f: step(f, leaves, g) for name, f in calls.items()}
-        yield harness.Case(f"step {label}", steps, want=want)
+        yield harness.Case(f"forward {label}", no_grad(calls, leaves), want=want)
+        yield harness.Case(f"step {label}", steps(calls, leaves, g), want=want)
+    parts = {"peftops": peftops.add_gated_prompt, "composed": lambda out, *rest: out + prompt_part(*rest)}
     for rows, dtype in SHAPES:
         query, _, _, *prompt = inputs(rows, 1, dtype)
         out = query.detach().clone()
-        part = {"peftops": lambda: peftops.add_gated_prompt(out, query, *prompt), "composed": lambda: out + prompt_part(query, *prompt)}
-        moved = 3 * out.nbytes
-        yield harness.Case(f"prompt part {rows} {str(dtype)[6:]}", {n: torch.no_grad()(f) for n, f in part.items()},
-                           bytes=moved, want={"composed": 1.5})  # fmt: skip
+        leaves = [out, query, *prompt]
+        label = f"prompt's part S={rows} K={TOKENS} {str(dtype)[6:]}"
+        yield harness.Case(label, no_grad(parts, leaves), bytes=3 * out.nbytes, want={"composed": 1})
     for keys in (128, 2048):
         leaves = inputs(1, keys, torch.float32)
-        decode = {name: torch.no_grad()(lambda f=f: f(*leaves)) for name, f in calls.items()}
-        yield harness.Case(f"decode keys={keys} float32", decode, want={"composed": 1, "eager": 1})
+        yield harness.Case(f"decode keys={keys} float32", no_grad(calls, leaves), want={"composed": 1, "eager": 1})
 
 
 if __name__ == "__main__":

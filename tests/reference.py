@@ -76,3 +76,11 @@ def _product(a, b):
     low = a * (b & 0xFFFF)
     high = a * (b >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def gated_prompt(out, query, prompt_key, prompt_value, gate, tanh=True, scale=None):
+    """The prompt's part of zero-init gated attention, added to ``out``; prompts have three dims or four."""
+    group = query.shape[1] // prompt_key.shape[-3]
+    key, value = (t.repeat_interleave(group, -3) for t in (prompt_key, prompt_value))
+    p = torch.softmax(query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale), -1)
+    return out + (gate.tanh() if tanh else gate).reshape(-1, 1, 1) * (p @ value)

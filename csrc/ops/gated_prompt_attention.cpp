@@ -21,7 +21,8 @@ struct Operands {
 
   Operands(const char* op, const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& gate,
            double scale) {
-    STD_TORCH_CHECK(query_.dim() == 4, op, ": query must have shape [batch, heads, rows, d], not ", shape_of(query_));
+    STD_TORCH_CHECK(query_.dim() == 4, op, ": query must have shape [batch, heads, rows, d], not ",
+                    shape_of(query_));
     for (const Tensor* prompt : {&key_, &value_})
       STD_TORCH_CHECK(prompt->dim() == 3 || prompt->dim() == 4, op, ": a prompt must have shape [kv_heads, tokens, d] or"
                       " [batch, kv_heads, tokens, d], not ", shape_of(*prompt));
@@ -37,7 +38,8 @@ struct Operands {
                     " prompt heads do not divide ", in.heads, " query heads");
     STD_TORCH_CHECK(in.tokens > 0, op, ": a prompt needs at least one token");
     for (const int64_t d : {in.d, in.dv})
-      STD_TORCH_CHECK(d > 0 && d <= kMaxPromptHeadDim, op, ": a head must have 1 to ", kMaxPromptHeadDim, " dims, not ", d);
+      STD_TORCH_CHECK(d > 0 && d <= kMaxPromptHeadDim, op, ": a head must have 1 to ", kMaxPromptHeadDim,
+                      " dims, not ", d);
     STD_TORCH_CHECK(key.size(-1) == in.d && value.dim() == key.dim() && value.size(0) == key.size(0) &&
                     value.size(-3) == in.kv_heads && value.size(-2) == in.tokens,
                     op, ": prompt_key ", shape_of(key), " and prompt_value ", shape_of(value), " do not fit together or"

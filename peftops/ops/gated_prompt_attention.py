@@ -68,8 +68,9 @@ def _is_tanh(op: str, gate: Tensor, gate_activation: str, query: Tensor) -> bool
         raise ValueError(f"{op}: gate_activation must be 'tanh' or 'none', not {gate_activation!r}")
     if query.dim() != 4:
         raise ValueError(f"{op}: query must have shape [batch, heads, rows, d], not {list(query.shape)}")
-    if gate.numel() not in (1, query.shape[1]):
-        raise ValueError(f"{op}: gate must have 1 element or {query.shape[1]}, one a head, but its shape is {list(gate.shape)}")
+    heads = query.shape[1]
+    if gate.numel() not in (1, heads):
+        raise ValueError(f"{op}: gate must have 1 element or {heads}, one a head, but its shape is {list(gate.shape)}")
     return gate_activation == "tanh"
 
 

@@ -132,8 +132,8 @@ int64_t gated_prompt_reduce(const GatedPromptReduce& a, int64_t begin, int64_t e
       const int64_t token = index % a.tokens, head = index / a.tokens;   // head: of a prompt
       const float* partial = a.partial + head * blocks * a.partial_stride;
       add_blocks(partial + token * d, a.partial_stride, blocks, static_cast<T*>(a.dkey) + index * a.d, a.d);
-      add_blocks(partial + a.tokens * d + token * dv, a.partial_stride, blocks, static_cast<T*>(a.dvalue) + index * a.dv,
-                 a.dv);
+      add_blocks(partial + a.tokens * d + token * dv, a.partial_stride, blocks,
+                 static_cast<T*>(a.dvalue) + index * a.dv, a.dv);
       if (token > 0 || head >= a.kv_heads) continue;
       for (int64_t i = 0; i < group; ++i) {
         float sum = 0;
