@@ -24,8 +24,8 @@ struct Operands {
     STD_TORCH_CHECK(query_.dim() == 4, op, ": query must have shape [batch, heads, rows, d], not ",
                     shape_of(query_));
     for (const Tensor* prompt : {&key_, &value_})
-      STD_TORCH_CHECK(prompt->dim() == 3 || prompt->dim() == 4, op, ": a prompt must have shape [kv_heads, tokens, d] or"
-                      " [batch, kv_heads, tokens, d], not ", shape_of(*prompt));
+      STD_TORCH_CHECK(prompt->dim() == 3 || prompt->dim() == 4, op, ": a prompt must have shape [kv_heads, tokens, d]"
+                      " or [batch, kv_heads, tokens, d], not ", shape_of(*prompt));
     query = with_whole_rows(query_), key = with_whole_rows(key_), value = with_whole_rows(value_);
     in.query = query.const_data_ptr(), in.key = key.const_data_ptr(), in.value = value.const_data_ptr();
     in.query_at = strides_of(query), in.key_at = strides_of(key), in.value_at = strides_of(value);

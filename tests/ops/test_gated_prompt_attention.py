@@ -191,9 +191,9 @@ def causal_mask(rows, keys):
 @pytest.mark.parametrize("option", ["plain", "causal", "bool mask", "float mask", "scale"])
 def test_is_an_attention_and_a_prompt(device, kv_heads, option):
     """Bit for bit torch's attention with add_gated_prompt, forward and backward, with a graph and without."""
-    query = laid_out(normal((2, 4, 7, 16), torch.float32, 0, device), "rows first").requires_grad_()
-    key, value = (normal((2, kv_heads, 9, 16), torch.float32, i, device).requires_grad_() for i in (1, 2))
-    prompt = [normal((kv_heads, 10, 16), torch.float32, i, device).requires_grad_() for i in (3, 4)]
+    query = laid_out(normal((2, 4, 7, 20), torch.float32, 0, device), "rows first").requires_grad_()
+    key, value = (normal((2, kv_heads, 9, 20), torch.float32, i, device).requires_grad_() for i in (1, 2))
+    prompt = [normal((kv_heads, 10, 20), torch.float32, i, device).requires_grad_() for i in (3, 4)]
     gate = normal((4,), torch.float32, 5, device).requires_grad_()
     mask = causal_mask(7, 9).to(device)
     low = torch.zeros(7, 9, device=device).masked_fill(~mask, -1e9)
@@ -232,7 +232,7 @@ def test_computes_what_llama_adapter_trains(device, kv_heads):
 
 
 def test_computes_what_peft_does(device):
-    """One gate for the layer, not squashed; the prompt's part is projected by itself, and what is projected is added."""
+    """One gate for the layer, not squashed; the prompt's part is projected by itself, then added."""
     b, h, s, d, k = 2, 4, 13, 16, 10
     query, key, value = (normal((b, h, s, d), torch.float32, i, device) for i in range(3))
     prompt_key, prompt_value = (normal((h, k, d), torch.float32, 3 + i, device) for i in range(2))
@@ -368,21 +368,23 @@ def test_bad_input(device):
     key, value, gate = good["prompt_key"], good["prompt_value"], good["gate"]
 
     def refused(error, match, **bad):
-        with pytest.raises(error, match="^add_gated_prompt: " + match):
+        with pytest.raises(error, match="add_gated_prompt: " + match):
             peftops.add_gated_prompt(**{**good, **bad})
 
     refused(ValueError, "gate_activation must be 'tanh' or 'none', not 'sigmoid'", gate_activation="sigmoid")
     refused(ValueError, r"gate must have 1 element or 4, one a head, but its shape is \[3\]", gate=gate[:3])
     refused(ValueError, r"query must have shape \[batch, heads, rows, d\], not \[4, 5, 8\]", query=good["query"][0])
     refused(RuntimeError, r"out must have shape \[2, 4, 5, 8\], not \[2, 4, 4, 8\]", out=good["out"][:, :, 1:])
-    three = [0, 1, 1]
-    refused(RuntimeError, "3 prompt heads do not divide 4 query heads", prompt_key=key[three], prompt_value=value[three])
-    refused(RuntimeError, "there must be one prompt, or one for each of 2 samples, not 3", prompt_key=key.expand(3, 2, 3, 8))
+    three = {"prompt_key": key[[0, 1, 1]], "prompt_value": value[[0, 1, 1]]}
+    refused(RuntimeError, "3 prompt heads do not divide 4 query heads", **three)
+    three = {"prompt_key": key.expand(3, 2, 3, 8)}
+    refused(RuntimeError, "there must be one prompt, or one for each of 2 samples, not 3", **three)
     refused(RuntimeError, r"a prompt must have shape \[kv_heads, tokens, d\] or .*, not \[3, 8\]", prompt_key=key[0])
     fit = r"do not fit together or query \[2, 4, 5, 8\]"
     refused(RuntimeError, rf"prompt_key \[2, 2, 8\] and prompt_value \[2, 3, 8\] {fit}", prompt_key=key[:, 1:])
     refused(RuntimeError, rf"prompt_key \[2, 3, 7\] and prompt_value \[2, 3, 8\] {fit}", prompt_key=key[..., 1:])
-    refused(RuntimeError, rf"prompt_key \[2, 3, 8\] and prompt_value \[2, 2, 3, 8\] {fit}", prompt_value=value.expand(2, 2, 3, 8))
+    each = {"prompt_value": value.expand(2, 2, 3, 8)}
+    refused(RuntimeError, rf"prompt_key \[2, 3, 8\] and prompt_value \[2, 2, 3, 8\] {fit}", **each)
     refused(RuntimeError, "a prompt needs at least one token", prompt_key=key[:, :0], prompt_value=value[:, :0])
     refused(RuntimeError, "prompt_key and prompt_value must have one dtype", prompt_key=key.bfloat16())
     refused(RuntimeError, "query and out must have one dtype", query=good["query"].bfloat16())
