@@ -105,7 +105,7 @@ class GatedPrompt(nn.Module):
             shape = (1, prompt.shape[1], arguments["position_embeddings"][0].shape[-1])
             still["position_embeddings"] = (prompt.new_ones(shape), prompt.new_zeros(shape))
         elif getattr(attention.config, "rope_parameters", None):
-            raise TypeError(f"{type(attention).__name__} rotates its keys itself: a prompt's cannot be left as they are")
+            raise TypeError(f"{type(attention).__name__} rotates keys itself: a prompt's cannot be left as they are")
         found: list[Tensor] = []
 
         def take(function: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any):

@@ -13,8 +13,8 @@ import reference
 from peftops import LoRAConfig, attach
 from peftops.nn.gated_prompt import GatedPrompt, check_attention, is_attention
 
-SMALL = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 2}  # fmt: skip
+SMALL = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 2}  # fmt: skip
 MODELS = {
     "llama": lambda: transformers.LlamaConfig(**SMALL),
     "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=4),
@@ -106,7 +106,7 @@ def test_computes_the_definition(kind):
 
 @any_model
 def test_everything_learns(kind):
-    base, model = build(kind)
+    _, model = build(kind)
     shake(model)
     model(input_ids=ids, labels=ids).loss.backward()
     for gated in prompts(model):
