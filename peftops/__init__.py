@@ -29,6 +29,8 @@ from .methods.vera import VeRAConfig
 from .ops import (
     GroupQuantTensor,
     NF4Tensor,
+    add_gated_prompt,
+    gated_prompt_attention,
     gptq_quantize,
     group_dequantize,
     group_linear,
@@ -46,8 +48,8 @@ __all__ = [
     "BitFitConfig", "BottleneckConfig", "DoRAConfig", "GLoRAConfig", "GroupQuantTensor", "HeadOnlyConfig", "IA3Config",
     "LoRAConfig", "LoRAFAConfig", "LoftQConfig", "MultiLoRAConfig", "NF4Tensor", "NormTuningConfig", "OLoRAConfig",
     "PiSSAConfig", "PrefixTuningConfig", "PromptTuningConfig", "QLoRAConfig", "SurgicalConfig", "TiedLoRAConfig",
-    "TopLayersConfig", "VeRAConfig", "activate", "attach", "auto_rgn", "auto_snr", "detach", "disabled",
-    "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "load", "load_model", "lora_linear",
-    "loraplus_groups", "merge", "nf4_dequantize", "nf4_linear", "nf4_quantize", "qalora_linear", "qalora_merge",
-    "save", "summary", "unmerge", "weighted_groups",
+    "TopLayersConfig", "VeRAConfig", "activate", "add_gated_prompt", "attach", "auto_rgn", "auto_snr", "detach",
+    "disabled", "gated_prompt_attention", "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "load",
+    "load_model", "lora_linear", "loraplus_groups", "merge", "nf4_dequantize", "nf4_linear", "nf4_quantize",
+    "qalora_linear", "qalora_merge", "save", "summary", "unmerge", "weighted_groups",
 ]  # fmt: skip

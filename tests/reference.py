@@ -113,3 +113,11 @@ def qalora(x, lora_A, lora_B, scaling, pool, group_size):
 def qalora_merge(scales, zeros, lora_A, lora_B, scaling, pool, group_size):
     """New zeros."""
     return zeros - scaling * pool_factor(pool, group_size, lora_A.shape[1]) * (lora_B @ lora_A) / scales
+
+
+def gated_prompt(out, query, prompt_key, prompt_value, gate, tanh=True, scale=None):
+    """The prompt's part of zero-init gated attention, added to ``out``; prompts have three dims or four."""
+    group = query.shape[1] // prompt_key.shape[-3]
+    key, value = (t.repeat_interleave(group, -3) for t in (prompt_key, prompt_value))
+    p = torch.softmax(query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale), -1)
+    return out + (gate.tanh() if tanh else gate).reshape(-1, 1, 1) * (p @ value)

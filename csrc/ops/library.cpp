@@ -9,6 +9,7 @@
 #define NF4_WEIGHT "Tensor packed, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, int block_size"
 // And five that are a group-quantised one: packed uint8 [out, in * bits / 8]; scales and zeros float32 [out, groups].
 #define GROUP_WEIGHT "Tensor packed, Tensor scales, Tensor zeros, int bits, int group_size"
+#define GATED_PROMPT "Tensor query, Tensor prompt_key, Tensor prompt_value, Tensor gate, float scale"
 
 STABLE_TORCH_LIBRARY(peftops, m) {
   m.def("nf4_quantize(Tensor weight, int block_size) -> (Tensor packed, Tensor absmax)");
@@ -32,8 +33,13 @@ STABLE_TORCH_LIBRARY(peftops, m) {
   m.def("group_linear_backward(Tensor g, " GROUP_WEIGHT ", Tensor? v, Tensor? lora_A) -> Tensor");
   m.def("qalora_shrink(Tensor x, Tensor lora_A, int group_size) -> (Tensor pooled, Tensor u)");
   m.def("qalora_merge(Tensor scales, Tensor zeros, Tensor lora_A, Tensor lora_B, float factor) -> Tensor");
+  m.def("gated_prompt_add(Tensor out, " GATED_PROMPT ") -> Tensor");
+  m.def("gated_prompt_add_(Tensor(a!) out, " GATED_PROMPT ") -> ()");
+  m.def("gated_prompt_backward(Tensor g, " GATED_PROMPT ", bool need_query)"
+        " -> (Tensor dquery, Tensor dprompt_key, Tensor dprompt_value, Tensor dgate)");
 }
 
+#undef GATED_PROMPT
 #undef NF4_WEIGHT
 #undef GROUP_WEIGHT
 

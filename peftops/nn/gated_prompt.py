@@ -1,0 +1,124 @@
+"""Zero-init gated attention in transformers' models: a prompt beside what an attention module computes.
+
+Which model it is does not matter, only that its attention goes through transformers' registry of attention
+functions. There it hands over queries, keys and values as they are attended to, normed and rotated. The functions
+in the registry are wrapped once; a call that brings no prompt along passes straight through.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import add_gated_prompt
+
+REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # its name in the files of transformers' models
+ARGUMENT = "peftops_attention"  # a call's own attention: modules hand on what they do not know
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether this is an attention module that goes through the registry, and decodes (is causal)."""
+    forward = inspect.unwrap(type(module).forward)
+    uses = REGISTRY in getattr(getattr(forward, "__code__", None), "co_names", ())
+    return uses and getattr(module, "is_causal", True) is True and hasattr(module, "config")
+
+
+def check_attention(module: nn.Module, name: str) -> None:
+    """Raise a sentence unless the attention module ``name`` can take a prompt."""
+    if not is_attention(module):
+        raise TypeError(f"{name}, a {type(module).__name__}, is no attention of transformers that decodes")
+    if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values()):
+        raise TypeError(f"{name}, a {type(module).__name__}, hands no arguments on to its attention function")
+
+
+def _open(module: nn.Module) -> None:
+    """Let the attention function that a module uses give way to :data:`ARGUMENT`."""
+    registry = inspect.unwrap(type(module).forward).__globals__[REGISTRY]
+    name = module.config._attn_implementation
+    if name not in registry:
+        raise ValueError(
+            f"a gated prompt needs an attention function of transformers' registry, and {name!r} is not in it; call "
+            "model.set_attn_implementation('sdpa')"
+        )
+    if not hasattr(registry[name], ARGUMENT):
+        registry[name] = _giving_way(registry[name])
+
+
+def _giving_way(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        own = kwargs.pop(ARGUMENT, None)
+        return function(module, *args, **kwargs) if own is None else own(function, module, *args, **kwargs)
+
+    setattr(attention, ARGUMENT, True)
+    return attention
+
+
+class GatedPrompt(nn.Module):
+    """A prompt ``[tokens, hidden]`` and a gate per head for one attention module of transformers.
+
+    Keys and values of the prompt are those that the module itself makes of it, unrotated: by the same
+    projections, norms and adapters as those of words. They are kept from call to call while nothing learns.
+    """
+
+    def __init__(self, attention: nn.Module, tokens: int, gate_activation: str):
+        super().__init__()
+        config, device = attention.config, next(attention.parameters()).device
+        self.prompt = nn.Parameter(torch.randn(tokens, config.hidden_size, device=device))
+        self.gate = nn.Parameter(torch.zeros(config.num_attention_heads, device=device))
+        self.gate_activation = gate_activation
+        self._kept: tuple = ()  # parameters, their versions, keys and values
+
+    def attend(self, attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What ``attention(*args, **kwargs)`` returns, with the prompt's part added before the output projection."""
+        _open(attention)
+        key, value = self._keys_and_values(attention, *args, **kwargs)
+
+        def with_prompt(function: Callable, module: nn.Module, query: Tensor, *rest: Any, **options: Any) -> Any:
+            out, weights = function(module, query, *rest, **options)
+            out = add_gated_prompt(out.transpose(1, 2), query, key, value, self.gate, scale=options.get("scaling"),
+                                   gate_activation=self.gate_activation)  # fmt: skip
+            return out.transpose(1, 2), weights
+
+        return attention(*args, **kwargs, **{ARGUMENT: with_prompt})
+
+    def _keys_and_values(self, attention: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._project(attention, hidden, kwargs)
+        parameters = (self.prompt, *attention.parameters())
+        versions = [hidden.dtype, *(p._version for p in parameters)]
+        if not self._kept or self._kept[1] != versions or any(map(_other, self._kept[0], parameters)):
+            self._kept = (parameters, versions, self._project(attention, hidden, kwargs))
+        return self._kept[2]
+
+    def _project(self, attention: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Run the module on the prompt, turned by an angle of 0, up to where it attends."""
+        prompt = self.prompt.to(hidden.dtype)[None]
+        still = {}
+        if arguments.get("position_embeddings") is not None:
+            shape = (1, prompt.shape[1], arguments["position_embeddings"][0].shape[-1])
+            still["position_embeddings"] = (prompt.new_ones(shape), prompt.new_zeros(shape))
+        elif getattr(attention.config, "rope_parameters", None):
+            raise TypeError(f"{type(attention).__name__} rotates keys itself: a prompt's cannot be left as they are")
+        found: list[Tensor] = []
+
+        def take(function: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any):
+            found[:] = [key, value]
+            return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
+
+        attention(prompt, attention_mask=None, **still, **{ARGUMENT: take})
+        return found[0], found[1]
+
+    def extra_repr(self) -> str:
+        tokens, hidden = self.prompt.shape
+        return f"tokens={tokens}, hidden={hidden}, heads={len(self.gate)}, gate_activation={self.gate_activation!r}"
+
+
+def _other(a: object, b: object) -> bool:
+    return a is not b

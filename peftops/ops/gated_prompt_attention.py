@@ -1,0 +1,162 @@
+"""Zero-init gated attention: attention to a few prompt tokens, under a gate, beside any other attention."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .lora_linear import autocast
+
+_add = torch.ops.peftops.gated_prompt_add.default
+_add_ = torch.ops.peftops.gated_prompt_add_.default
+_backward = torch.ops.peftops.gated_prompt_backward.default
+
+
+def _rows_like(t: Tensor) -> Tensor:
+    return torch.empty_like(t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous())
+
+
+@torch.library.register_fake("peftops::gated_prompt_add")
+def _(out, query, prompt_key, prompt_value, gate, scale):
+    return _rows_like(out)
+
+
+@torch.library.register_fake("peftops::gated_prompt_add_")
+def _(out, query, prompt_key, prompt_value, gate, scale):
+    return None
+
+
+@torch.library.register_fake("peftops::gated_prompt_backward")
+def _(g, query, prompt_key, prompt_value, gate, scale, need_query):
+    dquery = _rows_like(query) if need_query else query.new_empty(0)
+    prompts = (t.new_empty(t.shape) for t in (prompt_key, prompt_value))
+    return dquery, *prompts, gate.new_empty(query.shape[1])
+
+
+class _AddGatedPrompt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out, query, prompt_key, prompt_value, gate, tanh, scale):
+        weight = _weight(gate, tanh, query.shape[1])
+        ctx.save_for_backward(query, prompt_key, prompt_value, gate)
+        ctx.tanh, ctx.scale = tanh, scale
+        return _add(out, query, prompt_key, prompt_value, weight, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        query, prompt_key, prompt_value, gate = ctx.saved_tensors
+        need_out, need_query, *need_prompt = ctx.needs_input_grad[:5]
+        dquery = dkey = dvalue = dgate = None
+        if need_query or any(need_prompt):
+            weight = _weight(gate, ctx.tanh, query.shape[1])
+            dquery, dkey, dvalue, dweight = _backward(g, query, prompt_key, prompt_value, weight, ctx.scale, need_query)
+            if ctx.tanh:
+                dweight = dweight * (1 - weight * weight)
+            dgate = (dweight.sum() if gate.numel() == 1 else dweight).reshape(gate.shape).to(gate.dtype)
+        return g if need_out else None, dquery if need_query else None, dkey, dvalue, dgate, None, None
+
+
+def _weight(gate: Tensor, tanh: bool, heads: int) -> Tensor:
+    """What multiplies the prompt's part of each head, float32 [heads]."""
+    weight = gate.detach().float().reshape(-1)
+    return (weight.tanh() if tanh else weight).expand(heads)
+
+
+def _is_tanh(op: str, gate: Tensor, gate_activation: str, query: Tensor) -> bool:
+    """Raise a sentence unless the gate fits."""
+    if gate_activation not in ("tanh", "none"):
+        raise ValueError(f"{op}: gate_activation must be 'tanh' or 'none', not {gate_activation!r}")
+    if query.dim() != 4:
+        raise ValueError(f"{op}: query must have shape [batch, heads, rows, d], not {list(query.shape)}")
+    heads = query.shape[1]
+    if gate.numel() not in (1, heads):
+        raise ValueError(f"{op}: gate must have 1 element or {heads}, one a head, but its shape is {list(gate.shape)}")
+    return gate_activation == "tanh"
+
+
+def add_gated_prompt(
+    out: Tensor,
+    query: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    gate: Tensor,
+    *,
+    gate_activation: str = "tanh",
+    scale: float | None = None,
+) -> Tensor:
+    """``out + gate * softmax(scale * query prompt_key^T) prompt_value``: the prompt's part of zero-init gated
+    attention (LLaMA-Adapter, arXiv:2303.16199), added to the output of any attention.
+
+    The query is read once, in whatever order heads and rows lie in memory; no ``[rows, tokens]`` matrix exists,
+    forward or backward. Prompts are neither masked nor rotated. A head whose gate is exactly 0 gets ``out`` bit
+    for bit, whatever its prompt holds. Neither ``out`` nor any other input is written: an attention may have
+    kept ``out`` for its own backward pass. Backward keeps the inputs but ``out``, nothing else, and its result
+    has the same bits for any number of threads.
+
+    Args:
+        out: the attention output, ``[batch, heads, rows, dv]``; float32, bfloat16 or float16.
+        query: as the attention saw it, ``[batch, heads, rows, d]``, of out's dtype.
+        prompt_key: ``[kv_heads, tokens, d]`` for the whole batch, or ``[batch, kv_heads, tokens, d]``; of any float
+            dtype. Each head serves ``heads / kv_heads`` query heads, as in grouped-query attention.
+        prompt_value: ``[kv_heads, tokens, dv]``, or with a batch; of prompt_key's dtype.
+        gate: one element for each head, or a single one for all; any shape, any float dtype.
+        gate_activation: ``"tanh"``, as LLaMA-Adapter is trained, or ``"none"``, as PEFT has it.
+        scale: of the scores; ``1 / sqrt(d)`` if None.
+
+    Returns:
+        As ``out``, heads and rows lying in the same order. Differentiable once in all tensors.
+
+    Raises:
+        ValueError: the gate has neither one element nor one for each head; gate_activation is unknown.
+        RuntimeError: shapes or dtypes do not fit together; a head has more than 1024 dims.
+    """
+    tanh = _is_tanh("add_gated_prompt", gate, gate_activation, query)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    out, query = autocast(out), autocast(query)
+    if torch.is_grad_enabled():
+        return _AddGatedPrompt.apply(out, query, prompt_key, prompt_value, gate, tanh, scale)
+    return _add(out, query, prompt_key, prompt_value, _weight(gate, tanh, query.shape[1]), scale)
+
+
+def gated_prompt_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    gate: Tensor,
+    *,
+    gate_activation: str = "tanh",
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Zero-init gated attention (LLaMA-Adapter, arXiv:2303.16199): attention to words, and under a gate to a prompt.
+
+    Two softmaxes, independent of each other: torch's ``scaled_dot_product_attention`` for ``key`` and ``value``,
+    and :func:`add_gated_prompt` for the prompt. With all gates at 0 the result is that of the former, bit for bit.
+
+    Args:
+        query: ``[batch, heads, rows, d]``; float32, bfloat16 or float16.
+        key: ``[batch, kv_heads, keys, d]``, and value: ``[batch, kv_heads, keys, dv]``; fewer heads than query has
+            are shared by neighbours (grouped-query attention).
+        prompt_key, prompt_value, gate, gate_activation: see :func:`add_gated_prompt`. The prompt is never masked.
+        attn_mask, is_causal: see ``scaled_dot_product_attention``.
+        scale: of all scores; ``1 / sqrt(d)`` if None.
+
+    Returns:
+        ``[batch, heads, rows, dv]`` in query's dtype. Differentiable once in all tensors but the mask.
+
+    Raises:
+        ValueError: as :func:`add_gated_prompt`.
+        RuntimeError: shapes or dtypes do not fit together.
+    """
+    tanh = _is_tanh("gated_prompt_attention", gate, gate_activation, query)
+    query, key, value = autocast(query), autocast(key), autocast(value)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale,
+                                         enable_gqa=key.dim() > 1 and key.shape[1] != query.shape[1])  # fmt: skip
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (out, prompt_key, prompt_value, gate)):
+        return _AddGatedPrompt.apply(out, query, prompt_key, prompt_value, gate, tanh, scale)
+    _add_(out, query, prompt_key, prompt_value, _weight(gate, tanh, query.shape[1]), scale)  # nobody else has seen it
+    return out
