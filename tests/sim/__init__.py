@@ -64,7 +64,7 @@ class Simulator:
 
     def launch(self, module: int, kernel: str, grid, block, args, shared: int = 0) -> dict:
         """Runs a kernel; ``args`` are ctypes values, or arrays for their address. The report of the launch."""
-        self.reports()
+        self.forget()
         values = [ctypes.c_void_p(a.ctypes.data) if hasattr(a, "ctypes") else a for a in args]
         pointers = (ctypes.c_void_p * max(len(values), 1))(*[ctypes.addressof(v) for v in values])
         dims = [(ctypes.c_uint32 * 3)(*d, *[1] * (3 - len(d))) for d in (grid, block)]
@@ -73,8 +73,11 @@ class Simulator:
             raise Finding(self.error())
         return self.reports()[0]
 
+    def forget(self) -> None:
+        self.lib.sim_forget()
+
     def reports(self) -> list[dict]:
-        """One report for each launch since the last call."""
+        """One report for each launch since ``forget``."""
         return json.loads(self.lib.sim_reports(0).decode())
 
     def table(self) -> str:

@@ -90,14 +90,14 @@ int sim_replace(int module, const char* ptx) {   // in place: launchers that kno
 
 const char* sim_error() { return runtime().error.c_str(); }
 
-const char* sim_reports(int table) {   // of the launches since the last call, and forgets them
+const char* sim_reports(int table) {   // of the launches since sim_forget
   static std::string text;
   Runtime& r = runtime();
   text = table ? "" : "[";
   for (size_t k = 0; k < r.reports.size(); ++k) text += table ? r.tables[k] : (k ? ", " : "") + r.reports[k];
   if (!table) text += "]";
-  r.reports.clear(), r.tables.clear();
   return text.c_str();
 }
+void sim_forget() { runtime().reports.clear(), runtime().tables.clear(); }
 
 }  // extern "C"

@@ -235,9 +235,9 @@ class Body {
     const size_t end = std::min(s.find_first_of(" {[("), s.size());
     Modifiers m;
     decode_suffixes(i, m, s.substr(0, end));
-    const bool converts = m.op == "cvt" || m.op == "set";
-    for (const auto& text : split(s.substr(end), ','))
-      i.operands.push_back(operand(text, converts && i.type2 != Type::None ? i.type2 : i.type));
+    Type type = m.op == "cvt" ? i.type2 : i.type;   // of immediates
+    if (type == Type::Pred && m.op != "mov") type = Type::U32;   // the membermask of a vote, the number of a barrier
+    for (const auto& text : split(s.substr(end), ',')) i.operands.push_back(operand(text, type));
 
     using Decode = Handler (*)(Inst&, Modifiers&);
     for (Decode decode : {decode_arithmetic, decode_bits, decode_memory, decode_async, decode_atomic, decode_warp,
