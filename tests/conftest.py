@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import sim
 from peftops import _C
 
 # The fixture below is set up once per test and not per example, which is what is wanted.
@@ -15,16 +16,23 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
 
 
-DEVICES = [f"cpu-{isa}" for isa in ISAS]
+DEVICES = [*(f"cpu-{isa}" for isa in ISAS), "cuda-sim"]
 if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
 
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    """Each test that takes ``device`` runs on every build of every CPU kernel, and on CUDA where there is one."""
+    """Each test that takes ``device`` runs on every build of every CPU kernel, on the CUDA kernels in the simulator
+    (on CPU tensors; see sim/README.md), and on CUDA where there is one."""
     if request.param == "cuda":
         yield "cuda"
+        return
+    if request.param == "cuda-sim":
+        if isinstance(sim.cuda_ops(), str):
+            pytest.skip(sim.cuda_ops())
+        with sim.on_cpu_tensors():
+            yield "cpu"
         return
     isa, old = request.param.removeprefix("cpu-"), _C.isa_limit()
     _C.set_isa_limit(isa)
@@ -34,6 +42,13 @@ def device(request):
         yield "cpu"
     finally:
         _C.set_isa_limit(old)
+
+
+def pytest_collection_modifyitems(items):
+    """The simulator has the operators with a CUDA kernel; for all others it would only repeat a CPU rung."""
+    stems = {f"test_{path.stem}" for path in sim.KERNELS}
+    is_sim = lambda item: hasattr(item, "callspec") and item.callspec.params.get("device") == "cuda-sim"
+    items[:] = [item for item in items if not is_sim(item) or item.path.stem in stems]
 
 
 @pytest.fixture

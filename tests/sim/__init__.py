@@ -3,6 +3,7 @@
 ``Simulator`` is one process-wide device: the interpreter is a stand-in for libcudart.so.13, loaded once.
 """
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "sim"
+KERNELS = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
 
 
 class Finding(Exception):
@@ -131,3 +133,45 @@ def kernel(body: str, params: str, *, shared: int = 0, name: str = "k", outside:
   {body}
 }}
 """
+
+
+STREAM = 0x5EED  # the current stream, as tests/sim/torch/seam.cpp has it
+
+
+@functools.cache
+def cuda_ops() -> list[str] | str:
+    """The operators whose CUDA bindings run in the simulator as torch.ops.peftops_sim, or the reason why none do."""
+    import torch
+
+    import peftops  # noqa: F401  (defines torch.ops.peftops)
+
+    device = simulator()
+    if isinstance(device, str):
+        return device
+    if not shutil.which("nvcc"):
+        return "needs nvcc"
+    root = Path(torch.__file__).parent
+    cmake("cuda_sim_ops", "-DPEFTOPS_CUDA=ON", f"-DPEFTOPS_TORCH={root}")
+    names = re.findall(r'm\.impl\("(\w+)"', "".join((ROOT / f"csrc/ops/{p.stem}.cpp").read_text() for p in KERNELS))
+    library = torch.library.Library("peftops_sim", "DEF")
+    for name in names:
+        library.define(str(getattr(torch.ops.peftops, name).default._schema).removeprefix("peftops::"))
+    cuda_ops.keep = library
+    torch.ops.load_library(BUILD / "libcuda_sim_ops.so")
+    return names
+
+
+@contextlib.contextmanager
+def on_cpu_tensors(**options):
+    """Meanwhile torch.ops.peftops runs the CUDA kernels, in the simulator, wherever it is given CPU tensors."""
+    import torch
+
+    simulator().options(**options)
+    library = torch.library.Library("peftops", "IMPL")
+    try:
+        for name in cuda_ops():
+            library.impl(name, getattr(torch.ops.peftops_sim, name).default, "CPU", allow_override=True)
+        yield simulator()
+    finally:
+        library._destroy()
+        simulator().options()
