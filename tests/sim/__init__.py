@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,8 +42,10 @@ class Simulator:
         lib.sim_last_stream.restype = ctypes.c_void_p
         self.options()
 
-    def options(self, *, races=True, memory=True, seed=0, perturb=False, watchdog=2_000_000_000) -> None:
-        self.lib.sim_options(int(races), int(memory), ctypes.c_uint32(seed), int(perturb), ctypes.c_uint64(watchdog))
+    def options(self, *, races=True, memory=True, seed=0, perturb=False, watchdog=2_000_000_000, last_blocks=0) -> None:
+        """What is checked, and how warps take turns: see ``Options`` in machine.h. What is left out is set back."""
+        limits = ctypes.c_uint64(watchdog), ctypes.c_uint64(last_blocks)
+        self.lib.sim_options(int(races), int(memory), ctypes.c_uint32(seed), int(perturb), *limits)
 
     def error(self) -> str:
         return self.lib.sim_error().decode()
@@ -170,6 +173,7 @@ def on_cpu_tensors(**options):
     library = torch.library.Library("peftops", "IMPL")
     try:
         for name in cuda_ops():
+            warnings.filterwarnings("ignore", "Warning only once for all operators", module="torch.library")
             library.impl(name, getattr(torch.ops.peftops_sim, name).default, "CPU", allow_override=True)
         yield simulator()
     finally:

@@ -75,8 +75,8 @@ int sim_launch(void* module, const char* kernel, const u32* grid, const u32* blo
 void sim_allow(const void* p, size_t bytes, int read_only) { runtime().device.allow(p, bytes, read_only != 0); }
 void sim_forbid_all() { runtime().device.ranges.clear(); }
 
-void sim_options(int races, int memory, u32 seed, int perturb, u64 watchdog) {
-  runtime().device.options = {races != 0, memory != 0, seed, perturb != 0, watchdog};
+void sim_options(int races, int memory, u32 seed, int perturb, u64 watchdog, u64 last_blocks) {
+  runtime().device.options = {races != 0, memory != 0, seed, perturb != 0, watchdog, last_blocks};
 }
 
 int sim_modules() { return int(runtime().modules.size()); }

@@ -14,6 +14,7 @@ struct Options {
   u32 seed = 0;                 // of the warp schedule; 0: in order, each warp until it blocks
   bool perturb = false;         // approximate functions and tensor-core sums err as hardware may
   u64 watchdog = 2'000'000'000;  // warp instructions per launch
+  u64 last_blocks = 0;          // run no more than this many of a grid's last blocks; 0: all
 };
 
 // Who touched a byte last, and when. Time is a counter that barriers advance.

@@ -236,15 +236,15 @@ void Launch::run() {
   b.shadow.resize(b.shared.size());
   const int warps = int((block.x * block.y * block.z + kLanes - 1) / kLanes);
   for (int k = 0; k < warps; ++k) b.warps.push_back(std::make_unique<Warp>(b, function, k));
-  for (u32 z = 0; z < grid.z; ++z)
-    for (u32 y = 0; y < grid.y; ++y)
-      for (u32 x = 0; x < grid.x; ++x, ++b.number) {
-        b.index = {x, y, z};
-        std::fill(b.shared.begin(), b.shared.end(), u8(0xff));
-        std::fill(b.shadow.begin(), b.shadow.end(), Shadow{});
-        b.now = b.last_barrier = 1;
-        run_block(b);
-      }
+  const u64 blocks = u64(grid.x) * grid.y * grid.z, last_blocks = device.options.last_blocks;
+  for (u64 n = last_blocks && last_blocks < blocks ? blocks - last_blocks : 0; n < blocks; ++n) {
+    b.index = {u32(n % grid.x), u32(n / grid.x % grid.y), u32(n / grid.x / grid.y)};
+    b.number = u32(n);
+    std::fill(b.shared.begin(), b.shared.end(), u8(0xff));
+    std::fill(b.shadow.begin(), b.shadow.end(), Shadow{});
+    b.now = b.last_barrier = 1;
+    run_block(b);
+  }
 }
 
 }  // namespace sim

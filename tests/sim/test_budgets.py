@@ -1,0 +1,79 @@
+"""What each CUDA kernel may cost, counted by the simulator: sectors of global memory, passes over the banks of shared
+memory, tensor-core instructions. The numbers are exact, so a budget that fails is a change of the kernel."""
+
+import pytest
+import torch
+
+import peftops
+import reference
+import sim
+from numerics import assert_exact
+
+SECTOR = 32
+
+
+@pytest.fixture(params=[0, 1, 2], ids="seed{}".format)
+def device(request):
+    """The simulator under three schedules."""
+    if isinstance(sim.cuda_ops(), str):
+        pytest.skip(sim.cuda_ops())
+    with sim.on_cpu_tensors(seed=request.param) as device:
+        yield device
+
+
+def launches(device, f):
+    device.forget()
+    result = f()
+    assert device.lib.sim_last_stream() == sim.STREAM  # every launcher passes the current stream on
+    return result, device.reports()
+
+
+def within(counter, key, factor, of="ideal"):
+    assert counter[key] <= factor * counter[of], counter
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nf4_quantize(device, dtype):
+    weight = torch.randn(128, 512, dtype=dtype)
+    packed, (report,) = launches(device, lambda: peftops.nf4_quantize(weight, double_quant=False).packed)
+    read, written = report["global_read"], report["global_write"]
+    assert read["sectors"] == read["unique"] == weight.nbytes // SECTOR  # the weight once, and nothing else
+    within(written, "sectors", 1.02)
+    assert written["unique"] == packed.nbytes // SECTOR + weight.numel() // 64 * 4 // SECTOR
+    within(report["shared_load"], "waves", 1.05)
+    within(report["shared_store"], "waves", 1.05)
+    assert report["local"] == 0
+    _, reports = launches(device, lambda: peftops.nf4_quantize(weight))
+    assert len(reports) == 2  # double quantisation takes one more
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_nf4_dequantize(device, dtype, double_quant):
+    weight = peftops.nf4_quantize(torch.randn(128, 512), double_quant=double_quant)
+    dense, (report,) = launches(device, lambda: peftops.nf4_dequantize(weight, dtype=dtype))
+    written = report["global_write"]
+    assert written["sectors"] == written["unique"] == dense.nbytes // SECTOR
+    read = report["global_read"]
+    within(read, "sectors", 1.02)
+    parts = sum(-(-t.nbytes // SECTOR) + 1 for t in weight._arguments[1:4] if t is not None)  # and where they lie
+    assert read["unique"] <= weight.packed.nbytes // SECTOR + parts
+    within(report["shared_load"], "waves", 1.05)
+    within(report["shared_store"], "waves", 1.05)
+    assert report["local"] == 0 and report["divergent"] == 0
+
+
+def test_beyond_int32():
+    """Offsets are 64 bits wide. Only the last blocks of the grid run, so almost no page of the memory is touched."""
+    if isinstance(sim.cuda_ops(), str):
+        pytest.skip(sim.cuda_ops())
+    elements, tail, block_size = 2**31 + 4096, 8192, 4096
+    packed, absmax = torch.empty(elements // 2, dtype=torch.uint8), torch.empty(elements // block_size)
+    packed[-tail // 2 :] = torch.randint(0, 256, (tail // 2,), dtype=torch.uint8)
+    absmax[-2:] = torch.tensor([2.0, 3.0])
+    with sim.on_cpu_tensors(last_blocks=2):
+        dense = torch.ops.peftops.nf4_dequantize(packed, absmax, None, None, block_size, 1, elements, torch.bfloat16)
+        codes, most = torch.ops.peftops.nf4_quantize(dense.flatten(), block_size)
+    want = reference.nf4_dequantize(packed[-tail // 2 :], absmax[-2:], block_size, torch.Size([tail]))
+    assert_exact(dense[0, -tail:], want)
+    assert torch.equal(codes[-tail // 2 :], reference.nf4_quantize(want.bfloat16(), block_size)[0])
