@@ -13,6 +13,8 @@ from numerics import (
     HALF_STEP_X,
     assert_exact,
     assert_sums,
+    code_error,
+    on_cuda,
     product_of,
     segment_max,
 )
@@ -93,6 +95,9 @@ class Layer:
         """What multiplying in 16 bits adds to the error of y. In int16: the rounding of x to 1/16384 of the largest
         in 128 columns at most, and that of the codes. In bf16: the rounding of the weight."""
         x, k = self.x.detach(), self.weight.shape[1]
+        if on_cuda(x):   # up to 16 rows of 16-bit x meet the codes rounded to its dtype
+            few = x.numel() // k <= 16 and x.dtype != torch.float32 and k % 64 == 0
+            return code_error(x.dtype) * x.double().abs() @ self.dense.abs().T if few else 0.0
         kind = product_of(x, k % 32 == 0, few=x.numel() // k <= 4)
         x = x.double()
         if kind == "fp32":

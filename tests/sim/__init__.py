@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "sim"
 KERNELS = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
+active = False  # whether torch.ops.peftops runs in the simulator at the moment
 
 
 class Finding(Exception):
@@ -169,13 +170,16 @@ def on_cpu_tensors(**options):
     """Meanwhile torch.ops.peftops runs the CUDA kernels, in the simulator, wherever it is given CPU tensors."""
     import torch
 
+    global active
     simulator().options(**options)
     library = torch.library.Library("peftops", "IMPL")
     try:
+        active = True
         for name in cuda_ops():
             warnings.filterwarnings("ignore", "Warning only once for all operators", module="torch.library")
             library.impl(name, getattr(torch.ops.peftops_sim, name).default, "CPU", allow_override=True)
         yield simulator()
     finally:
+        active = False
         library._destroy()
         simulator().options()

@@ -63,6 +63,45 @@ def test_nf4_dequantize(device, dtype, double_quant):
     assert report["local"] == 0 and report["divergent"] == 0
 
 
+def columns_of(report, source, text):
+    """The counters of the lines of a kernel file that hold ``text``."""
+    lines = [n for n, line in enumerate((sim.ROOT / "csrc/kernels/cuda" / source).read_text().splitlines(), 1) if text in line]
+    assert lines, f"{source} has no line with {text}"
+    rows = [report["lines"][str(n)] for n in lines if str(n) in report["lines"]]
+    return {key: sum(row[key] for row in rows) for key in rows[0]}
+
+
+@pytest.mark.parametrize("m", [1, 5, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nf4_linear_of_few_rows(device, m, dtype):
+    n, k = 96, 4096 + 64  # more chunks than are scaled at a time, and a last one alone
+    weight = peftops.nf4_quantize(torch.randn(n, k, dtype=dtype))
+    _, (report,) = launches(device, lambda: peftops.nf4_linear(torch.randn(m, k, dtype=dtype), weight))
+    stream = columns_of(report, "nf4_rows.cuh", "= *reinterpret_cast<const uint2*>(w.packed")
+    assert stream["sectors"] == weight.packed.nbytes // SECTOR  # once, and in whole sectors
+    assert report["mma"] == n * k // (16 * 16) * -(-m // 8)
+    within(columns_of(report, "nf4_rows.cuh", "memory.in.pairs.at["), "waves", 1.0, "ideal_waves")
+    assert report["local"] == 0 and report["atomics"] == 0
+    within(report["shared_store"], "waves", 1.01)
+    x, once = columns_of(report, "nf4_rows.cuh", "x[m][0] = p[0], x[m][1] = p[1]"), m * k * 2 // SECTOR
+    assert x["sectors"] == 2 * once * n // 32  # for every 32 rows of the weight, in halves of sectors
+    everything = report["global_read"]
+    assert everything["sectors"] - x["sectors"] <= 1.15 * (everything["unique"] - once)  # absmax, its scale and offset
+
+
+def test_nf4_linear_is_the_same_under_every_schedule():
+    if isinstance(sim.cuda_ops(), str):
+        pytest.skip(sim.cuda_ops())
+    weight = peftops.nf4_quantize(torch.randn(70, 128))
+    for m, dtype in ((3, torch.bfloat16), (70, torch.bfloat16), (5, torch.float32)):
+        x, runs = torch.randn(m, 128, dtype=dtype, requires_grad=True), []
+        for seed in (0, 1, 2, 3):
+            with sim.on_cpu_tensors(seed=seed):
+                y = peftops.nf4_linear(x, weight)
+                runs.append((y, *torch.autograd.grad(y.sum(), x)))
+        assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
 def test_beyond_int32():
     """Offsets are 64 bits wide. Only the last blocks of the grid run, so almost no page of the memory is touched."""
     if isinstance(sim.cuda_ops(), str):

@@ -5,6 +5,13 @@
 
 namespace peftops::cuda {
 
+struct Nf4Codes { float at[16]; };
+constexpr Nf4Codes make_nf4_codes() {
+  Nf4Codes c = {};
+  for (int i = 0; i < 16; ++i) c.at[i] = kNf4Code[i];
+  return c;
+}
+static __constant__ Nf4Codes nf4_codes = make_nf4_codes();
 static __constant__ DynamicMap dynamic_map = kDynamicMap;
 
 // A look-up of 16 floats that never serialises: each lane has a copy of the table in a bank of its own. One 4-byte

@@ -9,10 +9,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPacks = 4;   // a thread's share: enough loads in flight, and the tables are filled once for 8192 codes
 
-__constant__ float nf4_code[16] = {
-    kNf4Code[0], kNf4Code[1], kNf4Code[2],  kNf4Code[3],  kNf4Code[4],  kNf4Code[5],  kNf4Code[6],  kNf4Code[7],
-    kNf4Code[8], kNf4Code[9], kNf4Code[10], kNf4Code[11], kNf4Code[12], kNf4Code[13], kNf4Code[14], kNf4Code[15]};
-
 // The codes of `count` elements from byte `p` on, as code_at() reads them. Wide: p is a multiple of the whole.
 template <int N, bool Wide> __device__ uint32_t load_codes(const uint8_t* p, int count) {
   if (Wide && count == N) return N == 8 ? *reinterpret_cast<const uint32_t*>(p) : *reinterpret_cast<const uint16_t*>(p);
@@ -28,7 +24,7 @@ template <class T, bool Wide> __global__ void __launch_bounds__(kThreads) dequan
   __shared__ LaneTable code;
   __shared__ float map[256];
   const Nf4Weight& w = a.weight;
-  code.fill(nf4_code);
+  code.fill(nf4_codes.at);
   if (w.absmax_code) map[threadIdx.x] = dynamic_map.at[threadIdx.x];
   __syncthreads();
 
