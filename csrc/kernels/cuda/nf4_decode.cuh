@@ -31,6 +31,12 @@ __device__ inline float absmax_of(const Nf4Weight& w, int64_t block, const float
   return __fadd_rn(__fmul_rn(map[w.absmax_code[block]], w.absmax_scale[block / kAbsmaxBlock]), *w.absmax_offset);
 }
 
+// Any element of a weight.
+__device__ inline float weight_at(const Nf4Weight& w, int log_block, int64_t flat, const float* map) {
+  const uint32_t byte = w.packed[flat / 2];
+  return __fmul_rn(nf4_codes.at[flat % 2 ? byte & 15 : byte >> 4], absmax_of(w, flat >> log_block, map));
+}
+
 // Element i of eight codes in a word: bytes run upwards, and the high nibble comes first.
 __device__ constexpr uint32_t code_at(uint32_t codes, int i) { return codes >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15; }
 
