@@ -94,6 +94,10 @@ class Simulator:
         """The PTX of every module that was loaded."""
         return [self.lib.sim_text(k).decode() for k in range(self.lib.sim_modules())]
 
+    def covered(self, module: int, kernel: str, line: int) -> bool:
+        """Whether any launch ran an instruction of this line of a kernel's body."""
+        return bool(self.lib.sim_covered(module, kernel.encode(), line))
+
     def replace(self, module: int, ptx: str) -> None:
         """Gives a module another text; launchers that know it run that from now on."""
         if not self.lib.sim_replace(module, ptx.encode()):

@@ -88,6 +88,11 @@ int sim_replace(int module, const char* ptx) {   // in place: launchers that kno
   return 1;
 }
 
+int sim_covered(int module, const char* kernel, int line) {   // whether a launch came by this line of the kernel's body
+  const Function& f = *runtime().modules[size_t(module)]->functions.at(kernel);
+  return size_t(line) < f.covered.size() && f.covered[size_t(line)];
+}
+
 const char* sim_error() { return runtime().error.c_str(); }
 
 const char* sim_reports(int table) {   // of the launches since sim_forget

@@ -2,7 +2,7 @@
 
     python tests/sim/mutate.py [--mutants 200] [--seed 1]     every kernel; lists the mutants that nothing caught
 
-A mutant drops an instruction, changes an immediate, or swaps two registers of one kind. Each runs the operator through
+Only instructions that the unbroken kernel runs in these cases are broken. A mutant drops an instruction, changes an immediate, or swaps two registers of one kind. Each runs the operator through
 its unmodified launcher on a few shapes, all checks on. It is caught by a finding, by a result that differs from the
 unbroken kernel's, or by not being PTX any more. Survivors need a look: most compute the same in another way.
 """
@@ -23,7 +23,7 @@ import sim  # noqa: E402
 
 
 def quantize(dtype):
-    for n, block_size in ((64 * 64, 64), (33 * 35, 32), (3 * 4096 + 77, 4096)):
+    for n, block_size in ((64 * 64, 64), (33 * 35, 32), (3 * 4096 + 77, 4096), (5, 32), (2 * 4096 + 134, 1024)):
         weight = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
         yield from torch.ops.peftops.nf4_quantize(weight, block_size)
 
@@ -39,34 +39,41 @@ def weights(n, k, block_size, double_quant):
 
 
 def dequantize(dtype):
-    for n, k, block_size, double_quant in ((64, 160, 64, True), (33, 35, 32, False), (3, 4099, 4096, True), (1, 70001, 32, True)):
+    # A block of threads does four times 2048 elements; the ragged end is in each of the four.
+    ends = ((1, 501, 32, True), (1, 2501, 32, False), (1, 4502, 64, True), (1, 7003, 64, True), (1, 8194, 64, True))
+    for n, k, block_size, double_quant in ((64, 160, 64, True), (33, 35, 32, False), (3, 4099, 4096, True), (1, 70001, 32, True), *ends):
         yield torch.ops.peftops.nf4_dequantize(*weights(n, k, block_size, double_quant), n, k, dtype)
 
 
 def linear(dtype, shapes):
-    for m, n, k, block_size in shapes:
+    for m, n, k, block_size, r, factor in shapes:
         gen = torch.Generator().manual_seed(m)
-        x, bias, u, lora_B = (torch.randn(*s, generator=gen) for s in ((m, k), (n,), (m, 5), (n, 5)))
-        parts = weights(n, k, block_size, m % 2 == 1)
-        yield torch.ops.peftops.nf4_linear(x.to(dtype), *parts, n, k, bias, u, lora_B, 0.5)
+        x, bias, u, lora_B = (torch.randn(*s, generator=gen) for s in ((m, k), (n,), (m, r), (n, r)))
+        bias, low_rank = (bias.to(factor), (u, lora_B.to(factor))) if r else (None, (None, None))
+        yield torch.ops.peftops.nf4_linear(x.to(dtype), *weights(n, k, block_size, m % 2 == 1), n, k, bias, *low_rank, 0.5)
 
 
 # The kernels, by a part of their mangled names, and the operator calls that reach them.
-BF16 = torch.bfloat16
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CASES = {
     "8quantizeI13__nv_bfloat16Lb1": functools.partial(quantize, BF16),
     "10dequantizeI13__nv_bfloat16Lb1": functools.partial(dequantize, BF16),
-    "8few_rowsI13__nv_bfloat16Li2": functools.partial(linear, BF16, [(9, 33, 64 * 3, 64), (16, 70, 64 * 66, 128)]),
-    "9many_rowsIfE": functools.partial(linear, torch.float32, [(5, 70, 33, 32), (66, 64, 96, 64)]),
+    "8few_rowsI13__nv_bfloat16Li2": functools.partial(
+        linear, BF16, [(9, 33, 64 * 3, 64, 3, BF16), (15, 70, 64 * 66, 64, 5, FP32), (10, 8, 64, 64, 2, FP16), (12, 16, 64 * 9, 64, 0, None)]
+    ),
+    "9many_rowsIfE": functools.partial(
+        linear, FP32, [(5, 70, 33, 32, 5, BF16), (66, 64, 96, 64, 17, FP32), (2, 3, 35, 64, 1, FP16), (4, 5, 7, 4096, 0, None)]
+    ),
 }
 
 ENTRY = re.compile(r"\.entry\s+(\w+)\(")
 REGISTER = re.compile(r"%(?:rd|rs|r|f|p|h)\d+")
+COMMUTATIVE = re.compile(r"\b(add|mul|mad|fma|and|or|xor|min|max)\.")
 NUMBER = re.compile(r"(?<=[ ,+])\d+(?=[;\],])")
 
 
 def find_kernel(name):
-    """(module, text, where its body begins and ends)"""
+    """(module, full name, text, where its body begins and ends)"""
     for module, text in enumerate(sim.simulator().texts()):
         for entry in ENTRY.finditer(text):
             if name in entry[1]:
@@ -75,14 +82,14 @@ def find_kernel(name):
                 for at in range(start, len(text)):
                     depth += (text[at] == "{") - (text[at] == "}")
                     if depth == 0:
-                        return module, text, start, at
+                        return module, entry[1], text, start, at
     raise LookupError(f"no kernel {name}")
 
 
-def mutants(body, count, seed):
+def mutants(body, count, seed, covered):
     rng = random.Random(seed)
     lines = body.split("\n")
-    broken = [i for i, line in enumerate(lines) if re.match(r"\s*(@!?%p\d+ )?[a-z][\w.:]* .*;", line) and " ret" not in line]
+    broken = [i for i, line in enumerate(lines) if covered(i) and re.match(r"\s*(@!?%p\d+ )?[a-z][\w.:]* .*;", line) and " ret" not in line]
     while count:
         i = rng.choice(broken)
         old = lines[i]
@@ -101,6 +108,8 @@ def mutants(body, count, seed):
             a, b = sorted(rng.sample(found, 2), key=lambda r: r.start()) if len(found) > 1 else (None, None)
             if a is None or a[0] == b[0] or a[0].rstrip("0123456789") != b[0].rstrip("0123456789"):
                 continue
+            if COMMUTATIVE.search(old) and found[0] not in (a, b) and (len(found) == 3 or b != found[-1]):
+                continue  # the same, provably
             new = old[: a.start()] + b[0] + old[a.end() : b.start()] + a[0] + old[b.end() :]
         if new != old:
             count -= 1
@@ -122,9 +131,10 @@ def run(name, count, seed):
     verdicts, survivors = collections.Counter(), []
     with sim.on_cpu_tensors(watchdog=3_000_000) as device:
         want = list(f())
-        module, text, start, end = find_kernel(name)
+        module, full_name, text, start, end = find_kernel(name)
+        covered = [device.covered(module, full_name, line) for line in range(text.count("\n"))]
         try:
-            for line, old, new, body in mutants(text[start:end], count, seed):
+            for line, old, new, body in mutants(text[start:end], count, seed, covered.__getitem__):
                 try:
                     device.replace(module, text[:start] + body + text[end:])
                     verdict = judge(f, want)

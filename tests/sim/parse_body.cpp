@@ -26,8 +26,9 @@ class Body {
   }
 
   void parse(const std::string& text) {
-    for (size_t i = 0; i < text.size();) {
+    for (size_t i = 0, counted = 0; i < text.size();) {
       const char c = text[i];
+      for (; counted < i; ++counted) ptx_line_ += text[counted] == '\n';
       if (std::isspace(u8(c)) || c == ';') ++i;
       else if (c == '{') open_scope(), ++i;
       else if (c == '}') current_ = scopes_[current_].parent, ++i;
@@ -43,7 +44,7 @@ class Body {
   const Module& module_;
   const std::map<std::string, SharedVariable>& module_shared_;
   std::vector<Scope> scopes_;
-  int current_ = 0, line_ = 0;
+  int current_ = 0, line_ = 0, ptx_line_ = 0;
   std::vector<Fixup> branches_;
   std::map<u64, int> constants_;
   std::vector<size_t> dynamic_;   // constants that count from where dynamic shared memory begins
@@ -223,6 +224,7 @@ class Body {
     Inst i;
     i.text = s;
     i.line = line_;
+    i.ptx_line = ptx_line_;
     if (s[0] == '@') {
       const size_t space = s.find(' ');
       i.guard_negated = s[1] == '!';
@@ -300,6 +302,7 @@ class Body {
     if (!dynamic_.empty()) f_.static_shared = round_up(f_.static_shared, kDynamicAlign);
     for (size_t c : dynamic_) f_.constants[c].second += f_.static_shared;
     f_.local_bytes = round_up(f_.local_bytes, 16);
+    f_.covered.resize(size_t(ptx_line_) + 1);
   }
 };
 

@@ -59,6 +59,7 @@ struct Inst {
   std::vector<Operand> operands;
   std::string text;
   int line = 0;               // of the .cu file
+  int ptx_line = 0;           // of the body's text
   mutable Counters count;
 };
 
@@ -76,6 +77,7 @@ struct Function {
   std::map<std::string, int> special;              // %tid.x and the like -> slot
   u32 static_shared = 0, local_bytes = 0;
   u32 max_threads = 0;                             // .maxntid; 0 if none
+  std::vector<bool> covered;                       // by line of the body's text: has a launch come by?
 };
 
 struct Variable { u8* data; u32 bytes; bool constant; };

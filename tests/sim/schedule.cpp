@@ -245,6 +245,8 @@ void Launch::run() {
     b.now = b.last_barrier = 1;
     run_block(b);
   }
+  for (const Inst& i : function.code)
+    if (i.count.issued) function.covered[size_t(i.ptx_line)] = true;
 }
 
 }  // namespace sim

@@ -19,8 +19,12 @@ static __constant__ DynamicMap dynamic_map = kDynamicMap;
 struct LaneTable {
   float at[16][kWarp];
 
-  __device__ void fill(const float* values) {   // by all threads of the block; a barrier must follow
-    for (int i = threadIdx.x; i < 16 * kWarp; i += blockDim.x) at[i / kWarp][i % kWarp] = values[i / kWarp];
+  template <int Threads> __device__ void fill(const float* values) {   // by all of them; a barrier must follow
+#pragma unroll
+    for (int row = 0; row < 16; row += Threads / kWarp) {
+      const int mine = row + threadIdx.x / kWarp;
+      at[mine][threadIdx.x % kWarp] = values[mine];
+    }
   }
   __device__ float operator()(uint32_t code) const { return at[code][threadIdx.x % kWarp]; }
 };

@@ -24,7 +24,7 @@ template <class T, bool Wide> __global__ void __launch_bounds__(kThreads) dequan
   __shared__ LaneTable code;
   __shared__ float map[256];
   const Nf4Weight& w = a.weight;
-  code.fill(nf4_codes.at);
+  code.fill<kThreads>(nf4_codes.at);
   if (w.absmax_code) map[threadIdx.x] = dynamic_map.at[threadIdx.x];
   __syncthreads();
 

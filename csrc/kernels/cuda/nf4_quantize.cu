@@ -75,7 +75,7 @@ __device__ void code(const float (&v)[N], float inverse, const LaneTable& midpoi
 template <class T, bool Wide> __global__ void __launch_bounds__(kThreads) quantize(Nf4Quantize a, int log_lanes, int tiles) {
   constexpr int N = Pack<T>::kSize;
   __shared__ LaneTable midpoints;
-  midpoints.fill(nf4_midpoints.below);
+  midpoints.fill<kThreads>(nf4_midpoints.below);
   __syncthreads();
 
   const T* w = static_cast<const T*>(a.weight);

@@ -28,10 +28,11 @@ template <class T> struct PairTable {
   uint32_t at[256][kWarp];   // [byte][lane]: the element of the high nibble, and above it that of the low one
 
   __device__ void fill() {
-    for (int i = threadIdx.x; i < 256 * kWarp; i += kRowsThreads) {
-      const int byte = i / kWarp;
+#pragma unroll 4
+    for (int first = 0; first < 256; first += kRowsWarps) {
+      const int byte = first + threadIdx.x / kWarp;
       const T pair[2] = {from_float<T>(nf4_codes.at[byte >> 4]), from_float<T>(nf4_codes.at[byte & 15])};
-      at[byte][i % kWarp] = *reinterpret_cast<const uint32_t*>(pair);
+      at[byte][threadIdx.x % kWarp] = *reinterpret_cast<const uint32_t*>(pair);
     }
   }
 };
