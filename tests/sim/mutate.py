@@ -3,8 +3,8 @@
     python tests/sim/mutate.py [--mutants 200] [--seed 1]     every kernel; lists the mutants that nothing caught
 
 Only instructions that the unbroken kernel runs in these cases are broken. A mutant drops an instruction, changes an immediate, or swaps two registers of one kind. Each runs the operator through
-its unmodified launcher on a few shapes, all checks on. It is caught by a finding, by a result that differs from the
-unbroken kernel's, or by not being PTX any more. Survivors need a look: most compute the same in another way.
+its unmodified launcher on a few shapes, all checks on. It is caught by a finding, by a result or a number of sectors or
+bank passes that differs from the unbroken kernel's, or by not being PTX any more. Survivors need a look: most compute the same in another way.
 """
 
 import argparse
@@ -116,13 +116,23 @@ def mutants(body, count, seed, covered):
             yield i, old.strip(), new.strip(), "\n".join([*lines[:i], new, *lines[i + 1 :]])
 
 
+def observe(f):
+    """The results, and what they cost in sectors and in passes over the banks: test_budgets.py checks both."""
+    device = sim.simulator()
+    device.forget()
+    results = list(f())
+    memory = ("global_read", "global_write", "shared_load", "shared_store")
+    return results, [[list(report[kind].values()) for kind in memory] for report in device.reports()]
+
+
 def judge(f, want):
     try:
-        got = list(f())
+        got = observe(f)
     except RuntimeError as error:
         return re.split(r"[:,]", str(error).split(": ", 1)[-1])[0].strip()
-    same = all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    return "SURVIVED" if same else "wrong result"
+    if not all(torch.equal(a, b) for a, b in zip(got[0], want[0], strict=True)):
+        return "wrong result"
+    return "SURVIVED" if got[1] == want[1] else "wrong cost"
 
 
 def run(name, count, seed):
@@ -130,7 +140,7 @@ def run(name, count, seed):
     f = CASES[name]
     verdicts, survivors = collections.Counter(), []
     with sim.on_cpu_tensors(watchdog=3_000_000) as device:
-        want = list(f())
+        want = observe(f)
         module, full_name, text, start, end = find_kernel(name)
         covered = [device.covered(module, full_name, line) for line in range(text.count("\n"))]
         try:

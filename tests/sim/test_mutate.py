@@ -23,7 +23,7 @@ def test_the_unbroken_kernels_are_left_behind():
         pytest.skip(sim.cuda_ops())
     for kernel, f in mutate.CASES.items():
         with sim.on_cpu_tensors():
-            first = list(f())
+            first = mutate.observe(f)
         verdicts, survivors = mutate.run(kernel, 1, seed=1)
         with sim.on_cpu_tensors():
             assert mutate.judge(f, first) == "SURVIVED"
