@@ -64,12 +64,18 @@ using namespace sim;
 
 extern "C" {
 
-void* sim_load(const char* ptx) { return runtime().load(ptx); }
+// What goes wrong here is said at once; nothing is left for the next cudaGetLastError of a launcher.
+static int said(int status) { return runtime().status = 0, status; }
+
+void* sim_load(const char* ptx) {
+  void* module = runtime().load(ptx);
+  return said(0), module;
+}
 
 int sim_launch(void* module, const char* kernel, const u32* grid, const u32* block, size_t dynamic_shared, void** args) {
   constexpr size_t kLargest = 227 * 1024;
-  return runtime().launch(*static_cast<Module*>(module), kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]},
-                          dynamic_shared, kLargest, args);
+  return said(runtime().launch(*static_cast<Module*>(module), kernel, {grid[0], grid[1], grid[2]},
+                               {block[0], block[1], block[2]}, dynamic_shared, kLargest, args));
 }
 
 void sim_allow(const void* p, size_t bytes, int read_only) { runtime().device.allow(p, bytes, read_only != 0); }
@@ -82,7 +88,7 @@ void sim_options(int races, int memory, u32 seed, int perturb, u64 watchdog, u64
 int sim_modules() { return int(runtime().modules.size()); }
 const char* sim_text(int module) { return runtime().modules[size_t(module)]->text.c_str(); }
 int sim_replace(int module, const char* ptx) {   // in place: launchers that know the module run the new text
-  if (!runtime().load(ptx)) return 0;
+  if (!runtime().load(ptx)) return said(0);
   *runtime().modules[size_t(module)] = std::move(*runtime().modules.back());
   runtime().modules.pop_back();
   return 1;

@@ -61,7 +61,10 @@ CASES = {
     "8few_rowsI13__nv_bfloat16Li2": functools.partial(
         linear, BF16, [(9, 33, 64 * 3, 64, 3, BF16), (15, 70, 64 * 66, 64, 5, FP32), (10, 8, 64, 64, 2, FP16), (12, 16, 64 * 9, 64, 0, None)]
     ),
-    "9many_rowsIfE": functools.partial(
+    "9many_rowsI6__halfLi1": functools.partial(
+        linear, FP16, [(65, 140, 64 * 6, 64, 2, FP32), (17, 130, 64 * 2, 128, 0, None), (31, 3, 64 * 5, 64, 1, BF16)]
+    ),
+    "8any_rowsIfE": functools.partial(
         linear, FP32, [(5, 70, 33, 32, 5, BF16), (66, 64, 96, 64, 17, FP32), (2, 3, 35, 64, 1, FP16), (4, 5, 7, 4096, 0, None)]
     ),
 }

@@ -7,7 +7,7 @@ import torch
 import peftops
 import reference
 import sim
-from numerics import assert_exact
+from numerics import assert_exact, assert_sums, code_error
 
 SECTOR = 32
 
@@ -87,6 +87,29 @@ def test_nf4_linear_of_few_rows(device, m, dtype):
     assert x["sectors"] == 2 * once * n // 32  # for every 32 rows of the weight, in halves of sectors
     everything = report["global_read"]
     assert everything["sectors"] - x["sectors"] <= 1.15 * (everything["unique"] - once)  # absmax, its scale and offset
+
+
+@pytest.mark.parametrize("m, n, k, stripes", [(100, 200, 64 * 6, 1), (64 * 127 + 5, 10, 64 * 2, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nf4_linear_of_many_rows(device, m, n, k, stripes, dtype):
+    """Whole tiles of 64 rows of x and 128 or, where that makes blocks enough, 256 rows of the weight."""
+    r = 4
+    weight = peftops.nf4_quantize(torch.randn(n, k, dtype=dtype))
+    x, bias, lora_A, lora_B = (torch.randn(*s, dtype=dtype) for s in ((m, k), (n,), (r, k), (n, r)))
+    with torch.no_grad():
+        y, reports = launches(device, lambda: peftops.nf4_linear(x, weight, bias, lora_A=lora_A, lora_B=lora_B))
+    report = reports[-1]
+    tiles = -(-m // 64) * -(-n // (128 * stripes))
+    assert report["mma"] == tiles * 8 * (8 * stripes) * (k // 16)
+    assert report["async_copy"]["waves"] == report["async_copy"]["ideal"]
+    for line in ("memory.in.pairs.at[bytes", "const uint4 x[2]"):
+        within(columns_of(report, "nf4_many.cuh", line), "waves", 1.0, "ideal_waves")
+    within(report["shared_store"], "waves", 1.01)
+    assert report["local"] == 0
+    dense = peftops.nf4_dequantize(weight, dtype=torch.float32).double()
+    arguments = [t.double() for t in (x, dense, bias, lora_A, lora_B)]
+    want, size = (reference.linear(*(f(t) for t in arguments)) for f in (torch.clone, torch.abs))
+    assert_sums(y, want, size, 2 * k + r + 4, code_error(dtype) * x.double().abs() @ dense.abs().T)
 
 
 def test_nf4_linear_is_the_same_under_every_schedule():

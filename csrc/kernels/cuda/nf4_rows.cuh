@@ -24,14 +24,22 @@ constexpr int kOuts = 16 * kStripes;        // rows of the weight a block of thr
 constexpr int kChunk = 64;                  // columns that share an absmax at most
 constexpr int kScales = 64;                 // chunks whose absmax values are decoded at a time
 
+// Codes are rounded to the type of x, all of them times a factor that puts them close to what the type can hold. Of 4096
+// factors in [1, 2), over quantised normal weights: the least error in bf16, 8.7e-4 rms of the weight instead of 1.5e-3
+// at factor 1, and a bias of 4e-5 instead of 4e-4; in fp16 1.0e-4 instead of 1.9e-4, and 3e-6. The sums are divided by it.
+template <class T> constexpr float kCodeFactor = 1.f;
+template <> constexpr float kCodeFactor<__nv_bfloat16> = 1.37451171875f;
+template <> constexpr float kCodeFactor<__half> = 1.5751953125f;
+
 template <class T> struct PairTable {
   uint32_t at[256][kWarp];   // [byte][lane]: the element of the high nibble, and above it that of the low one
 
+  __device__ static T of(int code) { return from_float<T>(__fmul_rn(kCodeFactor<T>, nf4_codes.at[code])); }
   __device__ void fill() {
 #pragma unroll 4
     for (int first = 0; first < 256; first += kRowsWarps) {
       const int byte = first + threadIdx.x / kWarp;
-      const T pair[2] = {from_float<T>(nf4_codes.at[byte >> 4]), from_float<T>(nf4_codes.at[byte & 15])};
+      const T pair[2] = {of(byte >> 4), of(byte & 15)};
       at[byte][threadIdx.x % kWarp] = *reinterpret_cast<const uint32_t*>(pair);
     }
   }
@@ -131,13 +139,13 @@ __device__ void multiply_rows(const Nf4Linear& a, int log_block, RowsMemory<T>& 
     float total = 0.f;
 #pragma unroll
     for (const auto& of_warp : memory.sums) total += of_warp[row][out];
-    f(row, first + out, total);
+    f(row, first + out, __fmul_rn(total, 1.f / kCodeFactor<T>));
   }
 }
 
-// Whether W and x can be read the way that multiply_rows does.
-inline bool has_few_rows(const Nf4Linear& a) {
-  return a.m <= kFewRows && a.dtype != DType::f32 && a.weight.cols % kChunk == 0 && a.weight.block_size % kChunk == 0 &&
+// Whether W and x can be read in such chunks.
+inline bool has_chunks(const Nf4Linear& a) {
+  return a.dtype != DType::f32 && a.weight.cols % kChunk == 0 && a.weight.block_size % kChunk == 0 &&
          aligned(a.weight.packed, 8) && aligned(a.x, 16);
 }
 
