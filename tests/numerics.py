@@ -8,10 +8,10 @@ Elementwise results are exact. Sums are bounded from float64 by what rounding ca
 * a product in bf16 (AVX512-BF16, bf16 activations) by what rounding to bf16 does to the weight.
 """
 
-import torch
-
 import reference
 import sim
+import torch
+
 from peftops import _C
 
 FP32 = 2.0**-24
@@ -44,8 +44,9 @@ def on_cuda(x):
 
 
 def code_error(dtype):
-    """The largest relative error of a code of NF4 as CUDA's tensor cores get it: times a factor, rounded to ``dtype``."""
-    codes, factor = reference.NF4.double(), {torch.bfloat16: 1.37451171875, torch.float16: 1.5751953125}[dtype]
+    """The largest relative error of an NF4 code as CUDA's tensor cores get it: times a factor, in ``dtype``."""
+    factor = {torch.bfloat16: 1.37451171875, torch.float16: 1.5751953125}[dtype]
+    codes = reference.NF4.double()
     rounded = (codes * factor).to(dtype).double() / factor
     return ((rounded - codes).abs() / codes.abs().clamp(min=0.01)).max()
 

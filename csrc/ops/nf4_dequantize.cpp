@@ -5,7 +5,8 @@ namespace peftops::ops {
 namespace {
 
 Tensor dequantize(const Tensor& packed, const Tensor& absmax, const std::optional<Tensor>& scale,
-                  const std::optional<Tensor>& offset, int64_t block_size, int64_t rows, int64_t cols, ScalarType dtype) {
+                  const std::optional<Tensor>& offset, int64_t block_size, int64_t rows, int64_t cols,
+                  ScalarType dtype) {
   constexpr const char* kOp = "nf4_dequantize";
   const OnDevice device(packed);
   const Nf4Parts w(kOp, packed, absmax, scale, offset, block_size, rows, cols);

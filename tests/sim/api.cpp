@@ -26,8 +26,8 @@ Module* Runtime::load(const std::string& ptx) {
   }
 }
 
-int Runtime::launch(Module& m, const std::string& kernel, Dim3 grid, Dim3 block, size_t dynamic_shared, size_t shared_limit,
-                    void** args) {
+int Runtime::launch(Module& m, const std::string& kernel, Dim3 grid, Dim3 block, size_t dynamic_shared,
+                    size_t shared_limit, void** args) {
   constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kInvalidFunction = 98, kLaunchFailure = 719;
   constexpr u32 kMaxThreads = 1024, kMaxBlockZ = 64, kMaxGridYZ = 65535, kMaxGridX = 0x7fffffff;
   const auto it = m.functions.find(kernel);
@@ -37,15 +37,17 @@ int Runtime::launch(Module& m, const std::string& kernel, Dim3 grid, Dim3 block,
   if (!threads || threads > kMaxThreads || block.z > kMaxBlockZ)
     return fail(kInvalidConfiguration, kernel + ": a block of " + std::to_string(threads) + " threads");
   if (f.max_threads && threads > f.max_threads)
-    return fail(kInvalidConfiguration, kernel + ": " + std::to_string(threads) + " threads, more than its launch bounds");
+    return fail(kInvalidConfiguration,
+                kernel + ": " + std::to_string(threads) + " threads, more than its launch bounds");
   if (!grid.x || !grid.y || !grid.z || grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ)
-    return fail(kInvalidConfiguration, kernel + ": a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
-                                           std::to_string(grid.z));
+    return fail(kInvalidConfiguration, kernel + ": a grid of " + std::to_string(grid.x) + " x " +
+                                           std::to_string(grid.y) + " x " + std::to_string(grid.z));
   if (f.static_shared + dynamic_shared > shared_limit)
-    return fail(kInvalidValue, kernel + ": " + std::to_string(f.static_shared + dynamic_shared) + " bytes of shared memory, " +
-                                   std::to_string(shared_limit) + " are allowed");
+    return fail(kInvalidValue, kernel + ": " + std::to_string(f.static_shared + dynamic_shared) +
+                                   " bytes of shared memory, " + std::to_string(shared_limit) + " are allowed");
   std::vector<u8> params(f.param_bytes + 16);
-  for (size_t k = 0; k < f.params.size(); ++k) std::memcpy(params.data() + f.params[k].offset, args[k], f.params[k].size);
+  for (size_t k = 0; k < f.params.size(); ++k)
+    std::memcpy(params.data() + f.params[k].offset, args[k], f.params[k].size);
   for (const auto& v : m.variables) device.allow(v.second.data, v.second.bytes, v.second.constant);
   try {
     Launch launch{device, f, grid, block, u32(dynamic_shared), params.data(), {}};
@@ -72,7 +74,8 @@ void* sim_load(const char* ptx) {
   return said(0), module;
 }
 
-int sim_launch(void* module, const char* kernel, const u32* grid, const u32* block, size_t dynamic_shared, void** args) {
+int sim_launch(void* module, const char* kernel, const u32* grid, const u32* block, size_t dynamic_shared,
+               void** args) {
   constexpr size_t kLargest = 227 * 1024;
   return said(runtime().launch(*static_cast<Module*>(module), kernel, {grid[0], grid[1], grid[2]},
                                {block[0], block[1], block[2]}, dynamic_shared, kLargest, args));

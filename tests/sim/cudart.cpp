@@ -64,7 +64,8 @@ void** __cudaRegisterFatBinary(void* wrapper) {
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
-void __cudaRegisterFunction(void** handle, const char* host, char*, const char* name, int, void*, void*, void*, void*, int*) {
+void __cudaRegisterFunction(void** handle, const char* host, char*, const char* name, int, void*, void*, void*, void*,
+                            int*) {
   kernels[host] = {static_cast<Module*>(handle[0]), name, kDefaultShared};
 }
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
@@ -97,7 +98,8 @@ int cudaFuncSetAttribute(const void* host, int attribute, int value) {
   if (attribute == kPreferredCarveout) return 0;
   const auto it = kernels.find(host);
   if (it == kernels.end() || attribute != kMaxDynamicShared || value < 0 || size_t(value) > kLargestShared)
-    return runtime().fail(kInvalidValue, "cudaFuncSetAttribute: " + std::to_string(attribute) + " = " + std::to_string(value));
+    return runtime().fail(kInvalidValue,
+                          "cudaFuncSetAttribute: " + std::to_string(attribute) + " = " + std::to_string(value));
   it->second.dynamic_limit = std::max(kDefaultShared, size_t(value));
   return 0;
 }

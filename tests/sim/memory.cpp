@@ -22,7 +22,8 @@ void Device::allow(const void* p, u64 bytes, bool read_only) {
 void fail(const Warp& w, const Inst& i, const std::string& what) {
   const Dim3& b = w.block.index;
   throw Error(what + ", in " + w.function.name + ", block (" + std::to_string(b.x) + ", " + std::to_string(b.y) + ", " +
-              std::to_string(b.z) + "), warp " + std::to_string(w.id) + ", line " + std::to_string(i.line) + ": " + i.text);
+              std::to_string(b.z) + "), warp " + std::to_string(w.id) + ", line " + std::to_string(i.line) + ": " +
+              i.text);
 }
 
 Page& Launch::page_of(u64 address) {
@@ -80,9 +81,11 @@ u8* reach_shared(Warp& w, const Inst& i, int lane, u64 address, u32 bytes, Acces
   Block& b = w.block;
   const u64 offset = address & 0xffffffff;
   if (offset + bytes > b.shared.size())
-    fail(w, i, "shared memory out of bounds: " + std::to_string(bytes) + " bytes at " + std::to_string(offset) + " of " +
-                   std::to_string(b.shared.size()));
-  if (offset % bytes) fail(w, i, "misaligned: " + std::to_string(bytes) + " bytes at shared offset " + std::to_string(offset));
+    fail(w, i,
+         "shared memory out of bounds: " + std::to_string(bytes) + " bytes at " + std::to_string(offset) + " of " +
+             std::to_string(b.shared.size()));
+  if (offset % bytes)
+    fail(w, i, "misaligned: " + std::to_string(bytes) + " bytes at shared offset " + std::to_string(offset));
   for (u64 k = offset; k < offset + bytes; ++k) {
     Shadow& s = b.shadow[k];
     if (access != Access::Write) {
@@ -112,17 +115,19 @@ u8* reach_global(Warp& w, const Inst& i, int lane, u64 address, u32 bytes, Acces
   Launch& launch = w.block.launch;
   const Options& options = launch.device.options;
   if (address % bytes)
-    fail(w, i, "misaligned: " + std::to_string(bytes) + " bytes at a global address that is " + std::to_string(address % bytes) +
-                   " modulo " + std::to_string(bytes));
+    fail(w, i,
+         "misaligned: " + std::to_string(bytes) + " bytes at a global address that is " +
+             std::to_string(address % bytes) + " modulo " + std::to_string(bytes));
   bool read_only = false;
   if (options.check_memory) {
     u64 beyond = 0;
     const Range* range = range_of(launch, address, bytes, beyond);
     if (!range)
-      fail(w, i, std::string(access == Access::Read ? "read" : "write") + " out of bounds of global memory: " +
-                     std::to_string(bytes) + " bytes" +
-                     (beyond && beyond < 1 << 20 ? ", " + std::to_string(beyond) + " beyond the end of an allocation" : "") +
-                     ", lane " + std::to_string(lane));
+      fail(w, i,
+           std::string(access == Access::Read ? "read" : "write") +
+               " out of bounds of global memory: " + std::to_string(bytes) + " bytes" +
+               (beyond && beyond < 1 << 20 ? ", " + std::to_string(beyond) + " beyond the end of an allocation" : "") +
+               ", lane " + std::to_string(lane));
     read_only = range->read_only;
     if (read_only && access != Access::Read) fail(w, i, "write to read-only memory");
   }

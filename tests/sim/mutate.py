@@ -2,9 +2,10 @@
 
     python tests/sim/mutate.py [--mutants 200] [--seed 1]     every kernel; lists the mutants that nothing caught
 
-Only instructions that the unbroken kernel runs in these cases are broken. A mutant drops an instruction, changes an immediate, or swaps two registers of one kind. Each runs the operator through
-its unmodified launcher on a few shapes, all checks on. It is caught by a finding, by a result or a number of sectors or
-bank passes that differs from the unbroken kernel's, or by not being PTX any more. Survivors need a look: most compute the same in another way.
+A mutant drops an instruction, changes an immediate, or swaps two registers of one kind; only instructions that the
+unbroken kernel runs in these cases are touched. Each runs the operator through its unmodified launcher on a few shapes,
+all checks on. It is caught by a finding, by a result or a number of sectors or bank passes that differs from the
+unbroken kernel's, or by not being PTX any more. Survivors need a look: most compute the same in another way.
 """
 
 import argparse
@@ -41,7 +42,13 @@ def weights(n, k, block_size, double_quant):
 def dequantize(dtype):
     # A block of threads does four times 2048 elements; the ragged end is in each of the four.
     ends = ((1, 501, 32, True), (1, 2501, 32, False), (1, 4502, 64, True), (1, 7003, 64, True), (1, 8194, 64, True))
-    for n, k, block_size, double_quant in ((64, 160, 64, True), (33, 35, 32, False), (3, 4099, 4096, True), (1, 70001, 32, True), *ends):
+    for n, k, block_size, double_quant in (
+        (64, 160, 64, True),
+        (33, 35, 32, False),
+        (3, 4099, 4096, True),
+        (1, 70001, 32, True),
+        *ends,
+    ):
         yield torch.ops.peftops.nf4_dequantize(*weights(n, k, block_size, double_quant), n, k, dtype)
 
 
@@ -50,7 +57,9 @@ def linear(dtype, shapes):
         gen = torch.Generator().manual_seed(m)
         x, bias, u, lora_B = (torch.randn(*s, generator=gen) for s in ((m, k), (n,), (m, r), (n, r)))
         bias, low_rank = (bias.to(factor), (u, lora_B.to(factor))) if r else (None, (None, None))
-        yield torch.ops.peftops.nf4_linear(x.to(dtype), *weights(n, k, block_size, m % 2 == 1), n, k, bias, *low_rank, 0.5)
+        yield torch.ops.peftops.nf4_linear(
+            x.to(dtype), *weights(n, k, block_size, m % 2 == 1), n, k, bias, *low_rank, 0.5
+        )
 
 
 # The kernels, by a part of their mangled names, and the operator calls that reach them.
@@ -59,13 +68,22 @@ CASES = {
     "8quantizeI13__nv_bfloat16Lb1": functools.partial(quantize, BF16),
     "10dequantizeI13__nv_bfloat16Lb1": functools.partial(dequantize, BF16),
     "8few_rowsI13__nv_bfloat16Li2": functools.partial(
-        linear, BF16, [(9, 33, 64 * 3, 64, 3, BF16), (15, 70, 64 * 66, 64, 5, FP32), (10, 8, 64, 64, 2, FP16), (12, 16, 64 * 9, 64, 0, None)]
+        linear,
+        BF16,
+        [
+            (9, 33, 64 * 3, 64, 3, BF16),
+            (15, 70, 64 * 66, 64, 5, FP32),
+            (10, 8, 64, 64, 2, FP16),
+            (12, 16, 64 * 9, 64, 0, None),
+        ],
     ),
     "9many_rowsI6__halfLi1": functools.partial(
         linear, FP16, [(65, 140, 64 * 6, 64, 2, FP32), (17, 130, 64 * 2, 128, 0, None), (31, 3, 64 * 5, 64, 1, BF16)]
     ),
     "8any_rowsIfE": functools.partial(
-        linear, FP32, [(5, 70, 33, 32, 5, BF16), (66, 64, 96, 64, 17, FP32), (2, 3, 35, 64, 1, FP16), (4, 5, 7, 4096, 0, None)]
+        linear,
+        FP32,
+        [(5, 70, 33, 32, 5, BF16), (66, 64, 96, 64, 17, FP32), (2, 3, 35, 64, 1, FP16), (4, 5, 7, 4096, 0, None)],
     ),
 }
 
@@ -92,7 +110,11 @@ def find_kernel(name):
 def mutants(body, count, seed, covered):
     rng = random.Random(seed)
     lines = body.split("\n")
-    broken = [i for i, line in enumerate(lines) if covered(i) and re.match(r"\s*(@!?%p\d+ )?[a-z][\w.:]* .*;", line) and " ret" not in line]
+    broken = [
+        i
+        for i, line in enumerate(lines)
+        if covered(i) and re.match(r"\s*(@!?%p\d+ )?[a-z][\w.:]* .*;", line) and " ret" not in line
+    ]
     while count:
         i = rng.choice(broken)
         old = lines[i]

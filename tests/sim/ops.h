@@ -30,7 +30,9 @@ template <int N, class F> Handler of_int(Type t) {
     case Type::S16: return map<N, One<Int<i16>>, F>;
     case Type::S32: return map<N, One<Int<i32>>, F>;
     case Type::S64: return map<N, One<Int<i64>>, F>;
-    default: return is_float(t) || t == Type::F16x2 || t == Type::BF16x2 || t == Type::Pred ? nullptr : of_unsigned<N, F>(size_of(t));
+    default:
+      return is_float(t) || t == Type::F16x2 || t == Type::BF16x2 || t == Type::Pred ? nullptr
+                                                                                     : of_unsigned<N, F>(size_of(t));
   }
 }
 

@@ -168,7 +168,8 @@ Handler decode_arithmetic(Inst& i, Modifiers& m) {
     const bool max = op == "max";
     if (!real) return max ? of_int<2, Extreme<true, false>>(t) : of_int<2, Extreme<false, false>>(t);
     const bool ftz = m.take("ftz");
-    if (m.take("NaN")) return max ? of_float<2, Extreme<true, true>>(t, ftz) : of_float<2, Extreme<false, true>>(t, ftz);
+    if (m.take("NaN"))
+      return max ? of_float<2, Extreme<true, true>>(t, ftz) : of_float<2, Extreme<false, true>>(t, ftz);
     return max ? of_float<2, Extreme<true, false>>(t, ftz) : of_float<2, Extreme<false, false>>(t, ftz);
   }
   if (op == "neg") return real ? of_float<1, Neg>(t, m.take("ftz")) : of_int<1, Neg>(t);
@@ -176,7 +177,8 @@ Handler decode_arithmetic(Inst& i, Modifiers& m) {
   if (op == "copysign") return t == Type::F32 || t == Type::F64 ? of_float<2, CopySign>(t) : nullptr;
   if (op == "dp4a") return dp4a;
 
-  if (op != "rcp" && op != "sqrt" && op != "rsqrt" && op != "ex2" && op != "lg2" && op != "sin" && op != "cos" && op != "tanh")
+  if (op != "rcp" && op != "sqrt" && op != "rsqrt" && op != "ex2" && op != "lg2" && op != "sin" && op != "cos" &&
+      op != "tanh")
     return nullptr;
   const bool approx = m.take("approx"), ftz = m.take("ftz");
   m.take("rn");

@@ -95,7 +95,10 @@ struct Reverse {
     return r;
   }
 };
-template <int Bits> struct LeadingZeros { u32 operator()(u64 a) const { return a ? u32(__builtin_clzll(a)) - (64 - Bits) : Bits; } };
+template <int Bits>
+struct LeadingZeros {
+  u32 operator()(u64 a) const { return a ? u32(__builtin_clzll(a)) - (64 - Bits) : Bits; }
+};
 struct HighestBit { u32 operator()(u64 a) const { return a ? 63 - u32(__builtin_clzll(a)) : ~0u; } };
 
 enum Comparison : u8 { Eq, Ne, Lt, Le, Gt, Ge, Equ, Neu, Ltu, Leu, Gtu, Geu, Num, Nan };
@@ -208,7 +211,8 @@ Handler decode_move(Inst& i) {
   if (i.operands[0].kind == Operand::Predicate) return move_predicate;
   if (i.operands[0].kind == Operand::Vector) return unpack;
   if (i.operands[1].kind == Operand::Vector) return pack;
-  return i.text.find("%clock") != std::string::npos || i.text.find("%globaltimer") != std::string::npos ? read_clock : move;
+  return i.text.find("%clock") != std::string::npos || i.text.find("%globaltimer") != std::string::npos ? read_clock
+                                                                                                        : move;
 }
 
 }  // namespace
@@ -242,10 +246,12 @@ Handler decode_bits(Inst& i, Modifiers& m) {
   if (op == "bfi") return insert;
   if (op == "popc") return map<1, One<Int<u64>>, PopCount>;
   if (op == "brev") return bytes == 4 ? map<1, One<Int<u64>>, Reverse> : nullptr;
-  if (op == "clz") return bytes == 4 ? map<1, One<Int<u64>>, LeadingZeros<32>> : map<1, One<Int<u64>>, LeadingZeros<64>>;
+  if (op == "clz")
+    return bytes == 4 ? map<1, One<Int<u64>>, LeadingZeros<32>> : map<1, One<Int<u64>>, LeadingZeros<64>>;
   if (op == "bfind" && !is_signed(t)) return m.take("shiftamt") ? nullptr : map<1, One<Int<u64>>, HighestBit>;
   if (op == "setp") {
-    const int how = m.take_any({"eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"});
+    const int how =
+        m.take_any({"eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"});
     const int unsigned_how = how < 0 ? m.take_any({"lo", "ls", "hi", "hs"}) : 0;
     if (how < 0 && unsigned_how < 0) return nullptr;
     i.variant = u8(how >= 0 ? how : Lt + unsigned_how);

@@ -58,7 +58,9 @@ template <class T, bool HalfSum> void multiply_matrices(Warp& w, const Inst& i, 
     }
   }
   constexpr int kSums = HalfSum ? 2 : 4;
-  const auto place = [&](int n, int l) { return HalfSum ? &sum[l / 4 + 8 * n][2 * (l % 4)] : &sum[l / 4 + 8 * (n / 2)][2 * (l % 4) + n % 2]; };
+  const auto place = [&](int n, int l) {
+    return HalfSum ? &sum[l / 4 + 8 * n][2 * (l % 4)] : &sum[l / 4 + 8 * (n / 2)][2 * (l % 4) + n % 2];
+  };
   for (int n = 0; n < kSums; ++n) {
     const u64* r = w.slot(part(C, n));
     for (int l = 0; l < kLanes; ++l) {

@@ -106,9 +106,28 @@ template <class T, int N = 1> void atomic(Warp& w, const Inst& i, u32 lanes) {
 
 Handler decode_memory(Inst& i, Modifiers& m) {
   if (m.op == "ld" || m.op == "st") {
-    for (const char* hint : {"nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "volatile", "relaxed", "weak", "acquire", "release",
-                             "cta", "gpu", "sys", "L1::no_allocate", "L1::evict_first", "L1::evict_last", "L2::128B",
-                             "L2::256B", "L2::64B"})
+    for (const char* hint : {"nc",
+                             "ca",
+                             "cg",
+                             "cs",
+                             "lu",
+                             "cv",
+                             "wb",
+                             "wt",
+                             "volatile",
+                             "relaxed",
+                             "weak",
+                             "acquire",
+                             "release",
+                             "cta",
+                             "gpu",
+                             "sys",
+                             "L1::no_allocate",
+                             "L1::evict_first",
+                             "L1::evict_last",
+                             "L2::128B",
+                             "L2::256B",
+                             "L2::64B"})
       m.take(hint);   // where a value is cached changes no result
     i.vector = m.take("v4") ? 4 : m.take("v2") ? 2 : 1;
     i.counted = m.op == "ld" ? Class::Load : Class::Store;

@@ -25,7 +25,8 @@ void shuffle(Warp& w, const Inst& i, u32 lanes) {
       default: from = low | (step & ~segment), ok = from <= high;
     }
     if (!ok) from = l;
-    if (!(lanes >> from & 1)) fail(w, i, "shuffle: lane " + std::to_string(l) + " reads lane " + std::to_string(from) + ", which is not there");
+    if (!(lanes >> from & 1))
+      fail(w, i, "shuffle: lane " + std::to_string(l) + " reads lane " + std::to_string(from) + ", which is not there");
     result[l] = a[from] & 0xffffffff;
     valid |= u32(ok) << l;
   });
@@ -136,7 +137,8 @@ Handler decode_control(Inst& i, Modifiers& m) {
     i.counted = Class::Barrier;
     return nothing;
   }
-  if (m.op == "membar" || m.op == "fence" || m.op == "nanosleep" || m.op == "griddepcontrol") return m.list.clear(), nothing;
+  if (m.op == "membar" || m.op == "fence" || m.op == "nanosleep" || m.op == "griddepcontrol")
+    return m.list.clear(), nothing;
   if (m.op == "trap" || m.op == "brkpt") return trap;
   return nullptr;
 }

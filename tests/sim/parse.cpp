@@ -8,10 +8,10 @@ namespace sim {
 
 Type type_of(const std::string& s) {
   static const std::map<std::string, Type> types = {
-      {"pred", Type::Pred}, {"b8", Type::B8},     {"u8", Type::U8},       {"s8", Type::S8},         {"b16", Type::B16},
-      {"u16", Type::U16},   {"s16", Type::S16},   {"f16", Type::F16},     {"bf16", Type::BF16},     {"b32", Type::B32},
-      {"u32", Type::U32},   {"s32", Type::S32},   {"f32", Type::F32},     {"tf32", Type::TF32},     {"f16x2", Type::F16x2},
-      {"b64", Type::B64},   {"u64", Type::U64},   {"s64", Type::S64},     {"bf16x2", Type::BF16x2}, {"f64", Type::F64},
+      {"pred", Type::Pred}, {"b8", Type::B8},   {"u8", Type::U8},   {"s8", Type::S8},         {"b16", Type::B16},
+      {"u16", Type::U16},   {"s16", Type::S16}, {"f16", Type::F16}, {"bf16", Type::BF16},     {"b32", Type::B32},
+      {"u32", Type::U32},   {"s32", Type::S32}, {"f32", Type::F32}, {"tf32", Type::TF32},     {"f16x2", Type::F16x2},
+      {"b64", Type::B64},   {"u64", Type::U64}, {"s64", Type::S64}, {"bf16x2", Type::BF16x2}, {"f64", Type::F64},
       {"b128", Type::B128}};
   const auto it = types.find(s);
   return it == types.end() ? Type::None : it->second;
@@ -201,7 +201,8 @@ std::unique_ptr<Module> parse(const std::string& ptx) {
     if (starts(t, i, ".section")) { i = matching_brace(t, t.find('{', i)) + 1; continue; }   // debug information
     const size_t semicolon = std::min(t.find(';', i), t.size()), brace = std::min(t.find('{', i), t.size());
     const std::string header = t.substr(i, std::min(semicolon, brace) - i);
-    if (header.find(".func") != std::string::npos) throw Error("functions are not supported, only kernels: " + trim(header));
+    if (header.find(".func") != std::string::npos)
+      throw Error("functions are not supported, only kernels: " + trim(header));
     if (header.find(".entry") != std::string::npos) {
       const size_t end = matching_brace(t, brace);
       parse_entry(*m, header, t.substr(brace + 1, end - brace - 1), target, shared);

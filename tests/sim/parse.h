@@ -13,7 +13,9 @@ u64 immediate(const std::string& text, Type);
 u32 number(const std::string&);
 size_t matching_brace(const std::string&, size_t open);
 
-inline bool starts(const std::string& s, size_t at, const char* what) { return s.compare(at, std::strlen(what), what) == 0; }
+inline bool starts(const std::string& s, size_t at, const char* what) {
+  return s.compare(at, std::strlen(what), what) == 0;
+}
 inline bool in_name(char c) { return std::isalnum(u8(c)) || c == '_' || c == '$' || c == '%'; }
 inline u32 round_up(u32 n, u32 to) { return (n + to - 1) / to * to; }
 

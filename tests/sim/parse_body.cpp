@@ -180,7 +180,8 @@ class Body {
       o = operand(inside.substr(0, sign), Type::U64);
       if (o.kind != Operand::Register) throw Error("unknown address: " + t);
       o.kind = Operand::Address;
-      if (sign != std::string::npos) o.offset = i64(immediate(trim(inside.substr(sign + (inside[sign] == '+'))), Type::S64));
+      if (sign != std::string::npos)
+        o.offset = i64(immediate(trim(inside.substr(sign + (inside[sign] == '+'))), Type::S64));
       return o;
     }
     if (t[0] == '!') {
@@ -207,7 +208,8 @@ class Body {
     if (t == "WARP_SZ") return o.kind = Operand::Register, o.slot = constant(kLanes), o;
     if (t[0] == '%') return special(t);
     const size_t plus = t.find('+');
-    if (find_symbol(trim(t.substr(0, plus)), plus == std::string::npos ? 0 : immediate(trim(t.substr(plus + 1)), Type::S64), o))
+    if (find_symbol(trim(t.substr(0, plus)),
+                    plus == std::string::npos ? 0 : immediate(trim(t.substr(plus + 1)), Type::S64), o))
       return o;
     o.kind = Operand::Label, o.slot = -1, o.name = t;
     return o;
@@ -308,7 +310,8 @@ class Body {
 
 }  // namespace
 
-void parse_body(Function& f, const std::string& body, const Module& m, const std::map<std::string, SharedVariable>& shared) {
+void parse_body(Function& f, const std::string& body, const Module& m,
+                const std::map<std::string, SharedVariable>& shared) {
   Body(f, m, shared).parse(body);
 }
 

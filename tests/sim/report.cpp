@@ -30,7 +30,8 @@ Counters total(const Function& f, std::initializer_list<Class> classes) {
 }
 
 std::string sectors_json(const Counters& c, u64 unique) {
-  return format("{\"sectors\": %llu, \"ideal\": %llu, \"unique\": %llu}", ull(c.sectors), ull(c.ideal_sectors), ull(unique));
+  return format("{\"sectors\": %llu, \"ideal\": %llu, \"unique\": %llu}", ull(c.sectors), ull(c.ideal_sectors),
+                ull(unique));
 }
 std::string waves_json(const Counters& c) {
   return format("{\"waves\": %llu, \"ideal\": %llu}", ull(c.waves), ull(c.ideal_waves));
@@ -61,8 +62,9 @@ std::string report_json(const Launch& launch) {
   for (const auto& page : launch.pages)
     for (u32 s = 0; s < kPageBytes / kSectorBytes; ++s)
       unique_read += page.second.sector_read[s], unique_written += page.second.sector_written[s];
-  const Counters load = total(f, {Class::Load}), store = total(f, {Class::Store}), copies = total(f, {Class::AsyncCopy}),
-                 branches = total(f, {Class::Branch}), matrix = total(f, {Class::Ldmatrix}), atomics = total(f, {Class::Atomic});
+  const Counters load = total(f, {Class::Load}), store = total(f, {Class::Store}),
+                 copies = total(f, {Class::AsyncCopy}), branches = total(f, {Class::Branch}),
+                 matrix = total(f, {Class::Ldmatrix}), atomics = total(f, {Class::Atomic});
   Counters read = load;   // from global memory, whichever way
   read.sectors += copies.sectors, read.ideal_sectors += copies.ideal_sectors;
   const auto issued = [&](Class c) { return ull(total(f, {c}).issued); };
@@ -70,29 +72,32 @@ std::string report_json(const Launch& launch) {
   s += format(", \"grid\": [%u, %u, %u], \"block\": [%u, %u, %u], \"shared_bytes\": %u", launch.grid.x, launch.grid.y,
               launch.grid.z, launch.block.x, launch.block.y, launch.block.z, f.static_shared + launch.dynamic_shared);
   s += format(", \"instructions\": %llu, ", ull(launch.issued));
-  s += "\"global_read\": " + sectors_json(read, unique_read) + ", \"global_write\": " + sectors_json(store, unique_written);
+  s += "\"global_read\": " + sectors_json(read, unique_read) +
+       ", \"global_write\": " + sectors_json(store, unique_written);
   s += ", \"shared_load\": " + waves_json(load) + ", \"shared_store\": " + waves_json(store);
   s += ", \"ldmatrix\": " + waves_json(matrix) + ", \"async_copy\": " + waves_json(copies);
-  s += format(", \"mma\": %llu, \"barriers\": %llu, \"shuffles\": %llu, \"votes\": %llu, \"atomics\": %llu, \"special\": %llu",
-              issued(Class::Mma), issued(Class::Barrier), issued(Class::Shuffle), issued(Class::Vote), ull(atomics.issued),
-              issued(Class::Special));
+  s += format(
+      ", \"mma\": %llu, \"barriers\": %llu, \"shuffles\": %llu, \"votes\": %llu, \"atomics\": %llu, \"special\": %llu",
+      issued(Class::Mma), issued(Class::Barrier), issued(Class::Shuffle), issued(Class::Vote), ull(atomics.issued),
+      issued(Class::Special));
   s += format(", \"branches\": %llu, \"divergent\": %llu, \"local\": %llu, \"lines\": {", ull(branches.issued),
               ull(branches.divergent), ull(load.local + store.local));
   const char* comma = "";
   for (const auto& [line, c] : by_line(f)) {
-    s += format("%s\"%d\": {\"issued\": %llu, \"lanes\": %llu, \"sectors\": %llu, \"ideal_sectors\": %llu, \"waves\": %llu, "
-                "\"ideal_waves\": %llu, \"divergent\": %llu, \"local\": %llu}",
-                comma, line, ull(c.issued), ull(c.lanes), ull(c.sectors), ull(c.ideal_sectors), ull(c.waves),
-                ull(c.ideal_waves), ull(c.divergent), ull(c.local));
+    s += format(
+        "%s\"%d\": {\"issued\": %llu, \"lanes\": %llu, \"sectors\": %llu, \"ideal_sectors\": %llu, \"waves\": %llu, "
+        "\"ideal_waves\": %llu, \"divergent\": %llu, \"local\": %llu}",
+        comma, line, ull(c.issued), ull(c.lanes), ull(c.sectors), ull(c.ideal_sectors), ull(c.waves),
+        ull(c.ideal_waves), ull(c.divergent), ull(c.local));
     comma = ", ";
   }
   return s + "}}";
 }
 
 std::string report_table(const Launch& launch) {
-  std::string s = format("%s  grid %u x %u x %u, block %u x %u x %u, %u bytes of shared memory\n", launch.function.name.c_str(),
-                         launch.grid.x, launch.grid.y, launch.grid.z, launch.block.x, launch.block.y, launch.block.z,
-                         launch.function.static_shared + launch.dynamic_shared);
+  std::string s = format("%s  grid %u x %u x %u, block %u x %u x %u, %u bytes of shared memory\n",
+                         launch.function.name.c_str(), launch.grid.x, launch.grid.y, launch.grid.z, launch.block.x,
+                         launch.block.y, launch.block.z, launch.function.static_shared + launch.dynamic_shared);
   s += "  line      issued  lanes/32     sectors   ideal       waves   ideal  divergent  local\n";
   for (const auto& [line, c] : by_line(launch.function)) {
     if (!c.issued) continue;

@@ -35,7 +35,8 @@ void branch_by_table(Warp& w, const Inst& i, u32 lanes, u32 taken, u32 pc) {
   go_on(w, lanes & ~taken, pc + 1);
   each(taken, [&](int l) {
     const u64 index = w.at(i, 0)[l];
-    if (index >= i.table.size()) fail(w, i, "brx.idx: index " + std::to_string(index) + " of " + std::to_string(i.table.size()));
+    if (index >= i.table.size())
+      fail(w, i, "brx.idx: index " + std::to_string(index) + " of " + std::to_string(i.table.size()));
     w.pc[l] = i.table[index];
   });
 }
@@ -43,7 +44,8 @@ void branch_by_table(Warp& w, const Inst& i, u32 lanes, u32 taken, u32 pc) {
 void enter_barrier(Warp& w, const Inst& i, u32 lanes) {
   if (i.flag && lanes != w.alive) fail(w, i, "divergent barrier: only some lanes of the warp are here");
   w.scatter();
-  const int first = i.variant ? 1 : 0, last = int(i.operands.size()) - (i.variant ? 1 : 0);   // after the result, before the predicate
+  // The operands after the result and before the predicate of a bar.red.
+  const int first = i.variant ? 1 : 0, last = int(i.operands.size()) - first;
   each(lanes, [&](int l) {
     w.barrier_id[l] = last > first ? u32(w.at(i, first)[l]) : 0;
     w.barrier_threads[l] = last > first + 1 ? u32(w.at(i, first + 1)[l]) : 0;
@@ -59,7 +61,8 @@ bool gathered(Warp& w, const Inst& i, u32 lanes, u32 at_pc, bool stuck) {
   const u32 missing = named & w.alive & ~lanes;
   if (!missing) return true;
   const u32 can_come = w.alive & ~w.at_barrier & ~at_pc;
-  if (stuck || (at_pc & missing) || !(can_come & missing)) fail(w, i, "the membermask names lanes that do not come here");
+  if (stuck || (at_pc & missing) || !(can_come & missing))
+    fail(w, i, "the membermask names lanes that do not come here");
   w.scatter();
   w.waiting |= lanes;
   return false;
@@ -129,10 +132,12 @@ void set_special(Warp& w, const std::string& name, u32 lane, u64 value) {
 
 void check_special(const Function& f) {
   for (const auto& s : f.special) {
-    static const char* known[] = {"%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctaid.x", "%ctaid.y",
-                                  "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid", "%warpid", "%lanemask_lt",
-                                  "%lanemask_le", "%lanemask_eq", "%lanemask_gt", "%lanemask_ge", "%dynamic_smem_size",
-                                  "%total_smem_size", "%clock", "%clock64", "%globaltimer"};
+    static const char* known[] = {"%tid.x",           "%tid.y",       "%tid.z",       "%ntid.x",
+                                  "%ntid.y",          "%ntid.z",      "%ctaid.x",     "%ctaid.y",
+                                  "%ctaid.z",         "%nctaid.x",    "%nctaid.y",    "%nctaid.z",
+                                  "%laneid",          "%warpid",      "%lanemask_lt", "%lanemask_le",
+                                  "%lanemask_eq",     "%lanemask_gt", "%lanemask_ge", "%dynamic_smem_size",
+                                  "%total_smem_size", "%clock",       "%clock64",     "%globaltimer"};
     if (std::none_of(std::begin(known), std::end(known), [&](const char* k) { return s.first == k; }))
       throw Error("unknown special register " + s.first + " in " + f.name);
   }
@@ -147,7 +152,8 @@ void start(Warp& w) {
   for (u32 l = 0; l < kLanes; ++l) {
     const u32 t = first + l;
     w.copies[l] = {};
-    set_special(w, "%tid.x", l, t % b.x), set_special(w, "%tid.y", l, t / b.x % b.y), set_special(w, "%tid.z", l, t / b.x / b.y);
+    set_special(w, "%tid.x", l, t % b.x), set_special(w, "%tid.y", l, t / b.x % b.y),
+        set_special(w, "%tid.z", l, t / b.x / b.y);
     set_special(w, "%ntid.x", l, b.x), set_special(w, "%ntid.y", l, b.y), set_special(w, "%ntid.z", l, b.z);
     set_special(w, "%ctaid.x", l, at.x), set_special(w, "%ctaid.y", l, at.y), set_special(w, "%ctaid.z", l, at.z);
     set_special(w, "%nctaid.x", l, g.x), set_special(w, "%nctaid.y", l, g.y), set_special(w, "%nctaid.z", l, g.z);
@@ -183,7 +189,8 @@ void open_barrier(Block& b, u32 id, bool whole_block) {
       const int l = __builtin_ctz(rest);
       const Inst& i = w->function.code[w->pc[l]++];
       if (i.variant == 1) w->at(i, 0)[l] = yes;
-      else if (i.variant) w->set_predicate(i.operands[0].slot, 1u << l, (i.variant == 2 ? yes == arrived : yes > 0) ? kAllLanes : 0);
+      else if (i.variant)
+        w->set_predicate(i.operands[0].slot, 1u << l, (i.variant == 2 ? yes == arrived : yes > 0) ? kAllLanes : 0);
     }
   }
 }
@@ -222,7 +229,9 @@ void run_block(Block& b) {
     if (std::all_of(order.begin(), order.end(), [](Warp* w) { return !w->alive; })) return;
     if (!open_barriers(b) && !done)
       for (Warp* w : order)
-        if (w->at_barrier) fail(*w, w->function.code[w->pc[__builtin_ctz(w->at_barrier)]], "deadlock: a barrier that not all threads reach");
+        if (w->at_barrier)
+          fail(*w, w->function.code[w->pc[__builtin_ctz(w->at_barrier)]],
+               "deadlock: a barrier that not all threads reach");
   }
 }
 

@@ -2,12 +2,12 @@
 memory, tensor-core instructions. The numbers are exact, so a budget that fails is a change of the kernel."""
 
 import pytest
+import reference
 import torch
+from numerics import assert_exact, assert_sums, code_error
 
 import peftops
-import reference
 import sim
-from numerics import assert_exact, assert_sums, code_error
 
 SECTOR = 32
 
@@ -65,7 +65,11 @@ def test_nf4_dequantize(device, dtype, double_quant):
 
 def columns_of(report, source, text):
     """The counters of the lines of a kernel file that hold ``text``."""
-    lines = [n for n, line in enumerate((sim.ROOT / "csrc/kernels/cuda" / source).read_text().splitlines(), 1) if text in line]
+    lines = [
+        n
+        for n, line in enumerate((sim.ROOT / "csrc/kernels/cuda" / source).read_text().splitlines(), 1)
+        if text in line
+    ]
     assert lines, f"{source} has no line with {text}"
     rows = [report["lines"][str(n)] for n in lines if str(n) in report["lines"]]
     return {key: sum(row[key] for row in rows) for key in rows[0]}
@@ -135,7 +139,7 @@ def test_beyond_int32():
     absmax[-2:] = torch.tensor([2.0, 3.0])
     with sim.on_cpu_tensors(last_blocks=2):
         dense = torch.ops.peftops.nf4_dequantize(packed, absmax, None, None, block_size, 1, elements, torch.bfloat16)
-        codes, most = torch.ops.peftops.nf4_quantize(dense.flatten(), block_size)
+        codes, _ = torch.ops.peftops.nf4_quantize(dense.flatten(), block_size)
     want = reference.nf4_dequantize(packed[-tail // 2 :], absmax[-2:], block_size, torch.Size([tail]))
     assert_exact(dense[0, -tail:], want)
     assert torch.equal(codes[-tail // 2 :], reference.nf4_quantize(want.bfloat16(), block_size)[0])

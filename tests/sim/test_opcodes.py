@@ -32,7 +32,9 @@ def execute(device, code, inputs, out_bits=32, outside=""):
     for n, values in enumerate(inputs):
         bits = values.dtype.itemsize * 8
         declare.append(f".reg .b{bits} %x{n};")
-        load.append(f"ld.param.u64 %d1, [in{n}]; mad.wide.u32 %d2, %r1, {bits // 8}, %d1; ld.global.b{bits} %x{n}, [%d2];")
+        load.append(
+            f"ld.param.u64 %d1, [in{n}]; mad.wide.u32 %d2, %r1, {bits // 8}, %d1; ld.global.b{bits} %x{n}, [%d2];"
+        )
     body = f"""{" ".join(declare)} mov.u32 %r1, %tid.x; {" ".join(load)}
         {code}
         ld.param.u64 %d1, [out]; mad.wide.u32 %d2, %r1, {out_bits // 8}, %d1; st.global.b{out_bits} [%d2], %y; ret;"""
@@ -57,7 +59,9 @@ def integers(dtype, seed=0):
 def reals(dtype, seed=0):
     rng = np.random.default_rng(seed)
     edges = [0.0, -0.0, 1.0, -1.0, 0.5, 1.5, 2.5, np.inf, -np.inf, np.nan, 6e-8, 1e-40, 65504.0, 3e38, -2.0, 1 / 3]
-    values = np.concatenate([np.array(edges), rng.standard_normal(LANES - len(edges)) * 10.0 ** rng.integers(-4, 5, LANES - len(edges))])
+    values = np.concatenate(
+        [np.array(edges), rng.standard_normal(LANES - len(edges)) * 10.0 ** rng.integers(-4, 5, LANES - len(edges))]
+    )
     with np.errstate(over="ignore", under="ignore"):
         return np.roll(values.astype(dtype), seed * 5)
 
@@ -113,7 +117,9 @@ def test_wide_products(device, op):
     c = integers(f"i{bits // 8}", 2)
     adds = op.startswith("mad")
     got = execute(device, f"{op} %y, %x0, %x1{', %x2' if adds else ''};", [a, b, c], bits)
-    assert (got == wrap([int(x) * int(y) + (int(z) if adds else 0) for x, y, z in zip(a, b, c, strict=True)], bits)).all()
+    assert (
+        got == wrap([int(x) * int(y) + (int(z) if adds else 0) for x, y, z in zip(a, b, c, strict=True)], bits)
+    ).all()
 
 
 def test_shifts(device):
@@ -179,7 +185,10 @@ def test_dp4a(device):
     for ta, tb in (("s32", "s32"), ("u32", "u32"), ("u32", "s32")):
         got = execute(device, f"dp4a.{ta}.{tb} %y, %x0, %x1, %x2;", [a, b, c])
         bytes_of = lambda v, t: struct.unpack("4b" if t == "s32" else "4B", struct.pack("<I", int(v)))
-        want = [sum(p * q for p, q in zip(bytes_of(x, ta), bytes_of(y, tb), strict=True)) + int(z) for x, y, z in zip(a, b, c, strict=True)]
+        want = [
+            sum(p * q for p, q in zip(bytes_of(x, ta), bytes_of(y, tb), strict=True)) + int(z)
+            for x, y, z in zip(a, b, c, strict=True)
+        ]
         assert (got == wrap(want, 32)).all()
 
 
@@ -206,9 +215,13 @@ def test_floats(device, op, kind):
     got = execute(device, f"{op}.{kind} %y, {', '.join(f'%x{n}' for n in range(count))};", args, 8 * args[0].itemsize)
     with np.errstate(all="ignore"):
         want = f(*args)
-        if op in ("min", "max", "min.NaN", "max.NaN"):   # NumPy leaves the sign of a zero open
+        if op in ("min", "max", "min.NaN", "max.NaN"):  # NumPy leaves the sign of a zero open
             ours = np.where((args[0] == 0) & (args[1] == 0), 1, 0).astype(bool)
-            zero = np.where(np.signbit(args[0]) & np.signbit(args[1]) if "max" in op else np.signbit(args[0]) | np.signbit(args[1]), -0.0, 0.0)
+            zero = np.where(
+                np.signbit(args[0]) & np.signbit(args[1]) if "max" in op else np.signbit(args[0]) | np.signbit(args[1]),
+                -0.0,
+                0.0,
+            )
             want = np.where(ours, zero, want).astype(dtype)
     assert same(got.view(dtype), want)
 
@@ -222,7 +235,7 @@ def test_halves_in_pairs(device):
         with np.errstate(all="ignore"):
             assert same(low, f(a, b)) and same(high, f(np.roll(a, 1), np.roll(b, 1)))
     low, high = halves(execute(device, "fma.rn.f16x2 %y, %x0, %x1, %x2;", [pair(a), pair(b), pair(c)]))
-    with np.errstate(all="ignore"):   # exact in long double, rounded once
+    with np.errstate(all="ignore"):  # exact in long double, rounded once
         want = (a.astype("f16") * b.astype("f16") + c.astype("f16")).astype("f2")
     assert same(low, want) and same(high, np.roll(want, 1))
 
@@ -238,7 +251,7 @@ def test_bfloats(device):
         got = execute(device, f"{op}.bf16 %y, %x0, %x1;", [bits(a), bits(b)], 16)
         assert torch.equal(torch.from_numpy(got.view("i2")).view(torch.bfloat16).nan_to_num(7), f(a, b).nan_to_num(7))
     got = execute(device, "fma.rn.bf16 %y, %x0, %x1, %x2;", [bits(a), bits(b), bits(c)], 16)
-    exact = a.double().numpy().astype("f16") * b.double().numpy() + c.double().numpy()   # long double
+    exact = a.double().numpy().astype("f16") * b.double().numpy() + c.double().numpy()  # long double
     # One rounding from long double: to float64 by cutting off to odd, then torch's rounding of the double.
     rounded = torch.from_numpy(exact.astype("f8"))
     inexact = rounded.numpy().astype("f16") != exact
@@ -281,12 +294,19 @@ def test_functions(device, op, f):
     device.options(perturb=True)
     rough = execute(device, f"{op} %y, %x0;", [x]).view("f4")
     device.options()
-    if "approx" in op:   # it errs, and by little
+    if "approx" in op:  # it errs, and by little
         finite = np.isfinite(want)
         assert not same(rough, want) and np.allclose(rough[finite], want[finite], rtol=3e-7, atol=0)
 
 
-COMPARISON = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+COMPARISON = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
 
 
 @pytest.mark.parametrize("how", COMPARISON)
@@ -303,7 +323,11 @@ def test_comparisons(device, how):
     ordered = execute(device, f"setp.{how}.f32 %p1, %x0, %x1; selp.u32 %y, 1, 0, %p1;", [a, b])
     unordered = execute(device, f"setp.{how}u.f32 %p1, %x0, %x1; selp.u32 %y, 1, 0, %p1;", [a, b])
     assert (ordered == (f(a, b) & ~nan)).all() and (unordered == (f(a, b) | nan)).all()
-    both = execute(device, f"setp.gt.s32 %p3, %r1, 9; setp.{how}.and.f32 %p1|%p2, %x0, %x1, %p3; selp.u32 %r2, 1, 0, %p1; selp.u32 %r3, 2, 0, %p2; or.b32 %y, %r2, %r3;", [a, b])
+    both = execute(
+        device,
+        f"setp.gt.s32 %p3, %r1, 9; setp.{how}.and.f32 %p1|%p2, %x0, %x1, %p3; selp.u32 %r2, 1, 0, %p1; selp.u32 %r3, 2, 0, %p2; or.b32 %y, %r2, %r3;",
+        [a, b],
+    )
     lane, p = np.arange(LANES) > 9, f(a, b) & ~nan
     assert (both == (p & lane) + 2 * (~p & lane)).all()
 
@@ -352,8 +376,10 @@ def test_conversions_of_floats(device):
     rounded = torch.from_numpy(x).bfloat16()
     got = torch.from_numpy(execute(device, "cvt.rn.bf16.f32 %y, %x0;", [x], 16).view("i2")).view(torch.bfloat16)
     assert torch.equal(got.nan_to_num(7), rounded.nan_to_num(7))
-    pair = execute(device, "cvt.rn.bf16x2.f32 %y, %x0, %x1;", [x, np.roll(x, 1)])   # the first source is the high half
-    assert same((pair & 0xFFFF0000).view("f4"), rounded.float().numpy()) and same((pair << 16).view("f4"), np.roll(rounded.float().numpy(), 1))
+    pair = execute(device, "cvt.rn.bf16x2.f32 %y, %x0, %x1;", [x, np.roll(x, 1)])  # the first source is the high half
+    assert same((pair & 0xFFFF0000).view("f4"), rounded.float().numpy()) and same(
+        (pair << 16).view("f4"), np.roll(rounded.float().numpy(), 1)
+    )
     half = reals("f2", 3)
     assert same(execute(device, "cvt.f32.f16 %y, %x0;", [half]).view("f4"), half.astype("f4"))
     for kind, dtype in (("s32", "i4"), ("u32", "u4"), ("s64", "i8"), ("u64", "u8")):
@@ -376,13 +402,20 @@ def test_every_half_converts_both_ways(device):
 def test_loads_extend_signs(device):
     a = integers("i4", 1)
     for kind, dtype in (("s8", "i1"), ("u8", "u1"), ("s16", "i2"), ("u16", "u2")):
-        got = execute(device, f"ld.param.u64 %d3, [in0]; mad.wide.u32 %d3, %r1, 4, %d3; ld.global.{kind} %y, [%d3];", [a])
+        got = execute(
+            device, f"ld.param.u64 %d3, [in0]; mad.wide.u32 %d3, %r1, 4, %d3; ld.global.{kind} %y, [%d3];", [a]
+        )
         assert (got.view("i4") == a.astype(dtype)).all()
 
 
 def test_constants(device):
     table = ".const .align 4 .f32 table[4] = {0f3F800000, 0f40000000, 0fC0400000, 0f40800000};"
-    got = execute(device, "and.b32 %r2, %r1, 3; mul.wide.u32 %d3, %r2, 4; mov.u64 %d4, table; add.s64 %d3, %d3, %d4; ld.const.f32 %y, [%d3];", [], outside=table)
+    got = execute(
+        device,
+        "and.b32 %r2, %r1, 3; mul.wide.u32 %d3, %r2, 4; mov.u64 %d4, table; add.s64 %d3, %d3, %d4; ld.const.f32 %y, [%d3];",
+        [],
+        outside=table,
+    )
     assert (got.view("f4") == np.array([1, 2, -3, 4], "f4")[np.arange(LANES) % 4]).all()
 
 
@@ -390,7 +423,9 @@ def shuffled(mode, a, step, clamp=31, segment=0):
     out = []
     for lane in range(LANES):
         high, low = (lane & segment) | (clamp & ~segment & 31), lane & segment
-        source = {"up": lane - step, "down": lane + step, "bfly": lane ^ step, "idx": low | (step & ~segment & 31)}[mode]
+        source = {"up": lane - step, "down": lane + step, "bfly": lane ^ step, "idx": low | (step & ~segment & 31)}[
+            mode
+        ]
         valid = source >= high if mode == "up" else source <= high
         out.append(a[source if valid else lane])
     return np.array(out)
@@ -409,7 +444,9 @@ def test_votes_and_reductions(device):
     positive = sum(1 << lane for lane in range(LANES) if a[lane] > 0)
     assert (execute(device, "setp.gt.s32 %p1, %x0, 0; vote.sync.ballot.b32 %y, %p1, -1;", [a]) == positive).all()
     for how, want in (("all", False), ("any", True), ("uni", False)):
-        got = execute(device, f"setp.gt.s32 %p1, %x0, 0; vote.sync.{how}.pred %p2, %p1, -1; selp.u32 %y, 1, 0, %p2;", [a])
+        got = execute(
+            device, f"setp.gt.s32 %p1, %x0, 0; vote.sync.{how}.pred %p2, %p1, -1; selp.u32 %y, 1, 0, %p2;", [a]
+        )
         assert (got == want).all()
     b = (a % 3).astype("i4")
     same_value = [sum(1 << k for k in range(LANES) if b[k] == b[lane]) for lane in range(LANES)]
@@ -418,7 +455,9 @@ def test_votes_and_reductions(device):
         assert (execute(device, f"redux.sync.{how}.s32 %y, %x0, -1;", [a]) == wrap([f(a)], 32)[0]).all()
     for how, f in (("and", np.bitwise_and), ("or", np.bitwise_or), ("xor", np.bitwise_xor)):
         assert (execute(device, f"redux.sync.{how}.b32 %y, %x0, -1;", [a.view("u4")]) == f.reduce(a.view("u4"))).all()
-    assert (execute(device, "setp.lt.u32 %p1, %r1, 5; @%p1 activemask.b32 %y; @!%p1 mov.u32 %y, 0;", [])[:5] == 31).all()
+    assert (
+        execute(device, "setp.lt.u32 %p1, %r1, 5; @%p1 activemask.b32 %y; @!%p1 mov.u32 %y, 0;", [])[:5] == 31
+    ).all()
 
 
 def test_divergence_and_switch_tables(device):
@@ -444,7 +483,7 @@ def test_ldmatrix(device, trans):
     matrices = a.reshape(4, 8, 8)
     for lane in range(LANES):
         for q in range(4):
-            for e in range(2):   # the fragment table of the PTX ISA
+            for e in range(2):  # the fragment table of the PTX ISA
                 row, col = lane // 4, 2 * (lane % 4) + e
                 assert out[lane, q, e] == (matrices[q, col, row] if trans else matrices[q, row, col])
 
@@ -462,7 +501,7 @@ def test_mma(device, kind, k, sums):
     bits = lambda t: t.view(torch.int16).numpy()
     fa, fb = np.zeros((LANES, k // 2), "i2"), np.zeros((LANES, k // 4), "i2")
     fc = np.zeros((LANES, 4), "f4" if sums == "f32" else "f2")
-    place = lambda lane, i: ((lane >> 2) + (0 if i < 2 else 8), (lane & 3) * 2 + (i & 1))   # of accumulator i
+    place = lambda lane, i: ((lane >> 2) + (0 if i < 2 else 8), (lane & 3) * 2 + (i & 1))  # of accumulator i
     for lane in range(LANES):
         g, t = lane >> 2, lane & 3
         for i in range(k // 2):
@@ -495,7 +534,7 @@ def test_cp_async(device):
         cp.async.wait_group 0; ld.shared.v2.u32 {%r5, %r6}, [%r3+8]; add.u32 %y, %r5, %r6;""", [source],
         outside=".shared .align 16 .b8 smem[512];")  # fmt: skip
     rows = source.reshape(LANES, 4)
-    assert (got[:8] == rows[:8, 2] + rows[:8, 3]).all() and (got[8:] == 0).all()   # what is not copied is zero
+    assert (got[:8] == rows[:8, 2] + rows[:8, 3]).all() and (got[8:] == 0).all()  # what is not copied is zero
 
 
 ATOMIC = {"add.u32": lambda v: sum(v), "min.s32": min, "max.s32": max, "and.b32": lambda v: np.bitwise_and.reduce(v), "or.b32": lambda v: np.bitwise_or.reduce(v),
@@ -535,7 +574,16 @@ def test_barrier_reductions(device):
     assert (out == [40, 0, 1]).all()
 
 
-@pytest.mark.parametrize("code", ["wgmma.fence.sync.aligned;", "add.rz.f32 %f1, %f2, %f3;", "mov.u32 %r1, %clusterid.x;", "mov.u32 %r1, nowhere;", "foo.b32 %r1;"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "wgmma.fence.sync.aligned;",
+        "add.rz.f32 %f1, %f2, %f3;",
+        "mov.u32 %r1, %clusterid.x;",
+        "mov.u32 %r1, nowhere;",
+        "foo.b32 %r1;",
+    ],
+)
 def test_what_is_not_known_is_refused(device, code):
     with pytest.raises(sim.Finding, match="unsupported|unknown"):
         device.launch(device.load(sim.kernel(code + " ret;", "u64 a")), "k", (1,), (32,), [ctypes.c_uint64(0)])

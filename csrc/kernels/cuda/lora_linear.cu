@@ -16,9 +16,12 @@ template <class T> __global__ void __launch_bounds__(kTileThreads) shrink(LoraSh
   __shared__ TileMemory memory;
   TileSums c;
   multiply_tile<Along::depth, Along::depth>(
-      a.m, a.r, a.k, [&](int64_t t, int64_t row) { return mask.apply(row, t, to_float(static_cast<const T*>(a.x)[row * a.k + t])); },
+      a.m, a.r, a.k,
+      [&](int64_t t, int64_t row) { return mask.apply(row, t, to_float(static_cast<const T*>(a.x)[row * a.k + t])); },
       [&](int64_t t, int64_t j) { return factor(a.f, a.f_dtype, a.by_rank, a.r, a.k, j, t); }, memory, c);
-  each_result(a.m, a.r, [&](int64_t row, int64_t col, int i, int j) { a.u[row * a.r + col] = __fmul_rn(a.scale, c.at[i][j]); });
+  each_result(a.m, a.r, [&](int64_t row, int64_t col, int i, int j) {
+    a.u[row * a.r + col] = __fmul_rn(a.scale, c.at[i][j]);
+  });
 }
 
 template <class T> __global__ void __launch_bounds__(kTileThreads) expand(LoraExpand a, DropoutMask mask) {
@@ -38,7 +41,8 @@ template <class T> __global__ void __launch_bounds__(kTileThreads) gradient(Lora
   TileSums c;
   multiply_tile<Along::across, Along::across>(
       a.r, a.k, a.m, [&](int64_t t, int64_t j) { return a.u[t * a.r + j]; },
-      [&](int64_t t, int64_t col) { return mask.apply(t, col, to_float(static_cast<const T*>(a.x)[t * a.k + col])); }, memory, c);
+      [&](int64_t t, int64_t col) { return mask.apply(t, col, to_float(static_cast<const T*>(a.x)[t * a.k + col])); },
+      memory, c);
   each_result(a.r, a.k, [&](int64_t row, int64_t col, int i, int j) {
     const int64_t at = a.by_rank ? row * a.k + col : col * a.r + row;
     const float d = __fmul_rn(a.scale, c.at[i][j]);

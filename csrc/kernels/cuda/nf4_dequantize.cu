@@ -72,7 +72,8 @@ cudaError_t nf4_dequantize(const Nf4Dequantize& a, cudaStream_t stream) {
     using T = decltype(t);
     constexpr int N = Pack<T>::kSize;
     const unsigned grid = unsigned(ceil_div(n, int64_t(kThreads) * kPacks * N));
-    if (aligned(a.weight.packed, N / 2) && aligned(a.out, 16)) dequantize<T, true><<<grid, kThreads, 0, stream>>>(a, log_block);
+    const bool wide = aligned(a.weight.packed, N / 2) && aligned(a.out, 16);
+    if (wide) dequantize<T, true><<<grid, kThreads, 0, stream>>>(a, log_block);
     else dequantize<T, false><<<grid, kThreads, 0, stream>>>(a, log_block);
     return cudaGetLastError();
   });

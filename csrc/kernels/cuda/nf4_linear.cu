@@ -1,7 +1,7 @@
-// Three ways to a product with an NF4 weight. With 16-bit x, rows of whole chunks go through tensor cores: up to 16 rows
-// of x stream the weight (nf4_rows.cuh), more share it (nf4_many.cuh). Everything else is multiplied in fp32, tile by tile
-// (tile.cuh). The low-rank term joins the fp32 sums before the one rounding: result by result, or in tiles as more depth,
-// [x | scaling * u] [W^T ; B^T].
+// Three ways to a product with an NF4 weight. With 16-bit x, rows of whole chunks go through tensor cores: up to 16
+// rows of x stream the weight (nf4_rows.cuh), more share it (nf4_many.cuh). Everything else is multiplied in fp32, tile
+// by tile (tile.cuh). The low-rank term joins the fp32 sums before the one rounding: result by result, or in tiles as
+// more depth, [x | scaling * u] [W^T ; B^T].
 #include "kernels/cuda/dropout.cuh"
 #include "kernels/cuda/nf4_many.cuh"
 #include "kernels/cuda/tile.cuh"
@@ -81,7 +81,8 @@ template <class T> cudaError_t launch_few_rows(const Nf4Linear& a, cudaStream_t 
 }
 
 template <class T, int Stripes> cudaError_t launch_many_rows(const Nf4Linear& a, cudaStream_t stream) {
-  const cudaError_t status = cudaFuncSetAttribute(many_rows<T, Stripes>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(ManyMemory<T>));
+  const cudaError_t status = cudaFuncSetAttribute(
+      many_rows<T, Stripes>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(ManyMemory<T>));
   if (status != cudaSuccess) return status;
   const dim3 grid(unsigned(ceil_div(a.weight.rows, 16 * Stripes * kRowsWarps)), unsigned(ceil_div(a.m, kManyRows)));
   many_rows<T, Stripes><<<grid, kRowsThreads, sizeof(ManyMemory<T>), stream>>>(a, log_block_of(a.weight));
@@ -101,7 +102,8 @@ template <class T> cudaError_t launch_chunks(const Nf4Linear& a, cudaStream_t st
 
 cudaError_t nf4_linear(const Nf4Linear& a, cudaStream_t stream) {
   if (a.m == 0 || a.weight.rows == 0) return cudaSuccess;
-  if (has_chunks(a)) return a.dtype == DType::bf16 ? launch_chunks<__nv_bfloat16>(a, stream) : launch_chunks<__half>(a, stream);
+  if (has_chunks(a))
+    return a.dtype == DType::bf16 ? launch_chunks<__nv_bfloat16>(a, stream) : launch_chunks<__half>(a, stream);
   return with_type(a.dtype, [&](auto t) {
     any_rows<decltype(t)><<<tiles_of(a.m, a.weight.rows), kTileThreads, 0, stream>>>(a, log_block_of(a.weight));
     return cudaGetLastError();

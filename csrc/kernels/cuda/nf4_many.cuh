@@ -1,9 +1,9 @@
 // y = x W^T for many rows of 16-bit x: the fragments of nf4_rows.cuh, with x in shared memory.
 //
 // A block of threads does 64 rows of x; each of its warps has rows of the weight to itself, so the codes go from memory
-// to registers once, the next chunk's while this one's are multiplied. All warps need all of x: cp.async brings 64 columns
-// of it at a time, three stages ahead. A lane reads 32 contiguous bytes of a row; its neighbours of the next row would
-// meet it in the same banks, so odd rows have their 16-byte units swapped in pairs.
+// to registers once, the next chunk's while this one's are multiplied. All warps need all of x: cp.async brings 64
+// columns of it at a time, three stages ahead. A lane reads 32 contiguous bytes of a row; its neighbours of the next
+// row would meet it in the same banks, so odd rows have their 16-byte units swapped in pairs.
 #pragma once
 #include "kernels/cuda/nf4_rows.cuh"
 
@@ -22,12 +22,16 @@ template <class T> union ManyMemory {
   float sums[kManyRows][16 * kRowsWarps + 4];   // afterwards, a stripe at a time
 };
 
-__device__ inline void copy_async(void* to, const void* from, bool exists) {   // zeros if it does not
+// 16 bytes; zeros if they do not exist.
+__device__ inline void copy_async(void* to, const void* from, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :: "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "r"(exists ? 16 : 0) : "memory");
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int Open> __device__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" :: "n"(Open) : "memory"); }
+template <int Open>
+__device__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Open) : "memory");
+}
 
 // Codes and absmax of a chunk, for rows g and g + 8 of each stripe.
 template <int Stripes> struct WeightChunk {
@@ -103,7 +107,10 @@ __device__ void multiply_many(const Nf4Linear& a, int log_block, ManyMemory<T>& 
       for (int s = 0; s < Stripes; ++s) {
         float part[4] = {};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) multiply<T>(part, frag[s][i], i % 2 ? x[i / 2].z : x[i / 2].x, i % 2 ? x[i / 2].w : x[i / 2].y);
+        for (int i = 0; i < 4; ++i) {
+          const uint4& v = x[i / 2];
+          multiply<T>(part, frag[s][i], i % 2 ? v.z : v.x, i % 2 ? v.w : v.y);
+        }
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum[s][m][e] = __fmaf_rn(now.scale[s][e / 2], part[e], sum[s][m][e]);
       }
@@ -121,7 +128,8 @@ __device__ void multiply_many(const Nf4Linear& a, int log_block, ManyMemory<T>& 
     for (int e = threadIdx.x; e < kManyRows * 16 * kRowsWarps; e += kRowsThreads) {
       const int column = e % (16 * kRowsWarps), row = e / (16 * kRowsWarps);
       const int64_t out = (int64_t(blockIdx.x) * kRowsWarps + column / 16) * (16 * Stripes) + 16 * s + column % 16;
-      if (first_row + row < a.m && out < n) f(first_row + row, out, __fmul_rn(memory.sums[row][column], 1.f / kCodeFactor<T>));
+      if (first_row + row >= a.m || out >= n) continue;
+      f(first_row + row, out, __fmul_rn(memory.sums[row][column], 1.f / kCodeFactor<T>));
     }
   }
 }

@@ -57,10 +57,12 @@ template <class T> __device__ uint32_t most_of(const float (&v)[Pack<T>::kSize])
 }
 
 template <int N, bool Wide>
-__device__ void code(const float (&v)[N], float inverse, const LaneTable& midpoints, uint8_t* packed, int64_t i, int64_t n) {
+__device__ void code(const float (&v)[N], float inverse, const LaneTable& midpoints, uint8_t* packed, int64_t i,
+                     int64_t n) {
   uint32_t codes = 0;
 #pragma unroll
-  for (int k = 0; k < N; ++k) codes |= nearest_code(__fmul_rn(v[k], inverse), midpoints) << (k / 2 * 8 + (k % 2 ? 0 : 4));
+  for (int k = 0; k < N; ++k)
+    codes |= nearest_code(__fmul_rn(v[k], inverse), midpoints) << (k / 2 * 8 + (k % 2 ? 0 : 4));
   if (Wide && n - i >= N) {
     if (N == 8) *reinterpret_cast<uint32_t*>(packed + i / 2) = codes;
     else *reinterpret_cast<uint16_t*>(packed + i / 2) = uint16_t(codes);
@@ -72,7 +74,8 @@ __device__ void code(const float (&v)[N], float inverse, const LaneTable& midpoi
 }
 
 // A warp's tile: as many elements as its lanes hold. A quantisation block is a part of it, or `tiles` of them.
-template <class T, bool Wide> __global__ void __launch_bounds__(kThreads) quantize(Nf4Quantize a, int log_lanes, int tiles) {
+template <class T, bool Wide>
+__global__ void __launch_bounds__(kThreads) quantize(Nf4Quantize a, int log_lanes, int tiles) {
   constexpr int N = Pack<T>::kSize;
   __shared__ LaneTable midpoints;
   midpoints.fill<kThreads>(nf4_midpoints.below);
@@ -129,7 +132,8 @@ cudaError_t nf4_quantize(const Nf4Quantize& a, cudaStream_t stream) {
     const int tiles = a.block_size > kTile ? int(a.block_size / kTile) : 1;
     const int log_lanes = tiles > 1 ? 5 : __builtin_ctzll(uint64_t(a.block_size / Pack<T>::kSize));
     const unsigned grid = unsigned(ceil_div(a.n, int64_t(tiles) * kTile * kWarps));
-    if (aligned(a.weight, 16) && aligned(a.packed, 4)) quantize<T, true><<<grid, kThreads, 0, stream>>>(a, log_lanes, tiles);
+    const bool wide = aligned(a.weight, 16) && aligned(a.packed, 4);
+    if (wide) quantize<T, true><<<grid, kThreads, 0, stream>>>(a, log_lanes, tiles);
     else quantize<T, false><<<grid, kThreads, 0, stream>>>(a, log_lanes, tiles);
     return cudaGetLastError();
   });

@@ -24,9 +24,10 @@ constexpr int kOuts = 16 * kStripes;        // rows of the weight a block of thr
 constexpr int kChunk = 64;                  // columns that share an absmax at most
 constexpr int kScales = 64;                 // chunks whose absmax values are decoded at a time
 
-// Codes are rounded to the type of x, all of them times a factor that puts them close to what the type can hold. Of 4096
-// factors in [1, 2), over quantised normal weights: the least error in bf16, 8.7e-4 rms of the weight instead of 1.5e-3
-// at factor 1, and a bias of 4e-5 instead of 4e-4; in fp16 1.0e-4 instead of 1.9e-4, and 3e-6. The sums are divided by it.
+// Codes are rounded to the type of x, all of them times a factor that puts them close to what the type can hold. Of
+// 4096 factors in [1, 2), over quantised normal weights: the least error in bf16, 8.7e-4 rms of the weight instead
+// of 1.5e-3 at factor 1, and a bias of 4e-5 instead of 4e-4; in fp16 1.0e-4 instead of 1.9e-4, and 3e-6. The sums are
+// divided by it.
 template <class T> constexpr float kCodeFactor = 1.f;
 template <> constexpr float kCodeFactor<__nv_bfloat16> = 1.37451171875f;
 template <> constexpr float kCodeFactor<__half> = 1.5751953125f;
@@ -46,13 +47,18 @@ template <class T> struct PairTable {
 };
 
 template <class T> __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-template <> __device__ inline void multiply<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+template <>
+__device__ inline void multiply<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <> __device__ inline void multiply<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 template <class T> union RowsMemory {
@@ -80,7 +86,8 @@ __device__ void multiply_rows(const Nf4Linear& a, int log_block, RowsMemory<T>& 
     for (int e = threadIdx.x; e < kOuts * kScales; e += kRowsThreads) {
       const int64_t row = first + e / kScales, chunk = begin + e % kScales;
       if (row < n && chunk < chunks)
-        memory.in.scale[e / kScales][e % kScales] = absmax_of(w, (row * k + chunk * kChunk) >> log_block, memory.in.map);
+        memory.in.scale[e / kScales][e % kScales] =
+            absmax_of(w, (row * k + chunk * kChunk) >> log_block, memory.in.map);
     }
     __syncthreads();
     const int end = begin + kScales < chunks ? begin + kScales : chunks;

@@ -18,7 +18,8 @@ enum class Along { depth, across };
 
 // fetch(step, i): an element of the operand, for step < depth and i < size.
 template <Along A, class F>
-__device__ void fetch_panel(float (&panel)[kDepth][kTile + 1], int64_t step, int64_t depth, int64_t first, int64_t size, const F& fetch) {
+__device__ void fetch_panel(float (&panel)[kDepth][kTile + 1], int64_t step, int64_t depth, int64_t first, int64_t size,
+                            const F& fetch) {
 #pragma unroll 1
   for (int e = threadIdx.x; e < kTile * kDepth; e += kTileThreads) {
     const int s = A == Along::depth ? e % kDepth : e / kTile, i = A == Along::depth ? e / kDepth : e % kTile;
@@ -62,6 +63,8 @@ template <class F> __device__ void each_result(int64_t rows, int64_t cols, const
     }
 }
 
-inline dim3 tiles_of(int64_t rows, int64_t cols) { return dim3(unsigned(ceil_div(cols, kTile)), unsigned(ceil_div(rows, kTile))); }
+inline dim3 tiles_of(int64_t rows, int64_t cols) {
+  return dim3(unsigned(ceil_div(cols, kTile)), unsigned(ceil_div(rows, kTile)));
+}
 
 }  // namespace peftops::cuda
