@@ -123,10 +123,10 @@ inline const float* floats_of(const char* op, const char* name, const Tensor& t)
 // Dropout as it crosses the operators: a probability, and one int64 that is read when p > 0.
 inline Dropout dropout_of(const char* op, double p, const std::optional<Tensor>& seed) {
   STD_TORCH_CHECK(p >= 0 && p < 1, op, ": dropout_p must be in [0, 1), not ", p);
-  if (p == 0) return {0, 0};
+  if (p == 0) return {nullptr, 0};
   STD_TORCH_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
                   ": dropout needs a seed, one int64");
-  return {uint64_t(*seed->const_data_ptr<int64_t>()), p};
+  return {seed->const_data_ptr<int64_t>(), p};
 }
 
 #ifdef PEFTOPS_CUDA

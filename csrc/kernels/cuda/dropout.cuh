@@ -6,16 +6,20 @@
 namespace peftops::cuda {
 
 struct DropoutMask {
-  uint64_t seed;
+  const int64_t* seed;
   uint32_t threshold;
   float factor;   // 1 / (1 - p)
+  uint64_t key64 = 0;   // the seed, once begin() has read it
 
   explicit DropoutMask(const Dropout& d)
       : seed(d.seed), threshold(uint32_t(d.p * 4294967296.0)), factor(float(1 / (1 - d.p))) {}
 
+  __device__ void begin() {   // first thing in a kernel: reads the seed once
+    if (threshold) key64 = uint64_t(*seed);
+  }
   __device__ bool keeps(int64_t row, int64_t col) const {
     uint32_t word[4] = {uint32_t(16 * (col >> 6) + (col & 15)), uint32_t(row), uint32_t(uint64_t(row) >> 32), 0};
-    uint32_t key[2] = {uint32_t(seed), uint32_t(seed >> 32)};
+    uint32_t key[2] = {uint32_t(key64), uint32_t(key64 >> 32)};
     constexpr uint32_t kWeyl[2] = {kPhiloxWeyl[0], kPhiloxWeyl[1]};
 #pragma unroll
     for (int round = 0; round < kPhiloxRounds; ++round) {

@@ -14,6 +14,7 @@ __device__ float factor(const void* f, DType dtype, bool by_rank, int64_t r, int
 
 template <class T> __global__ void __launch_bounds__(kTileThreads) shrink(LoraShrink a, DropoutMask mask) {
   __shared__ TileMemory memory;
+  mask.begin();
   TileSums c;
   multiply_tile<Along::depth, Along::depth>(
       a.m, a.r, a.k,
@@ -26,6 +27,7 @@ template <class T> __global__ void __launch_bounds__(kTileThreads) shrink(LoraSh
 
 template <class T> __global__ void __launch_bounds__(kTileThreads) expand(LoraExpand a, DropoutMask mask) {
   __shared__ TileMemory memory;
+  mask.begin();
   TileSums c;
   multiply_tile<Along::depth, Along::across>(
       a.m, a.k, a.r, [&](int64_t t, int64_t row) { return __fmul_rn(a.scale, a.u[row * a.r + t]); },
@@ -38,6 +40,7 @@ template <class T> __global__ void __launch_bounds__(kTileThreads) expand(LoraEx
 
 template <class T> __global__ void __launch_bounds__(kTileThreads) gradient(LoraGradient a, DropoutMask mask) {
   __shared__ TileMemory memory;
+  mask.begin();
   TileSums c;
   multiply_tile<Along::across, Along::across>(
       a.r, a.k, a.m, [&](int64_t t, int64_t j) { return a.u[t * a.r + j]; },

@@ -55,6 +55,7 @@ template <class T> __global__ void __launch_bounds__(kTileThreads) any_rows(Nf4L
 template <class T>
 __global__ void __launch_bounds__(kTileThreads) backward(Nf4LinearBackward a, DropoutMask mask, int log_block) {
   __shared__ TileMemory memory;
+  mask.begin();
   __shared__ float map[256];
   map[threadIdx.x] = dynamic_map.at[threadIdx.x];
   const int64_t n = a.weight.rows, k = a.weight.cols;
