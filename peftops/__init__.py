@@ -1,6 +1,8 @@
 """Low-level kernels for parameter-efficient fine-tuning, and the methods on top of them."""
 
-import torch  # noqa: F401  (loads the libraries that _C is linked with)
+from importlib.util import find_spec
+
+import torch
 
 from . import _C
 from .integrations import load, load_model, save, summary
@@ -42,6 +44,9 @@ from .ops import (
     qalora_linear,
     qalora_merge,
 )
+
+if torch.version.cuda and find_spec("peftops._C_cuda"):
+    from . import _C_cuda  # noqa: F401  (linked with libtorch_cuda, so it loads only where torch has CUDA)
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,6 +1,7 @@
 import os
 
 import pytest
+import sim
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -15,16 +16,23 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
 
 
-DEVICES = [f"cpu-{isa}" for isa in ISAS]
+DEVICES = [*(f"cpu-{isa}" for isa in ISAS), "cuda-sim"]
 if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
 
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    """Each test that takes ``device`` runs on every build of every CPU kernel, and on CUDA where there is one."""
+    """Each test that takes ``device`` runs on every build of every CPU kernel, on the CUDA kernels in the simulator
+    (on CPU tensors; see sim/README.md), and on CUDA where there is one."""
     if request.param == "cuda":
         yield "cuda"
+        return
+    if request.param == "cuda-sim":
+        if isinstance(sim.cuda_ops(), str):
+            pytest.skip(sim.cuda_ops())
+        with sim.on_cpu_tensors():
+            yield "cpu"
         return
     isa, old = request.param.removeprefix("cpu-"), _C.isa_limit()
     _C.set_isa_limit(isa)
@@ -34,6 +42,15 @@ def device(request):
         yield "cpu"
     finally:
         _C.set_isa_limit(old)
+
+
+def pytest_collection_modifyitems(items):
+    """The simulator has the operators with a CUDA kernel; for all others it would only repeat a CPU rung. The number
+    of CPU threads is nothing to it either: sim/test_budgets.py runs its kernels under several schedules instead."""
+    stems = {f"test_{path.stem}" for path in sim.KERNELS}
+    is_sim = lambda item: hasattr(item, "callspec") and item.callspec.params.get("device") == "cuda-sim"
+    wanted = lambda item: item.path.stem in stems and "threads" not in item.fixturenames
+    items[:] = [item for item in items if not is_sim(item) or wanted(item)]
 
 
 @pytest.fixture

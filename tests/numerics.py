@@ -8,6 +8,8 @@ Elementwise results are exact. Sums are bounded from float64 by what rounding ca
 * a product in bf16 (AVX512-BF16, bf16 activations) by what rounding to bf16 does to the weight.
 """
 
+import reference
+import sim
 import torch
 
 from peftops import _C
@@ -36,10 +38,23 @@ def assert_sums(got, want, magnitude, terms, extra=0.0):
     assert got.numel() == 0 or (excess <= 0).all(), f"beyond the bound of {bound.flatten()[excess.argmax()]:.3g} by {excess.max():.3g}"
 
 
+def on_cuda(x):
+    """Whether CUDA kernels compute with ``x``: on a GPU, or in the simulator."""
+    return x.device.type == "cuda" or sim.active
+
+
+def code_error(dtype):
+    """The largest relative error of an NF4 code as CUDA's tensor cores get it: times a factor, in ``dtype``."""
+    factor = {torch.bfloat16: 1.37451171875, torch.float16: 1.5751953125}[dtype]
+    codes = reference.NF4.double()
+    rounded = (codes * factor).to(dtype).double() / factor
+    return ((rounded - codes).abs() / codes.abs().clamp(min=0.01)).max()
+
+
 def product_of(x, regular, few=False):
-    """How the kernels multiply 16-bit activations ``x`` with a weight: in "fp32", "int16" or "bf16". ``regular``:
+    """How the CPU kernels multiply 16-bit activations ``x`` with a weight: in "fp32", "int16" or "bf16". ``regular``:
     rows of whole strips; ``few``: rows few enough for the dot products, which know no bf16."""
-    if x.device.type != "cpu" or x.dtype == torch.float32 or not regular or "avx512" not in _C.isa():
+    if on_cuda(x) or x.dtype == torch.float32 or not regular or "avx512" not in _C.isa():
         return "fp32"
     return "bf16" if _C.isa() == "avx512bf16" and x.dtype == torch.bfloat16 and not few else "int16"
 

@@ -10,8 +10,8 @@
 namespace peftops {
 
 struct Dropout {
-  uint64_t seed;
-  double p;         // 0 <= p < 1; with 0 nothing is drawn
+  const int64_t* seed;   // on the device of the kernel, which reads it: nobody waits for a copy
+  double p;              // 0 <= p < 1; with 0 nothing is drawn, and seed may be null
 };
 
 constexpr uint32_t kPhiloxMultiplier[2] = {0xd2511f53u, 0xcd9e8d57u};

@@ -10,6 +10,9 @@
 // (`by_rank`, like A) or as f[k][r] (like B): both are read as they lie.
 #pragma once
 #include "kernels/cpu/kernel.h"
+#ifdef PEFTOPS_CUDA
+#include "kernels/cuda/kernel.h"
+#endif
 #include "kernels/dropout.h"
 #include "kernels/dtype.h"
 
@@ -57,5 +60,9 @@ namespace avx2       { Kernel<LoraShrink> lora_shrink; Kernel<LoraExpand> lora_e
 namespace avx512     { Kernel<LoraShrink> lora_shrink; Kernel<LoraExpand> lora_expand; Kernel<LoraGradient> lora_gradient; }
 namespace avx512bf16 { Kernel<LoraShrink> lora_shrink; Kernel<LoraExpand> lora_expand; Kernel<LoraGradient> lora_gradient; }
 }  // namespace cpu
+
+#ifdef PEFTOPS_CUDA
+namespace cuda { Kernel<LoraShrink> lora_shrink; Kernel<LoraExpand> lora_expand; Kernel<LoraGradient> lora_gradient; }
+#endif
 
 }  // namespace peftops

@@ -49,6 +49,42 @@ constexpr DynamicMap make_dynamic_map() {
 
 constexpr DynamicMap kDynamicMap = make_dynamic_map();
 
+// What decides between neighbouring codes: below[i] lies halfway between the codes i and i + 1.
+struct Nf4Midpoints { float below[16]; };
+struct DynamicMidpoints { float below[256]; };
+
+constexpr Nf4Midpoints make_nf4_midpoints() {
+  Nf4Midpoints m = {};
+  for (int i = 0; i < 15; ++i) m.below[i] = (kNf4Code[i] + kNf4Code[i + 1]) / 2.f;
+  m.below[15] = __builtin_inff();
+  return m;
+}
+constexpr DynamicMidpoints make_dynamic_midpoints() {
+  DynamicMidpoints m = {};
+  for (int i = 0; i < 255; ++i) m.below[i] = (kDynamicMap.at[i] + kDynamicMap.at[i + 1]) / 2.f;
+  m.below[255] = __builtin_inff();
+  return m;
+}
+constexpr Nf4Midpoints kNf4Midpoints = make_nf4_midpoints();
+constexpr DynamicMidpoints kDynamicMidpoints = make_dynamic_midpoints();
+
+// The cubic kBucket[0] + v * (kBucket[1] + kBucket[2] * v^2) follows the normal quantiles closely enough that its
+// whole part at midpoint i is i, and it rises in between: v is in bucket i only if it lies near midpoint i, and one
+// exact comparison with that midpoint decides.
+constexpr float kBucket[3] = {7.25f, 11.4f, -4.4f};
+
+constexpr bool each_midpoint_has_its_bucket() {
+  const auto bucket = [](float v) { return kBucket[0] + v * (kBucket[1] + kBucket[2] * v * v); };
+  for (int i = 0; i < 15; ++i) {
+    const float b = bucket(kNf4Midpoints.below[i]);
+    if (b < i + 0.2f || b > i + 0.8f) return false;   // a fifth of a bucket is no matter of rounding
+  }
+  return bucket(-1.f) > 0.1f && bucket(1.f) < 15.f;
+}
+static_assert(each_midpoint_has_its_bucket());
+
+constexpr float kSmallestAbsmax = 1e-38f;   // bitsandbytes' guard: the reciprocal stays finite
+
 // A quantised weight of rows x cols elements, as every kernel below takes it.
 struct Nf4Weight {
   const uint8_t* packed;        // [ceil(rows * cols / 2)]

@@ -4,6 +4,9 @@
 //   nf4_absmax      the double-quantised absmax values themselves
 #pragma once
 #include "kernels/cpu/kernel.h"
+#ifdef PEFTOPS_CUDA
+#include "kernels/cuda/kernel.h"
+#endif
 #include "kernels/dtype.h"
 #include "kernels/nf4.h"
 
@@ -29,5 +32,9 @@ namespace avx2       { Kernel<Nf4Dequantize> nf4_dequantize; Kernel<Nf4Absmax> n
 namespace avx512     { Kernel<Nf4Dequantize> nf4_dequantize; Kernel<Nf4Absmax> nf4_absmax; }
 namespace avx512bf16 { Kernel<Nf4Dequantize> nf4_dequantize; Kernel<Nf4Absmax> nf4_absmax; }
 }  // namespace cpu
+
+#ifdef PEFTOPS_CUDA
+namespace cuda { Kernel<Nf4Dequantize> nf4_dequantize; Kernel<Nf4Absmax> nf4_absmax; }
+#endif
 
 }  // namespace peftops

@@ -9,6 +9,9 @@
 // cpu/product_int16.h for its error), other ISAs in fp32.
 #pragma once
 #include "kernels/cpu/kernel.h"
+#ifdef PEFTOPS_CUDA
+#include "kernels/cuda/kernel.h"
+#endif
 #include "kernels/dropout.h"
 #include "kernels/dtype.h"
 #include "kernels/nf4.h"
@@ -46,5 +49,9 @@ namespace avx2       { Kernel<Nf4Linear> nf4_linear; Kernel<Nf4LinearBackward> n
 namespace avx512     { Kernel<Nf4Linear> nf4_linear; Kernel<Nf4LinearBackward> nf4_linear_backward; }
 namespace avx512bf16 { Kernel<Nf4Linear> nf4_linear; Kernel<Nf4LinearBackward> nf4_linear_backward; }
 }  // namespace cpu
+
+#ifdef PEFTOPS_CUDA
+namespace cuda { Kernel<Nf4Linear> nf4_linear; Kernel<Nf4LinearBackward> nf4_linear_backward; }
+#endif
 
 }  // namespace peftops

@@ -11,6 +11,9 @@
 // absmax NaN, so that it dequantises to NaN and never to a plausible number.
 #pragma once
 #include "kernels/cpu/kernel.h"
+#ifdef PEFTOPS_CUDA
+#include "kernels/cuda/kernel.h"
+#endif
 #include "kernels/dtype.h"
 #include "kernels/nf4.h"
 
@@ -38,5 +41,9 @@ namespace avx2       { Kernel<Nf4Quantize> nf4_quantize; Kernel<Nf4QuantizeAbsma
 namespace avx512     { Kernel<Nf4Quantize> nf4_quantize; Kernel<Nf4QuantizeAbsmax> nf4_quantize_absmax; }
 namespace avx512bf16 { Kernel<Nf4Quantize> nf4_quantize; Kernel<Nf4QuantizeAbsmax> nf4_quantize_absmax; }
 }  // namespace cpu
+
+#ifdef PEFTOPS_CUDA
+namespace cuda { Kernel<Nf4Quantize> nf4_quantize; Kernel<Nf4QuantizeAbsmax> nf4_quantize_absmax; }
+#endif
 
 }  // namespace peftops

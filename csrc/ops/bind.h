@@ -1,4 +1,8 @@
 // What every binding needs from torch, and nothing else of torch. LibTorch stable ABI only.
+//
+// A binding is compiled for the CPU into peftops._C and, if its kernels exist for CUDA, with PEFTOPS_CUDA into
+// peftops._C_cuda: one text, so the checks and their sentences are the same. What differs is in this file: which
+// kernel PEFTOPS_PICK names, how run() calls it, and where PEFTOPS_IMPLEMENTATIONS registers it.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,6 +18,9 @@
 #include <optional>
 
 #include "kernels/cpu/isa.h"
+#ifdef PEFTOPS_CUDA
+#include "kernels/cuda/kernel.h"
+#endif
 #include "kernels/dropout.h"
 #include "kernels/dtype.h"
 
@@ -116,11 +123,48 @@ inline const float* floats_of(const char* op, const char* name, const Tensor& t)
 // Dropout as it crosses the operators: a probability, and one int64 that is read when p > 0.
 inline Dropout dropout_of(const char* op, double p, const std::optional<Tensor>& seed) {
   STD_TORCH_CHECK(p >= 0 && p < 1, op, ": dropout_p must be in [0, 1), not ", p);
-  if (p == 0) return {0, 0};
+  if (p == 0) return {nullptr, 0};
   STD_TORCH_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
                   ": dropout needs a seed, one int64");
-  return {uint64_t(*seed->const_data_ptr<int64_t>()), p};
+  return {seed->const_data_ptr<int64_t>(), p};
 }
+
+#ifdef PEFTOPS_CUDA
+#undef PEFTOPS_PICK
+#define PEFTOPS_PICK(kernel) (ops::CudaKernel(#kernel, &peftops::cuda::kernel))
+
+// The first line of every binding: what follows happens on the device of `t`.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& t) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(t.get_device_index(), &guard_));
+  }
+  ~OnDevice() { aoti_torch_delete_device_guard(guard_); }
+  OnDevice(const OnDevice&) = delete;
+
+ private:
+  DeviceGuardHandle guard_ = nullptr;
+};
+
+template <class Args> struct CudaKernel {
+  const char* name;
+  cuda::Kernel<Args>* launch;
+  CudaKernel(const char* n, cuda::Kernel<Args>* l) : name(n), launch(l) {}
+};
+
+// Enqueues a CUDA kernel on torch's current stream of the current device.
+template <class Args> void run(CudaKernel<Args> kernel, const Args& args, int64_t) {
+  int device = 0;
+  void* stream = nullptr;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    status = kernel.launch(args, static_cast<cudaStream_t>(stream));
+  }
+  STD_TORCH_CHECK(status == cudaSuccess, kernel.name, ": ", cudaGetErrorString(status));
+}
+#else
+struct OnDevice { explicit OnDevice(const Tensor&) {} };
 
 // Cache-line aligned working memory of one thread, kept from call to call.
 inline void* scratch() {
@@ -139,5 +183,20 @@ template <class Args> void run(cpu::Kernel<Args>* kernel, const Args& args, int6
   const int64_t threads = work / kWorkPerThread + 1, grain = (units + threads - 1) / threads;
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end, scratch()); });
 }
+#endif
+
+// The library and the dispatch key of this build.
+#ifndef PEFTOPS_LIBRARY
+#define PEFTOPS_LIBRARY peftops
+#endif
+#ifndef PEFTOPS_KEY
+#ifdef PEFTOPS_CUDA
+#define PEFTOPS_KEY CUDA
+#else
+#define PEFTOPS_KEY CPU
+#endif
+#endif
+#define PEFTOPS_IMPLEMENT(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
+#define PEFTOPS_IMPLEMENTATIONS(m) PEFTOPS_IMPLEMENT(PEFTOPS_LIBRARY, PEFTOPS_KEY, m)
 
 }  // namespace peftops::ops

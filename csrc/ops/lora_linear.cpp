@@ -12,9 +12,10 @@ int64_t rank_of(const char* op, const Tensor& f, int64_t k, bool by_rank) {
 }
 
 // u = scale * dropout(x) f^T
-Tensor lora_shrink_cpu(const Tensor& x_, const Tensor& f_, bool by_rank, double scale, double p,
-                       const std::optional<Tensor>& seed) {
+Tensor shrink(const Tensor& x_, const Tensor& f_, bool by_rank, double scale, double p,
+              const std::optional<Tensor>& seed) {
   constexpr const char* kOp = "lora_shrink";
+  const OnDevice device(x_);
   const Tensor x = as_contiguous(x_), f = as_contiguous(f_);
   const int64_t m = rows_of(x), k = x.size(-1), r = rank_of(kOp, f, k, by_rank);
   Tensor u = empty(x, {m, r}, ScalarType::Float);
@@ -26,9 +27,10 @@ Tensor lora_shrink_cpu(const Tensor& x_, const Tensor& f_, bool by_rank, double 
 }
 
 // y += dropout(scale * u f)
-void lora_expand_cpu(Tensor y, const Tensor& u_, const Tensor& f_, bool by_rank, double scale, double p,
-                     const std::optional<Tensor>& seed) {
+void expand(Tensor y, const Tensor& u_, const Tensor& f_, bool by_rank, double scale, double p,
+            const std::optional<Tensor>& seed) {
   constexpr const char* kOp = "lora_expand";
+  const OnDevice device(y);
   STD_TORCH_CHECK(y.is_contiguous(), kOp, ": y must be contiguous");
   const Tensor u = as_contiguous(u_), f = as_contiguous(f_);
   const int64_t m = rows_of(y), k = y.size(-1), r = rank_of(kOp, f, k, by_rank);
@@ -40,9 +42,10 @@ void lora_expand_cpu(Tensor y, const Tensor& u_, const Tensor& f_, bool by_rank,
 }
 
 // d = scale * u^T dropout(x), lying like the factor that it is the gradient of
-Tensor lora_gradient_cpu(const Tensor& u_, const Tensor& x_, ScalarType dtype, bool by_rank, double scale, double p,
-                         const std::optional<Tensor>& seed) {
+Tensor gradient(const Tensor& u_, const Tensor& x_, ScalarType dtype, bool by_rank, double scale, double p,
+                const std::optional<Tensor>& seed) {
   constexpr const char* kOp = "lora_gradient";
+  const OnDevice device(x_);
   const Tensor u = as_contiguous(u_), x = as_contiguous(x_);
   const int64_t m = rows_of(x), k = x.size(-1), r = u.size(-1);
   check_shape(kOp, "u", u, {m, r});
@@ -56,10 +59,10 @@ Tensor lora_gradient_cpu(const Tensor& u_, const Tensor& x_, ScalarType dtype, b
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(peftops, CPU, m) {
-  m.impl("lora_shrink", TORCH_BOX(&lora_shrink_cpu));
-  m.impl("lora_expand_", TORCH_BOX(&lora_expand_cpu));
-  m.impl("lora_gradient", TORCH_BOX(&lora_gradient_cpu));
+PEFTOPS_IMPLEMENTATIONS(m) {
+  m.impl("lora_shrink", TORCH_BOX(&shrink));
+  m.impl("lora_expand_", TORCH_BOX(&expand));
+  m.impl("lora_gradient", TORCH_BOX(&gradient));
 }
 
 }  // namespace peftops::ops

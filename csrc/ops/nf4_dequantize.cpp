@@ -4,10 +4,11 @@
 namespace peftops::ops {
 namespace {
 
-Tensor nf4_dequantize_cpu(const Tensor& packed, const Tensor& absmax, const std::optional<Tensor>& scale,
-                          const std::optional<Tensor>& offset, int64_t block_size, int64_t rows, int64_t cols,
-                          ScalarType dtype) {
+Tensor dequantize(const Tensor& packed, const Tensor& absmax, const std::optional<Tensor>& scale,
+                  const std::optional<Tensor>& offset, int64_t block_size, int64_t rows, int64_t cols,
+                  ScalarType dtype) {
   constexpr const char* kOp = "nf4_dequantize";
+  const OnDevice device(packed);
   const Nf4Parts w(kOp, packed, absmax, scale, offset, block_size, rows, cols);
   const DType out_dtype = dtype_of(kOp, "dtype", dtype);
   Tensor out = empty(packed, {rows, cols}, dtype);
@@ -15,8 +16,9 @@ Tensor nf4_dequantize_cpu(const Tensor& packed, const Tensor& absmax, const std:
   return out;
 }
 
-Tensor nf4_absmax_cpu(const Tensor& absmax, const Tensor& scale, const Tensor& offset) {
+Tensor expand_absmax(const Tensor& absmax, const Tensor& scale, const Tensor& offset) {
   constexpr const char* kOp = "nf4_absmax";
+  const OnDevice device(absmax);
   const Tensor code = as_contiguous(absmax), s = as_contiguous(scale);
   const int64_t blocks = code.numel();
   check_part(kOp, "absmax", code, ScalarType::Byte, blocks);
@@ -32,9 +34,9 @@ Tensor nf4_absmax_cpu(const Tensor& absmax, const Tensor& scale, const Tensor& o
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(peftops, CPU, m) {
-  m.impl("nf4_dequantize", TORCH_BOX(&nf4_dequantize_cpu));
-  m.impl("nf4_absmax", TORCH_BOX(&nf4_absmax_cpu));
+PEFTOPS_IMPLEMENTATIONS(m) {
+  m.impl("nf4_dequantize", TORCH_BOX(&dequantize));
+  m.impl("nf4_absmax", TORCH_BOX(&expand_absmax));
 }
 
 }  // namespace peftops::ops

@@ -5,11 +5,12 @@ namespace peftops::ops {
 namespace {
 
 // y = x W^T + bias + scaling * u lora_B^T
-Tensor nf4_linear_cpu(const Tensor& x_, const Tensor& packed, const Tensor& absmax, const std::optional<Tensor>& scale,
-                      const std::optional<Tensor>& offset, int64_t block_size, int64_t n, int64_t k,
-                      const std::optional<Tensor>& bias_, const std::optional<Tensor>& u_,
-                      const std::optional<Tensor>& b_, double scaling) {
+Tensor linear(const Tensor& x_, const Tensor& packed, const Tensor& absmax, const std::optional<Tensor>& scale,
+              const std::optional<Tensor>& offset, int64_t block_size, int64_t n, int64_t k,
+              const std::optional<Tensor>& bias_, const std::optional<Tensor>& u_,
+              const std::optional<Tensor>& b_, double scaling){
   constexpr const char* kOp = "nf4_linear";
+  const OnDevice device(x_);
   check_last_dim(kOp, "x", x_, k);
   const Tensor x = as_contiguous(x_);
   const int64_t m = rows_of(x);
@@ -43,11 +44,12 @@ Tensor nf4_linear_cpu(const Tensor& x_, const Tensor& packed, const Tensor& absm
 }
 
 // dx = g W + dropout'(v lora_A)
-Tensor nf4_linear_backward_cpu(const Tensor& g_, const Tensor& packed, const Tensor& absmax,
-                               const std::optional<Tensor>& scale, const std::optional<Tensor>& offset,
-                               int64_t block_size, int64_t k, const std::optional<Tensor>& v_,
-                               const std::optional<Tensor>& a_, double p, const std::optional<Tensor>& seed) {
+Tensor linear_backward(const Tensor& g_, const Tensor& packed, const Tensor& absmax,
+                       const std::optional<Tensor>& scale, const std::optional<Tensor>& offset,
+                       int64_t block_size, int64_t k, const std::optional<Tensor>& v_,
+                       const std::optional<Tensor>& a_, double p, const std::optional<Tensor>& seed){
   constexpr const char* kOp = "nf4_linear_backward";
+  const OnDevice device(g_);
   const Tensor g = as_contiguous(g_);
   const int64_t m = rows_of(g), n = g.size(-1);
   const Nf4Parts w(kOp, packed, absmax, scale, offset, block_size, n, k);
@@ -75,9 +77,9 @@ Tensor nf4_linear_backward_cpu(const Tensor& g_, const Tensor& packed, const Ten
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(peftops, CPU, m) {
-  m.impl("nf4_linear", TORCH_BOX(&nf4_linear_cpu));
-  m.impl("nf4_linear_backward", TORCH_BOX(&nf4_linear_backward_cpu));
+PEFTOPS_IMPLEMENTATIONS(m) {
+  m.impl("nf4_linear", TORCH_BOX(&linear));
+  m.impl("nf4_linear_backward", TORCH_BOX(&linear_backward));
 }
 
 }  // namespace peftops::ops

@@ -6,7 +6,8 @@ namespace {
 
 constexpr const char* kOp = "nf4_quantize";
 
-std::tuple<Tensor, Tensor> nf4_quantize_cpu(const Tensor& weight_, int64_t block_size) {
+std::tuple<Tensor, Tensor> quantize(const Tensor& weight_, int64_t block_size) {
+  const OnDevice device(weight_);
   check_block_size(kOp, block_size);
   const DType dtype = dtype_of(kOp, "weight", weight_);
   const Tensor weight = as_contiguous(weight_);
@@ -20,7 +21,8 @@ std::tuple<Tensor, Tensor> nf4_quantize_cpu(const Tensor& weight_, int64_t block
   return {packed, absmax};
 }
 
-std::tuple<Tensor, Tensor> nf4_quantize_absmax_cpu(const Tensor& absmax_, const Tensor& offset) {
+std::tuple<Tensor, Tensor> quantize_absmax(const Tensor& absmax_, const Tensor& offset) {
+  const OnDevice device(absmax_);
   const Tensor absmax = as_contiguous(absmax_);
   const int64_t blocks = absmax.numel();
   check_part(kOp, "absmax", absmax, ScalarType::Float, blocks);
@@ -36,9 +38,9 @@ std::tuple<Tensor, Tensor> nf4_quantize_absmax_cpu(const Tensor& absmax_, const 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(peftops, CPU, m) {
-  m.impl("nf4_quantize", TORCH_BOX(&nf4_quantize_cpu));
-  m.impl("nf4_quantize_absmax", TORCH_BOX(&nf4_quantize_absmax_cpu));
+PEFTOPS_IMPLEMENTATIONS(m) {
+  m.impl("nf4_quantize", TORCH_BOX(&quantize));
+  m.impl("nf4_quantize_absmax", TORCH_BOX(&quantize_absmax));
 }
 
 }  // namespace peftops::ops

@@ -12,7 +12,7 @@ struct DropoutMask {
   float factor;   // 1 / (1 - p)
 
   explicit DropoutMask(const Dropout& d)
-      : seed(d.seed), threshold(uint32_t(d.p * 4294967296.0)), factor(float(1 / (1 - d.p))) {}
+      : seed(d.p > 0 ? uint64_t(*d.seed) : 0), threshold(uint32_t(d.p * 4294967296.0)), factor(float(1 / (1 - d.p))) {}
 
   // Bit i: does column 64 * group + i stay? Sixteen counters side by side, in plain loops that the
   // compiler turns into vectors.

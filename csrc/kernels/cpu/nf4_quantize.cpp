@@ -9,49 +9,16 @@
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
-constexpr float kSmallest = 1e-38f;   // bitsandbytes' guard: the reciprocal stays finite
-
-// below[i] lies halfway between the codes i and i + 1.
-struct Midpoints { float below[16]; };
-struct DynamicMidpoints { float below[256]; };
-
-constexpr Midpoints make_midpoints() {
-  Midpoints m = {};
-  for (int i = 0; i < 15; ++i) m.below[i] = (kNf4Code[i] + kNf4Code[i + 1]) / 2.f;
-  m.below[15] = __builtin_inff();
-  return m;
-}
-constexpr DynamicMidpoints make_dynamic_midpoints() {
-  DynamicMidpoints m = {};
-  for (int i = 0; i < 255; ++i) m.below[i] = (kDynamicMap.at[i] + kDynamicMap.at[i + 1]) / 2.f;
-  m.below[255] = __builtin_inff();
-  return m;
-}
-constexpr Midpoints kMidpoints = make_midpoints();
-constexpr DynamicMidpoints kDynamicMidpoints = make_dynamic_midpoints();
-
-// The number of midpoints below v. The cubic follows the normal quantiles closely enough that its
-// whole part at midpoint i is i, and it rises in between: v is in bucket i only if it lies near
-// midpoint i, and one exact comparison with that midpoint decides. A NaN gets 0.
+// The number of midpoints below v; a NaN gets 0.
 struct NearestCode {
-  Table16 midpoints{kMidpoints.below};
+  Table16 midpoints{kNf4Midpoints.below};
 
-  static constexpr float bucket(float v) { return 7.25f + v * (11.4f - 4.4f * v * v); }
   Int operator()(Vec v) const {
-    const Vec b = fma(v, fma(v * v, set(-4.4f), set(11.4f)), set(7.25f));
+    const Vec b = fma(v, fma(v * v, set(kBucket[2]), set(kBucket[1])), set(kBucket[0]));
     const Int c = truncate(max(b, zero()));
     return add_if_greater(v, midpoints(c), c, 1);
   }
 };
-
-constexpr bool each_midpoint_has_its_bucket() {
-  for (int i = 0; i < 15; ++i) {
-    const float b = NearestCode::bucket(kMidpoints.below[i]);
-    if (b < i + 0.2f || b > i + 0.8f) return false;   // a fifth of a bucket is no matter of rounding
-  }
-  return NearestCode::bucket(-1.f) > 0.1f && NearestCode::bucket(1.f) < 15.f;
-}
-static_assert(each_midpoint_has_its_bucket());
 
 // The same for the 255 midpoints of the dynamic map, by bisection: the first four steps decide among
 // sixteen midpoints that fit a table, the last four fetch theirs.
@@ -87,7 +54,7 @@ void finish(Int (&most)[kLanes], int64_t n, float* absmax, float* inverse) {
   for (int i = 1; i < kLanes; ++i) most[0] = max_int(most[0], most[i]);
   const Vec a = as_float(most[0]);
   store_n(absmax, n, a);
-  store(inverse, set(1.f) / max(a, set(kSmallest)));
+  store(inverse, set(1.f) / max(a, set(kSmallestAbsmax)));
   for (int64_t i = 0; i < n; ++i) {
     if (absmax[i] <= __FLT_MAX__) continue;
     absmax[i] = __builtin_nanf("");   // an infinity or a NaN: no number describes this block

@@ -1,0 +1,48 @@
+// What every CUDA kernel needs: element types, 16-byte vectors of them, and a few words for sizes.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "kernels/dtype.h"
+
+namespace peftops::cuda {
+
+constexpr int kWarp = 32;
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+__device__ inline float to_float(float v) { return v; }
+__device__ inline float to_float(__half v) { return __half2float(v); }
+__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <class T> __device__ T from_float(float);
+template <> __device__ inline float from_float<float>(float v) { return v; }
+template <> __device__ inline __half from_float<__half>(float v) { return __float2half_rn(v); }
+template <> __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+
+// An element of a tensor whose dtype is known at run time alone: a bias or a factor, which are small.
+__device__ inline float element(const void* p, DType dtype, int64_t i) {
+  if (dtype == DType::f32) return static_cast<const float*>(p)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(p)[i];
+  return dtype == DType::bf16 ? to_float(__ushort_as_bfloat16(bits)) : to_float(__ushort_as_half(bits));
+}
+
+// As many elements as one load or store moves at best.
+template <class T> struct alignas(16) Pack {
+  static constexpr int kSize = 16 / sizeof(T);
+  T at[kSize];
+};
+
+inline bool aligned(const void* p, size_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
+
+// f(T()) with the storage type of a DType.
+template <class F> cudaError_t with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32: return f(float());
+    case DType::bf16: return f(__nv_bfloat16());
+    case DType::f16: return f(__half());
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace peftops::cuda

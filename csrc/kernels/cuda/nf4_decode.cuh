@@ -1,0 +1,47 @@
+// From packed NF4 codes back to floats: the pieces that the CUDA kernels share.
+#pragma once
+#include "kernels/cuda/device.cuh"
+#include "kernels/nf4.h"
+
+namespace peftops::cuda {
+
+struct Nf4Codes { float at[16]; };
+constexpr Nf4Codes make_nf4_codes() {
+  Nf4Codes c = {};
+  for (int i = 0; i < 16; ++i) c.at[i] = kNf4Code[i];
+  return c;
+}
+static __constant__ Nf4Codes nf4_codes = make_nf4_codes();
+static __constant__ DynamicMap dynamic_map = kDynamicMap;
+
+// A look-up of 16 floats that never serialises: each lane has a copy of the table in a bank of its own. One 4-byte
+// load per code; byte permutes, which need no memory, take six instructions per code for the four bytes of a float.
+struct LaneTable {
+  float at[16][kWarp];
+
+  template <int Threads> __device__ void fill(const float* values) {   // by all of them; a barrier must follow
+#pragma unroll
+    for (int row = 0; row < 16; row += Threads / kWarp) {
+      const int mine = row + threadIdx.x / kWarp;
+      at[mine][threadIdx.x % kWarp] = values[mine];
+    }
+  }
+  __device__ float operator()(uint32_t code) const { return at[code][threadIdx.x % kWarp]; }
+};
+
+// The absmax of a block; of a double-quantised one with two roundings, like bitsandbytes. `map`: the dynamic map.
+__device__ inline float absmax_of(const Nf4Weight& w, int64_t block, const float* map) {
+  if (w.absmax) return w.absmax[block];
+  return __fadd_rn(__fmul_rn(map[w.absmax_code[block]], w.absmax_scale[block / kAbsmaxBlock]), *w.absmax_offset);
+}
+
+// Any element of a weight.
+__device__ inline float weight_at(const Nf4Weight& w, int log_block, int64_t flat, const float* map) {
+  const uint32_t byte = w.packed[flat / 2];
+  return __fmul_rn(nf4_codes.at[flat % 2 ? byte & 15 : byte >> 4], absmax_of(w, flat >> log_block, map));
+}
+
+// Element i of eight codes in a word: bytes run upwards, and the high nibble comes first.
+__device__ constexpr uint32_t code_at(uint32_t codes, int i) { return codes >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15; }
+
+}  // namespace peftops::cuda

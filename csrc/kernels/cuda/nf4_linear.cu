@@ -1,0 +1,123 @@
+// Three ways to a product with an NF4 weight. With 16-bit x, rows of whole chunks go through tensor cores: up to 16
+// rows of x stream the weight (nf4_rows.cuh), more share it (nf4_many.cuh). Everything else is multiplied in fp32, tile
+// by tile (tile.cuh). The low-rank term joins the fp32 sums before the one rounding: result by result, or in tiles as
+// more depth, [x | scaling * u] [W^T ; B^T].
+#include "kernels/cuda/dropout.cuh"
+#include "kernels/cuda/nf4_many.cuh"
+#include "kernels/cuda/tile.cuh"
+
+namespace peftops::cuda {
+namespace {
+
+// What becomes of a sum of x W^T.
+template <class T> struct Finish {
+  const Nf4Linear& a;
+
+  __device__ void operator()(int64_t row, int64_t col, float sum) const {
+    float low_rank = 0.f;
+#pragma unroll 1
+    for (int64_t j = 0; j < a.r; ++j)
+      low_rank = __fmaf_rn(a.u[row * a.r + j], element(a.b, a.b_dtype, col * a.r + j), low_rank);
+    float y = __fmaf_rn(a.scaling, low_rank, sum);
+    if (a.bias) y += element(a.bias, a.bias_dtype, col);
+    static_cast<T*>(a.y)[row * a.weight.rows + col] = from_float<T>(y);
+  }
+};
+
+template <class T, int Tiles> __global__ void __launch_bounds__(kRowsThreads) few_rows(Nf4Linear a, int log_block) {
+  __shared__ RowsMemory<T> memory;
+  multiply_rows<T, Tiles>(a, log_block, memory, Finish<T>{a});
+}
+
+template <class T, int Stripes> __global__ void __launch_bounds__(kRowsThreads) many_rows(Nf4Linear a, int log_block) {
+  extern __shared__ uint4 dynamic[];   // more than 48 KB
+  multiply_many<T, Stripes>(a, log_block, *reinterpret_cast<ManyMemory<T>*>(dynamic), Finish<T>{a});
+}
+
+template <class T> __global__ void __launch_bounds__(kTileThreads) any_rows(Nf4Linear a, int log_block) {
+  __shared__ TileMemory memory;
+  __shared__ float map[256];
+  map[threadIdx.x] = dynamic_map.at[threadIdx.x];   // multiply_tile begins with a barrier
+  const int64_t n = a.weight.rows, k = a.weight.cols;
+  TileSums c;
+  multiply_tile<Along::depth, Along::depth>(
+      a.m, n, k, [&](int64_t t, int64_t row) { return to_float(static_cast<const T*>(a.x)[row * k + t]); },
+      [&](int64_t t, int64_t col) { return weight_at(a.weight, log_block, col * k + t, map); }, memory, c);
+  multiply_tile<Along::depth, Along::depth>(
+      a.m, n, a.r, [&](int64_t t, int64_t row) { return __fmul_rn(a.scaling, a.u[row * a.r + t]); },
+      [&](int64_t t, int64_t col) { return element(a.b, a.b_dtype, col * a.r + t); }, memory, c);
+  each_result(a.m, n, [&](int64_t row, int64_t col, int i, int j) {
+    const float bias = a.bias ? element(a.bias, a.bias_dtype, col) : 0.f;
+    static_cast<T*>(a.y)[row * n + col] = from_float<T>(c.at[i][j] + bias);
+  });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kTileThreads) backward(Nf4LinearBackward a, DropoutMask mask, int log_block) {
+  __shared__ TileMemory memory;
+  mask.begin();
+  __shared__ float map[256];
+  map[threadIdx.x] = dynamic_map.at[threadIdx.x];
+  const int64_t n = a.weight.rows, k = a.weight.cols;
+  TileSums c, low_rank;
+  multiply_tile<Along::depth, Along::across>(
+      a.m, k, n, [&](int64_t t, int64_t row) { return to_float(static_cast<const T*>(a.g)[row * n + t]); },
+      [&](int64_t t, int64_t col) { return weight_at(a.weight, log_block, t * k + col, map); }, memory, c);
+  multiply_tile<Along::depth, Along::across>(
+      a.m, k, a.r, [&](int64_t t, int64_t row) { return a.v[row * a.r + t]; },
+      [&](int64_t t, int64_t col) { return element(a.a, a.a_dtype, t * k + col); }, memory, low_rank);
+  each_result(a.m, k, [&](int64_t row, int64_t col, int i, int j) {
+    const float dropped = a.r ? mask.apply(row, col, low_rank.at[i][j]) : 0.f;
+    static_cast<T*>(a.dx)[row * k + col] = from_float<T>(c.at[i][j] + dropped);
+  });
+}
+
+int log_block_of(const Nf4Weight& w) { return __builtin_ctzll(uint64_t(w.block_size)); }
+
+template <class T> cudaError_t launch_few_rows(const Nf4Linear& a, cudaStream_t stream) {
+  const unsigned grid = unsigned(ceil_div(a.weight.rows, kOuts));
+  if (a.m <= 8) few_rows<T, 1><<<grid, kRowsThreads, 0, stream>>>(a, log_block_of(a.weight));
+  else few_rows<T, 2><<<grid, kRowsThreads, 0, stream>>>(a, log_block_of(a.weight));
+  return cudaGetLastError();
+}
+
+template <class T, int Stripes> cudaError_t launch_many_rows(const Nf4Linear& a, cudaStream_t stream) {
+  const cudaError_t status = cudaFuncSetAttribute(
+      many_rows<T, Stripes>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(ManyMemory<T>));
+  if (status != cudaSuccess) return status;
+  const dim3 grid(unsigned(ceil_div(a.weight.rows, 16 * Stripes * kRowsWarps)), unsigned(ceil_div(a.m, kManyRows)));
+  many_rows<T, Stripes><<<grid, kRowsThreads, sizeof(ManyMemory<T>), stream>>>(a, log_block_of(a.weight));
+  return cudaGetLastError();
+}
+
+// Two stripes a warp read x from shared memory half as often, one makes twice as many blocks: enough for every
+// multiprocessor (108 to 148 on large GPUs) comes first.
+template <class T> cudaError_t launch_chunks(const Nf4Linear& a, cudaStream_t stream) {
+  constexpr int64_t kEnough = 128;
+  if (a.m <= kFewRows) return launch_few_rows<T>(a, stream);
+  const int64_t blocks = ceil_div(a.weight.rows, 32 * kRowsWarps) * ceil_div(a.m, kManyRows);
+  return blocks >= kEnough ? launch_many_rows<T, 2>(a, stream) : launch_many_rows<T, 1>(a, stream);
+}
+
+}  // namespace
+
+cudaError_t nf4_linear(const Nf4Linear& a, cudaStream_t stream) {
+  if (a.m == 0 || a.weight.rows == 0) return cudaSuccess;
+  if (has_chunks(a))
+    return a.dtype == DType::bf16 ? launch_chunks<__nv_bfloat16>(a, stream) : launch_chunks<__half>(a, stream);
+  return with_type(a.dtype, [&](auto t) {
+    any_rows<decltype(t)><<<tiles_of(a.m, a.weight.rows), kTileThreads, 0, stream>>>(a, log_block_of(a.weight));
+    return cudaGetLastError();
+  });
+}
+
+cudaError_t nf4_linear_backward(const Nf4LinearBackward& a, cudaStream_t stream) {
+  if (a.m == 0 || a.weight.cols == 0) return cudaSuccess;
+  return with_type(a.dtype, [&](auto t) {
+    backward<decltype(t)><<<tiles_of(a.m, a.weight.cols), kTileThreads, 0, stream>>>(a, DropoutMask(a.dropout),
+                                                                                    log_block_of(a.weight));
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace peftops::cuda

@@ -1,0 +1,137 @@
+// y = x W^T for many rows of 16-bit x: the fragments of nf4_rows.cuh, with x in shared memory.
+//
+// A block of threads does 64 rows of x; each of its warps has rows of the weight to itself, so the codes go from memory
+// to registers once, the next chunk's while this one's are multiplied. All warps need all of x: cp.async brings 64
+// columns of it at a time, three stages ahead. A lane reads 32 contiguous bytes of a row; its neighbours of the next
+// row would meet it in the same banks, so odd rows have their 16-byte units swapped in pairs.
+#pragma once
+#include "kernels/cuda/nf4_rows.cuh"
+
+namespace peftops::cuda {
+
+constexpr int kManyRows = 64, kManyTiles = kManyRows / 8;   // of x a block of threads
+constexpr int kStages = 4;
+constexpr int kUnits = kChunk / 8;                          // of 16 bytes in a chunk of a row
+
+template <class T> union ManyMemory {
+  struct {
+    PairTable<T> pairs;
+    uint4 x[kStages][kManyRows][kUnits];
+    float map[256];
+  } in;
+  float sums[kManyRows][16 * kRowsWarps + 4];   // afterwards, a stripe at a time
+};
+
+// 16 bytes; zeros if they do not exist.
+__device__ inline void copy_async(void* to, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :: "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "r"(exists ? 16 : 0) : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int Open>
+__device__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Open) : "memory");
+}
+
+// Codes and absmax of a chunk, for rows g and g + 8 of each stripe.
+template <int Stripes> struct WeightChunk {
+  uint2 codes[Stripes][2] = {};
+  float scale[Stripes][2] = {};
+
+  __device__ void load(const Nf4Weight& w, int log_block, int64_t first, int chunk, const float* map) {
+    const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int s = 0; s < Stripes; ++s)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = first + 16 * s + 8 * half + g, flat = row * w.cols + int64_t(chunk) * kChunk;
+        if (row >= w.rows) continue;
+        codes[s][half] = *reinterpret_cast<const uint2*>(w.packed + (flat + 16 * t) / 2);
+        scale[s][half] = absmax_of(w, flat >> log_block, map);
+      }
+  }
+};
+
+// Calls f(row of x, row of W, sum) for every result.
+template <class T, int Stripes, class F>
+__device__ void multiply_many(const Nf4Linear& a, int log_block, ManyMemory<T>& memory, F f) {
+  const Nf4Weight& w = a.weight;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
+  const int64_t n = w.rows, k = w.cols, first_row = int64_t(blockIdx.y) * kManyRows;
+  const int64_t first_out = (int64_t(blockIdx.x) * kRowsWarps + warp) * (16 * Stripes);
+  const int chunks = int(k / kChunk);
+
+  const auto fetch = [&](int chunk) {   // a chunk of x into its stage; an empty group keeps the count
+    if (chunk < chunks)
+#pragma unroll
+      for (int e = threadIdx.x; e < kManyRows * kUnits; e += kRowsThreads) {
+        const int row = e / kUnits, unit = e % kUnits;
+        const bool exists = first_row + row < a.m;
+        const T* from = static_cast<const T*>(a.x) + (exists ? first_row + row : 0) * k + chunk * kChunk + 8 * unit;
+        copy_async(&memory.in.x[chunk % kStages][row][unit ^ (row & 1)], from, exists);
+      }
+    commit_copies();
+  };
+  for (int c = 0; c < kStages - 1; ++c) fetch(c);
+  memory.in.pairs.fill();
+  if (w.absmax_code) memory.in.map[threadIdx.x] = dynamic_map.at[threadIdx.x];
+  __syncthreads();
+
+  WeightChunk<Stripes> next;
+  next.load(w, log_block, first_out, 0, memory.in.map);
+  float sum[Stripes][kManyTiles][4] = {};
+#pragma unroll 1
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const WeightChunk<Stripes> now = next;
+    if (chunk + 1 < chunks) next.load(w, log_block, first_out, chunk + 1, memory.in.map);
+    wait_for_copies<kStages - 2>();
+    __syncthreads();   // this chunk of x is here, and all are done with the stage that is fetched into next
+    fetch(chunk + kStages - 1);
+
+    uint32_t frag[Stripes][4][4];
+#pragma unroll
+    for (int s = 0; s < Stripes; ++s)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t bytes = (i < 2 ? now.codes[s][half].x : now.codes[s][half].y) >> 16 * (i % 2);
+          frag[s][i][half] = memory.in.pairs.at[bytes & 255][lane];
+          frag[s][i][half + 2] = memory.in.pairs.at[bytes >> 8 & 255][lane];
+        }
+#pragma unroll
+    for (int m = 0; m < kManyTiles; ++m) {
+      const uint4* row = memory.in.x[chunk % kStages][8 * m + g];
+      const uint4 x[2] = {row[(2 * t) ^ (g & 1)], row[(2 * t + 1) ^ (g & 1)]};
+#pragma unroll
+      for (int s = 0; s < Stripes; ++s) {
+        float part[4] = {};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint4& v = x[i / 2];
+          multiply<T>(part, frag[s][i], i % 2 ? v.z : v.x, i % 2 ? v.w : v.y);
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[s][m][e] = __fmaf_rn(now.scale[s][e / 2], part[e], sum[s][m][e]);
+      }
+    }
+  }
+#pragma unroll
+  for (int s = 0; s < Stripes; ++s) {
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < kManyTiles; ++m)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) memory.sums[8 * m + 2 * t + e % 2][16 * warp + g + e / 2 * 8] = sum[s][m][e];
+    __syncthreads();
+#pragma unroll 1
+    for (int e = threadIdx.x; e < kManyRows * 16 * kRowsWarps; e += kRowsThreads) {
+      const int column = e % (16 * kRowsWarps), row = e / (16 * kRowsWarps);
+      const int64_t out = (int64_t(blockIdx.x) * kRowsWarps + column / 16) * (16 * Stripes) + 16 * s + column % 16;
+      if (first_row + row >= a.m || out >= n) continue;
+      f(first_row + row, out, __fmul_rn(memory.sums[row][column], 1.f / kCodeFactor<T>));
+    }
+  }
+}
+
+}  // namespace peftops::cuda

@@ -1,0 +1,203 @@
+"""Breaks the PTX of a CUDA kernel, one instruction at a time, and sees whether the simulator or the reference notices.
+
+    python tests/sim/mutate.py [--mutants 200] [--seed 1]     every kernel; lists the mutants that nothing caught
+
+A mutant drops an instruction, changes an immediate, or swaps two registers of one kind; only instructions that the
+unbroken kernel runs in these cases are touched. Each runs the operator through its unmodified launcher on a few shapes,
+all checks on. It is caught by a finding, by a result or a number of sectors or bank passes that differs from the
+unbroken kernel's, or by not being PTX any more. Survivors need a look: most compute the same in another way.
+"""
+
+import argparse
+import collections
+import functools
+import random
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+
+import sim  # noqa: E402
+
+
+def quantize(dtype):
+    for n, block_size in ((64 * 64, 64), (33 * 35, 32), (3 * 4096 + 77, 4096), (5, 32), (2 * 4096 + 134, 1024)):
+        weight = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
+        yield from torch.ops.peftops.nf4_quantize(weight, block_size)
+
+
+def weights(n, k, block_size, double_quant):
+    gen = torch.Generator().manual_seed(n * k)
+    packed = torch.randint(0, 256, ((n * k + 1) // 2,), generator=gen, dtype=torch.uint8)
+    blocks = -(-n * k // block_size)
+    if not double_quant:
+        return packed, torch.rand(blocks, generator=gen), None, None, block_size
+    code = torch.randint(0, 256, (blocks,), generator=gen, dtype=torch.uint8)
+    return packed, code, torch.rand(-(-blocks // 256), generator=gen), torch.rand(1, generator=gen), block_size
+
+
+def dequantize(dtype):
+    # A block of threads does four times 2048 elements; the ragged end is in each of the four.
+    ends = ((1, 501, 32, True), (1, 2501, 32, False), (1, 4502, 64, True), (1, 7003, 64, True), (1, 8194, 64, True))
+    for n, k, block_size, double_quant in (
+        (64, 160, 64, True),
+        (33, 35, 32, False),
+        (3, 4099, 4096, True),
+        (1, 70001, 32, True),
+        *ends,
+    ):
+        yield torch.ops.peftops.nf4_dequantize(*weights(n, k, block_size, double_quant), n, k, dtype)
+
+
+def linear(dtype, shapes):
+    for m, n, k, block_size, r, factor in shapes:
+        gen = torch.Generator().manual_seed(m)
+        x, bias, u, lora_B = (torch.randn(*s, generator=gen) for s in ((m, k), (n,), (m, r), (n, r)))
+        bias, low_rank = (bias.to(factor), (u, lora_B.to(factor))) if r else (None, (None, None))
+        yield torch.ops.peftops.nf4_linear(
+            x.to(dtype), *weights(n, k, block_size, m % 2 == 1), n, k, bias, *low_rank, 0.5
+        )
+
+
+# The kernels, by a part of their mangled names, and the operator calls that reach them.
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+CASES = {
+    "8quantizeI13__nv_bfloat16Lb1": functools.partial(quantize, BF16),
+    "10dequantizeI13__nv_bfloat16Lb1": functools.partial(dequantize, BF16),
+    "8few_rowsI13__nv_bfloat16Li2": functools.partial(
+        linear,
+        BF16,
+        [
+            (9, 33, 64 * 3, 64, 3, BF16),
+            (15, 70, 64 * 66, 64, 5, FP32),
+            (10, 8, 64, 64, 2, FP16),
+            (12, 16, 64 * 9, 64, 0, None),
+        ],
+    ),
+    "9many_rowsI6__halfLi1": functools.partial(
+        linear, FP16, [(65, 140, 64 * 6, 64, 2, FP32), (17, 130, 64 * 2, 128, 0, None), (31, 3, 64 * 5, 64, 1, BF16)]
+    ),
+    "8any_rowsIfE": functools.partial(
+        linear,
+        FP32,
+        [(5, 70, 33, 32, 5, BF16), (66, 64, 96, 64, 17, FP32), (2, 3, 35, 64, 1, FP16), (4, 5, 7, 4096, 0, None)],
+    ),
+}
+
+ENTRY = re.compile(r"\.entry\s+(\w+)\(")
+REGISTER = re.compile(r"%(?:rd|rs|r|f|p|h)\d+")
+COMMUTATIVE = re.compile(r"\b(add|mul|mad|fma|and|or|xor|min|max)\.")
+NUMBER = re.compile(r"(?<=[ ,+])\d+(?=[;\],])")
+
+
+def find_kernel(name):
+    """(module, full name, text, where its body begins and ends)"""
+    for module, text in enumerate(sim.simulator().texts()):
+        for entry in ENTRY.finditer(text):
+            if name in entry[1]:
+                start = text.index("{", text.index(")", entry.end()))
+                depth = 0
+                for at in range(start, len(text)):
+                    depth += (text[at] == "{") - (text[at] == "}")
+                    if depth == 0:
+                        return module, entry[1], text, start, at
+    raise LookupError(f"no kernel {name}")
+
+
+def mutants(body, count, seed, covered):
+    rng = random.Random(seed)
+    lines = body.split("\n")
+    broken = [
+        i
+        for i, line in enumerate(lines)
+        if covered(i) and re.match(r"\s*(@!?%p\d+ )?[a-z][\w.:]* .*;", line) and " ret" not in line
+    ]
+    while count:
+        i = rng.choice(broken)
+        old = lines[i]
+        how = rng.choice(["drop", "number", "swap"])
+        if how == "drop":
+            new = ""
+        elif how == "number":
+            numbers = list(NUMBER.finditer(old))
+            if not numbers:
+                continue
+            at = rng.choice(numbers)
+            value = int(at[0]) + rng.choice([1, -1, 2, 8, 16])
+            new = old[: at.start()] + str(max(value, 0) if value != int(at[0]) else 1) + old[at.end() :]
+        else:
+            found = list(REGISTER.finditer(old))
+            a, b = sorted(rng.sample(found, 2), key=lambda r: r.start()) if len(found) > 1 else (None, None)
+            if a is None or a[0] == b[0] or a[0].rstrip("0123456789") != b[0].rstrip("0123456789"):
+                continue
+            if COMMUTATIVE.search(old) and found[0] not in (a, b) and (len(found) == 3 or b != found[-1]):
+                continue  # the same, provably
+            new = old[: a.start()] + b[0] + old[a.end() : b.start()] + a[0] + old[b.end() :]
+        if new != old:
+            count -= 1
+            yield i, old.strip(), new.strip(), "\n".join([*lines[:i], new, *lines[i + 1 :]])
+
+
+def observe(f):
+    """The results, and what they cost in sectors and in passes over the banks: test_budgets.py checks both."""
+    device = sim.simulator()
+    device.forget()
+    results = list(f())
+    memory = ("global_read", "global_write", "shared_load", "shared_store")
+    return results, [[list(report[kind].values()) for kind in memory] for report in device.reports()]
+
+
+def judge(f, want):
+    try:
+        got = observe(f)
+    except RuntimeError as error:
+        return re.split(r"[:,]", str(error).split(": ", 1)[-1])[0].strip()
+    if not all(torch.equal(a, b) for a, b in zip(got[0], want[0], strict=True)):
+        return "wrong result"
+    return "SURVIVED" if got[1] == want[1] else "wrong cost"
+
+
+def run(name, count, seed):
+    """What became of the mutants of a kernel: a counter of verdicts, and the survivors."""
+    f = CASES[name]
+    verdicts, survivors = collections.Counter(), []
+    with sim.on_cpu_tensors(watchdog=3_000_000) as device:
+        want = observe(f)
+        module, full_name, text, start, end = find_kernel(name)
+        covered = [device.covered(module, full_name, line) for line in range(text.count("\n"))]
+        try:
+            for line, old, new, body in mutants(text[start:end], count, seed, covered.__getitem__):
+                try:
+                    device.replace(module, text[:start] + body + text[end:])
+                    verdict = judge(f, want)
+                except sim.Finding:
+                    verdict = "not PTX"
+                verdicts[verdict] += 1
+                if verdict == "SURVIVED":
+                    survivors.append((line, old, new))
+        finally:
+            device.replace(module, text)
+    return verdicts, survivors
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mutants", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    if isinstance(sim.cuda_ops(), str):
+        raise SystemExit(sim.cuda_ops())
+    for name in CASES:
+        verdicts, survivors = run(name, args.mutants, args.seed)
+        print(f"\n{name}: {sum(verdicts.values()) - len(survivors)} of {sum(verdicts.values())} caught")
+        for verdict, count in verdicts.most_common():
+            print(f"  {count:4d} {verdict}")
+        for line, old, new in survivors:
+            print(f"  survivor, line {line}: {old}  ->  {new or '(dropped)'}")
+
+
+if __name__ == "__main__":
+    main()
