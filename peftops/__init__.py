@@ -7,10 +7,11 @@ from .integrations import load, load_model, save, summary
 from .methods import activate, attach, detach, disabled, merge, unmerge
 from .methods.lora import LoRAConfig
 from .methods.qlora import QLoRAConfig
-from .ops import NF4Tensor, lora_linear, nf4_dequantize, nf4_linear, nf4_quantize
+from .nn import AdapterPool
+from .ops import NF4Tensor, lora_linear, multi_lora_linear, nf4_dequantize, nf4_linear, nf4_quantize
 
 __version__ = "0.1.0"
 __all__ = [
-    "LoRAConfig", "NF4Tensor", "QLoRAConfig", "activate", "attach", "detach", "disabled", "load", "load_model",
-    "lora_linear", "merge", "nf4_dequantize", "nf4_linear", "nf4_quantize", "save", "summary", "unmerge",
+    "AdapterPool", "LoRAConfig", "NF4Tensor", "QLoRAConfig", "activate", "attach", "detach", "disabled", "load", "load_model",
+    "lora_linear", "merge", "multi_lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize", "save", "summary", "unmerge",
 ]  # fmt: skip

@@ -8,6 +8,9 @@
 // Five arguments that are one weight: packed uint8; absmax float32, or uint8 with its scale and offset.
 #define NF4_WEIGHT "Tensor packed, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, int block_size"
 
+// Four arguments that are the adapters of one layer, by slot; their factors lie in the pages of a storage.
+#define LORA_SLOTS "Tensor handles, Tensor pages, Tensor where, Tensor scaling"
+
 STABLE_TORCH_LIBRARY(peftops, m) {
   m.def("nf4_quantize(Tensor weight, int block_size) -> (Tensor packed, Tensor absmax)");
   m.def("nf4_quantize_absmax(Tensor absmax, Tensor offset) -> (Tensor code, Tensor scale)");
@@ -22,8 +25,15 @@ STABLE_TORCH_LIBRARY(peftops, m) {
         " Tensor? seed) -> ()");
   m.def("lora_gradient(Tensor u, Tensor x, ScalarType dtype, bool by_rank, float scale, float dropout_p,"
         " Tensor? seed) -> Tensor");
+  m.def("multi_lora_shrink(Tensor x, Tensor index, Tensor storage, " LORA_SLOTS ", bool second, bool scaled,"
+        " int max_rank) -> Tensor");
+  m.def("multi_lora_expand_(Tensor(a!) y, Tensor u, Tensor index, Tensor storage, " LORA_SLOTS ", bool second,"
+        " bool scaled) -> ()");
+  m.def("multi_lora_gradient(Tensor u, Tensor x, Tensor index, Tensor wanted, " LORA_SLOTS ", bool by_rank,"
+        " bool scaled, int total) -> Tensor");
 }
 
+#undef LORA_SLOTS
 #undef NF4_WEIGHT
 
 namespace py = pybind11;
