@@ -20,12 +20,17 @@ def cases():
 
         @torch.no_grad()
         def loop(W=W, x=x, factors=factors):
-            return torch.cat([peftops.nf4_linear(x[i : i + 1], W, lora_A=A, lora_B=B) for i, (A, B) in enumerate(factors)])
+            rows = x.split(1)
+            return torch.cat([peftops.nf4_linear(r, W, lora_A=A, lora_B=B) for r, (A, B) in zip(rows, factors, strict=True)])
+
+        @torch.no_grad()
+        def ours(W=W, x=x, layer=pool.layer("layer"), index=index):
+            return peftops.multi_lora_linear(x, W, layer, index)
 
         yield harness.Case(
             f"{N}x{K} {str(dtype)[6:]} M={M}, {M} adapters r={R}",
             {
-                "peftops": torch.no_grad()(lambda p=pool, i=index, W=W, x=x: peftops.multi_lora_linear(x, W, p.layer("layer"), i)),
+                "peftops": ours,
                 "base": torch.no_grad()(lambda W=W, x=x: peftops.nf4_linear(x, W)),
                 "loop": loop,
             },

@@ -145,8 +145,8 @@ class AdapterPool:
         if room < pages or not (self._free_slots or idle):
             raise RuntimeError(
                 f"AdapterPool: no room for {name!r}: it needs {pages} pages and a slot; of {len(self.storage)} pages "
-                f"{len(self._free)} are free and {room - len(self._free)} can be evicted, of {len(self._handles)} slots "
-                f"{len(self._free_slots)} and {len(idle)}; the others are pinned or in use"
+                f"{len(self._free)} are free and {room - len(self._free)} can be evicted, of {len(self._handles)} "
+                f"slots {len(self._free_slots)} and {len(idle)}; the others are pinned or in use"
             )
         while len(self._free) < pages or not self._free_slots:
             self.evict(idle.pop(0))

@@ -83,7 +83,8 @@ class _Terms(torch.autograd.Function):
             dA = _gradient(v, x, index, wanted, *layer.slots, True, False, total)
             dB = _gradient(u, g, index, wanted, *layer.slots, False, True, total)
             k, n = x.shape[-1], g.shape[-1]
-            for r, a, b in zip(ctx.ranks, dA.split([r * k for r in ctx.ranks]), dB.split([r * n for r in ctx.ranks]), strict=True):
+            parts = (d.split([r * width for r in ctx.ranks]) for d, width in ((dA, k), (dB, n)))
+            for r, a, b in zip(ctx.ranks, *parts, strict=True):
                 grads += [a.view(r, k), b.view(n, r)]
         return g, dx, None, None, None, *(d.to(t) for d, t in zip(grads, ctx.types, strict=True))
 

@@ -80,7 +80,7 @@ def test_lru_pins_and_errors():
     with pytest.raises(RuntimeError, match=r"adapter_index\[0\] is .* neither -1 nor an adapter that is loaded"):
         peftops.multi_lora_linear(x, W, pool.layer("layer"), torch.tensor([first]))
     pool.pin("a"), pool.pin("c")
-    with pytest.raises(RuntimeError, match="no room for 'b': it needs 1 pages .* of 2 pages 0 are free and 0 can"):
+    with pytest.raises(RuntimeError, match=r"no room for 'b': it needs 1 pages .* of 2 pages 0 are free and 0 can"):
         pool.load("b")
     with pytest.raises(RuntimeError, match="'a' is pinned or in use"):
         pool.evict("a")
