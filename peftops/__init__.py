@@ -13,6 +13,6 @@ from .ops import NF4Tensor, lora_linear, multi_lora_linear, nf4_dequantize, nf4_
 __version__ = "0.1.0"
 __all__ = [
     "AdapterPool", "LoRAConfig", "NF4Tensor", "QLoRAConfig", "activate", "attach", "detach", "disabled", "load",
-    "load_model",     "lora_linear", "merge", "multi_lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize", "save",
+    "load_model", "lora_linear", "merge", "multi_lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize", "save",
     "summary", "unmerge",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .. import _C, __version__
+from .. import __version__, _C
 
 
 def main(argv: list[str] | None = None) -> int:

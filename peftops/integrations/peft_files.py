@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..methods import METHODS, adapted_layers, attach, attachment, detach
 from ..methods.lora import LoRAConfig
 from ..methods.targets import suffixes_or_names
-from .files import writable_directory, write_atomically
+from .files import write_atomically, writable_directory
 
 CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "peftops.json"
 _PREFIX = "base_model.model."  # PEFT's wrappers around the model
