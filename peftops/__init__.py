@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-import torch
+import torch  # noqa: F401  (loads the libraries that _C is linked with)
 
 from . import _C
 from .integrations import load, load_model, save, summary
@@ -28,6 +28,7 @@ from .methods.surgical import SurgicalConfig, auto_rgn, auto_snr, weighted_group
 from .methods.tiedlora import TiedLoRAConfig
 from .methods.top_layers import TopLayersConfig
 from .methods.vera import VeRAConfig
+from .nn import AdapterPool
 from .ops import (
     GroupQuantTensor,
     NF4Tensor,
@@ -38,6 +39,7 @@ from .ops import (
     group_linear,
     group_quantize,
     lora_linear,
+    multi_lora_linear,
     nf4_dequantize,
     nf4_linear,
     nf4_quantize,
@@ -50,11 +52,12 @@ if torch.version.cuda and find_spec("peftops._C_cuda"):
 
 __version__ = "0.1.0"
 __all__ = [
-    "BitFitConfig", "BottleneckConfig", "DoRAConfig", "GLoRAConfig", "GroupQuantTensor", "HeadOnlyConfig", "IA3Config",
-    "LoRAConfig", "LoRAFAConfig", "LoftQConfig", "MultiLoRAConfig", "NF4Tensor", "NormTuningConfig", "OLoRAConfig",
-    "PiSSAConfig", "PrefixTuningConfig", "PromptTuningConfig", "QLoRAConfig", "SurgicalConfig", "TiedLoRAConfig",
-    "TopLayersConfig", "VeRAConfig", "activate", "add_gated_prompt", "attach", "auto_rgn", "auto_snr", "detach",
-    "disabled", "gated_prompt_attention", "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "load",
-    "load_model", "lora_linear", "loraplus_groups", "merge", "nf4_dequantize", "nf4_linear", "nf4_quantize",
-    "qalora_linear", "qalora_merge", "save", "summary", "unmerge", "weighted_groups",
+    "AdapterPool", "BitFitConfig", "BottleneckConfig", "DoRAConfig", "GLoRAConfig", "GroupQuantTensor",
+    "HeadOnlyConfig", "IA3Config", "LoRAConfig", "LoRAFAConfig", "LoftQConfig", "MultiLoRAConfig", "NF4Tensor",
+    "NormTuningConfig", "OLoRAConfig", "PiSSAConfig", "PrefixTuningConfig", "PromptTuningConfig", "QLoRAConfig",
+    "SurgicalConfig", "TiedLoRAConfig", "TopLayersConfig", "VeRAConfig", "activate", "add_gated_prompt", "attach",
+    "auto_rgn", "auto_snr", "detach", "disabled", "gated_prompt_attention", "gptq_quantize", "group_dequantize",
+    "group_linear", "group_quantize", "load", "load_model", "lora_linear", "loraplus_groups", "merge",
+    "multi_lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize", "qalora_linear", "qalora_merge", "save",
+    "summary", "unmerge", "weighted_groups",
 ]  # fmt: skip

@@ -11,6 +11,9 @@
 #define GROUP_WEIGHT "Tensor packed, Tensor scales, Tensor zeros, int bits, int group_size"
 #define GATED_PROMPT "Tensor query, Tensor prompt_key, Tensor prompt_value, Tensor gate, float scale"
 
+// Four arguments that are the adapters of one layer, by slot; their factors lie in the pages of a storage.
+#define LORA_SLOTS "Tensor handles, Tensor pages, Tensor where, Tensor scaling"
+
 STABLE_TORCH_LIBRARY(peftops, m) {
   m.def("nf4_quantize(Tensor weight, int block_size) -> (Tensor packed, Tensor absmax)");
   m.def("nf4_quantize_absmax(Tensor absmax, Tensor offset) -> (Tensor code, Tensor scale)");
@@ -37,8 +40,15 @@ STABLE_TORCH_LIBRARY(peftops, m) {
   m.def("gated_prompt_add_(Tensor(a!) out, " GATED_PROMPT ") -> ()");
   m.def("gated_prompt_backward(Tensor g, " GATED_PROMPT ", bool need_query)"
         " -> (Tensor dquery, Tensor dprompt_key, Tensor dprompt_value, Tensor dgate)");
+  m.def("multi_lora_shrink(Tensor x, Tensor index, Tensor storage, " LORA_SLOTS ", bool second, bool scaled,"
+        " int max_rank) -> Tensor");
+  m.def("multi_lora_expand_(Tensor(a!) y, Tensor u, Tensor index, Tensor storage, " LORA_SLOTS ", bool second,"
+        " bool scaled) -> ()");
+  m.def("multi_lora_gradient(Tensor u, Tensor x, Tensor index, Tensor wanted, " LORA_SLOTS ", bool by_rank,"
+        " bool scaled, int total) -> Tensor");
 }
 
+#undef LORA_SLOTS
 #undef GATED_PROMPT
 #undef NF4_WEIGHT
 #undef GROUP_WEIGHT

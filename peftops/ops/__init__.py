@@ -7,6 +7,7 @@ from .group_linear import group_linear
 from .group_quantize import group_quantize
 from .group_tensor import GroupQuantTensor
 from .lora_linear import lora_linear
+from .multi_lora_linear import multi_lora_linear
 from .nf4_dequantize import nf4_dequantize
 from .nf4_linear import nf4_linear
 from .nf4_quantize import nf4_quantize
@@ -16,6 +17,6 @@ from .qalora_merge import qalora_merge
 
 __all__ = [
     "GroupQuantTensor", "NF4Tensor", "add_gated_prompt", "gated_prompt_attention", "gptq_quantize", "group_dequantize",
-    "group_linear", "group_quantize", "lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize", "qalora_linear",
-    "qalora_merge",
+    "group_linear", "group_quantize", "lora_linear", "multi_lora_linear", "nf4_dequantize", "nf4_linear",
+    "nf4_quantize", "qalora_linear", "qalora_merge",
 ]  # fmt: skip

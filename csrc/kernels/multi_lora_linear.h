@@ -1,0 +1,83 @@
+// Low-rank terms of many adapters in one batch (S-LoRA, arXiv:2311.03285): the contract between the kernels
+// and everyone above them. Row i of x belongs to adapter a, which has rank r_a and scaling s_a of its own:
+//
+//   multi_lora_shrink    u_i   = s x_i F^T       u from x and A;  v from the gradient g and B^T, times s_a
+//   multi_lora_expand    y_i  += s u_i F         y from u and B^T, times s_a;  dx from v and A
+//   multi_lora_gradient  dF    = s sum over a's rows of u_i^T x_i     dA from v and x;  dB from u and g, times s_a
+//
+// Rows come grouped: `order` lists them adapter after adapter, and a segment is one adapter's piece of that
+// list. A row in no segment (the base alone) is not touched. Sums are fp32, in an order that depends on the
+// shapes and the sizes of the segments alone.
+//
+// Where factors lie. Both factors of an adapter are stored by rank, A as [r, in] and B as its transpose
+// [r, out], so that one kernel reads both and a row of x needs each byte once. An adapter is one flat run of
+// elements (all its layers, A before B^T), cut into pages that lie anywhere in the pool. The indirection is
+// the kernel's: a segment points to its adapter's page list, and element e is at
+// storage[pages[e >> page_shift] << page_shift | e & mask]. Pointers per row would need pages as wide as the
+// widest layer; gathering the pages first would read and write every factor once more, and reading factors
+// is what a decoding step is limited by. A look-up costs a few instructions for every line of kLoraLine
+// elements: factor rows are padded with zeros to whole lines and pages are whole lines, so none is split.
+#pragma once
+#include "kernels/cpu/kernel.h"
+#include "kernels/dtype.h"
+
+namespace peftops {
+
+constexpr int64_t kLoraLine = 64;
+
+struct LoraPool {
+  const void* storage;    // [pages << page_shift] of dtype
+  int page_shift;         // pages of 2^page_shift elements, a line at least
+  DType dtype;
+};
+
+// The rows order[begin .. end) and what one adapter does to them.
+struct LoraSegment {
+  int64_t begin, end;
+  const int32_t* pages;   // the adapter's, in order; the factor's first element is at `start`
+  int64_t start, r;
+  float scale;
+};
+
+struct LoraSegments {
+  const int64_t* order;
+  const LoraSegment* at;
+  int64_t count;
+};
+
+struct MultiLoraShrink {
+  const void* x;          // [m, k] of x_dtype
+  LoraPool pool;          // holds each F as [r, k]
+  LoraSegments segments;
+  float* u;               // [m, ldu]; r columns of a segment's rows are written
+  int64_t k, ldu;
+  DType x_dtype;
+};
+
+struct MultiLoraExpand {
+  void* y;                // [m, k] of y_dtype, read and written
+  const float* u;         // [m, ldu]
+  LoraPool pool;          // holds each F as [r, k]
+  LoraSegments segments;
+  int64_t k, ldu;
+  DType y_dtype;
+};
+
+struct MultiLoraGradient {
+  const float* u;         // [m, ldu]
+  const void* x;          // [m, k] of x_dtype
+  LoraSegments segments;  // `start` is where a segment's dF begins in d; pages are not used
+  float* d;               // dF as [r, k] if by_rank, else [k, r]
+  int64_t k, ldu;
+  bool by_rank;
+  DType x_dtype;
+};
+
+namespace cpu {
+namespace scalar     { Kernel<MultiLoraShrink> multi_lora_shrink; Kernel<MultiLoraExpand> multi_lora_expand; Kernel<MultiLoraGradient> multi_lora_gradient; }
+namespace avx2       { Kernel<MultiLoraShrink> multi_lora_shrink; Kernel<MultiLoraExpand> multi_lora_expand; Kernel<MultiLoraGradient> multi_lora_gradient; }
+namespace avx512     { Kernel<MultiLoraShrink> multi_lora_shrink; Kernel<MultiLoraExpand> multi_lora_expand; Kernel<MultiLoraGradient> multi_lora_gradient; }
+namespace avx512bf16 { Kernel<MultiLoraShrink> multi_lora_shrink; Kernel<MultiLoraExpand> multi_lora_expand; Kernel<MultiLoraGradient> multi_lora_gradient; }
+}  // namespace cpu
+
+}  // namespace peftops

@@ -1,0 +1,131 @@
+"""Linear layers with the low-rank terms of many adapters, one per row of the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .lora_linear import autocast
+from .nf4_linear import nf4_linear
+from .nf4_tensor import NF4Tensor
+
+_shrink = torch.ops.peftops.multi_lora_shrink.default
+_expand_ = torch.ops.peftops.multi_lora_expand_.default
+_gradient = torch.ops.peftops.multi_lora_gradient.default
+
+# The product with the base, by the type of its weight: a differentiable function of (x, weight, bias).
+BASES = {NF4Tensor: nf4_linear}
+
+
+@torch.library.register_fake("peftops::multi_lora_shrink")
+def _(x, index, storage, handles, pages, where, scaling, second, scaled, max_rank):
+    return x.new_empty((x.numel() // max(x.shape[-1], 1), max_rank), dtype=torch.float32)
+
+
+@torch.library.register_fake("peftops::multi_lora_expand_")
+def _(y, u, index, storage, handles, pages, where, scaling, second, scaled):
+    return None
+
+
+@torch.library.register_fake("peftops::multi_lora_gradient")
+def _(u, x, index, wanted, handles, pages, where, scaling, by_rank, scaled, total):
+    return u.new_empty((total * x.shape[-1],))
+
+
+@dataclass(frozen=True)
+class PoolLayer:
+    """One layer of an :class:`~peftops.AdapterPool`: where the factors of its resident adapters lie, by slot."""
+
+    in_features: int
+    out_features: int
+    storage: Tensor  # [pages, page_size]
+    handles: Tensor  # int64 [slots]: the adapter's index, -1 where none is loaded
+    pages: Tensor  # int32 [slots, pages]
+    where: Tensor  # int64 [slots, 3]: where A begins, where B^T begins, the rank
+    scaling: Tensor  # float32 [slots]
+    max_rank: list[int]  # of all adapters that the pool knows; a list of one, since it grows
+    trainable: dict[int, tuple[Tensor, Tensor]]  # index -> A, B
+
+    @property
+    def slots(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.handles, self.pages, self.where, self.scaling
+
+
+class _Terms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, x, index, layer, wanted, *factors):
+        u = _shrink(x, index, layer.storage, *layer.slots, False, False, layer.max_rank[0])
+        y = y.clone()
+        _expand_(y, u, index, layer.storage, *layer.slots, True, True)
+        ctx.save_for_backward(x, u, index)
+        ctx.layer, ctx.wanted, ctx.types = layer, wanted, [f.dtype for f in factors]
+        ctx.ranks = [A.shape[0] for A in factors[::2]]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, u, index = ctx.saved_tensors
+        layer, pool = ctx.layer, (ctx.layer.storage, *ctx.layer.slots)
+        g = g.contiguous()
+        v = _shrink(g, index, *pool, True, True, layer.max_rank[0])
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+            _expand_(dx, v, index, *pool, False, False)
+        grads = []
+        if ctx.ranks:
+            wanted, total = torch.tensor(ctx.wanted), sum(ctx.ranks)
+            dA = _gradient(v, x, index, wanted, *layer.slots, True, False, total)
+            dB = _gradient(u, g, index, wanted, *layer.slots, False, True, total)
+            k, n = x.shape[-1], g.shape[-1]
+            parts = (d.split([r * width for r in ctx.ranks]) for d, width in ((dA, k), (dB, n)))
+            for r, a, b in zip(ctx.ranks, *parts, strict=True):
+                grads += [a.view(r, k), b.view(n, r)]
+        return g, dx, None, None, None, *(d.to(t) for d, t in zip(grads, ctx.types, strict=True))
+
+
+def multi_lora_linear(
+    x: Tensor, weight: Tensor, pool_layer: PoolLayer, adapter_index: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """``x W^T + bias``, and to each row the term ``s_a x A_a^T B_a^T`` of its own adapter (S-LoRA, arXiv:2311.03285).
+
+    The base product is that of all rows together; the terms are added to it, summed in float32. Rows are grouped
+    by adapter inside the op, and factors are read from the pool's pages. Adapters may have any ranks and scalings.
+
+    Args:
+        x: float32, bfloat16 or float16, ``[..., in]``.
+        weight: ``[out, in]``, dense of x's dtype or an :class:`~peftops.NF4Tensor`.
+        pool_layer: ``pool.layer(name)`` of an :class:`~peftops.AdapterPool`.
+        adapter_index: int64, one per row of x, from ``pool.use(names)``; -1 is the base alone, to the bit.
+        bias: ``[out]`` or None.
+
+    Returns:
+        ``[..., out]`` in x's dtype. Differentiable once in x, and in A and B of those trainable adapters that
+        the batch names.
+
+    Raises:
+        ValueError: shapes do not fit.
+        RuntimeError: an index names no loaded adapter, or one that was evicted or changed since.
+    """
+    x = autocast(x)
+    n, k = pool_layer.out_features, pool_layer.in_features
+    if weight.shape != (n, k):
+        raise ValueError(f"multi_lora_linear: weight must have shape [{n}, {k}], not {list(weight.shape)}")
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"multi_lora_linear: the last dim of x must be {k}, but its shape is {list(x.shape)}")
+    y = BASES.get(type(weight), F.linear)(x, weight, bias)
+    if torch.is_grad_enabled():
+        wanted = []
+        if pool_layer.trainable:
+            present = set(adapter_index.flatten().tolist())
+            wanted = [i for i in list(pool_layer.trainable) if i in present]
+        factors = [f for i in wanted for f in pool_layer.trainable[i]]
+        return _Terms.apply(y, x, adapter_index, pool_layer, wanted, *factors)
+    u = _shrink(x, adapter_index, pool_layer.storage, *pool_layer.slots, False, False, pool_layer.max_rank[0])
+    _expand_(y, u, adapter_index, pool_layer.storage, *pool_layer.slots, True, True)
+    return y
