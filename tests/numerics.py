@@ -18,7 +18,7 @@ FP32 = 2.0**-24
 CODE16 = 4.27e-5  # |round(7854 c) / 7854 - c| for the sixteen codes c, at most
 HALF_STEP_CODE = 0.5 / 7854  # for any other number scaled to 7854
 HALF_STEP_X = 0.5 / 16384
-BF16 = 2.0**-9
+BF16 = 2.0**-8  # of a number, rounded to bfloat16's eight bits: half of 2^-7, its spacing at 1
 
 
 def assert_exact(got, want):
