@@ -22,6 +22,11 @@ struct f16 { uint16_t bits; };
 template <class T> constexpr bool is_bf16 = false;
 template <> constexpr bool is_bf16<bf16> = true;
 
+// TwoBytes<T>::type exists for the two 16-bit types alone, to specialise on them.
+template <class T> struct TwoBytes {};
+template <> struct TwoBytes<bf16> { using type = void; };
+template <> struct TwoBytes<f16> { using type = void; };
+
 }  // namespace
 }  // namespace peftops::cpu::PEFTOPS_ISA
 

@@ -41,6 +41,8 @@ inline Vec load(const f16* p) {
 }
 inline void store(f16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_f16(a)); }
 inline void stream(f16* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_f16(a)); }
+// After the last of them, before another thread may read.
+inline void stream_end() { _mm_sfence(); }
 
 inline Int load_int(const void* p) { return _mm256_loadu_si256(static_cast<const Int*>(p)); }
 inline void store_int(void* p, Int a) { _mm256_storeu_si256(static_cast<Int*>(p), a); }

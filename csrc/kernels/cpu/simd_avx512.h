@@ -40,6 +40,8 @@ inline Vec load(const f16* p) {
 }
 inline void store(f16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_f16(a)); }
 inline void stream(f16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_f16(a)); }
+// After the last of them, before another thread may read.
+inline void stream_end() { _mm_sfence(); }
 
 inline Int load_int(const void* p) { return _mm512_loadu_si512(p); }
 inline void store_int(void* p, Int a) { _mm512_storeu_si512(p, a); }

@@ -71,6 +71,8 @@ template <class T> inline void store(T* p, Vec a) {
   for (int i = 0; i < kLanes; ++i) p[i] = narrow(a[i], T{});
 }
 template <class T> inline void stream(T* p, Vec a) { store(p, a); }
+// After the last of them, before another thread may read.
+inline void stream_end() {}
 
 inline Int load_int(const void* p) {
   Int a;
