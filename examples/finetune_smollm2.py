@@ -42,5 +42,5 @@ if __name__ == "__main__":
     qlora, lora = (finetune(method, out / method) for method in ("qlora", "lora"))
     print(f"\n4 bits and dense, side by side:\n\n{report.table([qlora, lora])}\n")
     fell, apart = qlora["loss_before"] - qlora["loss_after"], qlora["loss_after"] - lora["loss_after"]
-    print(f"QLoRA's held-out loss fell by {fell:.2f} (at least 1.0 wanted) and ended {apart:+.2f} from LoRA's (0.3 allowed)")
+    print(f"QLoRA's held-out loss fell by {fell:.2f} (wanted: 1.0) and ended {apart:+.2f} from LoRA's (allowed: 0.3)")
     sys.exit(fell < 1.0 or apart > 0.3)
