@@ -67,7 +67,9 @@ def memory(model: nn.Module, step) -> str:
     saved: dict[int, int] = {}
     own: dict[int, int] = {}
     for p in model.parameters():
-        own |= storage(p.data) or {id(p): p.nbytes}
+        parts = p.__tensor_flatten__()[0] if isinstance(p, peftops.NF4Tensor) else ["data"]
+        for part in parts:
+            own |= storage(getattr(p, part))
 
     def pack(t):
         saved.update(storage(t.detach()))
