@@ -87,15 +87,18 @@ class CMakeBuild(build_ext):
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         build = [f"-D{name}={value}" for name, value in options.items()]
         extra = os.environ.get("CMAKE_ARGS", "").split()
+        # pip gives every editable build an empty folder; ninja wants the last one's objects.
+        folder = ROOT / "build" / "editable" if self.editable_mode or self.inplace else self.build_temp
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-        self.call("cmake", "-S", ROOT, "-B", self.build_temp, *generator, *build, *extra)
-        self.call("cmake", "--build", self.build_temp, "--target", "_C", "--parallel", jobs)
+        self.call("cmake", "-S", ROOT, "-B", folder, *generator, *build, *extra)
+        self.call("cmake", "--build", folder, "--target", "_C", "--parallel", jobs)
 
     def call(self, *command: object) -> None:
         try:
             subprocess.run([str(part) for part in command], check=True)
         except subprocess.CalledProcessError as error:
-            fail(f"{' '.join(map(str, command[:2]))} failed with exit status {error.returncode}; its messages are above")
+            command = " ".join(map(str, command[:2]))
+            fail(f"{command} failed with exit status {error.returncode}; its messages are above")
 
 
 setup(

@@ -11,6 +11,7 @@ from peftops import _C
 every_device = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 settings.register_profile("dev", max_examples=40, **every_device)
 settings.register_profile("ci", max_examples=80, derandomize=True, **every_device)
+settings.register_profile("sanitize", max_examples=8, derandomize=True, **every_device)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16")

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .. import __version__, _C
+from .. import _C, __version__
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +58,8 @@ def info() -> int:
     import torch
 
     build = _C.build_info
-    print(f"peftops {__version__}, built with {build['compiler']} ({build['build_type']}), torch {build['torch_built_with']}")
+    how = f"{build['compiler']} ({build['build_type']}), torch {build['torch_built_with']}"
+    print(f"peftops {__version__}, built with {how}")
     print(f"torch   {torch.__version__}, {torch.get_num_threads()} threads")
     limit = "" if _C.isa() == _C.best_isa() else f" (of {_C.best_isa()}; limited by PEFTOPS_ISA)"
     print(f"CPU     kernels for {_C.isa()}{limit}")
@@ -80,7 +81,7 @@ def _finetune_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, help="directory with config.json and safetensors, or a GGUF file")
+    parser.add_argument("--model", type=Path, required=True, help="directory of a model, or GGUF file")
     parser.add_argument("--adapter", type=Path, help="directory with an adapter")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
 

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg("--weight-decay", type=float, default=0.0)
     arg("--clip", type=float, default=1.0, help="largest norm of the gradient (default 1)")
     arg("--max-length", type=int, default=512, help="tokens per row (default 512)")
-    arg("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, more time")
+    arg("--checkpointing", action="store_true", help="compute activations again in backward: less memory, more time")
     arg("--save-every", type=int, default=100, help="steps between checkpoints (default 100)")
     arg("--resume", action="store_true", help="go on from the checkpoint in --out")
     arg("--seed", type=int, default=0)

@@ -18,7 +18,9 @@ def load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     file = gguf_file(path)
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name) if file else AutoTokenizer.from_pretrained(path)
+    if file is None:
+        return AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:

@@ -40,7 +40,8 @@ def table(reports: list[dict[str, Any]]) -> str:
     """Runs side by side, a line per figure."""
     cells = [[name, *(line(report) for report in reports)] for name, line in _LINES.items()]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
+    pad = lambda row: "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    return "\n".join(map(pad, cells))
 
 
 def write(folder: Path, report: dict[str, Any]) -> None:

