@@ -165,7 +165,7 @@ def test_bad_options_are_sentences(model_folder, train_file, tmp_path, capsys):
     cases = [
         (["--steps", "0"], "--steps must be at least 1, not 0"), (["--batch", "-1"], "--batch must be at least 1"),
         (["--lr", "0"], "--lr and --epochs must be positive"), (["--r", "0"], "r must be a whole number from 1"),
-        (["--dropout", "1"], r"dropout must be in [0, 1), not 1.0"),
+        (["--dropout", "1"], "dropout must be a number in [0, 1), not 1.0"),
         (["--eval-share", "1"], "--eval-share must be in [0, 1)"),
         (["--target", "q_porj"], "did you mean"), (["--train", str(tmp_path / "none.jsonl")], "no data file"),
         (["--out", str(tmp_path / "file")], "cannot write to directory"),
