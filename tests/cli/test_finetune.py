@@ -44,7 +44,7 @@ def train_file(tmp_path):
 
 def arguments(model, train, out, *more):
     return ["finetune", "--model", str(model), "--train", str(train), "--out", str(out), "--steps", "12",
-            "--batch", "4", "--lr", "0.03", "--r", "4", "--eval-share", "0.2", *map(str, more)]  # fmt: skip
+            "--batch", "4", "--lr", "0.01", "--r", "4", "--eval-share", "0.2", *map(str, more)]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
