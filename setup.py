@@ -61,6 +61,10 @@ def wants_cuda(torch_cuda: str | None) -> bool:
 
 
 class CMakeBuild(build_ext):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.in_source = bool(self.inplace)  # setuptools clears the flag while it builds, and copies afterwards
+
     def build_extension(self, ext: Extension) -> None:
         if not shutil.which("cmake"):
             fail("CMake is missing; install it: pip install cmake ninja")
@@ -88,7 +92,7 @@ class CMakeBuild(build_ext):
         build = [f"-D{name}={value}" for name, value in options.items()]
         extra = os.environ.get("CMAKE_ARGS", "").split()
         # pip gives every editable build an empty folder; ninja wants the last one's objects.
-        folder = ROOT / "build" / "editable" if self.editable_mode or self.inplace else self.build_temp
+        folder = ROOT / "build" / "editable" if self.editable_mode or self.in_source else self.build_temp
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
         self.call("cmake", "-S", ROOT, "-B", folder, *generator, *build, *extra)
         self.call("cmake", "--build", folder, "--target", "_C", "--parallel", jobs)
