@@ -13,6 +13,7 @@ from .methods.dora import DoRAConfig
 from .methods.glora import GLoRAConfig
 from .methods.head_only import HeadOnlyConfig
 from .methods.ia3 import IA3Config
+from .methods.llama_adapter import LLaMAAdapterConfig
 from .methods.loftq import LoftQConfig
 from .methods.lora import LoRAConfig
 from .methods.lorafa import LoRAFAConfig
@@ -53,11 +54,11 @@ if torch.version.cuda and find_spec("peftops._C_cuda"):
 __version__ = "0.1.0"
 __all__ = [
     "AdapterPool", "BitFitConfig", "BottleneckConfig", "DoRAConfig", "GLoRAConfig", "GroupQuantTensor",
-    "HeadOnlyConfig", "IA3Config", "LoRAConfig", "LoRAFAConfig", "LoftQConfig", "MultiLoRAConfig", "NF4Tensor",
-    "NormTuningConfig", "OLoRAConfig", "PiSSAConfig", "PrefixTuningConfig", "PromptTuningConfig", "QLoRAConfig",
-    "SurgicalConfig", "TiedLoRAConfig", "TopLayersConfig", "VeRAConfig", "activate", "add_gated_prompt", "attach",
-    "auto_rgn", "auto_snr", "detach", "disabled", "gated_prompt_attention", "gptq_quantize", "group_dequantize",
-    "group_linear", "group_quantize", "load", "load_model", "lora_linear", "loraplus_groups", "merge",
-    "multi_lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize", "qalora_linear", "qalora_merge", "save",
-    "summary", "unmerge", "weighted_groups",
+    "HeadOnlyConfig", "IA3Config", "LLaMAAdapterConfig", "LoRAConfig", "LoRAFAConfig", "LoftQConfig", "MultiLoRAConfig",
+    "NF4Tensor", "NormTuningConfig", "OLoRAConfig", "PiSSAConfig", "PrefixTuningConfig", "PromptTuningConfig",
+    "QLoRAConfig", "SurgicalConfig", "TiedLoRAConfig", "TopLayersConfig", "VeRAConfig", "activate", "add_gated_prompt",
+    "attach", "auto_rgn", "auto_snr", "detach", "disabled", "gated_prompt_attention", "gptq_quantize",
+    "group_dequantize", "group_linear", "group_quantize", "load", "load_model", "lora_linear", "loraplus_groups",
+    "merge", "multi_lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize", "qalora_linear", "qalora_merge",
+    "save", "summary", "unmerge", "weighted_groups",
 ]  # fmt: skip

@@ -35,7 +35,7 @@ class QLoRAConfig(LoRAConfig):
 
 
 def check_nothing_dense_is_adapted(method: str, model: nn.Module) -> None:
-    if any(not isinstance(layer.base.weight, NF4Tensor) for _, layer in adapted_layers(model)):
+    if any(not isinstance(getattr(layer.base, "weight", None), NF4Tensor) for _, layer in adapted_layers(model)):
         raise ValueError(f"{method} would quantise layers that carry other adapters already; attach it before them")
 
 

@@ -11,6 +11,7 @@ import torch
 from peftops.methods.bitfit import BitFitConfig
 from peftops.methods.bottleneck import BottleneckConfig
 from peftops.methods.head_only import HeadOnlyConfig
+from peftops.methods.llama_adapter import LLaMAAdapterConfig
 from peftops.methods.norm_tuning import NormTuningConfig
 from peftops.methods.prefix_tuning import PrefixTuningConfig
 from peftops.methods.prompt_tuning import PromptTuningConfig
@@ -46,6 +47,7 @@ EXAMPLES: dict[type, Example] = {
     TopLayersConfig: Example(TopLayersConfig(layers=1), models.llama, on_nf4=False),
     HeadOnlyConfig: Example(HeadOnlyConfig(), models.llama, requantizes=False),
     SurgicalConfig: Example(SurgicalConfig(), models.llama, on_nf4=False),
+    LLaMAAdapterConfig: Example(LLaMAAdapterConfig(tokens=3, layers=2), models.llama, merges=False),
     PromptTuningConfig: Example(PromptTuningConfig(tokens=3), models.llama, starts_as_base=False, merges=False),
     PrefixTuningConfig: Example(PrefixTuningConfig(tokens=3), models.llama, starts_as_base=False, merges=False),
 }

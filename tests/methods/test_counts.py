@@ -9,6 +9,7 @@ from peftops import (
     BottleneckConfig,
     DoRAConfig,
     GLoRAConfig,
+    LLaMAAdapterConfig,
     LoRAConfig,
     LoRAFAConfig,
     MultiLoRAConfig,
@@ -85,6 +86,14 @@ def encoder_block(width):
 def test_counts_of_real_shapes(build, config, count):
     model = peftops.attach(build(), config)
     assert peftops.summary(model).trainable == count
+
+
+def test_llama_adapter_of_llama_7b():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32))
+    assert peftops.summary(peftops.attach(model, LLaMAAdapterConfig())).trainable == 1_229_760
 
 
 def test_five_soft_tokens_of_llama_7b():
