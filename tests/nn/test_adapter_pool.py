@@ -103,7 +103,7 @@ class Pool(RuleBasedStateMachine):
     def evict(self, name, forget):
         call = self.pool.remove if forget else self.pool.evict
         if name not in self.known or self.held[name]:
-            with pytest.raises((KeyError, RuntimeError), match="no adapter named|pinned or in use"):
+            with pytest.raises((KeyError, RuntimeError), match=r"no adapter named|pinned or in use"):
                 call(name)
             return
         call(name)

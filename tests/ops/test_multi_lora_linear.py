@@ -78,7 +78,7 @@ def test_matches_reference(device, n, k, rs, dtype, storage, layout, seed, rows,
 def test_all_of_it_against_float64(device):
     """The base product as well, over three leading dims and transposed."""
     pool, factors = pool_of(65, 70, (3, 16, 5), 1)
-    x, W, b = normal((3, 4, 5, 70), torch.float32, 2), normal((65, 70), torch.float32, 3), normal((65,), torch.float32, 4)
+    x, W, b = (normal(s, torch.float32, 2 + i) for i, s in enumerate(((3, 4, 5, 70), (65, 70), (65,))))
     x = x.permute(2, 0, 1, 3)
     rows = random.Random(1).choices([None, *NAMES], k=60)
     with pool.use(rows) as index:
