@@ -81,12 +81,14 @@ class AdapterPool:
             for layer, (A, B) in factors.items():
                 if layer not in self._layers:
                     raise ValueError(f"AdapterPool: {name!r} adapts {layer!r}, which the pool does not know")
-                k, n, r = self._layers[layer].in_features, self._layers[layer].out_features, A.shape[0]
-                if A.dim() != 2 or r < 1 or A.shape[1] != k or B.shape != (n, r):
+                k, n = self._layers[layer].in_features, self._layers[layer].out_features
+                r = A.shape[0] if A.dim() == 2 else 0
+                if r < 1 or A.shape[1] != k or B.shape != (n, r):
                     raise ValueError(f"AdapterPool: {name!r}, {layer!r}: A and B must have shapes [r, {k}] and "
                                      f"[{n}, r], not {list(A.shape)} and {list(B.shape)}")  # fmt: skip
                 size += r * (_padded(k) + _padded(n))
                 kept[layer] = (A, B)
+            kept = {layer: kept[layer] for layer in self._layers if layer in kept}  # the order in which load() counts
             pages, page_size = -(-size // self.storage.shape[1]), self.storage.shape[1]
             if pages > len(self.storage):
                 raise ValueError(f"AdapterPool: {name!r} needs {pages} pages of {page_size} elements, but the whole "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,16 +10,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .group_linear import group_linear
+from .group_tensor import GroupQuantTensor
 from .lora_linear import autocast
 from .nf4_linear import nf4_linear
 from .nf4_tensor import NF4Tensor
+from .packed_tensor import PackedTensor
 
 _shrink = torch.ops.peftops.multi_lora_shrink.default
 _expand_ = torch.ops.peftops.multi_lora_expand_.default
 _gradient = torch.ops.peftops.multi_lora_gradient.default
 
 # The product with the base, by the type of its weight: a differentiable function of (x, weight, bias).
-BASES = {NF4Tensor: nf4_linear}
+BASES = {NF4Tensor: nf4_linear, GroupQuantTensor: group_linear}
+
+
+def _base(weight: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    for kind, product in BASES.items():
+        if isinstance(weight, kind):
+            return product
+    if isinstance(weight, PackedTensor):
+        kinds = ", ".join(kind.__name__ for kind in BASES)
+        raise TypeError(f"multi_lora_linear: weight must be dense or one of {kinds}, not a {type(weight).__name__}")
+    return F.linear
 
 
 @torch.library.register_fake("peftops::multi_lora_shrink")
@@ -59,7 +73,7 @@ class _Terms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, index, layer, wanted, *factors):
         u = _shrink(x, index, layer.storage, *layer.slots, False, False, layer.max_rank[0])
-        y = y.clone()
+        y = y.clone(memory_format=torch.contiguous_format)
         _expand_(y, u, index, layer.storage, *layer.slots, True, True)
         ctx.save_for_backward(x, u, index)
         ctx.layer, ctx.wanted, ctx.types = layer, wanted, [f.dtype for f in factors]
@@ -99,7 +113,8 @@ def multi_lora_linear(
 
     Args:
         x: float32, bfloat16 or float16, ``[..., in]``.
-        weight: ``[out, in]``, dense of x's dtype or an :class:`~peftops.NF4Tensor`.
+        weight: ``[out, in]``, dense of x's dtype, an :class:`~peftops.NF4Tensor` or a
+            :class:`~peftops.GroupQuantTensor`.
         pool_layer: ``pool.layer(name)`` of an :class:`~peftops.AdapterPool`.
         adapter_index: int64, one per row of x, from ``pool.use(names)``; -1 is the base alone, to the bit.
         bias: ``[out]`` or None.
@@ -109,6 +124,7 @@ def multi_lora_linear(
         the batch names.
 
     Raises:
+        TypeError: weight is packed in a way that has no product here.
         ValueError: shapes do not fit.
         RuntimeError: an index names no loaded adapter, or one that was evicted or changed since.
     """
@@ -118,7 +134,7 @@ def multi_lora_linear(
         raise ValueError(f"multi_lora_linear: weight must have shape [{n}, {k}], not {list(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"multi_lora_linear: the last dim of x must be {k}, but its shape is {list(x.shape)}")
-    y = BASES.get(type(weight), F.linear)(x, weight, bias)
+    y = _base(weight)(x, weight, bias)
     if torch.is_grad_enabled():
         wanted = []
         if pool_layer.trainable:

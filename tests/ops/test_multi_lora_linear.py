@@ -1,14 +1,26 @@
+import random
+
 import pytest
 import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numerics import assert_sums
-from strategies import dtypes, ins, normal, outs, ranks, seeds
+from strategies import dtypes, ins, layouts, normal, outs, ranks, seeds, strided
+from torch.nn import functional as F
 
 import peftops
+from peftops.ops.packed_tensor import PackedTensor
 
 NAMES = ["a", "b", "c"]
+op = torch.ops.peftops
+
+# Runs of one adapter, longer than every tile and group of rows, among single rows; in any order.
+batches = st.builds(
+    lambda runs, seed: random.Random(seed).sample(rows := [name for name, n in runs for _ in range(n)], len(rows)),
+    st.lists(st.tuples(st.sampled_from([None, *NAMES]), st.sampled_from([1, 1, 1, 2, 3, 5, 17, 40])), max_size=6),
+    seeds,
+)
 
 
 def pool_of(n, k, rs, seed, trainable=False, **kw):
@@ -21,53 +33,226 @@ def pool_of(n, k, rs, seed, trainable=False, **kw):
     return pool, factors
 
 
-@given(n=outs, k=ins, rs=st.tuples(ranks, ranks, ranks), dtype=dtypes, seed=seeds,
-       rows=st.lists(st.sampled_from([None, *NAMES]), max_size=40))  # fmt: skip
-def test_matches_reference(device, n, k, rs, dtype, seed, rows):
-    """Forward and every gradient; the base product and the term are each rounded to the dtype."""
-    pool, factors = pool_of(n, k, rs, seed, trainable=True)
-    x, W, g = (normal(s, dtype, seed + 9 + i) for i, s in enumerate(((len(rows), k), (n, k), (len(rows), n))))
+def check(pool, factors, x, W, rows, g, bias=None, base=F.linear):
+    """The term and every gradient, given the base product: each is rounded to the dtype of x. A dense product is
+    torch's, which may sum in another order for another layout of g."""
     x.requires_grad_()
-    exact = {name: [t.detach().double().requires_grad_() for t in f[:2]] for name, f in factors.items()}
-    xd, Wd, gd = x.detach().double().requires_grad_(), W.double(), g.double()
-    want = [reference.linear(xd[i : i + 1], Wd, None, *(exact[a] if a else (None, None)), factors[a][2] if a else 1.0)
-            for i, a in enumerate(rows)]  # fmt: skip
     with pool.use(rows) as index:
-        y = peftops.multi_lora_linear(x, W, pool.layer("layer"), index)
+        y = peftops.multi_lora_linear(x, W, pool.layer("layer"), index, bias)
         y.backward(g)
-    step, base = torch.finfo(dtype).eps / 2, x.detach().double().abs() @ Wd.abs().T
-    top = max(rs)
-    term = torch.zeros_like(base)
-    for i, a in enumerate(rows):
-        if a:
-            A, B = (t.detach().abs() for t in exact[a])
-            term[i] = factors[a][2] * (xd[i].detach().abs() @ A.T) @ B.T
-    if rows:
-        out = torch.cat(want)
-        out.backward(gd)
-        assert_sums(y, out.detach(), base + term, k + top + 4, 2 * step * base)
-    for name in NAMES:
-        (A, B, s), mine = factors[name], [i for i, a in enumerate(rows) if a == name]
-        if not mine:
+    got, x.grad = x.grad, None
+    plain = base(x, W, bias)
+    plain.backward(g)
+    plain, dplain = plain.detach().double(), x.grad.double()
+    xd, gd, (n, k) = x.detach().double(), g.double(), W.shape
+    term, dterm, size, dsize = (torch.zeros_like(t) for t in (plain, dplain, plain, dplain))
+    stored = {a: [t.detach().to(pool.storage.dtype).double() for t in f[:2]] for a, f in factors.items()}
+    for name, (A, B, s) in factors.items():
+        mine, (Ad, Bd) = [i for i, a in enumerate(rows) if a == name], stored[name]
+        xs, gs, Aa, Ba = xd[mine], gd[mine], Ad.abs(), Bd.abs()
+        term[mine], size[mine] = s * (xs @ Ad.T) @ Bd.T, s * (xs.abs() @ Aa.T) @ Ba.T
+        dterm[mine], dsize[mine] = s * (gs @ Bd) @ Ad, s * (gs.abs() @ Ba) @ Aa
+        if not A.requires_grad or not mine:
             assert A.grad is None and B.grad is None
             continue
-        xs, gs, Aa, Ba = xd.detach()[mine].abs(), gd[mine].abs(), *(t.detach().abs() for t in exact[name])
-        assert_sums(A.grad, exact[name][0].grad, (s * gs @ Ba).T @ xs, len(mine) + n + 4)
-        assert_sums(B.grad, exact[name][1].grad, s * gs.T @ (xs @ Aa.T), len(mine) + k + 4)
+        assert_sums(A.grad, (s * gs @ Bd).T @ xs, (s * gs.abs() @ Ba).T @ xs.abs(), len(mine) + n + 4)
+        assert_sums(B.grad, s * gs.T @ (xs @ Ad.T), s * gs.abs().T @ (xs.abs() @ Aa.T), len(mine) + k + 4)
+    top, step = max(f[0].shape[0] for f in factors.values()), torch.finfo(x.dtype).eps / 2
+    extra = step * dsize
+    if base is F.linear:
+        dplain_size = gd.abs() @ W.double().abs()
+        dsize, extra = dsize + dplain_size, extra + 2 * step * dplain_size
+    assert y.is_contiguous()
+    assert_sums(y, plain + term, plain.abs() + size, k + top + 4)
+    assert_sums(got, dplain + dterm, dplain.abs() + dsize, 2 * n + top + 4, extra)
+
+
+@given(n=outs, k=ins, rs=st.tuples(ranks, ranks, ranks), dtype=dtypes, storage=dtypes, layout=layouts, seed=seeds,
+       rows=batches, bias=st.booleans(), page_size=st.sampled_from([64, 128, 1024]))  # fmt: skip
+def test_matches_reference(device, n, k, rs, dtype, storage, layout, seed, rows, bias, page_size):
+    pool, factors = pool_of(n, k, rs, seed, trainable=storage == torch.float32, dtype=storage, page_size=page_size)
+    x, W, g = (normal(s, dtype, seed + 9 + i) for i, s in enumerate(((len(rows), k), (n, k), (len(rows), n))))
+    check(pool, factors, strided(x, layout), W, rows, strided(g, layout), normal((n,), dtype, 1) if bias else None)
+
+
+def test_all_of_it_against_float64(device):
+    """The base product as well, over three leading dims and transposed."""
+    pool, factors = pool_of(65, 70, (3, 16, 5), 1)
+    x, W, b = (normal(s, torch.float32, 2 + i) for i, s in enumerate(((3, 4, 5, 70), (65, 70), (65,))))
+    x = x.permute(2, 0, 1, 3)
+    rows = random.Random(1).choices([None, *NAMES], k=60)
+    with pool.use(rows) as index:
+        y = peftops.multi_lora_linear(x, W, pool.layer("layer"), index.view(5, 3, 4), b)
+    assert y.shape == (5, 3, 4, 65) and y.is_contiguous()
+    for xi, yi, a in zip(x.reshape(60, 70), y.view(60, 65), rows, strict=True):
+        A, B, s = factors[a] if a else (torch.zeros(1, 70), torch.zeros(65, 1), 1.0)
+        values = [t.double() for t in (xi[None], W, b, A, B)]
+        assert_sums(yi[None], reference.linear(*values, s), reference.linear(*(t.abs() for t in values), s), 70 + 16 + 5)
+
+
+quantisers = pytest.mark.parametrize("quantise, base", [
+    (peftops.nf4_quantize, peftops.nf4_linear), (lambda w: peftops.group_quantize(w, bits=4, group_size=32), peftops.group_linear),
+], ids=["nf4", "group"])  # fmt: skip
+
+
+@quantisers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantised_bases_and_their_gradients(device, quantise, base, dtype):
+    pool, factors = pool_of(100, 96, (3, 16, 5), 1, trainable=True)
+    rows = [*["a"] * 17, None, "b", *["c"] * 40, "b"]
+    x, g = normal((len(rows), 96), dtype, 5), normal((len(rows), 100), dtype, 7)
+    W, bias = quantise(normal((100, 96), torch.float32, 6)), normal((100,), dtype, 8)
+    check(pool, factors, x, W, rows, g, bias, base)
+
+
+@quantisers
+def test_subclasses_of_a_base_are_that_base(quantise, base):
+    pool, _ = pool_of(64, 64, (1,), 1)
+    W, x = quantise(torch.randn(64, 64)), torch.randn(2, 64)
+    W.__class__ = type("Mine", (type(W),), {})
+    with pool.use([None, None]) as index:
+        assert torch.equal(peftops.multi_lora_linear(x, W, pool.layer("layer"), index), base(x, W))
+
+
+def test_a_packed_weight_without_a_product_is_an_error():
+    class Other(PackedTensor):
+        _PARTS, _SETTINGS = ("codes",), ()
+
+    pool, _ = pool_of(64, 64, (1,), 1)
+    W = Other._make((torch.zeros(64),), (), torch.Size((64, 64)), torch.float32)
+    with pytest.raises(TypeError, match="must be dense or one of NF4Tensor, GroupQuantTensor, not a Other"):
+        peftops.multi_lora_linear(torch.zeros(1, 64), W, pool.layer("layer"), torch.tensor([-1]))
 
 
 def test_base_rows_are_the_base_to_the_bit_and_threads_do_not_matter(device, threads):
-    pool, _ = pool_of(100, 70, (3, 16, 5), 1)
+    pool, _ = pool_of(100, 70, (3, 16, 5), 1, trainable=True)
     x, W = normal((40, 70), torch.float32, 5), peftops.nf4_quantize(normal((100, 70), torch.float32, 6))
-    rows = [None, "a", "b", "b", "c"] * 8
-    with pool.use(rows) as index, torch.no_grad():
-        runs = []
+    rows, g = [None, "a", "b", "b", "c"] * 8, normal((40, 100), torch.float32, 7)
+    runs, x = [], x.requires_grad_()
+    with pool.use(rows) as index:
+        leaves = [x, *(f for pair in pool.layer("layer").trainable.values() for f in pair)]
         for n in (1, 2, 3):
             threads(n)
-            runs.append(peftops.multi_lora_linear(x, W, pool.layer("layer"), index))
+            y = peftops.multi_lora_linear(x, W, pool.layer("layer"), index)
+            runs.append([y, *torch.autograd.grad(y, leaves, g)])
         base = peftops.nf4_linear(x, W)
-    assert all(torch.equal(runs[0], y) for y in runs)
-    assert torch.equal(runs[0][::5], base[::5]) and not torch.equal(runs[0], base)
+    assert len(leaves) == 7
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+    assert torch.equal(runs[0][0][::5], base[::5]) and not torch.equal(runs[0][0], base)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_row_stays_in_its_row_and_a_bad_adapter_in_its_rows(device, bad):
+    pool, factors = pool_of(70, 65, (3, 5, 4), 1, trainable=True)
+    rows = ["a"] * 17 + [None, "b"] + ["c"] * 5 + ["a"]
+    x, W, g = (normal(s, torch.float32, i) for i, s in enumerate(((len(rows), 65), (70, 65), (len(rows), 70))))
+    x = x.requires_grad_()
+
+    def run(x, g=g):
+        leaves = [x, *(f for A, B, _ in factors.values() for f in (A, B))]
+        with pool.use(rows) as index:
+            y = peftops.multi_lora_linear(x, W, pool.layer("layer"), index)
+        return y.detach(), *torch.autograd.grad(y, leaves, g)
+
+    fine = run(x)
+    assert all(t.isfinite().all() for t in fine)
+    for row, name in ((3, "a"), (17, None), (23, "c")):
+        others = torch.arange(len(rows)) != row
+        spoilt, spoilt_g = x.detach().clone(), g.clone()
+        spoilt[row, 64] = spoilt_g[row, 69] = bad
+        y, _, *grads = run(spoilt.requires_grad_())
+        _, dx, *_ = run(x, spoilt_g)
+        for got, want in ((y, fine[0]), (dx, fine[1])):
+            assert torch.equal(got[others], want[others]) and not got[row].isfinite().any()
+        for i, (a, d) in enumerate(zip([n for n in NAMES for _ in "AB"], grads, strict=True)):
+            assert torch.equal(d, fine[2 + i]) == (a != name)
+    with torch.no_grad():
+        factors["b"][0][4, 64] = bad
+    y, mine = run(x)[0], torch.tensor([a == "b" for a in rows])
+    assert torch.equal(y[~mine], fine[0][~mine]) and not y[mine].isfinite().any()
+
+
+def raw(trainable=True):
+    """Arguments of the raw operators: x, u, g, an index and the slots."""
+    pool, _ = pool_of(70, 65, (3, 5, 4), 1, trainable=trainable)
+    rows = ["a", None, "b", "b", "c"]
+    layer = pool.layer("layer")
+    index = torch.tensor([-1 if a is None else pool.load(a) for a in rows])
+    return normal((5, 65), torch.float32, 1), normal((5, 5), torch.float32, 2), normal((5, 70), torch.float32, 3), index, layer
+
+
+def test_opcheck(device):
+    x, u, g, index, layer = raw()
+    for kind in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(op.multi_lora_shrink.default,
+                              (x.to(kind), index, layer.storage, *layer.slots, False, True, 5))  # fmt: skip
+        torch.library.opcheck(op.multi_lora_expand_.default,
+                              (g.to(kind), u, index, layer.storage, *layer.slots, True, True))  # fmt: skip
+        torch.library.opcheck(op.multi_lora_gradient.default,
+                              (u, x.to(kind), index, index[[0, 2]], *layer.slots, True, True, 8))  # fmt: skip
+
+
+@pytest.mark.parametrize("quantise", [lambda w: w, peftops.nf4_quantize], ids=["dense", "nf4"])
+def test_inference_compiles_without_a_graph_break(device, quantise):
+    pool, _ = pool_of(64, 96, (3, 16, 5), 1)
+    W, bias = quantise(torch.randn(64, 96)), torch.randn(64)
+    layer = pool.layer("layer")
+    call = lambda x, index: peftops.multi_lora_linear(x, W, layer, index, bias)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for rows in (["a", None, "b", "c", "b"], ["c", "c", "a", "a", None], [None] * 5):
+            x = torch.randn(5, 96)
+            with pool.use(rows) as index:
+                assert torch.equal(compiled(x, index), call(x, index))
+
+
+def test_autocast_casts_x_and_nothing_else(device):
+    pool, factors = pool_of(64, 96, (3, 16, 5), 1, trainable=True)
+    W, x, rows = torch.randn(64, 96), torch.randn(5, 96, requires_grad=True), ["a", None, "b", "c", "b"]
+    with pool.use(rows) as index:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = peftops.multi_lora_linear(x, W, pool.layer("layer"), index)
+        want = peftops.multi_lora_linear(x.bfloat16(), W.bfloat16(), pool.layer("layer"), index)
+        dx, dA = torch.autograd.grad(y, (x, factors["a"][0]), torch.randn(5, 64).bfloat16())
+    assert y.dtype == torch.bfloat16 and torch.equal(y, want)
+    assert dx.dtype == dA.dtype == torch.float32
+
+
+@pytest.mark.parametrize("change", ["evicted", "reloaded", "stepped"])
+def test_an_adapter_that_changes_between_forward_and_backward_is_an_error(change):
+    pool, factors = pool_of(64, 96, (3, 16, 5), 1, trainable=True)
+    x, W = torch.randn(3, 96), torch.randn(64, 96)
+    with pool.use(["a", None, "b"]) as index:
+        y = peftops.multi_lora_linear(x, W, pool.layer("layer"), index)
+    if change == "stepped":
+        with torch.no_grad():
+            factors["b"][0].add_(1)
+    else:
+        pool.evict("b")
+    if change != "evicted":
+        pool.load("b")
+    with pytest.raises(RuntimeError, match=r"adapter_index\[2\] is .* out of date once their adapter is evicted or"):
+        y.sum().backward()
+    assert factors["a"][0].grad is None
+
+
+def test_bad_input():
+    pool, _ = pool_of(64, 96, (3, 16, 5), 1)
+    layer, x, W = pool.layer("layer"), torch.randn(3, 96), torch.randn(64, 96)
+    a, call = pool.load("a"), peftops.multi_lora_linear
+    for index in (torch.tensor([a, a]), torch.tensor([a] * 4), torch.tensor([], dtype=torch.int64)):
+        with pytest.raises(RuntimeError, match=f"an adapter for each of the 3 rows of x, not for {len(index)}"):
+            call(x, W, layer, index)
+    for dtype in (torch.int32, torch.float32, torch.bool):
+        with pytest.raises(RuntimeError, match="adapter_index must be int64"):
+            call(x, W, layer, torch.ones(3, dtype=dtype))
+    for wrong in (-2, 0, a + 1, a + 256, 2**62, -(2**63)):
+        with pytest.raises(RuntimeError, match=rf"adapter_index\[1\] is {wrong}, which is neither -1 nor an adapter"):
+            call(x, W, layer, torch.tensor([a, wrong, -1]))
+    with pytest.raises(ValueError, match=r"weight must have shape \[64, 96\], not \[96, 64\]"):
+        call(x, W.T, layer, torch.tensor([a] * 3))
+    with pytest.raises(ValueError, match=r"the last dim of x must be 96, but its shape is \[3, 95\]"):
+        call(x[:, :95], W, layer, torch.tensor([a] * 3))
 
 
 def test_lru_pins_and_errors():
@@ -79,12 +264,3 @@ def test_lru_pins_and_errors():
     pool.evict("a")
     with pytest.raises(RuntimeError, match=r"adapter_index\[0\] is .* neither -1 nor an adapter that is loaded"):
         peftops.multi_lora_linear(x, W, pool.layer("layer"), torch.tensor([first]))
-    pool.pin("a"), pool.pin("c")
-    with pytest.raises(RuntimeError, match=r"no room for 'b': it needs 1 pages .* of 2 pages 0 are free and 0 can"):
-        pool.load("b")
-    with pytest.raises(RuntimeError, match="'a' is pinned or in use"):
-        pool.evict("a")
-    with pytest.raises(ValueError, match="there is an adapter named 'a' already"):
-        pool.add("a", {})
-    with pytest.raises(ValueError, match="needs 3 pages of 128 elements, but the whole pool has 2"):
-        pool.add("big", {"layer": (torch.zeros(3, 64), torch.zeros(64, 3))})
