@@ -24,6 +24,7 @@ from .methods.olora import OLoRAConfig
 from .methods.pissa import PiSSAConfig
 from .methods.prefix_tuning import PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig
+from .methods.qalora import QALoRAConfig
 from .methods.qlora import QLoRAConfig
 from .methods.surgical import SurgicalConfig, auto_rgn, auto_snr, weighted_groups
 from .methods.tiedlora import TiedLoRAConfig
@@ -56,9 +57,9 @@ __all__ = [
     "AdapterPool", "BitFitConfig", "BottleneckConfig", "DoRAConfig", "GLoRAConfig", "GroupQuantTensor",
     "HeadOnlyConfig", "IA3Config", "LLaMAAdapterConfig", "LoRAConfig", "LoRAFAConfig", "LoftQConfig", "MultiLoRAConfig",
     "NF4Tensor", "NormTuningConfig", "OLoRAConfig", "PiSSAConfig", "PrefixTuningConfig", "PromptTuningConfig",
-    "QLoRAConfig", "SurgicalConfig", "TiedLoRAConfig", "TopLayersConfig", "VeRAConfig", "activate", "add_gated_prompt",
-    "attach", "auto_rgn", "auto_snr", "detach", "disabled", "gated_prompt_attention", "gptq_quantize",
-    "group_dequantize", "group_linear", "group_quantize", "load", "load_model", "lora_linear", "loraplus_groups",
-    "merge", "multi_lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize", "qalora_linear", "qalora_merge",
-    "save", "summary", "unmerge", "weighted_groups",
+    "QALoRAConfig", "QLoRAConfig", "SurgicalConfig", "TiedLoRAConfig", "TopLayersConfig", "VeRAConfig", "activate",
+    "add_gated_prompt", "attach", "auto_rgn", "auto_snr", "detach", "disabled", "gated_prompt_attention",
+    "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "load", "load_model", "lora_linear",
+    "loraplus_groups", "merge", "multi_lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize", "qalora_linear",
+    "qalora_merge", "save", "summary", "unmerge", "weighted_groups",
 ]  # fmt: skip

@@ -1,0 +1,108 @@
+"""QA-LoRA, Xu et al. 2023 (arXiv:2309.14717): LoRA whose change is constant in each group of a quantised weight.
+
+    y = scale (codes - zeros) x + b + s B A p(x)    s = alpha / r;  p adds up x over each group
+
+A in R^(r x in/group) starts random (Kaiming uniform), B in R^(out x r) at 0: the model starts as its quantised
+base. Being constant in a group, the change merges into the zeros: codes and scales stay, and nothing is rounded
+but float32 zeros. The base is quantised as the adapter is attached, the layers of the target alone.
+
+Files are of our own kind: a model that PEFT quantised otherwise would be another base (its LoRA files with
+``use_qalora`` are refused by LoRA).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import Adapter, GroupLinear, MergeError, sizes, with_matrix
+from ..ops import GroupQuantTensor, group_dequantize, qalora_linear, qalora_merge
+from . import each_target, register
+from .config import Config, check_choice, check_range, check_target
+from .lora import check_rank
+from .targets import ALL_LINEAR, Target
+
+
+@dataclass(frozen=True)
+class QALoRAConfig(Config):
+    """Options of QA-LoRA.
+
+    Args:
+        r: rank.
+        alpha: numerator of the scaling; by default 2 r.
+        bits: of a code, 2, 3, 4 or 8.
+        group_size: columns of a weight that share a scale and a zero, a power of two from 8 to 4096.
+        pool: "sum" as in the paper, "mean" as in its authors' code, or "peft", see :func:`peftops.qalora_linear`.
+        target: as for :class:`LoRAConfig`.
+    """
+
+    peft_type: ClassVar[str] = "QALORA"
+
+    r: int = 16
+    alpha: float | None = None
+    bits: int = 4
+    group_size: int = 32
+    pool: str = "sum"
+    target: Target = ALL_LINEAR
+
+    def __post_init__(self) -> None:
+        check_range("r", self.r, 1, whole=True)
+        check_choice("bits", self.bits, (2, 3, 4, 8))
+        check_choice("group_size", self.group_size, tuple(2**n for n in range(3, 13)))
+        check_choice("pool", self.pool, ("sum", "mean", "peft"))
+        check_target(self.target)
+
+
+@register(QALoRAConfig)
+class QALoRA(Adapter):
+    peft_keys: ClassVar = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+
+    def __init__(self, base: nn.Module, config: QALoRAConfig, layer: str):
+        super().__init__()
+        in_, out = sizes(base)
+        weight, self.config = base.weight, config
+        group = weight.group_size if isinstance(weight, GroupQuantTensor) else config.group_size
+        if type(base) not in (nn.Linear, GroupLinear):
+            raise TypeError(f"QA-LoRA quantises plain linear layers, and {layer} is a {type(base).__name__}")
+        if isinstance(weight, GroupQuantTensor) and (weight.bits, group) != (config.bits, config.group_size):
+            raise ValueError(f"{layer} is quantised to {weight.bits} bits in groups of {group} already")
+        if in_ % group:
+            raise ValueError(f"{layer} has {in_} inputs, which is no multiple of group_size={group}")
+        check_rank(config.r, base, layer)
+        self.scaling = (2.0 * config.r if config.alpha is None else config.alpha) / config.r
+        self.lora_A = nn.Parameter(torch.empty(config.r, in_ // group, device=weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(out, config.r, device=weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    @staticmethod
+    def prepare(model: nn.Module, config: QALoRAConfig) -> None:
+        """Quantise the layers of the target that are dense."""
+        for path, base in each_target(QALoRA, model, config).items():
+            if not isinstance(base, GroupLinear):
+                if base is not model.get_submodule(path):
+                    raise ValueError(f"QA-LoRA would quantise {path}, which carries another adapter; attach it before")
+                parent, _, leaf = path.rpartition(".")
+                quantised = GroupLinear.from_dense(base, bits=config.bits, group_size=config.group_size)
+                setattr(model.get_submodule(parent), leaf, quantised)
+
+    def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
+        return qalora_linear(x, base.weight, base.bias, lora_A=self.lora_A, lora_B=self.lora_B, scaling=self.scaling,
+                             pool=self.config.pool)  # fmt: skip
+
+    def merge_into(self, base: nn.Module, *, dense: bool) -> tuple[nn.Module, MergeError]:
+        """Other zeros under the same codes and scales, or the dense weight that these stand for."""
+        codes = qalora_merge(base.weight, self.lora_A, self.lora_B, scaling=self.scaling, pool=self.config.pool)
+        before, after = (group_dequantize(w, dtype=torch.float32) for w in (base.weight, codes))
+        if not dense:
+            return GroupLinear(codes, base.bias).train(base.training), MergeError.between(before, after, after)
+        rounded = after.to(base.weight.dtype)
+        shell = nn.Linear(*sizes(base), bias=base.bias is not None, device="meta")
+        merged = with_matrix(shell, rounded, base.bias).train(base.training)
+        return merged, MergeError.between(before, after, rounded)
+
+    def extra_repr(self) -> str:
+        return f"r={len(self.lora_A)}, scaling={self.scaling:g}, pool={self.config.pool!r}"
