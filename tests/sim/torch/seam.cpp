@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 extern "C" {
 
@@ -32,6 +33,23 @@ AOTITorchError __wrap_torch_get_const_data_ptr(AtenTensorHandle tensor, const vo
 AOTITorchError __wrap_torch_get_mutable_data_ptr(AtenTensorHandle tensor, void** p) {
   const AOTITorchError error = __real_torch_get_mutable_data_ptr(tensor, p);
   if (!error) allow(tensor, *p, false);
+  return error;
+}
+
+// New memory holds what was freed last, perhaps the right result of a call before: what a kernel leaves unwritten must
+// show, as NaN or as 255.
+AOTITorchError __real_aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t,
+                                               AtenTensorHandle*);
+AOTITorchError __wrap_aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                                               int32_t device_type, int32_t device_index, AtenTensorHandle* tensor) {
+  const AOTITorchError error =
+      __real_aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, tensor);
+  if (error) return error;
+  void* p = nullptr;
+  int64_t elements = 0;
+  aoti_torch_get_numel(*tensor, &elements);
+  if (elements && !__real_torch_get_mutable_data_ptr(*tensor, &p))
+    memset(p, 0xff, size_t(elements) * aoti_torch_dtype_element_size(dtype));
   return error;
 }
 
