@@ -28,9 +28,9 @@ def cases():
                 yield harness.Case(
                     f"forward {n}x{k} {str(dtype)[6:]} M={m}",
                     no_grad(
-                        peftops=lambda x=x: peftops.nf4_linear(x, quantised),
-                        dense=lambda x=x: F.linear(x, weight),
-                        bitsandbytes=lambda x=x: bnb.matmul_4bit(x, packed.t(), state),
+                        peftops=lambda x=x, quantised=quantised: peftops.nf4_linear(x, quantised),
+                        dense=lambda x=x, weight=weight: F.linear(x, weight),
+                        bitsandbytes=lambda x=x, packed=packed, state=state: bnb.matmul_4bit(x, packed.t(), state),
                     ),
                     flops=2.0 * m * n * k,
                     bytes=quantised.nbytes if m <= 4 else 0,

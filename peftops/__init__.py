@@ -2,9 +2,9 @@
 
 from importlib.util import find_spec
 
-import torch  # noqa: F401  (loads the libraries that _C is linked with)
+import torch  # loads the libraries that _C is linked with
 
-from . import _C
+from . import _C as _C
 from .integrations import load, load_model, save, summary
 from .methods import activate, attach, detach, disabled, merge, unmerge
 from .methods.bitfit import BitFitConfig

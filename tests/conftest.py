@@ -1,10 +1,10 @@
 import os
 
 import pytest
-import sim
 import torch
 from hypothesis import HealthCheck, settings
 
+import sim
 from peftops import _C
 
 # The fixture below is set up once per test and not per example, which is what is wanted.

@@ -49,8 +49,8 @@ def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=320, n_positions=128, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
-                        attn_pdrop=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=2)  # fmt: skip
+    config = GPT2Config(vocab_size=320, n_positions=128, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0,
+                        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=2)  # fmt: skip
     return GPT2LMHeadModel(config).eval()
 
 
@@ -58,8 +58,8 @@ def bert():
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+    config = BertConfig(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                        num_attention_heads=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
     return BertForSequenceClassification(config).eval()
 
 

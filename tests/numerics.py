@@ -8,10 +8,10 @@ Elementwise results are exact. Sums are bounded from float64 by what rounding ca
 * a product in bf16 (AVX512-BF16, bf16 activations) by what rounding to bf16 does to the weight.
 """
 
-import reference
-import sim
 import torch
 
+import reference
+import sim
 from peftops import _C
 
 FP32 = 2.0**-24
@@ -35,7 +35,9 @@ def assert_sums(got, want, magnitude, terms, extra=0.0):
     bound = before + info.eps / 2 * (want.abs() + before) + info.smallest_normal * info.eps
     assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     excess = (got - want).abs() - bound
-    assert got.numel() == 0 or (excess <= 0).all(), f"beyond the bound of {bound.flatten()[excess.argmax()]:.3g} by {excess.max():.3g}"
+    assert got.numel() == 0 or (excess <= 0).all(), (
+        f"beyond the bound of {bound.flatten()[excess.argmax()]:.3g} by {excess.max():.3g}"
+    )
 
 
 def on_cuda(x):

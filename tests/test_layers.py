@@ -15,7 +15,9 @@ ORDER = ["ops", "nn", "methods", "integrations"]  # peftops/<layer>, lowest firs
 
 
 def read(*patterns):
-    paths = sorted(p for pattern in patterns for p in ROOT.glob(pattern) if p.is_file() and "__pycache__" not in p.parts)
+    paths = sorted(
+        p for pattern in patterns for p in ROOT.glob(pattern) if p.is_file() and "__pycache__" not in p.parts
+    )
     return [pytest.param(p, p.read_text(), id=str(p.relative_to(ROOT))) for p in paths]
 
 
@@ -108,6 +110,7 @@ def test_isa_builds_stay_apart(tmp_path):
         "  return absmax == 32.f ? 0 : 1;\n}\n"
     )
     compiler = shutil.which("c++") or "g++"
-    command = [compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", program, tmp_path / "libpeftops_kernels.a", "-o", tmp_path / "main"]
+    library = tmp_path / "libpeftops_kernels.a"
+    command = [compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", program, library, "-o", tmp_path / "main"]
     subprocess.run([str(part) for part in command], check=True)
     subprocess.run([str(tmp_path / "main")], check=True)

@@ -36,7 +36,7 @@ def to_gptq(weight: GroupQuantTensor) -> dict[str, Tensor]:
     """
     if not isinstance(weight, GroupQuantTensor):
         raise TypeError(f"to_gptq: weight must be a GroupQuantTensor, not a {type(weight).__name__}")
-    n, k = weight.shape
+    _, k = weight.shape
     if k * weight.bits % 32:
         raise ValueError(f"to_gptq: rows of {k} codes of {weight.bits} bits do not fill int32 words")
     return {

@@ -135,7 +135,9 @@ def _safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 for key in keys:
                     if key in parts:
                         continue
-                    own = {p[len(key) - len("weight") :]: tensors.get_tensor(p) for p in parts if p.startswith(f"{key}.")}
+                    own = {
+                        p[len(key) - len("weight") :]: tensors.get_tensor(p) for p in parts if p.startswith(f"{key}.")
+                    }
                     tensor = tensors.get_tensor(key)
                     yield key, from_bitsandbytes({"weight": tensor, **own}) if own else tensor
         except (SafetensorError, OSError) as error:

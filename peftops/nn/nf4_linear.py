@@ -40,7 +40,9 @@ class NF4Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         block = f"block_size={self.weight.block_size}, double_quant={self.weight.double_quant}"
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {block}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {block}"
+        )
 
 
 def quantize_linears(

@@ -64,7 +64,9 @@ class LoRATerm:
 def check_lora(op: str, n: int, k: int, lora_A: Tensor | None, lora_B: Tensor | None, dropout_p: float) -> None:
     """Raise a sentence unless the factors of ``op``, over a weight ``[n, k]``, fit together."""
     if lora_A is None or lora_B is None:
-        raise ValueError(f"{op}: lora_A and lora_B belong together, but {'lora_A' if lora_A is None else 'lora_B'} is None")
+        raise ValueError(
+            f"{op}: lora_A and lora_B belong together, but {'lora_A' if lora_A is None else 'lora_B'} is None"
+        )
     if lora_A.dim() != 2 or lora_A.shape[1] != k or lora_A.shape[0] == 0:
         raise ValueError(f"{op}: lora_A must have shape [r, {k}], not {list(lora_A.shape)}")
     if lora_B.shape != (n, lora_A.shape[0]):

@@ -70,7 +70,7 @@ def test_the_report_on_whole_zeros_is_honest(bits):
 
 def test_zeros_out_of_range_are_counted():
     weight = peftops.group_quantize(torch.randn(64, 64) + 3)
-    parts, report = to_gptq_integers(weight)
+    _, report = to_gptq_integers(weight)
     assert report.clamped == int((weight.zeros.round() < 1).sum()) > 0 and report.weight_error > 0.1
 
 

@@ -195,10 +195,22 @@ def test_bad_models(tmp_path, dense):
             peftops.load_model(folder)
 
     expect("lacks 1 tensors, among them model.norm.weight", lambda t: t.pop("model.norm.weight"))
-    expect("lacks 1 tensors, among them model.layers.0.mlp.up_proj.weight", lambda t: t.pop("model.layers.0.mlp.up_proj.weight"))
-    expect("has a tensor model.extra that LlamaForCausalLM has no place for", lambda t: t.update({"model.extra": torch.ones(1)}))
-    expect(r"tensor model.norm.weight has shape \[3\], the model expects \[64\]", lambda t: t.update({"model.norm.weight": torch.ones(3)}))
-    expect("holds a NaN or an infinity", lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.full((96, 64), float("nan"))}))
+    expect(
+        "lacks 1 tensors, among them model.layers.0.mlp.up_proj.weight",
+        lambda t: t.pop("model.layers.0.mlp.up_proj.weight"),
+    )
+    expect(
+        "has a tensor model.extra that LlamaForCausalLM has no place for",
+        lambda t: t.update({"model.extra": torch.ones(1)}),
+    )
+    expect(
+        r"tensor model.norm.weight has shape \[3\], the model expects \[64\]",
+        lambda t: t.update({"model.norm.weight": torch.ones(3)}),
+    )
+    expect(
+        "holds a NaN or an infinity",
+        lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.full((96, 64), float("nan"))}),
+    )
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="is damaged or cut short"):

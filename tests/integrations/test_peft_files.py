@@ -53,7 +53,8 @@ def test_the_files_are_those_of_peft(saved):
 
 @pytest.mark.parametrize("config", [
     LoRAConfig(r=4, rslora=True, alpha=3.0, dropout=0.25), LoRAConfig(r=2, target=["q_proj", "layers.1.mlp.up_proj"]),
-    LoRAConfig(r=3, target=r".*layers\.1\..*_proj"), LoRAConfig(r=4, rank_pattern={"q_proj": 7}, alpha_pattern={"v_proj": 1.0}),
+    LoRAConfig(r=3, target=r".*layers\.1\..*_proj"),
+    LoRAConfig(r=4, rank_pattern={"q_proj": 7}, alpha_pattern={"v_proj": 1.0}),
 ])  # fmt: skip
 def test_round_trip_keeps_everything(tmp_path, config):
     model, ids = trained(config), models.tokens()

@@ -1,10 +1,10 @@
 """HF PEFT reads our adapters and we read PEFT's: same logits."""
 
-import models
 import pytest
 import torch
 from torch import nn
 
+import models
 import peftops
 from peftops import LoRAConfig
 
@@ -16,7 +16,8 @@ kinds = pytest.mark.parametrize("ours, theirs", [
     (LoRAConfig(r=8, alpha=3.0, rslora=True), dict(r=8, lora_alpha=3, use_rslora=True, target_modules="all-linear")),
     (LoRAConfig(r=4, target=r".*layers\.1\..*proj"), dict(r=4, lora_alpha=8, target_modules=r".*layers\.1\..*proj")),
     (LoRAConfig(r=4, rank_pattern={"q_proj": 6}, alpha_pattern={"mlp.up_proj": 1.0}, alpha=8.0),
-     dict(r=4, lora_alpha=8, rank_pattern={"q_proj": 6}, alpha_pattern={"mlp.up_proj": 1.0}, target_modules="all-linear")),
+     dict(r=4, lora_alpha=8, rank_pattern={"q_proj": 6}, alpha_pattern={"mlp.up_proj": 1.0},
+          target_modules="all-linear")),
 ], ids=["names", "rslora", "expression", "patterns"])  # fmt: skip
 
 
@@ -76,7 +77,9 @@ def test_the_same_layers_and_gradients(ours, theirs):
 
 def test_what_we_do_not_support_of_pefts_raises(tmp_path):
     for options in (dict(lora_bias=True), dict(bias="lora_only"), dict(modules_to_save=["lm_head"])):
-        other = peft.get_peft_model(models.llama(tied=False), peft.LoraConfig(r=4, target_modules=["q_proj"], **options))
+        other = peft.get_peft_model(
+            models.llama(tied=False), peft.LoraConfig(r=4, target_modules=["q_proj"], **options)
+        )
         other.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="which peftops does not support"):
             peftops.load(models.llama(tied=False), tmp_path)

@@ -1,10 +1,10 @@
 """HF PEFT's own AdaptedAttention and ours: same prompts and gates in, same logits and gradients out."""
 
-import models
 import pytest
 import torch
 from torch import nn
 
+import models
 from peftops.nn.gated_prompt import GatedPrompt
 
 peft = pytest.importorskip("peft")

@@ -1,10 +1,10 @@
 """The methods that HF PEFT has, too: the same parameters give the same logits, and files go both ways."""
 
-import models
 import pytest
 import torch
 from torch import nn
 
+import models
 import peftops
 from peftops import (
     DoRAConfig,
@@ -27,9 +27,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 qv = ["q_proj", "v_proj"]
 gpt = ["c_attn", "c_proj"]
+
+
+def dora():
+    return peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=qv)
+
+
 BOTH = [
-    (models.llama, DoRAConfig(r=4, target=qv), lambda: peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=qv)),
-    (models.qwen2, DoRAConfig(r=4, target=qv), lambda: peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=qv)),
+    (models.llama, DoRAConfig(r=4, target=qv), dora),
+    (models.qwen2, DoRAConfig(r=4, target=qv), dora),
     (models.gpt2, LoRAConfig(r=4, target=gpt), lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=gpt)),
     (models.llama, LoRAConfig(r=4, target=["embed_tokens", "q_proj"]),
      lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=["embed_tokens", "q_proj"])),
@@ -111,9 +117,13 @@ def test_what_is_lora_once_trained_is_lora_to_peft(tmp_path, config):
     torch.testing.assert_close(logits(again, models.llama), logits(model, models.llama), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("init, config", [("pissa", PiSSAConfig(r=4, target=qv)), ("olora", OLoRAConfig(r=4, target=qv))])
+@pytest.mark.parametrize(
+    "init, config", [("pissa", PiSSAConfig(r=4, target=qv)), ("olora", OLoRAConfig(r=4, target=qv))]
+)
 def test_starts_from_the_factors_that_peft_starts_from(init, config):
-    other = peft.get_peft_model(models.llama(), peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=init, target_modules=qv))
+    other = peft.get_peft_model(
+        models.llama(), peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=init, target_modules=qv)
+    )
     model = peftops.attach(models.llama(), config)
     for path, layer in hosts(model):
         a, b = layer.adapters["default"].lora_A, layer.adapters["default"].lora_B
@@ -124,8 +134,8 @@ def test_starts_from_the_factors_that_peft_starts_from(init, config):
 
 
 def test_a_prefix_that_peft_made_by_an_mlp(tmp_path):
-    config = peft.PrefixTuningConfig(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8, task_type="CAUSAL_LM",
-                                     token_dim=32, num_attention_heads=2, num_layers=2)  # fmt: skip
+    config = peft.PrefixTuningConfig(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8,
+                                     task_type="CAUSAL_LM", token_dim=32, num_attention_heads=2, num_layers=2)  # fmt: skip
     other = peft.get_peft_model(models.llama(), config).eval()
     want = logits(other, models.llama)
     other.save_pretrained(tmp_path)
@@ -143,7 +153,10 @@ def test_vera_draws_the_projections_that_peft_draws():
 
 def test_convolutions(tmp_path):
     torch.manual_seed(0)
-    build = lambda: (torch.manual_seed(0), nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 1)))[1]
+    build = lambda: (
+        torch.manual_seed(0),
+        nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 1)),
+    )[1]
     x = torch.randn(2, 3, 9, 9)
     model = peftops.attach(build(), LoRAConfig(r=2, target=["0", "2"]))
     shake(model)

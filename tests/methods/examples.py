@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import models
 import torch
 
+import models
 from peftops.methods.bitfit import BitFitConfig
 from peftops.methods.bottleneck import BottleneckConfig
 from peftops.methods.head_only import HeadOnlyConfig

@@ -2,11 +2,11 @@
 
 import copy
 
-import models
 import pytest
 import torch
 from torch import nn
 
+import models
 import peftops
 from peftops import (
     BitFitConfig,

@@ -3,11 +3,11 @@
 import copy
 import io
 
-import models
 import pytest
 import torch
 from torch import nn
 
+import models
 import peftops
 from examples import VECTORS, example_of
 from peftops.methods import METHODS, adapted_layers, hosts

@@ -1,9 +1,9 @@
 """LLaMA-Adapter: which attentions get a prompt, what it starts as, and what is refused."""
 
-import models
 import pytest
 import torch
 
+import models
 import peftops
 from peftops import LLaMAAdapterConfig
 from peftops.methods import adapted_layers

@@ -1,11 +1,11 @@
 import json
 import math
 
-import models
 import pytest
 import torch
 from torch import nn
 
+import models
 import peftops
 from peftops import LoRAConfig, QLoRAConfig
 from peftops.methods import adapted_layers
@@ -101,7 +101,9 @@ def test_target_means_what_it_means_in_peft():
     model = models.llama()
     assert find_targets(model, ["q_proj"]) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
     assert find_targets(model, ["layers.1.self_attn.q_proj"]) == ["model.layers.1.self_attn.q_proj"]
-    assert find_targets(model, r".*layers\.0\..*(up|down)_proj") == [f"model.layers.0.mlp.{n}_proj" for n in ("up", "down")]
+    assert find_targets(model, r".*layers\.0\..*(up|down)_proj") == [
+        f"model.layers.0.mlp.{n}_proj" for n in ("up", "down")
+    ]
     with pytest.raises(ValueError, match="matches no layer"):
         find_targets(model, "q_proj")  # a string is an expression for the whole name
     assert find_targets(model, ["lm_head"]) == ["lm_head"]
@@ -116,14 +118,22 @@ def test_a_target_that_matches_nothing_lists_near_names():
         peftops.attach(nn.Sequential(nn.ReLU()), LoRAConfig())
     with pytest.raises(ValueError, match="is not a regular expression"):
         peftops.attach(models.llama(), LoRAConfig(target="(q_proj"))
-    with pytest.raises(TypeError, match="matches model.norm, a LlamaRMSNorm; only linear, embedding and convolution layers are supported"):
+    with pytest.raises(
+        TypeError,
+        match="matches model.norm, a LlamaRMSNorm; only linear, embedding and convolution layers are supported",
+    ):
         peftops.attach(models.llama(), LoRAConfig(target=["model.norm"]))
 
 
 def test_an_error_leaves_the_model_as_it_was():
     model = models.llama()
     before = [type(m) for m in model.modules()]
-    for config in (LoRAConfig(target=["nothing"]), LoRAConfig(r=65), QLoRAConfig(target=["nothing"]), QLoRAConfig(r=65)):
+    for config in (
+        LoRAConfig(target=["nothing"]),
+        LoRAConfig(r=65),
+        QLoRAConfig(target=["nothing"]),
+        QLoRAConfig(r=65),
+    ):
         with pytest.raises(ValueError):
             peftops.attach(model, config)
         assert [type(m) for m in model.modules()] == before
@@ -163,7 +173,11 @@ def test_bad_calls():
     with pytest.raises(ValueError, match=r"detach\(merged=True\) needs a merged adapter"):
         peftops.detach(model, merged=True)
     peftops.merge(model)
-    for call in (peftops.merge, lambda m: peftops.attach(m, LoRAConfig(), name="b"), lambda m: peftops.disabled(m).__enter__()):
+    for call in (
+        peftops.merge,
+        lambda m: peftops.attach(m, LoRAConfig(), name="b"),
+        lambda m: peftops.disabled(m).__enter__(),
+    ):
         with pytest.raises(ValueError, match="merged"):
             call(model)
     with pytest.raises(ValueError, match="r=33 is more than 2 can use: its weight is 32 x 96"):

@@ -1,10 +1,10 @@
 """What is particular to a method: its formula, its start, its memory, its mistakes."""
 
-import models
 import pytest
 import torch
 from torch import nn
 
+import models
 import peftops
 from peftops import (
     BottleneckConfig,
@@ -73,7 +73,11 @@ def test_lora_fa_keeps_x_at_and_not_x(config, width, quantised):
 def test_lora_fa_has_loras_gradients_and_projects_them_if_told_to():
     x = torch.randn(16, 64)
     grads = {}
-    for name, config in {"lora": LoRAConfig(r=4), "fa": LoRAFAConfig(r=4), "pre": LoRAFAConfig(r=4, precondition=True)}.items():
+    for name, config in {
+        "lora": LoRAConfig(r=4),
+        "fa": LoRAFAConfig(r=4),
+        "pre": LoRAFAConfig(r=4, precondition=True),
+    }.items():
         torch.manual_seed(0)
         model = peftops.attach(nn.Sequential(nn.Linear(64, 48)), config)
         adapter = adapters(model)[0]
@@ -83,7 +87,9 @@ def test_lora_fa_has_loras_gradients_and_projects_them_if_told_to():
         grads[name] = adapter.lora_B.grad
     torch.testing.assert_close(grads["fa"], grads["lora"], rtol=1e-5, atol=1e-6)
     A, full = adapter.lora_A.detach(), g.t() @ x
-    torch.testing.assert_close(adapter.scaling * grads["pre"] @ A, full @ torch.linalg.pinv(A) @ A, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        adapter.scaling * grads["pre"] @ A, full @ torch.linalg.pinv(A) @ A, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_dora_rows_have_the_length_m():
@@ -149,7 +155,9 @@ def test_glora_runs_in_all_its_kinds_and_merges_in_each():
     for kinds in itertools.product(weight, weight, (*weight[:2], "none"), weight[1:], weight[1:]):
         if set(kinds) == {"none"}:
             continue
-        model = peftops.attach(nn.Sequential(nn.Linear(16, 12)), GLoRAConfig(r=2, **dict(zip("ABCDE", kinds, strict=True))))
+        model = peftops.attach(
+            nn.Sequential(nn.Linear(16, 12)), GLoRAConfig(r=2, **dict(zip("ABCDE", kinds, strict=True)))
+        )
         shake(model)
         want = model(x)
         peftops.merge(model)

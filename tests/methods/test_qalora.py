@@ -1,9 +1,9 @@
 """QA-LoRA: what it quantises, and that it merges into the zeros alone."""
 
-import models
 import pytest
 import torch
 
+import models
 import peftops
 from examples import VECTORS
 from peftops import QALoRAConfig

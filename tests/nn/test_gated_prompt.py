@@ -2,13 +2,13 @@
 
 import copy
 
-import models
 import pytest
 import torch
 import transformers
 from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+import models
 import reference
 from peftops import LoRAConfig, attach
 from peftops.nn.gated_prompt import GatedPrompt, check_attention, is_attention

@@ -28,7 +28,8 @@ def test_int8_is_asked_for():
     assert torch.equal(layer(x), peftops.group_linear(x, layer.weight, compute="int8"))
 
 
-@pytest.mark.parametrize("kernel", [{"kernel_size": 1}, {"kernel_size": 1, "stride": 2}, {"kernel_size": 1, "padding": 1},
+@pytest.mark.parametrize("kernel", [{"kernel_size": 1}, {"kernel_size": 1, "stride": 2},
+                                    {"kernel_size": 1, "padding": 1},
                                     {"kernel_size": 3, "padding": 1}, {"kernel_size": (2, 4), "stride": (2, 1)},
                                     {"kernel_size": 3, "dilation": 2, "padding": (0, 3)}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("batch", [(2,), ()])

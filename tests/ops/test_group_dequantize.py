@@ -12,7 +12,10 @@ def weight_of(n, k, group, bits, seed, dtype=torch.float32, device="cpu"):
     """Any codes, scales of both signs, zeros far outside the codes."""
     gen = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, (n, k), generator=gen)
-    scales, zeros = normal((n, k // group), torch.float32, seed + 1), 30 * normal((n, k // group), torch.float32, seed + 2)
+    scales, zeros = (
+        normal((n, k // group), torch.float32, seed + 1),
+        30 * normal((n, k // group), torch.float32, seed + 2),
+    )
     parts = (t.to(device) for t in (codes, scales, zeros))
     return peftops.GroupQuantTensor.from_codes(*parts, bits=bits, dtype=dtype)
 

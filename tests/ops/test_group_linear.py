@@ -271,7 +271,9 @@ def test_int8_leaves_what_it_cannot_hold_to_fp32(device, dtype, bad):
     y, want = layer(compute="int8"), layer()
     assert torch.allclose(y[:8].float(), want[:8].float(), rtol=0, atol=0.1 * float(want[:8].detach().abs().max()))
     assert torch.equal(y[8].isnan(), want[8].isnan()) and torch.equal(y[8].isinf(), want[8].isinf())
-    assert_sums(y[8].nan_to_num(0, 0, 0), want[8].double().nan_to_num(0, 0, 0), want[8].double().abs().nan_to_num(0, 0, 0), 8)
+    assert_sums(
+        y[8].nan_to_num(0, 0, 0), want[8].double().nan_to_num(0, 0, 0), want[8].double().abs().nan_to_num(0, 0, 0), 8
+    )
 
 
 def test_int8_same_bits_for_any_number_of_threads(device, threads):

@@ -168,7 +168,9 @@ def test_clipping_finds_the_best_of_its_ranges(device, n, group_k, bits, symmetr
     chosen = (got.scales.cpu() == scales) & (got.zeros.cpu() == zeros)
     assert chosen.any(0).all()
     index = chosen.double().argmax(0)[None]
-    assert torch.equal(got.codes.cpu(), codes.gather(0, index[..., None].expand(1, *codes.shape[1:]))[0].flatten(1).byte())
+    assert torch.equal(
+        got.codes.cpu(), codes.gather(0, index[..., None].expand(1, *codes.shape[1:]))[0].flatten(1).byte()
+    )
 
 
 def test_clipping_pays(device):

@@ -61,7 +61,9 @@ def test_loading_another_layout_raises_and_changes_nothing():
         with pytest.raises(RuntimeError, match=r"GroupQuantTensors of different \(shape, bits, group_size\)"):
             model.load_state_dict(other.state_dict())
     for other in (torch.randn(48, 64), peftops.nf4_quantize(torch.randn(48, 64))):
-        with pytest.raises(RuntimeError, match=f"only be copied to a GroupQuantTensor, not with a {type(other).__name__}"):
+        with pytest.raises(
+            RuntimeError, match=f"only be copied to a GroupQuantTensor, not with a {type(other).__name__}"
+        ):
             model.load_state_dict({"weight": other})
     assert torch.equal(model(x), before)
     assert not torch.equal(model.weight.data, torch.zeros(48, 64))
@@ -106,7 +108,9 @@ def test_other_zeros_share_codes_and_scales():
 
 def test_bad_parts():
     codes, one = torch.zeros(4, 64, dtype=torch.int64), torch.ones(4, 2)
-    make = lambda codes=codes, scales=one, zeros=one, bits=4: GroupQuantTensor.from_codes(codes, scales, zeros, bits=bits)
+    make = lambda codes=codes, scales=one, zeros=one, bits=4: GroupQuantTensor.from_codes(
+        codes, scales, zeros, bits=bits
+    )
     assert make().group_size == 32
     for bad, message in (
         (dict(bits=5), "bits must be 2, 3, 4 or 8, not 5"),
@@ -115,7 +119,10 @@ def test_bad_parts():
         (dict(scales=one[:3]), r"scales must have shape \[4, groups\] with groups a divisor of 64, not \[3, 2\]"),
         (dict(scales=torch.ones(4, 3)), r"a divisor of 64, not \[4, 3\]"),
         (dict(zeros=one[:, :1]), r"zeros must have the shape of scales, \[4, 2\], not \[4, 1\]"),
-        (dict(scales=torch.ones(4, 16), zeros=torch.ones(4, 16)), "group size must be a power of two from 8 to 4096, not 4"),
+        (
+            dict(scales=torch.ones(4, 16), zeros=torch.ones(4, 16)),
+            "group size must be a power of two from 8 to 4096, not 4",
+        ),
         (dict(codes=codes + 16), "codes must be from 0 to 15, not from 16 to 16"),
         (dict(codes=codes - 1), "codes must be from 0 to 15, not from -1 to -1"),
         (dict(scales=0 * one), "scales must be finite and not 0"),

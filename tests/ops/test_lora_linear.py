@@ -50,7 +50,9 @@ def check(leaves, g, scaling, keep=None, **kw):
         assert_sums(grads["bias"], want["bias"], gs.sum(0), m + 4)
 
 
-@given(m=rows, n=outs, k=ins, r=ranks, dtype=dtypes, mixed=st.booleans(), layout=layouts, bias=st.booleans(), seed=seeds)
+@given(
+    m=rows, n=outs, k=ins, r=ranks, dtype=dtypes, mixed=st.booleans(), layout=layouts, bias=st.booleans(), seed=seeds
+)
 def test_matches_reference(device, m, n, k, r, dtype, mixed, layout, bias, seed):
     leaves = layer(device, m, n, k, r, dtype, torch.float32 if mixed else dtype, seed, layout, bias)
     check(leaves, strided(normal((m, n), dtype, seed + 5, device), layout), 0.75)

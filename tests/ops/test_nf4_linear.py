@@ -33,7 +33,9 @@ class Layer:
                  bias=False, layout="plain"):  # fmt: skip
         weight = normal((n, k), dtype, seed, device)
         self.weight = peftops.nf4_quantize(weight, block_size=block_size, double_quant=double_quant)
-        leaf = lambda shape, dtype, i, how="plain": strided(normal(shape, dtype, seed + i, device), how).requires_grad_()
+        leaf = lambda shape, dtype, i, how="plain": strided(
+            normal(shape, dtype, seed + i, device), how
+        ).requires_grad_()
         self.x = leaf((*lead, k), dtype, 1, layout)
         self.g = strided(normal((*lead, n), dtype, seed + 2, device), layout)
         adapter = adapter or dtype

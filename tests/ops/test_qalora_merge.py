@@ -16,7 +16,9 @@ def merged_layer(layer):
     """The layer with the adapter in its zeros."""
     merged = GroupLayer.__new__(GroupLayer)
     merged.__dict__.update(layer.__dict__)
-    merged.weight = peftops.qalora_merge(layer.weight, layer.lora_A, layer.lora_B, scaling=layer.scaling, pool=layer.pool)
+    merged.weight = peftops.qalora_merge(
+        layer.weight, layer.lora_A, layer.lora_B, scaling=layer.scaling, pool=layer.pool
+    )
     merged.lora_A = merged.lora_B = None
     codes, scales, zeros = (t.double() for t in (merged.weight.codes, merged.weight.scales, merged.weight.zeros))
     merged.dense = reference.group_dequantize(codes, scales, zeros)

@@ -2,12 +2,12 @@
 memory, tensor-core instructions. The numbers are exact, so a budget that fails is a change of the kernel."""
 
 import pytest
-import reference
 import torch
-from numerics import assert_exact, assert_sums, code_error
 
 import peftops
+import reference
 import sim
+from numerics import assert_exact, assert_sums, code_error
 
 SECTOR = 32
 
