@@ -108,6 +108,7 @@ class CMakeBuild(build_ext):
 setup(
     ext_modules=[Extension("peftops._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    # What the build needs beyond pyproject.toml. With a torch at hand, nothing: pip must not fetch another.
-    setup_requires=[] if find_torch() else ["torch>=2.10"],
+    # What the build needs beyond pyproject.toml. With a torch at hand, nothing: pip must not fetch another. Nor when
+    # this file is run by itself: setuptools would fetch one into .eggs, and the build has a sentence to say instead.
+    setup_requires=["torch>=2.10"] if "setuptools.build_meta" in sys.modules and not find_torch() else [],
 )
