@@ -18,7 +18,7 @@ from peftops.cli.model import load_tokenizer
 from peftops.ops.gptq_quantize import output_error
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from finetune_smollm2 import DATA, smollm2  # noqa: E402  (the folder is no package)
+from finetune_smollm2 import DATA, smollm2
 
 GROUP, ROWS = 64, 128
 LAYERS = ["layers.0.self_attn.q_proj", "layers.15.self_attn.o_proj", "layers.15.mlp.up_proj", "layers.29.mlp.down_proj"]
@@ -45,7 +45,7 @@ def main():
     model, tokenizer = peftops.load_model(smollm2(), quantize=False), load_tokenizer(smollm2())
     calibration, held_out = (seen(model, tokenizer, f"wordnet_nouns_{part}.jsonl") for part in ("train", "eval"))
     rows = len(calibration[LAYERS[0]])
-    print(f"gptq_quantize: SmolLM2-135M, groups of {GROUP}, {rows} tokens to calibrate; relative errors, Frobenius norm")
+    print(f"gptq_quantize: SmolLM2-135M, groups of {GROUP}, {rows} tokens to calibrate; relative errors (Frobenius)")
     print(f"{'layer':28} {'bits':4}  {'quantiser':8} {'weight':>8} {'output':>8} {'time':>9}")
     for name in LAYERS:
         weight = model.get_submodule(f"model.{name}").weight.detach()
