@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import hashlib
 import signal
@@ -38,7 +39,7 @@ CHECKPOINT = "checkpoint.pt"
 METHOD_NAMES = {adapter.__name__.lower(): config for config, adapter in METHODS.items()}
 # What must be the same for a run to be resumed.
 _SETTINGS = ("method", "r", "alpha", "dropout", "target", "batch", "accumulate", "steps", "epochs", "lr", "warmup",
-             "weight_decay", "max_length", "seed", "dtype", "block_size")  # fmt: skip
+             "weight_decay", "max_length", "seed", "dtype", "block_size", "set")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,11 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg("--eval-every", type=int, help="steps between evaluations (default: at the start and the end)")
     arg("--out", type=Path, required=True, help="directory for the adapter, the report and the plot")
     arg("--method", choices=sorted(METHOD_NAMES), default="qlora")
-    arg("--r", type=int, default=16, help="rank (default 16)")
+    arg("--r", type=int, help="rank (default: the method's own, mostly 16)")
     arg("--alpha", type=float, help="numerator of the scaling (default 2 r)")
     arg("--dropout", type=float, default=0.0)
     arg("--target", default="all-linear", help="all-linear, names with commas, or re:EXPRESSION")
     arg("--block-size", type=int, default=64, help="of NF4 (default 64)")
+    arg("--set", action="append", default=[], metavar="NAME=VALUE", help="another option of the method: tokens=50")
     arg("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     arg("--steps", type=int, help="optimizer steps (default: as many as --epochs take)")
     arg("--epochs", type=float, default=1.0)
@@ -254,8 +256,22 @@ def parse_target(text: str) -> str | list[str]:
 
 def _config(args: argparse.Namespace) -> object:
     kind = METHOD_NAMES[args.method]
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind) if hasattr(args, field.name)}
+    names = [field.name for field in dataclasses.fields(kind)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    for setting in args.set:
+        name, equals, value = setting.partition("=")
+        if not equals or name not in names:
+            raise ValueError(f"--set {setting}: {args.method} takes NAME=VALUE with NAME one of {', '.join(names)}")
+        given[name] = _value(value)
     return kind(**given)
+
+
+def _value(text: str) -> Any:
+    """A number, tuple, True or None as Python writes it; anything else is text."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@
 #include "kernels/cpu/group_columns.h"
 #include "kernels/cpu/group_dot.h"
 #include "kernels/cpu/group_int8.h"
+#include "kernels/cpu/linear_output.h"
 #if defined(__AVX512F__)
 #include "kernels/cpu/product_int16.h"
 #endif
@@ -54,25 +55,11 @@ void multiply(const GroupLinear& a, const Block& b, const Scratch& s, bool narro
 }  // namespace
 
 int64_t group_linear(const GroupLinear& a, int64_t begin, int64_t end, void* scratch) {
-  const Units<2> units(a.m, a.weight.rows);
-  const Scratch s(scratch);
-  with_type(a.dtype, [&](auto t) {
+  const LinearOutput output{a.y, a.m, a.weight.rows, a.dtype, a.bias, a.bias_dtype};
+  return output.each(begin, end, scratch, [&](auto t, const Block& b, const Scratch& s) {
     using T = typename decltype(t)::type;
-    T* y = static_cast<T*>(a.y);
-    const int64_t n = a.weight.rows;
-    units.each(begin, end, s, [&](const Block& b) {
-      with_bits(a.weight.bits, [&](auto bits) { multiply<T, decltype(bits)::value>(a, b, s); });
-      if (!a.bias)
-        return write<2>(b, s, n, [&](int64_t i, int64_t j, int64_t m, Vec sum) { store_upto(y + i * n + j, m, sum); });
-      with_type(a.bias_dtype, [&](auto u) {
-        const auto* bias = static_cast<const typename decltype(u)::type*>(a.bias);
-        write<2>(b, s, n, [&](int64_t i, int64_t j, int64_t m, Vec sum) {
-          store_upto(y + i * n + j, m, sum + load_upto(bias + j, m));
-        });
-      });
-    });
+    with_bits(a.weight.bits, [&](auto bits) { multiply<T, decltype(bits)::value>(a, b, s); });
   });
-  return units.count();
 }
 
 }  // namespace peftops::cpu::PEFTOPS_ISA

@@ -4,7 +4,7 @@
 // codes are decoded in the order in which they lie, without a transposition.
 #include "kernels/group_linear.h"
 #include "kernels/cpu/group_decode.h"
-#include "kernels/cpu/product.h"
+#include "kernels/cpu/linear_output.h"
 #if defined(__AVX512F__)
 #include "kernels/cpu/product_int16.h"
 #endif
@@ -70,18 +70,11 @@ void multiply(const GroupLinearBackward& a, const Block& b, const Scratch& s, [[
 }  // namespace
 
 int64_t group_linear_backward(const GroupLinearBackward& a, int64_t begin, int64_t end, void* scratch) {
-  const Units<2> units(a.m, a.weight.cols);
-  const Scratch s(scratch);
-  with_type(a.dtype, [&](auto t) {
+  const LinearOutput output{a.dx, a.m, a.weight.cols, a.dtype};
+  return output.each(begin, end, scratch, [&](auto t, const Block& b, const Scratch& s) {
     using T = typename decltype(t)::type;
-    T* dx = static_cast<T*>(a.dx);
-    const int64_t k = a.weight.cols;
-    units.each(begin, end, s, [&](const Block& b) {
-      with_bits(a.weight.bits, [&](auto bits) { multiply<T, decltype(bits)::value>(a, b, s); });
-      write<2>(b, s, k, [&](int64_t i, int64_t j, int64_t m, Vec sum) { store_upto(dx + i * k + j, m, sum); });
-    });
+    with_bits(a.weight.bits, [&](auto bits) { multiply<T, decltype(bits)::value>(a, b, s); });
   });
-  return units.count();
 }
 
 }  // namespace peftops::cpu::PEFTOPS_ISA

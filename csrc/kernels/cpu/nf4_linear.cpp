@@ -6,6 +6,7 @@
 //   16-bit x, AVX-512                 panels decoded to int16 (product_int16.h)
 //   otherwise, or rows with odd ends  panels decoded to fp32 (product.h)
 #include "kernels/nf4_linear.h"
+#include "kernels/cpu/linear_output.h"
 #include "kernels/cpu/nf4_dot.h"
 #if defined(__AVX512BF16__)
 #include "kernels/cpu/product_bf16.h"
@@ -140,25 +141,11 @@ template <class T> void multiply(const Nf4Linear& a, const Block& b, const Scrat
 }  // namespace
 
 int64_t nf4_linear(const Nf4Linear& a, int64_t begin, int64_t end, void* scratch) {
-  const Units<2> units(a.m, a.weight.rows);
-  const Scratch s(scratch);
-  with_type(a.dtype, [&](auto t) {
+  const LinearOutput output{a.y, a.m, a.weight.rows, a.dtype, a.bias, a.bias_dtype};
+  return output.each(begin, end, scratch, [&](auto t, const Block& b, const Scratch& s) {
     using T = typename decltype(t)::type;
-    T* y = static_cast<T*>(a.y);
-    const int64_t n = a.weight.rows;
-    units.each(begin, end, s, [&](const Block& b) {
-      multiply<T>(a, b, s);
-      if (!a.bias)
-        return write<2>(b, s, n, [&](int64_t i, int64_t j, int64_t m, Vec sum) { store_upto(y + i * n + j, m, sum); });
-      with_type(a.bias_dtype, [&](auto u) {
-        const auto* bias = static_cast<const typename decltype(u)::type*>(a.bias);
-        write<2>(b, s, n, [&](int64_t i, int64_t j, int64_t m, Vec sum) {
-          store_upto(y + i * n + j, m, sum + load_upto(bias + j, m));
-        });
-      });
-    });
+    multiply<T>(a, b, s);
   });
-  return units.count();
 }
 
 }  // namespace peftops::cpu::PEFTOPS_ISA

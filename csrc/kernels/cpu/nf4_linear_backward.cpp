@@ -4,8 +4,8 @@
 // are lanes: codes are decoded in the order in which they lie, without a transposition.
 #include "kernels/nf4_linear.h"
 #include "kernels/cpu/dropout.h"
+#include "kernels/cpu/linear_output.h"
 #include "kernels/cpu/nf4_decode.h"
-#include "kernels/cpu/product.h"
 #if defined(__AVX512F__)
 #include "kernels/cpu/product_int16.h"
 #endif
@@ -98,18 +98,11 @@ template <class T> void multiply(const Nf4LinearBackward& a, const Block& b, con
 }  // namespace
 
 int64_t nf4_linear_backward(const Nf4LinearBackward& a, int64_t begin, int64_t end, void* scratch) {
-  const Units<2> units(a.m, a.weight.cols);
-  const Scratch s(scratch);
-  with_type(a.dtype, [&](auto t) {
+  const LinearOutput output{a.dx, a.m, a.weight.cols, a.dtype};
+  return output.each(begin, end, scratch, [&](auto t, const Block& b, const Scratch& s) {
     using T = typename decltype(t)::type;
-    T* dx = static_cast<T*>(a.dx);
-    const int64_t k = a.weight.cols;
-    units.each(begin, end, s, [&](const Block& b) {
-      multiply<T>(a, b, s);
-      write<2>(b, s, k, [&](int64_t i, int64_t j, int64_t m, Vec sum) { store_upto(dx + i * k + j, m, sum); });
-    });
+    multiply<T>(a, b, s);
   });
-  return units.count();
 }
 
 }  // namespace peftops::cpu::PEFTOPS_ISA
