@@ -13,6 +13,8 @@ FEW = 4  # rows up to which products are made straight from the codes, in fp32
 
 
 class GroupLayer:
+    """With ``pool``, the low-rank term is QA-LoRA's; without, it is LoRA's."""
+
     def __init__(self, device, n, k, lead, dtype, seed, *, bits=4, group=32, r=0, pool="sum", adapter=None, bias=False,
                  layout="plain", offset=0.0):  # fmt: skip
         weight = normal((n, k), dtype, seed, device) + offset
@@ -23,7 +25,7 @@ class GroupLayer:
         self.x = leaf((*lead, k), dtype, 1, layout)
         self.g = strided(normal((*lead, n), dtype, seed + 2, device), layout)
         adapter = adapter or dtype
-        self.lora_A = leaf((r, k // group), adapter, 3) if r else None
+        self.lora_A = leaf((r, k // group if pool else k), adapter, 3) if r else None
         self.lora_B = leaf((n, r), adapter, 4) if r else None
         self.bias = leaf((n,), adapter, 5) if bias else None
         self.scaling, self.pool = 0.375, pool
@@ -32,45 +34,51 @@ class GroupLayer:
         self.size = reference.group_dequantize(codes, scales, -zeros.abs())  # what is summed: code * x and zero * x
 
     def __call__(self, **kw):
-        if self.lora_A is None:
-            return peftops.group_linear(self.x, self.weight, self.bias, **kw)
+        if self.lora_A is None or self.pool is None:
+            return peftops.group_linear(self.x, self.weight, self.bias, lora_A=self.lora_A, lora_B=self.lora_B,
+                                        scaling=self.scaling, **kw)  # fmt: skip
         return peftops.qalora_linear(self.x, self.weight, self.bias, lora_A=self.lora_A, lora_B=self.lora_B,
                                      scaling=self.scaling, pool=self.pool, **kw)  # fmt: skip
 
     def leaves(self):
         return {name: t for name in ("x", "bias", "lora_A", "lora_B") if (t := getattr(self, name)) is not None}
 
-    def _run(self, dense, of):
+    def _run(self, dense, of, keep):
         leaves = {name: of(t.detach().double()).requires_grad_() for name, t in self.leaves().items()}
-        y = reference.linear(leaves["x"], dense, leaves.get("bias"))
-        if self.lora_A is not None:
+        factors = () if self.pool else (leaves.get("lora_A"), leaves.get("lora_B"), self.scaling, keep)
+        y = reference.linear(leaves["x"], dense, leaves.get("bias"), *factors)
+        if self.lora_A is not None and self.pool:
             group = self.weight.group_size
             y = y + reference.qalora(leaves["x"], leaves["lora_A"], leaves["lora_B"], self.scaling, self.pool, group)
         g = of(self.g.double())
         return y, dict(zip(leaves, torch.autograd.grad(y, leaves.values(), g), strict=True))
 
-    def reference(self):
+    def reference(self, keep=None):
         """y and the gradients in float64."""
-        return self._run(self.dense, lambda t: t.clone())
+        return self._run(self.dense, lambda t: t.clone(), keep)
 
-    def magnitudes(self):
+    def magnitudes(self, keep=None):
         """The same with every factor replaced by its magnitude."""
-        return self._run(self.size, torch.abs)
+        return self._run(self.size, torch.abs, keep)
 
-    def check(self):
-        y = self()
+    def check(self, keep=None, **kw):
+        y = self(**kw)
         grads = dict(zip(self.leaves(), torch.autograd.grad(y, self.leaves().values(), self.g), strict=True))
-        want_y, want = self.reference()
-        size_y, size = self.magnitudes()
+        want_y, want = self.reference(keep)
+        size_y, size = self.magnitudes(keep)
         n, k = self.weight.shape
         m = max(1, self.x.numel() // k)
         r = 0 if self.lora_A is None else self.lora_A.shape[0]
 
         assert y.dtype == self.x.dtype and y.is_contiguous()
         assert_sums(y, want_y, size_y, k + r + 8, self.narrow_forward())
-        assert_sums(grads.pop("x"), want.pop("x"), size["x"], n + r + 8, self.narrow_backward())
+        narrow = self.narrow_backward()
+        if keep is not None:  # the dropped term is added to a dx of the base that was rounded once
+            narrow = narrow + torch.finfo(self.x.dtype).eps * (self.g.double().abs() @ self.size)
+        assert_sums(grads.pop("x"), want.pop("x"), size["x"], n + r + 8, narrow)
         for name, grad in grads.items():
-            terms = {"bias": m, "lora_A": m + n + self.weight.group_size + 4, "lora_B": m + k + 4}[name]
+            pooled = self.weight.group_size if self.pool else 0
+            terms = {"bias": m, "lora_A": m + n + pooled + 4, "lora_B": m + k + 4}[name]
             assert_sums(grad, want[name], size[name], terms)
 
     def narrow_forward(self):

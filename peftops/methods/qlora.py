@@ -12,8 +12,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..nn import quantize_linears
-from ..ops import NF4Tensor
+from ..nn import is_quantized, quantize_linears
 from . import adapted_layers, register
 from .lora import LoRA, LoRAConfig
 from .targets import ALL_LINEAR, find_targets
@@ -35,7 +34,7 @@ class QLoRAConfig(LoRAConfig):
 
 
 def check_nothing_dense_is_adapted(method: str, model: nn.Module) -> None:
-    if any(not isinstance(getattr(layer.base, "weight", None), NF4Tensor) for _, layer in adapted_layers(model)):
+    if any(not is_quantized(getattr(layer.base, "weight", None)) for _, layer in adapted_layers(model)):
         raise ValueError(f"{method} would quantise layers that carry other adapters already; attach it before them")
 
 

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..ops import NF4Tensor, nf4_dequantize, nf4_quantize
 from .layers import LINEAR, dense_matrix, matrix, sizes, with_matrix
-from .nf4_linear import NF4Linear
+from .quantized import dequantized, is_quantized, quantized_like
 
 PREFIX = "base_model.model."  # of PEFT's keys, for its wrappers around the model
 
@@ -89,12 +88,11 @@ class Adapter(Stored):
         dtype, bias_dtype = base.weight.dtype, base.weight.dtype if bias is None else bias.dtype
         weight, bias = self.merged(before, None if bias is None else bias.detach().float())
         bias = None if bias is None else bias.to(bias_dtype)
-        quantized = isinstance(base.weight, NF4Tensor) and not dense
+        quantized = is_quantized(base.weight) and not dense
         if quantized:
-            kind = base.weight
-            codes = nf4_quantize(weight.to(dtype), block_size=kind.block_size, double_quant=kind.double_quant)
-            result: nn.Module = NF4Linear(codes, bias, getattr(base, "dense_shell", None))
-            rounded = nf4_dequantize(codes, dtype=torch.float32)
+            codes = quantized_like(weight.to(dtype), base.weight)
+            result: nn.Module = base.with_codes(codes, bias)
+            rounded = dequantized(codes, torch.float32)
         else:
             rounded = weight.to(dtype)
             result = with_matrix(base, rounded, bias)

@@ -26,11 +26,17 @@ class GroupLinear(nn.Linear):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.compute = compute
+        # What it becomes when it is made dense again; no submodule.
+        self.__dict__["dense_shell"] = nn.Linear(self.in_features, self.out_features, device="meta")
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, **how: object) -> GroupLinear:
         """Quantise ``linear`` by :func:`peftops.group_quantize`, whose options ``how`` are; the bias is shared."""
         return cls(group_quantize(linear.weight, **how), linear.bias).train(linear.training)
+
+    def with_codes(self, weight: GroupQuantTensor, bias: Tensor | None) -> GroupLinear:
+        """The same layer over another weight."""
+        return GroupLinear(weight, bias, compute=self.compute)
 
     def forward(self, x: Tensor) -> Tensor:
         return group_linear(x, self.weight, self.bias, compute=self.compute)

@@ -3,7 +3,7 @@
 ==============  =========================  ==========================
 kind            layers                     weight as they store it
 ==============  =========================  ==========================
-linear          Linear, NF4Linear          ``[out, in]``
+linear          Linear, quantised or not   ``[out, in]``
 linear          transformers' Conv1D       ``[in, out]``
 embedding       Embedding                  ``[in, out]``: a row per id
 convolution     Conv2d without groups      ``[out, in, height, width]``
@@ -17,7 +17,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..ops import NF4Tensor, nf4_dequantize
+from .quantized import dequantized, is_quantized
 
 LINEAR, EMBEDDING, CONVOLUTION = "linear", "embedding", "convolution"
 
@@ -58,9 +58,9 @@ def sizes(layer: nn.Module) -> tuple[int, int]:
 
 
 def dense_matrix(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrix of a dense or 4-bit layer as a new dense tensor."""
-    if isinstance(layer.weight, NF4Tensor):
-        return nf4_dequantize(layer.weight, dtype=dtype)
+    """The matrix of a dense or quantised layer as a new dense tensor."""
+    if is_quantized(layer.weight):
+        return dequantized(layer.weight, dtype)
     return matrix(layer).detach().to(dtype, copy=True)
 
 

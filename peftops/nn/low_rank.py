@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import NF4Tensor, lora_linear, nf4_linear
 from .layers import CONVOLUTION, EMBEDDING, kind_of, matrix, sizes
+from .quantized import is_quantized, linear_op
 
 
 def factor_shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -42,12 +42,12 @@ def low_rank(
         h = F.dropout(x, dropout, training)
         u = F.conv2d(h, lora_A.to(x.dtype), None, base.stride, base.padding, base.dilation)
         return base(x) + scaling * F.conv2d(u, lora_B.to(x.dtype))
-    op = nf4_linear if isinstance(base.weight, NF4Tensor) else lora_linear
-    return op(x, matrix(base), base.bias if bias else None, lora_A=lora_A, lora_B=lora_B, scaling=scaling,
-              dropout_p=dropout, training=training)  # fmt: skip
+    weight = matrix(base)
+    return linear_op(weight)(x, weight, base.bias if bias else None, lora_A=lora_A, lora_B=lora_B, scaling=scaling,
+                             dropout_p=dropout, training=training)  # fmt: skip
 
 
 def product(base: nn.Module, x: Tensor) -> Tensor:
     """``x W^T`` of a linear layer, without its bias."""
     weight = matrix(base)
-    return nf4_linear(x, weight) if isinstance(weight, NF4Tensor) else F.linear(x, weight)
+    return linear_op(weight)(x, weight) if is_quantized(weight) else F.linear(x, weight)

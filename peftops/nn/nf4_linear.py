@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import NF4Tensor, nf4_linear, nf4_quantize
 from .layers import is_conv1d, matrix
+from .quantized import is_quantized
 
 
 class NF4Linear(nn.Linear):
@@ -35,6 +36,10 @@ class NF4Linear(nn.Linear):
         weight = nf4_quantize(matrix(linear).contiguous(), block_size=block_size, double_quant=double_quant)
         return cls(weight, linear.bias, shell_of(linear)).train(linear.training)
 
+    def with_codes(self, weight: NF4Tensor, bias: Tensor | None) -> NF4Linear:
+        """The same layer over another weight."""
+        return NF4Linear(weight, bias, self.dense_shell)
+
     def forward(self, x: Tensor) -> Tensor:
         return nf4_linear(x, self.weight, self.bias)
 
@@ -58,7 +63,7 @@ def quantize_linears(
     dense and the 4-bit model never exist at once.
 
     Args:
-        model: any module. Layers that are 4-bit already are left alone.
+        model: any module. Layers that are quantised already are left alone.
         chosen: tells by its dotted name whether a layer is to be quantised.
 
     Returns:
@@ -77,7 +82,7 @@ def quantize_linears(
 def _dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for path, parent in model.named_modules():
         for leaf, child in parent.named_children():
-            if (isinstance(child, nn.Linear) or is_conv1d(child)) and not isinstance(child.weight, NF4Tensor):
+            if (isinstance(child, nn.Linear) or is_conv1d(child)) and not is_quantized(child.weight):
                 yield f"{path}.{leaf}".lstrip("."), parent, leaf
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .group_tensor import GroupQuantTensor
-from .lora_linear import autocast, sum_rows
+from .lora_linear import LoRATerm, autocast, check_lora, draw_seed, sum_rows
 
 Compute = Literal["float", "int8"]
 
@@ -43,29 +43,54 @@ def check_group_weight(op: str, x: Tensor, weight: GroupQuantTensor) -> None:
 
 class _GroupLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, weight, int8):
-        ctx.save_for_backward(*weight[:3])
-        ctx.settings = weight[3:]
+    def forward(ctx, x, bias, lora_A, lora_B, weight, int8, scaling, dropout_p, seed):
+        u = None if lora_A is None else LoRATerm(lora_A, lora_B, scaling, dropout_p, seed).shrink(x)
+        # x is needed for the gradient of lora_A alone.
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, u, lora_A, lora_B, seed, *weight[:3])
+        ctx.settings, ctx.scaling, ctx.dropout_p = weight[3:], scaling, dropout_p
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _linear(x, *weight, bias, None, None, 1.0, int8)
+        return _linear(x, *weight, bias, u, lora_B, scaling, int8)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        need_x, need_bias, *_ = ctx.needs_input_grad
-        dx = _backward(g, *ctx.saved_tensors, *ctx.settings, None, None) if need_x else None
-        return dx, sum_rows(g, ctx.bias_dtype) if need_bias else None, None, None
+        x, u, lora_A, lora_B, seed, *weight = ctx.saved_tensors
+        need_x, need_bias, need_A, need_B = ctx.needs_input_grad[:4]
+        v = dx = dbias = dA = dB = None
+        if u is not None:
+            term = LoRATerm(lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed)
+            v = term.shrink_gradient(g)
+            dA = term.gradient_A(x, v) if need_A else None
+            dB = term.gradient_B(g, u) if need_B else None
+        if need_x and ctx.dropout_p > 0:
+            dx = _backward(g, *weight, *ctx.settings, None, None)
+            term.expand_gradient_(dx, v)
+        elif need_x:
+            dx = _backward(g, *weight, *ctx.settings, v, lora_A)
+        if need_bias:
+            dbias = sum_rows(g, ctx.bias_dtype)
+        return dx, dbias, dA, dB, None, None, None, None, None
 
 
 def group_linear(
-    x: Tensor, weight: GroupQuantTensor, bias: Tensor | None = None, *, compute: Compute = "float"
+    x: Tensor,
+    weight: GroupQuantTensor,
+    bias: Tensor | None = None,
+    *,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    compute: Compute = "float",
 ) -> Tensor:
-    """``x W^T + bias`` over a group-quantised weight: the inference of GPTQ models and of merged QA-LoRA.
+    """``x W^T + bias + scaling * dropout(x) A^T B^T`` over a group-quantised weight: the inference of GPTQ models and
+    of merged QA-LoRA, and LoRA on top of them.
 
     The weight is decoded in registers or cache-sized panels; it never exists densely, forward or backward.
     Sums are float32; with 16-bit ``x``, AVX-512 multiplies in int16 or bfloat16, with an error of the order
-    of the rounding of the result. The result has the same bits for any number of threads. Backward keeps
-    nothing of ``x``.
+    of the rounding of the result. The result has the same bits for any number of threads. Backward keeps ``x``
+    itself (only if ``lora_A`` needs a gradient), ``x A^T`` (float32) and a seed.
 
     ``compute="int8"`` allows ``x`` to be rounded to 8 bits, with a maximum for each row and group (or 128
     columns of it); codes, scales, zeros and sums stay as they are. Normal activations come out with a relative
@@ -77,21 +102,30 @@ def group_linear(
         x: float32, bfloat16 or float16, ``[..., in]``; any strides.
         weight: ``[out, in]``, frozen; from :func:`peftops.group_quantize`.
         bias: ``[out]`` of any float dtype, or None.
-        compute: ``"float"``, or ``"int8"`` to allow rounded activations.
+        lora_A: ``[r, in]``, and lora_B: ``[out, r]``; of any float dtype, float32 for training.
+        scaling: factor of the low-rank term.
+        dropout_p: probability in [0, 1) of dropping an element of ``x`` on its way to ``lora_A``, in training.
+        compute: ``"float"``, or ``"int8"`` to allow rounded activations (never on their way to ``lora_A``).
 
     Returns:
-        ``[..., out]`` in x's dtype. Differentiable once in ``x`` and ``bias``.
+        ``[..., out]`` in x's dtype. Differentiable once in ``x``, ``bias``, ``lora_A`` and ``lora_B``.
 
     Raises:
         TypeError: weight is not a GroupQuantTensor.
-        ValueError: it requires a gradient, which codes cannot have; is on another device than x; or compute
-            is unknown.
+        ValueError: it requires a gradient, which codes cannot have; is on another device than x; compute is
+            unknown; or shapes of the factors do not fit together.
         RuntimeError: shapes do not fit, or a dtype is none of the three.
     """
     check_group_weight("group_linear", x, weight)
     if compute not in get_args(Compute):
         raise ValueError(f"group_linear: compute must be 'float' or 'int8', not {compute!r}")
     x, int8 = autocast(x), compute == "int8"
+    if lora_A is None and lora_B is None:
+        dropout_p, seed = 0.0, None
+    else:
+        check_lora("group_linear", *weight.shape, lora_A, lora_B, dropout_p)
+        dropout_p, seed = draw_seed(x, dropout_p, training)
     if torch.is_grad_enabled():
-        return _GroupLinear.apply(x, bias, weight._arguments, int8)
-    return _linear(x, *weight._arguments, bias, None, None, 1.0, int8)
+        return _GroupLinear.apply(x, bias, lora_A, lora_B, weight._arguments, int8, scaling, dropout_p, seed)
+    u = None if lora_A is None else LoRATerm(lora_A, lora_B, scaling, dropout_p, seed).shrink(x)
+    return _linear(x, *weight._arguments, bias, u, lora_B, scaling, int8)

@@ -96,7 +96,7 @@ def nf4_linear(
     n, k = weight.shape
     x = autocast(x)
     if lora_A is None and lora_B is None:
-        seed = None
+        dropout_p, seed = 0.0, None
     else:
         check_lora("nf4_linear", n, k, lora_A, lora_B, dropout_p)
         dropout_p, seed = draw_seed(x, dropout_p, training)

@@ -135,7 +135,8 @@ def test_starts_from_the_factors_that_peft_starts_from(init, config):
 
 def test_a_prefix_that_peft_made_by_an_mlp(tmp_path):
     config = peft.PrefixTuningConfig(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8,
-                                     task_type="CAUSAL_LM", token_dim=32, num_attention_heads=2, num_layers=2)  # fmt: skip
+                                     task_type="CAUSAL_LM", token_dim=32, num_attention_heads=2,
+                                     num_layers=2)  # fmt: skip
     other = peft.get_peft_model(models.llama(), config).eval()
     want = logits(other, models.llama)
     other.save_pretrained(tmp_path)

@@ -29,7 +29,8 @@ def llama_3b():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
-                         head_dim=128, num_attention_heads=24, num_key_value_heads=8, tie_word_embeddings=True)  # fmt: skip
+                         head_dim=128, num_attention_heads=24, num_key_value_heads=8,
+                         tie_word_embeddings=True)  # fmt: skip
     with torch.device("meta"):
         return LlamaForCausalLM(config)
 

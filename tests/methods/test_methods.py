@@ -248,7 +248,7 @@ def test_loraplus_groups():
     (lambda: peftops.attach(models.mlp(), BottleneckConfig()), "is no transformer block"),
     (lambda: peftops.attach(models.llama(), VeRAConfig(target=["embed_tokens"])), "only linear layers are supported"),
     (lambda: peftops.attach(peftops.detach(peftops.attach(models.llama(), peftops.QLoRAConfig())), SurgicalConfig()),
-     "is in 4 bits, and codes cannot be trained"),
+     "is quantised, and codes cannot be trained"),
 ])  # fmt: skip
 def test_bad_input_gets_a_sentence(make, message):
     with pytest.raises((ValueError, TypeError), match=message):

@@ -55,3 +55,50 @@ def test_bad_convolutions():
         layer = GroupConv2d.from_dense(nn.Conv2d(64, 32, 3, **how))
         with pytest.raises(ValueError, match="only convolutions with one group and a number of zeros for padding"):
             layer(torch.randn(1, 64, 8, 8))
+
+
+METHODS = [
+    peftops.LoRAConfig(r=4), peftops.LoRAConfig(r=4, dropout=0.1), peftops.DoRAConfig(r=4), peftops.IA3Config(),
+    peftops.VeRAConfig(r=8), peftops.MultiLoRAConfig(r=4), peftops.TiedLoRAConfig(r=4), peftops.GLoRAConfig(r=4),
+    peftops.LoRAFAConfig(r=4),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*layers merged")
+@pytest.mark.parametrize("config", METHODS, ids=lambda config: type(config).__name__)
+def test_methods_train_on_a_group_quantised_base_and_merge(config):
+    torch.manual_seed(0)
+    layer = GroupLinear.from_dense(nn.Linear(64, 48), bits=8, group_size=16)
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(48, 5))
+    x = torch.randn(30, 64)
+    before = model(x)
+    peftops.attach(model, config)
+    assert torch.allclose(model(x), before, atol=1e-5)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    target = torch.randn(30, 5)
+    losses = []
+    for _ in range(20):
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.eval()
+    want = model(x).detach()
+    report = peftops.merge(model)
+    assert isinstance(model[0].base, GroupLinear) and report.quantized and report.rounding < 0.01
+    torch.testing.assert_close(model(x), want, atol=0.05, rtol=0)  # 8 bits, rounded again
+    peftops.unmerge(model)
+    assert torch.equal(model(x), want)
+    peftops.merge(model, dense=True)
+    assert type(model[0].base) is nn.Linear
+    torch.testing.assert_close(model(x), want, atol=1e-5, rtol=1e-5)
+
+
+def test_qlora_leaves_a_group_quantised_base_alone():
+    model = nn.Sequential(GroupLinear.from_dense(nn.Linear(64, 48)), nn.Linear(48, 32))
+    peftops.attach(model, peftops.QLoRAConfig(r=4))
+    assert isinstance(model[0].base, GroupLinear) and isinstance(model[1].base, peftops.nn.NF4Linear)
+    assert peftops.summary(model).frozen_bytes == sum(layer.base.weight.nbytes for layer in model)
+    model(torch.randn(3, 64)).sum().backward()

@@ -4,10 +4,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import peftops
+import reference
 from group_layer import FEW, GroupLayer
 from numerics import FP32, assert_sums, segment_max
 from peftops import _C
-from strategies import bit_widths, dtypes, grouped_ins, layouts, normal, outs, rows, seeds, strided
+from strategies import bit_widths, dtypes, grouped_ins, layouts, normal, outs, ranks, rows, seeds, strided
 
 leads = st.one_of(rows.map(lambda m: (m,)), st.sampled_from([(), (2, 3), (1, 0, 4), (2, 1, 9)]))
 
@@ -17,6 +18,27 @@ leads = st.one_of(rows.map(lambda m: (m,)), st.sampled_from([(), (2, 3), (1, 0, 
 def test_matches_reference(device, n, group_k, lead, bits, dtype, bias, layout, offset, seed):
     group, k = group_k
     GroupLayer(device, n, k, lead, dtype, seed, bits=bits, group=group, bias=bias, layout=layout, offset=offset).check()
+
+
+@given(n=outs, group_k=grouped_ins(), lead=leads, bits=bit_widths, dtype=dtypes, adapter=dtypes, r=ranks,
+       bias=st.booleans(), layout=layouts, seed=seeds)  # fmt: skip
+def test_matches_reference_with_a_low_rank_term(device, n, group_k, lead, bits, dtype, adapter, r, bias, layout, seed):
+    group, k = group_k
+    GroupLayer(device, n, k, lead, dtype, seed, bits=bits, group=group, bias=bias, layout=layout, r=r, pool=None,
+               adapter=adapter).check()  # fmt: skip
+
+
+@given(n=outs, group_k=grouped_ins(), m=rows, dtype=dtypes, r=ranks, p=st.sampled_from([0.1, 0.5]), seed=seeds)
+def test_dropout_matches_reference(device, n, group_k, m, dtype, r, p, seed):
+    group, k = group_k
+    layer = GroupLayer(device, n, k, (m,), dtype, seed, group=group, r=r, pool=None)
+    torch.manual_seed(seed)
+    drawn = torch.randint(0, 2**62, (), device=device).item()
+    keep = reference.dropout_mask(drawn, m, k, p).double() / (1 - p)
+    torch.manual_seed(seed)
+    layer.check(keep, dropout_p=p, training=True)
+    if not r:
+        assert torch.equal(layer(dropout_p=p, training=True), layer())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -165,6 +187,13 @@ def test_bad_input(device):
     weight = peftops.group_quantize(torch.randn(64, 96, device=device))
     x = torch.randn(5, 96, device=device)
     call = peftops.group_linear
+    A, B = torch.zeros(4, 96, device=device), torch.zeros(64, 4, device=device)
+    with pytest.raises(ValueError, match="group_linear: lora_A and lora_B belong together, but lora_B is None"):
+        call(x, weight, lora_A=A)
+    with pytest.raises(ValueError, match=r"group_linear: lora_A must have shape \[r, 96\], not \[4, 3\]"):
+        call(x, weight, lora_A=A[:, :3], lora_B=B)
+    with pytest.raises(ValueError, match=r"group_linear: dropout_p must be in \[0, 1\), not 1.0"):
+        call(x, weight, lora_A=A, lora_B=B, dropout_p=1.0)
     with pytest.raises(TypeError, match=r"group_linear: weight must be a GroupQuantTensor \(.*\), not a Tensor"):
         call(x, torch.randn(64, 96))
     with pytest.raises(RuntimeError, match=r"the last dim of x must be 96, but its shape is \[5, 95\]"):
