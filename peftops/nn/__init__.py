@@ -1,7 +1,7 @@
 """The blocks that methods are made of."""
 
 from .adapter import PREFIX, AdaptedLayer, Adapter, MergeError, Stored, Switch
-from .adapter_pool import AdapterPool
+from .adapter_pool import AdapterPool, PoolFull, peak_tokens
 from .gated_prompt import GatedPrompt
 from .group_linear import GroupConv2d, GroupLinear
 from .layers import (
@@ -22,8 +22,8 @@ from .prompt import Prompt, Prompted
 from .select import Select
 
 __all__ = [
-    "CONVOLUTION", "EMBEDDING", "LINEAR", "PREFIX", "AdaptedLayer", "Adapter", "AdapterPool", "GatedPrompt",
-    "GroupConv2d", "GroupLinear", "MergeError", "NF4Linear", "Prompt", "Prompted", "Select", "Stored", "Switch",
-    "as_matrix", "dense_matrix", "factor_shapes", "is_conv1d", "kind_of", "low_rank", "matrix", "product",
-    "quantize_linears", "shell_of", "sizes", "with_matrix",
+    "AdaptedLayer", "Adapter", "AdapterPool", "CONVOLUTION", "EMBEDDING", "GatedPrompt", "GroupConv2d",
+    "GroupLinear", "LINEAR", "MergeError", "NF4Linear", "PREFIX", "PoolFull", "Prompt", "Prompted", "Select",
+    "Stored", "Switch", "as_matrix", "dense_matrix", "factor_shapes", "is_conv1d", "kind_of", "low_rank", "matrix",
+    "peak_tokens", "product", "quantize_linears", "shell_of", "sizes", "with_matrix",
 ]  # fmt: skip

@@ -184,12 +184,11 @@ def raw(trainable=True):
 def test_opcheck(device):
     x, u, g, index, layer = raw()
     for kind in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(op.multi_lora_shrink.default,
-                              (x.to(kind), index, layer.storage, *layer.slots, False, True, 5))  # fmt: skip
-        torch.library.opcheck(op.multi_lora_expand_.default,
-                              (g.to(kind), u, index, layer.storage, *layer.slots, True, True))  # fmt: skip
+        for y, into in ((g, x), (x, g)):
+            torch.library.opcheck(op.multi_lora_add_.default,
+                                  (y.to(kind), into.to(kind), index, layer.storage, *layer.slots, y is x, 5))  # fmt: skip
         torch.library.opcheck(op.multi_lora_gradient.default,
-                              (u, x.to(kind), index, index[[0, 2]], *layer.slots, True, True, 8))  # fmt: skip
+                              (u, x.to(kind), index, index[[0, 2]], *layer.slots, True, 8))  # fmt: skip
 
 
 @pytest.mark.parametrize("quantise", [lambda w: w, peftops.nf4_quantize], ids=["dense", "nf4"])
