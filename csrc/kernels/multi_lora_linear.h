@@ -1,9 +1,9 @@
 // Low-rank terms of many adapters in one batch (S-LoRA, arXiv:2311.03285): the contract between the kernels
 // and everyone above them. Row i of x belongs to adapter a, which has rank r_a and scaling s_a of its own:
 //
-//   multi_lora_add       u_i = x_i F^T,  y_i += s_a u_i G    forward: F is A, G is B^T; x and y are what they are called
-//                                                            backward: F is B^T, G is A; x is the gradient g, y is dx
-//   multi_lora_gradient  dF  = s_a sum over a's rows of u_i^T x_i    dA from g B and x;  dB from x A^T and g
+//   multi_lora_add       u_i = x_i F^T,  y_i += s_a u_i G          forward: F is A, G is B^T, x and y their namesakes;
+//                                                                  backward: F is B^T, G is A, x is g, y is dx
+//   multi_lora_gradient  dF  = s_a sum over a's rows of u_i^T x_i   dA from g B and x; dB from x A^T and g
 //
 // Rows come grouped: `order` lists them adapter after adapter, and a segment is one adapter's piece of that
 // list. A row in no segment (the base alone) is not touched. Sums are fp32, in an order that depends on the

@@ -69,10 +69,11 @@ struct Grouped {
 };
 
 LoraPool pool_of(const Tensor& storage) {
-  STD_TORCH_CHECK(storage.dim() == 2 && storage.is_contiguous(), kOp, ": storage must be contiguous, [pages, page_size]");
+  STD_TORCH_CHECK(storage.dim() == 2 && storage.is_contiguous(), kOp,
+                  ": storage must be contiguous, [pages, page_size]");
   const int64_t size = storage.size(1);
-  STD_TORCH_CHECK(size >= kLoraLine && (size & (size - 1)) == 0, kOp, ": page_size must be a power of two from ", kLoraLine,
-                  ", not ", size);
+  STD_TORCH_CHECK(size >= kLoraLine && (size & (size - 1)) == 0, kOp, ": page_size must be a power of two from ",
+                  kLoraLine, ", not ", size);
   int shift = 0;
   while (int64_t(1) << shift < size) ++shift;
   return {storage.const_data_ptr(), shift, dtype_of(kOp, "storage", storage)};
@@ -80,7 +81,8 @@ LoraPool pool_of(const Tensor& storage) {
 
 // y += s u G, in place, with u = x F^T, which is returned: F is A and G is B^T, or if `transposed` the reverse.
 Tensor multi_lora_add_cpu(Tensor y, const Tensor& x_, const Tensor& index, const Tensor& storage, const Tensor& handles,
-                          const Tensor& pages, const Tensor& where, const Tensor& scaling, bool transposed, int64_t max_rank) {
+                          const Tensor& pages, const Tensor& where, const Tensor& scaling, bool transposed,
+                          int64_t max_rank) {
   STD_TORCH_CHECK(y.is_contiguous(), kOp, ": y must be contiguous");
   const Tensor x = as_contiguous(x_);
   const int64_t m = rows_of(x), k = x.size(-1), n = y.size(-1);
@@ -94,8 +96,8 @@ Tensor multi_lora_add_cpu(Tensor y, const Tensor& x_, const Tensor& index, const
   Tensor u = empty(x, {m, max_rank}, ScalarType::Float);
   memset(u.mutable_data_ptr(), 0, m * max_rank * sizeof(float));
   run(PEFTOPS_PICK(multi_lora_add),
-      MultiLoraAdd{x.const_data_ptr(), y.mutable_data_ptr(), u.mutable_data_ptr<float>(), pool_of(storage), rows.view(), k, n,
-                   max_rank, dtype_of(kOp, "x", x)},
+      MultiLoraAdd{x.const_data_ptr(), y.mutable_data_ptr(), u.mutable_data_ptr<float>(), pool_of(storage), rows.view(),
+                   k, n, max_rank, dtype_of(kOp, "x", x)},
       rows.work(k + n));
   return u;
 }
@@ -115,7 +117,8 @@ Tensor multi_lora_gradient_cpu(const Tensor& u_, const Tensor& x_, const Tensor&
   int64_t ranks = 0;
   for (int64_t i = 0; i < wanted.numel(); ++i) {
     const int64_t handle = wanted.const_data_ptr<int64_t>()[i], slot = handle < 0 ? 0 : handle % slots.slots;
-    STD_TORCH_CHECK(handle >= 0 && slots.handles[slot] == handle, kOp, ": an adapter was evicted or changed between forward and backward");
+    STD_TORCH_CHECK(handle >= 0 && slots.handles[slot] == handle, kOp,
+                    ": an adapter was evicted or changed between forward and backward");
     start[slot] = ranks * k;
     ranks += slots.where[3 * slot + 2];
   }
@@ -127,8 +130,8 @@ Tensor multi_lora_gradient_cpu(const Tensor& u_, const Tensor& x_, const Tensor&
   }
   rows.segments = std::move(kept);
   run(PEFTOPS_PICK(multi_lora_gradient),
-      MultiLoraGradient{floats_of(kOp, "u", u), x.const_data_ptr(), rows.view(), d.mutable_data_ptr<float>(), k, ldu, by_rank,
-                        dtype_of(kOp, "x", x)},
+      MultiLoraGradient{floats_of(kOp, "u", u), x.const_data_ptr(), rows.view(), d.mutable_data_ptr<float>(), k, ldu,
+                        by_rank, dtype_of(kOp, "x", x)},
       rows.work(k));
   return d;
 }

@@ -20,10 +20,12 @@ from .low_rank import factor_shapes, low_rank, product
 from .nf4_linear import NF4Linear, quantize_linears, shell_of
 from .prompt import Prompt, Prompted
 from .select import Select
+from .tensor_parallel import column_parallel_lora, row_parallel_lora, shard_lora, unshard_lora
 
 __all__ = [
     "AdaptedLayer", "Adapter", "AdapterPool", "CONVOLUTION", "EMBEDDING", "GatedPrompt", "GroupConv2d",
     "GroupLinear", "LINEAR", "MergeError", "NF4Linear", "PREFIX", "PoolFull", "Prompt", "Prompted", "Select",
-    "Stored", "Switch", "as_matrix", "dense_matrix", "factor_shapes", "is_conv1d", "kind_of", "low_rank", "matrix",
-    "peak_tokens", "product", "quantize_linears", "shell_of", "sizes", "with_matrix",
+    "Stored", "Switch", "as_matrix", "column_parallel_lora", "dense_matrix", "factor_shapes", "is_conv1d",
+    "kind_of", "low_rank", "matrix", "peak_tokens", "product", "quantize_linears", "row_parallel_lora",
+    "shard_lora", "shell_of", "sizes", "unshard_lora", "with_matrix",
 ]  # fmt: skip

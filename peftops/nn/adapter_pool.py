@@ -352,8 +352,8 @@ class AdapterPool:
             have, total = (len(self._free), len(self._free_slots)), (len(self.storage), len(self._handles))
             raise PoolFull(
                 f"AdapterPool: no room for {what}: it needs {pages} pages and {slots} slots; of {total[0]} pages "
-                f"{have[0]} are free and {room - have[0]} can be evicted, of {total[1]} slots {have[1]} and {len(idle)};"
-                " the others are pinned, in use or allocated"
+                f"{have[0]} are free and {room - have[0]} can be evicted, of {total[1]} slots {have[1]} and {len(idle)}"
+                "; the others are pinned, in use or allocated"
             )
         while len(self._free) < pages or len(self._free_slots) < slots:
             self._drop(idle.pop(0))

@@ -10,11 +10,11 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from numerics import assert_sums
-from strategies import normal
 
 import peftops
+from numerics import assert_sums
 from peftops.nn import PoolFull, peak_tokens
+from strategies import normal
 
 LAYERS = {"p": (5, 70), "q": (64, 3)}
 PAGES, SLOTS, PAGE = 12, 3, 128

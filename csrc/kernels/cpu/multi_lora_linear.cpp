@@ -100,7 +100,8 @@ void dot_tile(const MultiLoraAdd& a, const int64_t* rows, const Factor<T>& f, in
 
 // y_i += scale * u_i G for M rows and up to kTileCols columns from col on; u is [M, r].
 template <int M, class Y, class T>
-void expand_tile(const MultiLoraAdd& a, const LoraSegment& s, const int64_t* rows, const float* u, const Factor<T>& f, int64_t col) {
+void expand_tile(const MultiLoraAdd& a, const LoraSegment& s, const int64_t* rows, const float* u, const Factor<T>& f,
+                 int64_t col) {
   Vec sum[M][kTileVectors];
 #pragma GCC unroll 4
   for (int i = 0; i < M; ++i)
@@ -150,8 +151,8 @@ void shrink(const MultiLoraAdd& a, const Group& g, const Factor<T>& f, int64_t r
 
 // y += s u G for a group and the columns [col, stop).
 template <class Y, class T>
-void expand(const MultiLoraAdd& a, const LoraSegment& s, const Group& g, const float* u, const Factor<T>& f, int64_t col,
-            int64_t stop) {
+void expand(const MultiLoraAdd& a, const LoraSegment& s, const Group& g, const float* u, const Factor<T>& f,
+            int64_t col, int64_t stop) {
   for (; col < stop; col += kTileCols)
     g.each([&](int64_t begin, int64_t rows) {
       with_rows(rows, [&](auto tile) {
