@@ -76,6 +76,10 @@ class Server:
             fetched.result()
             assert len(self.pool.resident) <= self.args.slots
 
+    def load(self):
+        for name in self.names():
+            self.pool.load(name)
+
     def one(self):
         for _ in range(self.args.batches):
             self.serve(["0"] * self.args.rows)
@@ -93,6 +97,9 @@ def cases(args):
     )
     times = harness.measure({"many": server.many, "one": server.one}, 3)
     print(f"{tokens / times['many']:.0f} tokens/s, {tokens / times['one']:.0f} with one adapter")
+    one = server.pages * server.pool.storage[0].nbytes
+    seconds = harness.measure({"load": server.load})["load"] / args.rows
+    print(f"a load, mostly after an eviction: {seconds * 1e3:.2f} ms, {one / seconds / 1e9:.1f} GB/s")
 
 
 if __name__ == "__main__":

@@ -316,15 +316,15 @@ class AdapterPool:
         try:
             if host.leaves:
                 host.fill(host.leaves)
-            for i, page in enumerate(now.pages):
-                self.storage[page].copy_(host.flat[i])
+            pages = torch.tensor(now.pages, dtype=torch.int64)
+            self.storage.index_copy_(0, pages, host.flat)
         except BaseException:
             with self._lock:
                 self._drop(name)
                 self._lock.notify_all()
             raise
         with self._lock:
-            self._table[now.slot, : len(now.pages)] = torch.tensor(now.pages, dtype=torch.int32)
+            self._table[now.slot, : len(pages)] = pages
             self._where[:, now.slot], self._scaling[:, now.slot] = host.where, host.scaling
             self._loads += 1
             handle = self._loads * len(self._handles) + now.slot
