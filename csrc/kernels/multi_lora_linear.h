@@ -1,9 +1,9 @@
 // Low-rank terms of many adapters in one batch (S-LoRA, arXiv:2311.03285): the contract between the kernels
 // and everyone above them. Row i of x belongs to adapter a, which has rank r_a and scaling s_a of its own:
 //
-//   multi_lora_shrink    u_i   = s x_i F^T       u from x and A;  v from the gradient g and B^T, times s_a
-//   multi_lora_expand    y_i  += s u_i F         y from u and B^T, times s_a;  dx from v and A
-//   multi_lora_gradient  dF    = s sum over a's rows of u_i^T x_i     dA from v and x;  dB from u and g, times s_a
+//   multi_lora_add       u_i = x_i F^T,  y_i += s_a u_i G          forward: F is A, G is B^T, x and y their namesakes;
+//                                                                  backward: F is B^T, G is A, x is g, y is dx
+//   multi_lora_gradient  dF  = s_a sum over a's rows of u_i^T x_i   dA from g B and x; dB from x A^T and g
 //
 // Rows come grouped: `order` lists them adapter after adapter, and a segment is one adapter's piece of that
 // list. A row in no segment (the base alone) is not touched. Sums are fp32, in an order that depends on the
@@ -24,6 +24,7 @@
 namespace peftops {
 
 constexpr int64_t kLoraLine = 64;
+constexpr int64_t kLoraMaxRank = 8192;   // u of sixteen rows must fit into the scratch of a thread
 
 struct LoraPool {
   const void* storage;    // [pages << page_shift] of dtype
@@ -34,8 +35,9 @@ struct LoraPool {
 // The rows order[begin .. end) and what one adapter does to them.
 struct LoraSegment {
   int64_t begin, end;
-  const int32_t* pages;   // the adapter's, in order; the factor's first element is at `start`
-  int64_t start, r;
+  const int32_t* pages;   // the adapter's, in order
+  int64_t first, second;  // the elements at which F and G begin
+  int64_t r;              // kLoraMaxRank at most
   float scale;
 };
 
@@ -45,28 +47,20 @@ struct LoraSegments {
   int64_t count;
 };
 
-struct MultiLoraShrink {
-  const void* x;          // [m, k] of x_dtype
-  LoraPool pool;          // holds each F as [r, k]
-  LoraSegments segments;
+struct MultiLoraAdd {
+  const void* x;          // [m, k] of dtype
+  void* y;                // [m, n] of dtype, read and written
   float* u;               // [m, ldu]; r columns of a segment's rows are written
-  int64_t k, ldu;
-  DType x_dtype;
-};
-
-struct MultiLoraExpand {
-  void* y;                // [m, k] of y_dtype, read and written
-  const float* u;         // [m, ldu]
-  LoraPool pool;          // holds each F as [r, k]
+  LoraPool pool;          // holds each F as [r, k], each G as [r, n]
   LoraSegments segments;
-  int64_t k, ldu;
-  DType y_dtype;
+  int64_t k, n, ldu;
+  DType dtype;
 };
 
 struct MultiLoraGradient {
   const float* u;         // [m, ldu]
   const void* x;          // [m, k] of x_dtype
-  LoraSegments segments;  // `start` is where a segment's dF begins in d; pages are not used
+  LoraSegments segments;  // `first` is where a segment's dF begins in d; pages are not used
   float* d;               // dF as [r, k] if by_rank, else [k, r]
   int64_t k, ldu;
   bool by_rank;
@@ -74,10 +68,10 @@ struct MultiLoraGradient {
 };
 
 namespace cpu {
-namespace scalar     { Kernel<MultiLoraShrink> multi_lora_shrink; Kernel<MultiLoraExpand> multi_lora_expand; Kernel<MultiLoraGradient> multi_lora_gradient; }
-namespace avx2       { Kernel<MultiLoraShrink> multi_lora_shrink; Kernel<MultiLoraExpand> multi_lora_expand; Kernel<MultiLoraGradient> multi_lora_gradient; }
-namespace avx512     { Kernel<MultiLoraShrink> multi_lora_shrink; Kernel<MultiLoraExpand> multi_lora_expand; Kernel<MultiLoraGradient> multi_lora_gradient; }
-namespace avx512bf16 { Kernel<MultiLoraShrink> multi_lora_shrink; Kernel<MultiLoraExpand> multi_lora_expand; Kernel<MultiLoraGradient> multi_lora_gradient; }
+namespace scalar     { Kernel<MultiLoraAdd> multi_lora_add; Kernel<MultiLoraGradient> multi_lora_gradient; }
+namespace avx2       { Kernel<MultiLoraAdd> multi_lora_add; Kernel<MultiLoraGradient> multi_lora_gradient; }
+namespace avx512     { Kernel<MultiLoraAdd> multi_lora_add; Kernel<MultiLoraGradient> multi_lora_gradient; }
+namespace avx512bf16 { Kernel<MultiLoraAdd> multi_lora_add; Kernel<MultiLoraGradient> multi_lora_gradient; }
 }  // namespace cpu
 
 }  // namespace peftops

@@ -1,6 +1,7 @@
 #include "kernels/multi_lora_linear.h"
 #include "ops/bind.h"
 
+#include <algorithm>
 #include <vector>
 
 namespace peftops::ops {
@@ -32,8 +33,7 @@ struct Grouped {
   std::vector<int64_t> order;
   std::vector<LoraSegment> segments;
 
-  // factor: 0 for A, 1 for B^T.
-  Grouped(const Tensor& index_, int64_t rows, const Slots& at, int factor, bool scaled) {
+  Grouped(const Tensor& index_, int64_t rows, const Slots& at, bool transposed) {
     STD_TORCH_CHECK(index_.scalar_type() == ScalarType::Long, kOp, ": adapter_index must be int64");
     const Tensor index = as_contiguous(index_);
     STD_TORCH_CHECK(index.numel() == rows, kOp, ": adapter_index must name an adapter for each of the ", rows,
@@ -51,7 +51,9 @@ struct Grouped {
     for (int64_t s = 0; s < at.slots; ++s) {
       const int64_t r = at.where[3 * s + 2], n = next[s + 1];
       next[s + 1] += next[s];
-      if (n && r) segments.push_back({next[s], next[s] + n, at.pages + s * at.most, at.where[3 * s + factor], r, scaled ? at.scaling[s] : 1.f});
+      if (n && r)
+        segments.push_back({next[s], next[s] + n, at.pages + s * at.most, at.where[3 * s + transposed],
+                            at.where[3 * s + !transposed], r, at.scaling[s]});
     }
     order.resize(next[at.slots]);
     for (int64_t i = 0; i < rows; ++i)
@@ -67,79 +69,69 @@ struct Grouped {
 };
 
 LoraPool pool_of(const Tensor& storage) {
-  STD_TORCH_CHECK(storage.dim() == 2 && storage.is_contiguous(), kOp, ": storage must be contiguous, [pages, page_size]");
+  STD_TORCH_CHECK(storage.dim() == 2 && storage.is_contiguous(), kOp,
+                  ": storage must be contiguous, [pages, page_size]");
   const int64_t size = storage.size(1);
-  STD_TORCH_CHECK(size >= kLoraLine && (size & (size - 1)) == 0, kOp, ": page_size must be a power of two from ", kLoraLine,
-                  ", not ", size);
+  STD_TORCH_CHECK(size >= kLoraLine && (size & (size - 1)) == 0, kOp, ": page_size must be a power of two from ",
+                  kLoraLine, ", not ", size);
   int shift = 0;
   while (int64_t(1) << shift < size) ++shift;
   return {storage.const_data_ptr(), shift, dtype_of(kOp, "storage", storage)};
 }
 
-// u = s x F^T
-Tensor multi_lora_shrink_cpu(const Tensor& x_, const Tensor& index, const Tensor& storage, const Tensor& handles,
-                             const Tensor& pages, const Tensor& where, const Tensor& scaling, bool second, bool scaled,
-                             int64_t max_rank) {
+// y += s u G, in place, with u = x F^T, which is returned: F is A and G is B^T, or if `transposed` the reverse.
+Tensor multi_lora_add_cpu(Tensor y, const Tensor& x_, const Tensor& index, const Tensor& storage, const Tensor& handles,
+                          const Tensor& pages, const Tensor& where, const Tensor& scaling, bool transposed,
+                          int64_t max_rank) {
+  STD_TORCH_CHECK(y.is_contiguous(), kOp, ": y must be contiguous");
   const Tensor x = as_contiguous(x_);
-  const int64_t m = rows_of(x), k = x.size(-1);
+  const int64_t m = rows_of(x), k = x.size(-1), n = y.size(-1);
+  STD_TORCH_CHECK(rows_of(y) == m, kOp, ": y must have the ", m, " rows of x, not ", rows_of(y));
+  STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), kOp, ": x and y must be of one dtype");
   const Slots slots(handles, pages, where, scaling);
-  const Grouped rows(index, m, slots, second, scaled);
+  const Grouped rows(index, m, slots, transposed);
   for (const LoraSegment& s : rows.segments)
-    STD_TORCH_CHECK(s.r <= max_rank, kOp, ": an adapter has rank ", s.r, ", more than max_rank ", max_rank);
+    STD_TORCH_CHECK(s.r <= std::min(max_rank, kLoraMaxRank), kOp, ": an adapter has rank ", s.r, ", more than ",
+                    std::min(max_rank, kLoraMaxRank));
   Tensor u = empty(x, {m, max_rank}, ScalarType::Float);
   memset(u.mutable_data_ptr(), 0, m * max_rank * sizeof(float));
-  run(PEFTOPS_PICK(multi_lora_shrink),
-      MultiLoraShrink{x.const_data_ptr(), pool_of(storage), rows.view(), u.mutable_data_ptr<float>(), k, max_rank,
-                      dtype_of(kOp, "x", x)},
-      rows.work(k));
+  run(PEFTOPS_PICK(multi_lora_add),
+      MultiLoraAdd{x.const_data_ptr(), y.mutable_data_ptr(), u.mutable_data_ptr<float>(), pool_of(storage), rows.view(),
+                   k, n, max_rank, dtype_of(kOp, "x", x)},
+      rows.work(k + n));
   return u;
-}
-
-// y += s u F
-void multi_lora_expand_cpu(Tensor y, const Tensor& u_, const Tensor& index, const Tensor& storage, const Tensor& handles,
-                           const Tensor& pages, const Tensor& where, const Tensor& scaling, bool second, bool scaled) {
-  STD_TORCH_CHECK(y.is_contiguous(), kOp, ": y must be contiguous");
-  const Tensor u = as_contiguous(u_);
-  const int64_t m = rows_of(y), k = y.size(-1), ldu = u.size(-1);
-  check_shape(kOp, "u", u, {m, ldu});
-  const Slots slots(handles, pages, where, scaling);
-  const Grouped rows(index, m, slots, second, scaled);
-  for (const LoraSegment& s : rows.segments)
-    STD_TORCH_CHECK(s.r <= ldu, kOp, ": an adapter has rank ", s.r, ", but u has ", ldu, " columns");
-  run(PEFTOPS_PICK(multi_lora_expand),
-      MultiLoraExpand{y.mutable_data_ptr(), floats_of(kOp, "u", u), pool_of(storage), rows.view(), k, ldu, dtype_of(kOp, "y", y)},
-      rows.work(k));
 }
 
 // dF of the adapters `wanted`, one after the other: [r, k] each if by_rank, else [k, r]; `total` is the sum of ranks.
 Tensor multi_lora_gradient_cpu(const Tensor& u_, const Tensor& x_, const Tensor& index, const Tensor& wanted_,
                                const Tensor& handles, const Tensor& pages, const Tensor& where, const Tensor& scaling,
-                               bool by_rank, bool scaled, int64_t total) {
+                               bool by_rank, int64_t total) {
   const Tensor u = as_contiguous(u_), x = as_contiguous(x_), wanted = as_contiguous(wanted_);
   const int64_t m = rows_of(x), k = x.size(-1), ldu = u.size(-1);
   check_shape(kOp, "u", u, {m, ldu});
   const Slots slots(handles, pages, where, scaling);
-  Grouped rows(index, m, slots, 0, scaled);
+  Grouped rows(index, m, slots, false);
   Tensor d = empty(u, {total * k}, ScalarType::Float);
   memset(d.mutable_data_ptr(), 0, total * k * sizeof(float));
   std::vector<int64_t> start(slots.slots, -1);
   int64_t ranks = 0;
   for (int64_t i = 0; i < wanted.numel(); ++i) {
     const int64_t handle = wanted.const_data_ptr<int64_t>()[i], slot = handle < 0 ? 0 : handle % slots.slots;
-    STD_TORCH_CHECK(handle >= 0 && slots.handles[slot] == handle, kOp, ": an adapter was evicted or changed between forward and backward");
+    STD_TORCH_CHECK(handle >= 0 && slots.handles[slot] == handle, kOp,
+                    ": an adapter was evicted or changed between forward and backward");
     start[slot] = ranks * k;
     ranks += slots.where[3 * slot + 2];
   }
   STD_TORCH_CHECK(ranks == total, kOp, ": the ranks of the wanted adapters add up to ", ranks, ", not ", total);
   std::vector<LoraSegment> kept;
   for (LoraSegment s : rows.segments) {
-    s.start = start[(s.pages - slots.pages) / slots.most];
-    if (s.start >= 0) kept.push_back(s);
+    s.first = start[(s.pages - slots.pages) / slots.most];
+    if (s.first >= 0) kept.push_back(s);
   }
   rows.segments = std::move(kept);
   run(PEFTOPS_PICK(multi_lora_gradient),
-      MultiLoraGradient{floats_of(kOp, "u", u), x.const_data_ptr(), rows.view(), d.mutable_data_ptr<float>(), k, ldu, by_rank,
-                        dtype_of(kOp, "x", x)},
+      MultiLoraGradient{floats_of(kOp, "u", u), x.const_data_ptr(), rows.view(), d.mutable_data_ptr<float>(), k, ldu,
+                        by_rank, dtype_of(kOp, "x", x)},
       rows.work(k));
   return d;
 }
@@ -147,8 +139,7 @@ Tensor multi_lora_gradient_cpu(const Tensor& u_, const Tensor& x_, const Tensor&
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(peftops, CPU, m) {
-  m.impl("multi_lora_shrink", TORCH_BOX(&multi_lora_shrink_cpu));
-  m.impl("multi_lora_expand_", TORCH_BOX(&multi_lora_expand_cpu));
+  m.impl("multi_lora_add_", TORCH_BOX(&multi_lora_add_cpu));
   m.impl("multi_lora_gradient", TORCH_BOX(&multi_lora_gradient_cpu));
 }
 

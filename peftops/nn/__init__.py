@@ -1,7 +1,7 @@
 """The blocks that methods are made of."""
 
 from .adapter import PREFIX, AdaptedLayer, Adapter, MergeError, Stored, Switch
-from .adapter_pool import AdapterPool
+from .adapter_pool import AdapterPool, PoolFull, peak_tokens
 from .gated_prompt import GatedPrompt
 from .group_linear import GroupConv2d, GroupLinear
 from .layers import (
@@ -21,10 +21,12 @@ from .nf4_linear import NF4Linear, quantize_linears, shell_of
 from .prompt import Prompt, Prompted
 from .quantized import dequantized, is_quantized, quantized_like
 from .select import Select
+from .tensor_parallel import column_parallel_lora, row_parallel_lora, shard_lora, unshard_lora
 
 __all__ = [
     "CONVOLUTION", "EMBEDDING", "LINEAR", "PREFIX", "AdaptedLayer", "Adapter", "AdapterPool", "GatedPrompt",
-    "GroupConv2d", "GroupLinear", "MergeError", "NF4Linear", "Prompt", "Prompted", "Select", "Stored", "Switch",
-    "as_matrix", "dense_matrix", "dequantized", "factor_shapes", "is_conv1d", "is_quantized", "kind_of", "low_rank",
-    "matrix", "product", "quantize_linears", "quantized_like", "shell_of", "sizes", "with_matrix",
+    "GroupConv2d", "GroupLinear", "MergeError", "NF4Linear", "PoolFull", "Prompt", "Prompted", "Select", "Stored",
+    "Switch", "as_matrix", "column_parallel_lora", "dense_matrix", "dequantized", "factor_shapes", "is_conv1d",
+    "is_quantized", "kind_of", "low_rank", "matrix", "peak_tokens", "product", "quantize_linears", "quantized_like",
+    "row_parallel_lora", "shard_lora", "shell_of", "sizes", "unshard_lora", "with_matrix",
 ]  # fmt: skip

@@ -3,60 +3,132 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..ops.multi_lora_linear import PoolLayer
+from ..ops.multi_lora_linear import LINE, MAX_RANK, PoolLayer
 
-_LINE = 64  # elements; factor rows are padded to whole lines (csrc/kernels/multi_lora_linear.h)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _padded(n: int) -> int:
-    return -(-n // _LINE) * _LINE
+    return -(-n // LINE) * LINE
+
+
+def _zeros(pages: int, page_size: int, dtype: torch.dtype) -> Tensor:
+    """Memory that the system backs with huge pages, where it has them: with 4 KB ones a decoding step, which reads
+    every factor once, waits for address translation as well. No more than a hint."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(pages, page_size, dtype=dtype)
+    memory = mmap.mmap(-1, pages * page_size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(pages, page_size)
+
+
+class PoolFull(RuntimeError):
+    """There is no room, and nothing that may be evicted would make enough."""
+
+
+@dataclass(frozen=True)
+class _Host:
+    """An adapter in host memory, laid out as in the pool."""
+
+    flat: Tensor  # [pages, page_size]
+    where: Tensor  # int64 [layers, 3], as in PoolLayer
+    scaling: Tensor  # float32 [layers]
+    leaves: dict[str, tuple[Tensor, Tensor]]  # A and B by layer, if they are trainable
+
+    def version(self) -> tuple[int, ...]:
+        """Changes whenever an optimizer, or anything else that autograd sees, writes a leaf."""
+        return tuple(f._version for pair in self.leaves.values() for f in pair)
+
+    @torch.no_grad()
+    def fill(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        flat, at = self.flat.view(-1), 0
+        for A, B in factors.values():
+            for f in (A, B.t()):
+                r, width = f.shape
+                flat[at : at + r * _padded(width)].view(r, -1)[:, :width].copy_(f)
+                at += r * _padded(width)
+
+
+@dataclass
+class _Resident:
+    slot: int
+    pages: list[int]
+    version: tuple[int, ...] = ()
+    loading: bool = True  # by one thread, while the lock is free
 
 
 class AdapterPool:
     """Adapters for :func:`peftops.multi_lora_linear` (S-LoRA, arXiv:2311.03285, section 5).
 
-    All adapters live in host memory; those in use lie in pages, and the least recently used that is neither
-    pinned nor in use makes room. Every method may be called from any thread.
+    All adapters live in host memory; those in use lie in pages of a working set, and the least recently used that
+    is neither pinned nor in use makes room. Pages may also be had for anything else that should share the memory,
+    such as a KV cache (:meth:`alloc`). Every method may be called from any thread; factors are copied while the
+    others go on.
+
+    A batch needs its adapters to stay where they are, so run it inside :meth:`use`, or pin them. An index that
+    outlives its adapter's stay is noticed and is an error.
 
     Args:
         layers: name of a layer -> (in_features, out_features).
         pages: how many pages the working set has.
         page_size: elements per page, a power of two from 64.
         slots: how many adapters may be resident at once.
-        dtype: float32, bfloat16 or float16, of the factors in the pool.
+        dtype: float32, bfloat16 or float16, of the factors in the pool, whatever the dtype of x. A decoding step
+            reads every factor once, so 16 bits take about half the time of 32.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     def __init__(self, layers: Mapping[str, tuple[int, int]], *, pages: int, page_size: int = 16384,
                  slots: int = 256, dtype: torch.dtype = torch.float32):  # fmt: skip
-        if page_size < _LINE or page_size & (page_size - 1):
-            raise ValueError(f"AdapterPool: page_size must be a power of two from {_LINE}, not {page_size}")
+        if not layers:
+            raise ValueError("AdapterPool: layers must name at least one layer, name -> (in_features, out_features)")
+        for name, (k, n) in layers.items():
+            if k < 1 or n < 1:
+                raise ValueError(f"AdapterPool: {name!r} must have at least one feature in and out, not {k} and {n}")
+        if page_size < LINE or page_size & (page_size - 1):
+            raise ValueError(f"AdapterPool: page_size must be a power of two from {LINE}, not {page_size}")
         if pages < 1 or slots < 1:
             raise ValueError(f"AdapterPool: pages and slots must be at least 1, not {pages} and {slots}")
-        self.storage = torch.zeros(pages, page_size, dtype=dtype)
+        if dtype not in DTYPES:
+            raise ValueError(f"AdapterPool: dtype must be float32, bfloat16 or float16, not {dtype}")
+        self.storage = _zeros(pages, page_size, dtype)
         self._handles = torch.full((slots,), -1)
         self._table = torch.zeros(slots, pages, dtype=torch.int32)
-        rank = [1]
+        self._where = torch.zeros(len(layers), slots, 3, dtype=torch.int64)
+        self._scaling = torch.ones(len(layers), slots)
+        self._max_rank = [1]
         self._layers = {
-            name: PoolLayer(k, n, self.storage, self._handles, self._table, torch.zeros(slots, 3, dtype=torch.int64),
-                            torch.ones(slots), rank, {})
-            for name, (k, n) in layers.items()
+            name: PoolLayer(k, n, self.storage, self._handles, self._table, self._where[i], self._scaling[i],
+                            self._max_rank, {})
+            for i, (name, (k, n)) in enumerate(layers.items())
         }  # fmt: skip
         self._free, self._free_slots = list(range(pages))[::-1], list(range(slots))[::-1]
-        self._hosts: dict[str, tuple[Tensor, dict, bool]] = {}  # flat pages, {layer: (A, B, scaling)}, trainable
-        self._resident: OrderedDict[str, tuple[int, list[int], tuple]] = OrderedDict()  # least recently used first
-        self._held: Counter[str] = Counter()  # pins and uses
+        self._lent: set[int] = set()
+        self._hosts: dict[str, _Host] = {}
+        self._resident: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
+        self._pins: Counter[str] = Counter()
+        self._uses: Counter[str] = Counter()
         self._loads = 0
-        self._lock = threading.RLock()
+        self._lock = threading.Condition()  # notified when a load ends
+        self._worker: ThreadPoolExecutor | None = None
 
     def layer(self, name: str) -> PoolLayer:
         """What :func:`peftops.multi_lora_linear` needs to know of one layer."""
+        if name not in self._layers:
+            raise KeyError(f"AdapterPool: there is no layer named {name!r}")
         return self._layers[name]
 
     @property
@@ -66,125 +138,88 @@ class AdapterPool:
     @property
     def resident(self) -> list[str]:
         """The adapters in the working set, the least recently used first."""
-        return list(self._resident)
+        with self._lock:
+            return list(self._resident)
 
-    def add(self, name: str, factors: Mapping[str, tuple[Tensor, Tensor]], scaling: float = 1.0, *,
-            trainable: bool = False) -> None:  # fmt: skip
+    # Host memory.
+
+    def add(self, name: str, factors: Mapping[str, tuple[Tensor, Tensor]], scaling: float | Mapping[str, float] = 1.0,
+            *, trainable: bool = False) -> None:  # fmt: skip
         """Keep an adapter in host memory: A ``[r, in]`` and B ``[out, r]`` of each layer that it adapts.
 
-        With ``trainable`` they are the leaves that get gradients; :meth:`use` notices when they have changed.
+        Ranks may differ by layer, and so may the scaling. With ``trainable``, A and B are the leaves that get
+        gradients; :meth:`load` and :meth:`use` notice when they have changed (not by writes through ``.data``).
+
+        Raises:
+            ValueError: the name is taken, a layer unknown, a shape wrong, or the whole pool too small.
         """
+        sizes, known = {}, self._layers
+        for layer, (A, B) in factors.items():
+            if layer not in known:
+                raise ValueError(f"AdapterPool: {name!r} adapts {layer!r}, which the pool does not know")
+            k, n = known[layer].in_features, known[layer].out_features
+            r = A.shape[0] if A.dim() == 2 else 0
+            if r < 1 or A.shape[1] != k or B.shape != (n, r):
+                raise ValueError(f"AdapterPool: {name!r}, {layer!r}: A and B must have shapes [r, {k}] and "
+                                 f"[{n}, r], not {list(A.shape)} and {list(B.shape)}")  # fmt: skip
+            if r > MAX_RANK:
+                raise ValueError(f"AdapterPool: {name!r}, {layer!r}: the rank must be at most {MAX_RANK}, not {r}")
+            sizes[layer] = r, r * _padded(k), r * _padded(n)
+        pages, page_size = self._pages_of(sizes), self.storage.shape[1]
+        if pages > len(self.storage):
+            raise ValueError(f"AdapterPool: {name!r} needs {pages} pages of {page_size} elements, but the whole "
+                             f"pool has {len(self.storage)}")  # fmt: skip
+        ordered, where, at = {layer: factors[layer] for layer in known if layer in factors}, [], 0
+        for layer in known:
+            r, a, b = sizes.get(layer, (0, 0, 0))
+            where.append((at, at + a, r))
+            at += a + b
+        by_layer = [scaling.get(layer, 1.0) if isinstance(scaling, Mapping) else scaling for layer in known]
+        host = _Host(torch.zeros(pages, page_size, dtype=self.storage.dtype), torch.tensor(where),
+                     torch.tensor(by_layer, dtype=torch.float32), ordered if trainable else {})  # fmt: skip
+        host.fill(ordered)
         with self._lock:
             if name in self._hosts:
                 raise ValueError(f"AdapterPool: there is an adapter named {name!r} already")
-            size, kept = 0, {}
-            for layer, (A, B) in factors.items():
-                if layer not in self._layers:
-                    raise ValueError(f"AdapterPool: {name!r} adapts {layer!r}, which the pool does not know")
-                k, n = self._layers[layer].in_features, self._layers[layer].out_features
-                r = A.shape[0] if A.dim() == 2 else 0
-                if r < 1 or A.shape[1] != k or B.shape != (n, r):
-                    raise ValueError(f"AdapterPool: {name!r}, {layer!r}: A and B must have shapes [r, {k}] and "
-                                     f"[{n}, r], not {list(A.shape)} and {list(B.shape)}")  # fmt: skip
-                size += r * (_padded(k) + _padded(n))
-                kept[layer] = (A, B)
-            kept = {layer: kept[layer] for layer in self._layers if layer in kept}  # the order in which load() counts
-            pages, page_size = -(-size // self.storage.shape[1]), self.storage.shape[1]
-            if pages > len(self.storage):
-                raise ValueError(f"AdapterPool: {name!r} needs {pages} pages of {page_size} elements, but the whole "
-                                 f"pool has {len(self.storage)}")  # fmt: skip
-            host = torch.zeros(pages, page_size, dtype=self.storage.dtype)
-            rank = next(iter(self._layers.values())).max_rank
-            rank[0] = max(rank[0], *(A.shape[0] for A, _ in kept.values()), 1)
-            self._flatten(host, kept)
-            self._hosts[name] = host, {k: (A, B, scaling) if trainable else (A.shape[0], None, scaling)
-                                       for k, (A, B) in kept.items()}, trainable  # fmt: skip
-
-    @torch.no_grad()
-    def _flatten(self, host: Tensor, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        flat, at = host.view(-1), 0
-        for A, B in factors.values():
-            for f in (A, B.t()):
-                r, width = f.shape
-                flat[at : at + r * _padded(width)].view(r, -1)[:, :width].copy_(f)
-                at += r * _padded(width)
-
-    def load(self, name: str) -> int:
-        """Make an adapter resident and the most recently used; returns its index for this and later batches."""
-        with self._lock:
-            host, layers, trainable = self._find(name)
-            versions = tuple(f._version for A, B, _ in layers.values() for f in (A, B)) if trainable else ()
-            if name in self._resident:
-                if self._resident[name][2] == versions:
-                    self._resident.move_to_end(name)
-                    return int(self._handles[self._resident[name][0]])
-                self.evict(name)
-            self._make_room(name, len(host))
-            slot, pages = self._free_slots.pop(), [self._free.pop() for _ in range(len(host))]
-            if trainable:
-                self._flatten(host, {k: (A, B) for k, (A, B, _) in layers.items()})
-            if pages:
-                self.storage[torch.tensor(pages)] = host
-                self._table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
-            self._loads += 1
-            handle, at = self._loads * len(self._handles) + slot, 0
-            for key, layer in self._layers.items():
-                layer.where[slot] = 0
-                if key in layers:
-                    A, B, layer.scaling[slot] = layers[key]
-                    r = A.shape[0] if trainable else A
-                    layer.where[slot] = torch.tensor([at, at + r * _padded(layer.in_features), r])
-                    at += r * (_padded(layer.in_features) + _padded(layer.out_features))
-                    if trainable:
-                        layer.trainable[handle] = A, B
-            self._handles[slot] = handle
-            self._resident[name] = slot, pages, versions
-            return handle
-
-    def _make_room(self, name: str, pages: int) -> None:
-        idle = [other for other in self._resident if not self._held[other]]
-        room = len(self._free) + sum(len(self._resident[o][1]) for o in idle)
-        if room < pages or not (self._free_slots or idle):
-            raise RuntimeError(
-                f"AdapterPool: no room for {name!r}: it needs {pages} pages and a slot; of {len(self.storage)} pages "
-                f"{len(self._free)} are free and {room - len(self._free)} can be evicted, of {len(self._handles)} "
-                f"slots {len(self._free_slots)} and {len(idle)}; the others are pinned or in use"
-            )
-        while len(self._free) < pages or not self._free_slots:
-            self.evict(idle.pop(0))
-
-    def evict(self, name: str) -> None:
-        """Take an adapter out of the working set; host memory keeps it."""
-        with self._lock:
-            self._find(name)
-            if self._held[name]:
-                raise RuntimeError(f"AdapterPool: {name!r} is pinned or in use")
-            if name in self._resident:
-                slot, pages, _ = self._resident.pop(name)
-                for layer in self._layers.values():
-                    layer.trainable.pop(int(self._handles[slot]), None)
-                self._handles[slot] = -1
-                self._free += pages
-                self._free_slots.append(slot)
+            self._hosts[name] = host
+            self._max_rank[0] = max(self._max_rank[0], *(r for r, _, _ in sizes.values()), 1)
 
     def remove(self, name: str) -> None:
         """Forget an adapter altogether."""
         with self._lock:
             self.evict(name)
-            del self._hosts[name]
+            self._hosts.pop(name, None)  # another thread may have come first
+
+    def _pages_of(self, sizes: Mapping[str, tuple[int, int, int]]) -> int:
+        return -(-sum(a + b for _, a, b in sizes.values()) // self.storage.shape[1])
+
+    def _find(self, name: str) -> _Host:
+        if name not in self._hosts:
+            raise KeyError(f"AdapterPool: there is no adapter named {name!r}")
+        return self._hosts[name]
+
+    # The working set.
+
+    def load(self, name: str) -> int:
+        """Make an adapter resident and the most recently used; returns its index until it is evicted or changed.
+
+        Raises:
+            KeyError: there is no such adapter.
+            PoolFull: a RuntimeError, if too little can be evicted; it names the sizes.
+            RuntimeError: a trainable adapter has changed while a batch uses it.
+        """
+        return self._load(name)
 
     def pin(self, name: str) -> int:
-        """Load an adapter and keep it resident until :meth:`unpin`."""
-        with self._lock:
-            handle = self.load(name)
-            self._held[name] += 1
-            return handle
+        """Load an adapter and keep it resident until :meth:`unpin`, as often as it was pinned."""
+        return self._load(name, self._pins)
 
     def unpin(self, name: str) -> None:
+        """Undo one :meth:`pin`; RuntimeError if there is none."""
         with self._lock:
-            if not self._held[name]:
+            if not self._pins[name]:
                 raise RuntimeError(f"AdapterPool: {name!r} is not pinned")
-            self._held[name] -= 1
+            self._pins[name] -= 1
 
     @contextlib.contextmanager
     def use(self, names: Sequence[str | None]) -> Iterator[Tensor]:
@@ -192,13 +227,165 @@ class AdapterPool:
         held: dict[str, int] = {}
         try:
             for name in dict.fromkeys(n for n in names if n is not None):
-                held[name] = self.pin(name)
+                held[name] = self._load(name, self._uses)
             yield torch.tensor([-1 if n is None else held[n] for n in names], dtype=torch.int64)
         finally:
-            for name in held:
-                self.unpin(name)
+            with self._lock:
+                self._uses.subtract(list(held))
 
-    def _find(self, name: str) -> tuple[Tensor, dict, bool]:
-        if name not in self._hosts:
-            raise KeyError(f"AdapterPool: there is no adapter named {name!r}")
-        return self._hosts[name]
+    def prefetch(self, names: Collection[str]) -> Future[list[str]]:
+        """Load adapters of a coming batch in the background, in order, until no room is left for the next one.
+
+        They are not held: what is loaded in between may evict them again. The future's result names those that
+        got in; that the pool is full is no error here.
+        """
+        with self._lock:
+            for name in names:
+                self._find(name)
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, "peftops-prefetch")
+            return self._worker.submit(self._prefetch, list(names))
+
+    def _prefetch(self, names: list[str]) -> list[str]:
+        done: list[str] = []
+        for name in names:
+            try:
+                self._load(name, spare=done)
+            except (PoolFull, KeyError):  # KeyError: removed meanwhile
+                break
+            done.append(name)
+        return done
+
+    def evict(self, name: str) -> None:
+        """Take an adapter out of the working set; host memory keeps it. RuntimeError if it is pinned or in use."""
+        with self._lock:
+            self._find(name)
+            while name in self._resident and self._resident[name].loading:
+                self._lock.wait()
+            if self._pins[name] or self._uses[name]:
+                raise RuntimeError(f"AdapterPool: {name!r} is {'in use' if self._uses[name] else 'pinned'}")
+            if name in self._resident:
+                self._drop(name)
+
+    def alloc(self, count: int) -> list[int]:
+        """Take pages out of the working set, for the caller's own use: ``pool.storage[page]`` is theirs until
+        :meth:`free`. Adapters are evicted as for a load. Contents are whatever was there.
+
+        Raises:
+            ValueError: count is negative.
+            PoolFull: a RuntimeError, if too little can be evicted; it names the sizes.
+        """
+        if count < 0:
+            raise ValueError(f"AdapterPool: count must not be negative, but is {count}")
+        with self._lock:
+            while not self._make_room(f"{count} pages", count, 0):
+                pass
+            pages = [self._free.pop() for _ in range(count)]
+            self._lent.update(pages)
+            return pages
+
+    def free(self, pages: Sequence[int]) -> None:
+        """Give pages back that :meth:`alloc` handed out; ValueError, and nothing is freed, if one was not."""
+        with self._lock:
+            for page, times in Counter(pages).items():
+                if page not in self._lent or times > 1:
+                    raise ValueError(f"AdapterPool: page {page} is not one that alloc() handed out, or is freed twice")
+            self._lent.difference_update(pages)
+            self._free += pages
+
+    def _load(self, name: str, hold: Counter[str] | None = None, spare: Collection[str] = ()) -> int:
+        """The load itself. One thread copies, without the lock; others that want the same adapter wait for it."""
+        with self._lock:
+            while True:  # whoever has waited looks again
+                host, now = self._find(name), self._resident.get(name)
+                if now is None and self._make_room(repr(name), len(host.flat), 1, spare):
+                    now = _Resident(self._free_slots.pop(), [self._free.pop() for _ in range(len(host.flat))])
+                    self._resident[name] = now
+                    break
+                if now is not None and not now.loading:
+                    if now.version == host.version():
+                        return self._loaded(name, now, hold)
+                    if self._uses[name]:
+                        raise RuntimeError(f"AdapterPool: {name!r} has changed while in use; leave use() first")
+                    break
+                if now is not None:
+                    self._lock.wait()
+            version = host.version()
+            now.loading = True
+            self._forget(now)
+        try:
+            if host.leaves:
+                host.fill(host.leaves)
+            pages = torch.tensor(now.pages, dtype=torch.int64)
+            self.storage.index_copy_(0, pages, host.flat)
+        except BaseException:
+            with self._lock:
+                self._drop(name)
+                self._lock.notify_all()
+            raise
+        with self._lock:
+            self._table[now.slot, : len(pages)] = pages
+            self._where[:, now.slot], self._scaling[:, now.slot] = host.where, host.scaling
+            self._loads += 1
+            handle = self._loads * len(self._handles) + now.slot
+            for layer, pair in host.leaves.items():
+                self._layers[layer].trainable[handle] = pair
+            self._handles[now.slot] = handle
+            now.version, now.loading = version, False
+            self._lock.notify_all()
+            return self._loaded(name, now, hold)
+
+    def _loaded(self, name: str, now: _Resident, hold: Counter[str] | None) -> int:
+        self._resident.move_to_end(name)
+        if hold is not None:
+            hold[name] += 1
+        return int(self._handles[now.slot])
+
+    def _make_room(self, what: str, pages: int, slots: int, spare: Collection[str] = ()) -> bool:
+        """Evicts what it takes, or waits for a load to end and returns False, or raises."""
+        idle = [other for other, at in self._resident.items()
+                if not (self._pins[other] or self._uses[other] or at.loading or other in spare)]  # fmt: skip
+        room = len(self._free) + sum(len(self._resident[other].pages) for other in idle)
+        if room < pages or len(self._free_slots) + len(idle) < slots:
+            if any(at.loading for at in self._resident.values()):
+                return not self._lock.wait()  # what is being loaded can be evicted in a moment
+            have, total = (len(self._free), len(self._free_slots)), (len(self.storage), len(self._handles))
+            raise PoolFull(
+                f"AdapterPool: no room for {what}: it needs {pages} pages and {slots} slots; of {total[0]} pages "
+                f"{have[0]} are free and {room - have[0]} can be evicted, of {total[1]} slots {have[1]} and {len(idle)}"
+                "; the others are pinned, in use or allocated"
+            )
+        while len(self._free) < pages or len(self._free_slots) < slots:
+            self._drop(idle.pop(0))
+        return True
+
+    def _forget(self, now: _Resident) -> None:
+        """From here on, the index that a slot had is out of date."""
+        handle = int(self._handles[now.slot])
+        self._handles[now.slot] = -1
+        for layer in self._layers.values():
+            layer.trainable.pop(handle, None)
+
+    def _drop(self, name: str) -> None:
+        now = self._resident.pop(name)
+        self._forget(now)
+        self._free += now.pages
+        self._free_slots.append(now.slot)
+
+
+def peak_tokens(requests: Sequence[tuple[int, int]]) -> int:
+    """How many tokens a batch will hold at its fullest: what decides whether one more request may join.
+
+    Requests end one after the other, those with least to come first; when the i-th longest ends, i requests are
+    there, each with what it has now and as many new tokens. A batch may start if the pages left beside its adapters
+    hold the peak (S-LoRA's admission rule, arXiv:2311.03285).
+
+    Args:
+        requests: (tokens so far, tokens to come at most) of each.
+    """
+    ordered = sorted(requests, key=lambda request: -request[1])
+    totals, held = [0], 0
+    for i, (length, left) in enumerate(ordered, 1):
+        held += length
+        totals.append(left * i + held)
+    return max(totals)

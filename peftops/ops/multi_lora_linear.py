@@ -17,9 +17,11 @@ from .nf4_linear import nf4_linear
 from .nf4_tensor import NF4Tensor
 from .packed_tensor import PackedTensor
 
-_shrink = torch.ops.peftops.multi_lora_shrink.default
-_expand_ = torch.ops.peftops.multi_lora_expand_.default
+_add_ = torch.ops.peftops.multi_lora_add_.default
 _gradient = torch.ops.peftops.multi_lora_gradient.default
+
+# As in csrc/kernels/multi_lora_linear.h: factor rows are padded to whole lines of so many elements; ranks end there.
+LINE, MAX_RANK = 64, 8192
 
 # The product with the base, by the type of its weight: a differentiable function of (x, weight, bias).
 BASES = {NF4Tensor: nf4_linear, GroupQuantTensor: group_linear}
@@ -35,18 +37,13 @@ def _base(weight: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     return F.linear
 
 
-@torch.library.register_fake("peftops::multi_lora_shrink")
-def _(x, index, storage, handles, pages, where, scaling, second, scaled, max_rank):
+@torch.library.register_fake("peftops::multi_lora_add_")
+def _(y, x, index, storage, handles, pages, where, scaling, transposed, max_rank):
     return x.new_empty((x.numel() // max(x.shape[-1], 1), max_rank), dtype=torch.float32)
 
 
-@torch.library.register_fake("peftops::multi_lora_expand_")
-def _(y, u, index, storage, handles, pages, where, scaling, second, scaled):
-    return None
-
-
 @torch.library.register_fake("peftops::multi_lora_gradient")
-def _(u, x, index, wanted, handles, pages, where, scaling, by_rank, scaled, total):
+def _(u, x, index, wanted, handles, pages, where, scaling, by_rank, total):
     return u.new_empty((total * x.shape[-1],))
 
 
@@ -68,13 +65,18 @@ class PoolLayer:
     def slots(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.handles, self.pages, self.where, self.scaling
 
+    def add_(self, y: Tensor, x: Tensor, index: Tensor, transposed: bool = False) -> Tensor:
+        """``y += s u B^T`` with ``u = x A^T``, which is returned; if transposed, the same with A and B swapped."""
+        return _add_(y, x, index, self.storage, *self.slots, transposed, self.max_rank[0])
+
 
 class _Terms(torch.autograd.Function):
+    """Adds to y, the base product, in place: nothing else has seen it yet."""
+
     @staticmethod
     def forward(ctx, y, x, index, layer, wanted, *factors):
-        u = _shrink(x, index, layer.storage, *layer.slots, False, False, layer.max_rank[0])
-        y = y.clone(memory_format=torch.contiguous_format)
-        _expand_(y, u, index, layer.storage, *layer.slots, True, True)
+        u = layer.add_(y, x, index)
+        ctx.mark_dirty(y)
         ctx.save_for_backward(x, u, index)
         ctx.layer, ctx.wanted, ctx.types = layer, wanted, [f.dtype for f in factors]
         ctx.ranks = [A.shape[0] for A in factors[::2]]
@@ -84,23 +86,21 @@ class _Terms(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         x, u, index = ctx.saved_tensors
-        layer, pool = ctx.layer, (ctx.layer.storage, *ctx.layer.slots)
-        g = g.contiguous()
-        v = _shrink(g, index, *pool, True, True, layer.max_rank[0])
-        dx = None
-        if ctx.needs_input_grad[1]:
-            dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-            _expand_(dx, v, index, *pool, False, False)
+        g, layer, need_x = g.contiguous(), ctx.layer, ctx.needs_input_grad[1]
+        if not (need_x or ctx.ranks):
+            return g, *[None] * (len(ctx.needs_input_grad) - 1)
+        dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        v = layer.add_(dx, g, index, transposed=True)
         grads = []
         if ctx.ranks:
             wanted, total = torch.tensor(ctx.wanted), sum(ctx.ranks)
-            dA = _gradient(v, x, index, wanted, *layer.slots, True, False, total)
-            dB = _gradient(u, g, index, wanted, *layer.slots, False, True, total)
+            dA = _gradient(v, x, index, wanted, *layer.slots, True, total)
+            dB = _gradient(u, g, index, wanted, *layer.slots, False, total)
             k, n = x.shape[-1], g.shape[-1]
             parts = (d.split([r * width for r in ctx.ranks]) for d, width in ((dA, k), (dB, n)))
             for r, a, b in zip(ctx.ranks, *parts, strict=True):
                 grads += [a.view(r, k), b.view(n, r)]
-        return g, dx, None, None, None, *(d.to(t) for d, t in zip(grads, ctx.types, strict=True))
+        return g, dx if need_x else None, None, None, None, *(d.to(t) for d, t in zip(grads, ctx.types, strict=True))
 
 
 def multi_lora_linear(
@@ -134,7 +134,7 @@ def multi_lora_linear(
         raise ValueError(f"multi_lora_linear: weight must have shape [{n}, {k}], not {list(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"multi_lora_linear: the last dim of x must be {k}, but its shape is {list(x.shape)}")
-    y = _base(weight)(x, weight, bias)
+    y = _base(weight)(x, weight, bias).contiguous()
     if torch.is_grad_enabled():
         wanted = []
         if pool_layer.trainable:
@@ -142,6 +142,5 @@ def multi_lora_linear(
             wanted = [i for i in list(pool_layer.trainable) if i in present]
         factors = [f for i in wanted for f in pool_layer.trainable[i]]
         return _Terms.apply(y, x, adapter_index, pool_layer, wanted, *factors)
-    u = _shrink(x, adapter_index, pool_layer.storage, *pool_layer.slots, False, False, pool_layer.max_rank[0])
-    _expand_(y, u, adapter_index, pool_layer.storage, *pool_layer.slots, True, True)
+    pool_layer.add_(y, x, adapter_index)
     return y

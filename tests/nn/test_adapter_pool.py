@@ -3,6 +3,7 @@
 import random
 import threading
 from collections import Counter
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import peftops
+from numerics import assert_sums
+from peftops.nn import PoolFull, peak_tokens
 from strategies import normal
 
 LAYERS = {"p": (5, 70), "q": (64, 3)}
@@ -20,7 +23,7 @@ names = st.sampled_from("abcdef")
 
 def stored(pool, name, layer):
     """A and B of a resident adapter, read back through its pages as the kernels do."""
-    at, slot = pool.layer(layer), pool._resident[name][0]
+    at, slot = pool.layer(layer), pool._resident[name].slot
     flat = pool.storage[at.pages[slot].long()].view(-1)
     a, b, r = at.where[slot].tolist()
     padded = lambda n: -(-n // 64) * 64
@@ -30,11 +33,28 @@ def stored(pool, name, layer):
     return A[:, :k], B[:, :n].T
 
 
+def pair(k, n, r, seed=0, dtype=torch.float32):
+    return normal((r, k), dtype, seed), normal((n, r), dtype, seed + 1)
+
+
 class Pool(RuleBasedStateMachine):
+    """The pool beside a model of it: who is resident, least recently used first; pins; pages that were handed out."""
+
     def __init__(self):
         super().__init__()
         self.pool = peftops.AdapterPool(LAYERS, pages=PAGES, slots=SLOTS, page_size=PAGE)
-        self.known, self.order, self.held, self.need = {}, [], Counter(), {}
+        self.known, self.order, self.pins, self.need, self.lent, self.trainable = {}, [], Counter(), {}, [], set()
+
+    def room(self, pages, slots, order, spare=()):
+        """The order that is left once there is room, or None if there cannot be."""
+        order, idle = list(order), [o for o in order if not self.pins[o] and o not in spare]
+        short = lambda: (PAGES - len(self.lent) - sum(self.need[o] for o in order) < pages
+                         or SLOTS - len(order) < slots)  # fmt: skip
+        while short():
+            if not idle:
+                return None
+            order.remove(idle.pop(0))
+        return order
 
     def attempt(self, name, call):
         """Whatever loads: the model says whether there is room, and who makes it."""
@@ -42,48 +62,58 @@ class Pool(RuleBasedStateMachine):
             with pytest.raises(KeyError, match="there is no adapter named"):
                 call()
             return None
-        order, need = [o for o in self.order if o != name], self.need[name]
-        idle = [o for o in order if not self.held[o]]
+        order = [o for o in self.order if o != name]
         if name not in self.order:
-            used = lambda: PAGES - sum(self.need[o] for o in order)
-            while idle and (used() < need or len(order) == SLOTS):
-                order.remove(idle.pop(0))
-            if used() < need or len(order) == SLOTS:
-                with pytest.raises(RuntimeError, match=f"no room for '{name}': it needs {need} pages .* of {PAGES} "):
+            need = self.need[name]
+            order = self.room(need, 1, order)
+            if order is None:
+                with pytest.raises(PoolFull, match=f"no room for '{name}': it needs {need} pages .* of {PAGES} pages"):
                     call()
                 return None
         got = call()
         self.order = [*order, name]
         return got
 
-    @rule(name=names, rank=st.integers(1, 3), seed=st.integers(0, 99),
+    @rule(name=names, rank=st.integers(1, 3), seed=st.integers(0, 99), trainable=st.booleans(),
           part=st.sampled_from([["p"], ["q"], ["p", "q"], ["q", "p"], []]))  # fmt: skip
-    def add(self, name, rank, part, seed):
-        shapes = {key: ((rank, LAYERS[key][0]), (LAYERS[key][1], rank)) for key in part}
-        factors = {key: tuple(normal(s, torch.float32, seed + i) for i, s in enumerate(both))
-                   for key, both in shapes.items()}  # fmt: skip
+    def add(self, name, rank, part, seed, trainable):
+        factors = {key: pair(*LAYERS[key], rank, seed) for key in part}
         if name in self.known:
-            with pytest.raises(ValueError, match="already"):
+            with pytest.raises(ValueError, match=f"there is an adapter named '{name}' already"):
                 self.pool.add(name, factors)
             return
-        self.pool.add(name, factors)
+        self.pool.add(name, factors, trainable=trainable)
         self.known[name] = factors
         self.need[name] = -(-rank * sum({"p": 192, "q": 128}[key] for key in part) // PAGE)
+        if trainable:
+            self.trainable.add(name)
 
     @rule(name=names)
     def load(self, name):
-        self.attempt(name, lambda: self.pool.load(name))
+        handle = self.attempt(name, lambda: self.pool.load(name))
+        assert handle is None or self.pool.load(name) == handle
+
+    @rule(name=names)
+    def step(self, name):
+        """An optimizer writes the leaves: the next load reads them again, in place if the adapter is pinned."""
+        if name not in self.trainable or not self.known[name]:
+            return
+        before = self.attempt(name, lambda: self.pool.load(name))
+        for f in (f for factors in self.known[name].values() for f in factors):
+            f.add_(1)
+        after = self.attempt(name, lambda: self.pool.load(name))
+        assert (before is None and after is None) or before != after
 
     @rule(name=names)
     def pin(self, name):
         if self.attempt(name, lambda: self.pool.pin(name)) is not None:
-            self.held[name] += 1
+            self.pins[name] += 1
 
     @rule(name=names)
     def unpin(self, name):
-        if self.held[name]:
+        if self.pins[name]:
             self.pool.unpin(name)
-            self.held[name] -= 1
+            self.pins[name] -= 1
         else:
             with pytest.raises(RuntimeError, match="is not pinned"):
                 self.pool.unpin(name)
@@ -93,39 +123,91 @@ class Pool(RuleBasedStateMachine):
         def call():
             with self.pool.use([name, None, name]) as index:
                 assert index.tolist() == [index[0], -1, index[0]]
-                if not self.held[name]:
-                    with pytest.raises(RuntimeError, match="pinned or in use"):
-                        self.pool.evict(name)
+                with pytest.raises(RuntimeError, match="is in use"):
+                    self.pool.evict(name)
+                if not self.pins[name]:
+                    with pytest.raises(RuntimeError, match="is not pinned"):
+                        self.pool.unpin(name)
 
         self.attempt(name, call)
+
+    @rule(wanted=st.lists(names, max_size=4, unique=True))
+    def prefetch(self, wanted):
+        if not set(wanted) <= set(self.known):
+            with pytest.raises(KeyError, match="there is no adapter named"):
+                self.pool.prefetch(wanted)
+            return
+        done = []
+        for name in wanted:
+            order = [o for o in self.order if o != name]
+            if name not in self.order:
+                order = self.room(self.need[name], 1, order, done)
+                if order is None:
+                    break
+            self.order = [*order, name]
+            done.append(name)
+        assert self.pool.prefetch(wanted).result(60) == done
 
     @rule(name=names, forget=st.booleans())
     def evict(self, name, forget):
         call = self.pool.remove if forget else self.pool.evict
-        if name not in self.known or self.held[name]:
-            with pytest.raises((KeyError, RuntimeError), match=r"no adapter named|pinned or in use"):
+        if name not in self.known or self.pins[name]:
+            with pytest.raises((KeyError, RuntimeError), match=r"no adapter named|is pinned"):
                 call(name)
             return
         call(name)
         self.order = [o for o in self.order if o != name]
         if forget:
             del self.known[name]
+            self.trainable.discard(name)
+
+    @rule(count=st.integers(0, PAGES + 1))
+    def alloc(self, count):
+        order = self.room(count, 0, self.order)
+        if order is None:
+            with pytest.raises(PoolFull, match=f"no room for {count} pages: it needs {count} pages and 0 slots"):
+                self.pool.alloc(count)
+            return
+        self.order = order
+        pages = self.pool.alloc(count)
+        assert len(pages) == count and not set(pages) & set(self.lent)
+        for page in pages:
+            self.pool.storage[page] = page + 0.5
+        self.lent += pages
+
+    @rule(count=st.integers(0, PAGES), more=st.sampled_from(["", "twice", "unknown"]))
+    def free(self, count, more):
+        pages = self.lent[:count]
+        if more and pages:
+            bad = pages[0] if more == "twice" else next(p for p in range(PAGES + 1) if p not in self.lent)
+            with pytest.raises(ValueError, match=f"page {bad} is not one that alloc"):
+                self.pool.free([*pages, bad])
+            return
+        self.pool.free(pages)
+        self.lent = self.lent[count:]
 
     @invariant()
     def holds(self):
-        assert self.pool.resident == self.order
-        assert all(name in self.order for name in self.held if self.held[name])
-        owned = [page for _, pages, _ in self.pool._resident.values() for page in pages]
-        assert sorted(owned + self.pool._free) == list(range(PAGES))
-        slots = [slot for slot, *_ in self.pool._resident.values()]
-        assert sorted(slots + self.pool._free_slots) == list(range(SLOTS))
-        assert (self.pool._handles >= 0).sum() == len(slots)
+        pool = self.pool
+        assert pool.resident == self.order
+        assert all(name in self.order for name in self.pins if self.pins[name])
+        owned = [page for at in pool._resident.values() for page in at.pages]
+        assert sorted([*owned, *self.lent, *pool._free]) == list(range(PAGES))
+        assert sorted(pool._lent) == sorted(self.lent) and pool.free_pages == PAGES - len(owned) - len(self.lent)
+        slots = [at.slot for at in pool._resident.values()]
+        assert sorted(slots + pool._free_slots) == list(range(SLOTS))
+        assert (pool._handles >= 0).sum() == len(slots)
+        assert all((pool.storage[page] == page + 0.5).all() for page in self.lent)
+        for key in LAYERS:
+            handles = {int(pool._handles[pool._resident[o].slot]): o for o in self.order}
+            mine = {o for o in self.order if o in self.trainable and key in self.known[o]}
+            assert {handles[h] for h in pool.layer(key).trainable} == mine
         for name in self.order:
             for key in LAYERS:
                 if key not in self.known[name]:
-                    assert self.pool.layer(key).where[self.pool._resident[name][0], 2] == 0
+                    assert pool.layer(key).where[pool._resident[name].slot, 2] == 0
                     continue
-                for got, want in zip(stored(self.pool, name, key), self.known[name][key], strict=True):
+                for got, want in zip(stored(pool, name, key), self.known[name][key], strict=True):
                     assert torch.equal(got, want)
 
 
@@ -133,29 +215,40 @@ TestPool = Pool.TestCase
 TestPool.settings = settings(settings.default, max_examples=25, stateful_step_count=30)
 
 
-def test_two_threads_load_and_run():
-    pool = peftops.AdapterPool({"layer": (64, 64)}, pages=8, slots=4, page_size=128)
-    for i in range(6):
-        pool.add(str(i), {"layer": (normal((2, 64), torch.float32, i), normal((64, 2), torch.float32, 9 + i))})
-    W, x, failures, evictions = normal((64, 64), torch.float32, 3), normal((2, 64), torch.float32, 4), [], set()
-    run = lambda index: peftops.multi_lora_linear(x, W, pool.layer("layer"), index)
-    want = {}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_load_prefetch_allocate_and_run(dtype):
+    """More adapters than slots, so that every batch evicts; each result is that of a pool that evicts nothing."""
+    factors = [pair(64, 64, 2, 10 * i) for i in range(8)]
+    pools = [peftops.AdapterPool({"layer": (64, 64)}, pages=p, slots=s, page_size=64, dtype=dtype)
+             for p, s in ((32, 8), (24, 6))]  # fmt: skip
+    for pool in pools:
+        for i, f in enumerate(factors):
+            pool.add(str(i), {"layer": f})
+    W, x = normal((64, 64), torch.float32, 3), normal((2, 64), torch.float32, 4)
+    run = lambda pool, index: peftops.multi_lora_linear(x, W, pool.layer("layer"), index)
+    want, failures, seen = {}, [], set()
     with torch.no_grad():
-        for a in "012345":
-            with pool.use([a, a]) as index:
-                want[a] = run(index)
+        for a in "01234567":
+            with pools[0].use([a, a]) as index:
+                want[a] = run(pools[0], index)
 
-    def work(seed):
+    def work(seed, pool=pools[1]):
         draw = random.Random(seed)
         try:
             with torch.no_grad():
                 for _ in range(100):
-                    pair = draw.sample("012345", 2)
-                    with pool.use(pair) as index:
-                        evictions.update(index.tolist())
-                        y = run(index)
-                    assert all(torch.equal(y[i], want[a][i]) for i, a in enumerate(pair))
-        except Exception as error:
+                    batch = draw.sample("01234567", 2)
+                    with pool.use(batch) as index:
+                        coming = pool.prefetch(draw.sample("01234567", 2))
+                        seen.update(index.tolist())
+                        y = run(pool, index)
+                    assert all(torch.equal(y[i], want[a][i]) for i, a in enumerate(batch))
+                    if draw.random() < 0.3:
+                        pages = pool.alloc(draw.randint(0, 4))
+                        pool.storage[torch.tensor(pages, dtype=torch.int64)] = float("nan")
+                        pool.free(pages)
+                    coming.result(60)
+        except BaseException as error:
             failures.append(error)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
@@ -163,26 +256,172 @@ def test_two_threads_load_and_run():
         t.start()
     for t in threads:
         t.join()
-    assert not failures and len(evictions) > 20 and pool.free_pages == 0
+    assert not failures and len(seen) > 20 and not any(pools[1]._uses.values())
+    owned = [page for at in pools[1]._resident.values() for page in at.pages]
+    assert sorted(owned + pools[1]._free) == list(range(24))
+
+
+def slow_copy(pool, name):
+    """Makes the next copy of `name` wait for an event; returns two: it has begun, it may go on."""
+    begun, go, host = threading.Event(), threading.Event(), pool._hosts[name]
+
+    class Slow(dict):
+        def __bool__(self):  # the load asks whether there are leaves just before it copies
+            begun.set()
+            assert go.wait(60)
+            return False
+
+    object.__setattr__(host, "leaves", Slow(host.leaves))
+    return begun, go
+
+
+def held_up_pool():
+    """'a' is being loaded in the background into a pool for two, and 'b' is pinned."""
+    pool = peftops.AdapterPool({"layer": (64, 64)}, pages=4, slots=2, page_size=64)
+    for i, name in enumerate("abc"):
+        pool.add(name, {"layer": pair(64, 64, 1, i)})
+    begun, go = slow_copy(pool, "a")
+    coming = pool.prefetch(["a"])
+    assert begun.wait(60)
+    pool.pin("b")  # is not held up
+    return pool, go, coming
+
+
+def in_background(*calls):
+    got = [Future() for _ in calls]
+    threads = [threading.Thread(target=lambda f=f, call=call: f.set_result(call()), daemon=True)
+               for f, call in zip(got, calls, strict=True)]  # fmt: skip
+    for t in threads:
+        t.start()
+        t.join(0.2)
+    return got
+
+
+def test_who_wants_what_is_being_loaded_waits_for_it():
+    pool, go, coming = held_up_pool()
+    assert int(pool._handles[pool._resident["a"].slot]) == -1  # nobody sees what is half there
+    got = in_background(lambda: pool.load("a"), lambda: pool.pin("a"))
+    assert not any(f.done() for f in got)
+    go.set()
+    assert coming.result(60) == ["a"] and got[0].result(60) == got[1].result(60) == pool.load("a")
+    assert pool._pins["a"] == 1 and pool.free_pages == 0
+
+
+def test_what_is_being_loaded_makes_room_once_it_is_there():
+    pool, go, coming = held_up_pool()
+    (got,) = in_background(lambda: pool.load("c"))
+    assert not got.done()
+    go.set()
+    assert coming.result(60) == ["a"] and got.result(60) >= 0 and pool.resident == ["b", "c"]
+
+
+def test_evict_waits_for_a_load():
+    pool, go, coming = held_up_pool()
+    (got,) = in_background(lambda: pool.evict("a"))
+    assert not got.done()
+    go.set()
+    assert coming.result(60) == ["a"] and got.result(60) is None and pool.resident == ["b"] and pool.free_pages == 2
+
+
+def test_a_load_that_fails_leaves_nothing_behind():
+    pool = peftops.AdapterPool({"layer": (64, 64)}, pages=4, slots=2, page_size=64)
+    A, B = pair(64, 64, 1)
+    pool.add("a", {"layer": (A, B)}, trainable=True)
+    A.resize_(5, 64)  # more than there are pages for
+    for load in (pool.load, pool.pin):
+        with pytest.raises(RuntimeError):
+            load("a")
+        assert pool.resident == [] and pool.free_pages == 4 and not pool._pins["a"]
+    assert pool.layer("layer").trainable == {}
+
+
+def test_pins_and_uses_are_counted_apart():
+    pool = peftops.AdapterPool({"layer": (64, 64)}, pages=4, slots=2, page_size=64)
+    pool.add("a", {"layer": pair(64, 64, 1)})
+    with pool.use(["a"]):
+        with pytest.raises(RuntimeError, match="'a' is not pinned"):
+            pool.unpin("a")
+        with pytest.raises(RuntimeError, match="'a' is in use"):
+            pool.evict("a")
+        pool.pin("a"), pool.pin("a")
+    with pytest.raises(RuntimeError, match="'a' is pinned"):
+        pool.remove("a")
+    pool.unpin("a"), pool.unpin("a"), pool.evict("a")
+    assert pool.free_pages == 4
+
+
+def test_a_pinned_trainable_adapter_is_read_again_but_not_under_a_batch():
+    pool = peftops.AdapterPool({"layer": (64, 64)}, pages=4, slots=2, page_size=64)
+    A, B = pair(64, 64, 1)
+    pool.add("a", {"layer": (A, B)}, trainable=True)
+    first, pages = pool.pin("a"), list(pool._resident["a"].pages)
+    with pool.use(["a"]) as index:
+        assert index.tolist() == [first]
+        A.add_(1)
+        with pytest.raises(RuntimeError, match=r"'a' has changed while in use; leave use\(\) first"):
+            pool.load("a")
+    assert pool.load("a") not in (first, -1) and pool._resident["a"].pages == pages and pool._pins["a"] == 1
+    assert torch.equal(stored(pool, "a", "layer")[0], A)
+    with pytest.raises(RuntimeError, match="neither -1 nor an adapter that is loaded"):
+        peftops.multi_lora_linear(torch.zeros(1, 64), torch.zeros(64, 64), pool.layer("layer"), torch.tensor([first]))
+
+
+def test_ranks_and_scalings_by_layer():
+    pool = peftops.AdapterPool({"p": (64, 64), "q": (64, 64), "s": (64, 64)}, pages=40, page_size=64)
+    factors = {"q": pair(64, 64, 3), "p": pair(64, 64, 2, 5)}
+    pool.add("a", factors, {"p": 0.5, "q": 3.0})
+    x, zero = normal((1, 64), torch.float32, 9), torch.zeros(64, 64)
+    with torch.no_grad(), pool.use(["a"]) as index:
+        for name, scale in (("p", 0.5), ("q", 3.0)):
+            A, B = factors[name]
+            got = peftops.multi_lora_linear(x, zero, pool.layer(name), index)
+            term = lambda x, A, B, s=scale: s * x.double() @ A.double().T @ B.double().T
+            assert_sums(got, term(x, A, B), term(x.abs(), A.abs(), B.abs()), 64 + 3 + 2)
+        assert not peftops.multi_lora_linear(x, zero, pool.layer("s"), index).any()
+
+
+def test_peak_tokens():
+    """By hand: the third request ends after 5 more tokens each, when 3 hold 10 + 20 + 5 + 15 tokens; and so on."""
+    assert peak_tokens([]) == 0 and peak_tokens([(7, 4)]) == 11
+    assert peak_tokens([(10, 30), (20, 10), (5, 5)]) == max(10 + 30, 30 + 20, 35 + 15)
+    assert peak_tokens([(5, 5), (20, 10), (10, 30)]) == 50
+    assert peak_tokens([(100, 1), (1, 50)]) == max(1 + 50, 101 + 2)
 
 
 def test_errors_name_sizes():
-    with pytest.raises(ValueError, match="page_size must be a power of two from 64, not 96"):
-        peftops.AdapterPool(LAYERS, pages=1, page_size=96)
-    with pytest.raises(ValueError, match="at least 1, not 0 and 256"):
-        peftops.AdapterPool(LAYERS, pages=0)
-    pool = peftops.AdapterPool({"p": (64, 64)}, pages=2, page_size=128)
+    make = peftops.AdapterPool
+    for bad, match in (
+        (lambda: make({}, pages=1), "layers must name at least one layer"),
+        (lambda: make({"p": (0, 4)}, pages=1), "'p' must have at least one feature in and out, not 0 and 4"),
+        (lambda: make(LAYERS, pages=1, page_size=96), "page_size must be a power of two from 64, not 96"),
+        (lambda: make(LAYERS, pages=0), "at least 1, not 0 and 256"),
+        (lambda: make(LAYERS, pages=1, dtype=torch.float64), "must be float32, bfloat16 or float16, not torch.float64"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            bad()
+    pool = make({"p": (64, 64)}, pages=2, page_size=128)
     with pytest.raises(ValueError, match="needs 3 pages of 128 elements, but the whole pool has 2"):
         pool.add("big", {"p": (torch.zeros(3, 64), torch.zeros(64, 3))})
+    with pytest.raises(ValueError, match="the rank must be at most 8192, not 8193"):
+        pool.add("big", {"p": (torch.zeros(8193, 64), torch.zeros(64, 8193))})
     for A in (torch.tensor(1.0), torch.zeros(64), torch.zeros(1, 1, 64), torch.zeros(0, 64), torch.zeros(2, 63)):
         with pytest.raises(ValueError, match=r"must have shapes \[r, 64\] and \[64, r\], not \["):
             pool.add("bad", {"p": (A, torch.zeros(64, 1))})
     with pytest.raises(ValueError, match="adapts 'z', which the pool does not know"):
         pool.add("bad", {"z": (torch.zeros(1, 64), torch.zeros(64, 1))})
+    with pytest.raises(ValueError, match="count must not be negative, but is -1"):
+        pool.alloc(-1)
+    with pytest.raises(KeyError, match="there is no layer named 'z'"):
+        pool.layer("z")
     assert pool.free_pages == 2 and pool.resident == []
     for name in "ab":
         pool.add(name, {"p": (torch.zeros(1, 64), torch.zeros(64, 1))})
+    with pytest.raises(ValueError, match="there is an adapter named 'a' already"):
+        pool.add("a", {"p": (torch.zeros(1, 64), torch.zeros(64, 1))})
     pool.add("c", {"p": (torch.zeros(2, 64), torch.zeros(64, 2))})
     pool.pin("a"), pool.load("b")
-    with pytest.raises(RuntimeError, match=r"'c': it needs 2 pages .* of 2 pages 0 are free and 1 can be evicted"):
+    with pytest.raises(PoolFull, match=r"'c': it needs 2 pages .* of 2 pages 0 are free and 1 can be evicted"):
         pool.load("c")
+    with pytest.raises(PoolFull, match=r"no room for 2 pages: it needs 2 pages and 0 slots; of 2 pages 0 are free"):
+        pool.alloc(2)
+    assert pool.resident == ["a", "b"]

@@ -1,16 +1,16 @@
 import random
 
 import pytest
-import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numerics import assert_sums
-from strategies import dtypes, ins, layouts, normal, outs, ranks, seeds, strided
 from torch.nn import functional as F
 
 import peftops
+import reference
+from numerics import FP32, assert_sums
 from peftops.ops.packed_tensor import PackedTensor
+from strategies import dtypes, ins, layouts, normal, outs, ranks, seeds, strided
 
 NAMES = ["a", "b", "c"]
 op = torch.ops.peftops
@@ -34,15 +34,15 @@ def pool_of(n, k, rs, seed, trainable=False, **kw):
 
 
 def check(pool, factors, x, W, rows, g, bias=None, base=F.linear):
-    """The term and every gradient, given the base product: each is rounded to the dtype of x. A dense product is
-    torch's, which may sum in another order for another layout of g."""
+    """The term and every gradient, given the base product and its gradient to the bit: the term is added to the one in
+    float32 and rounded with it; to the other it is added once it is rounded itself."""
     x.requires_grad_()
     with pool.use(rows) as index:
         y = peftops.multi_lora_linear(x, W, pool.layer("layer"), index, bias)
         y.backward(g)
     got, x.grad = x.grad, None
     plain = base(x, W, bias)
-    plain.backward(g)
+    plain.backward(g.contiguous())  # as ours hands it on: torch may sum another layout in another order
     plain, dplain = plain.detach().double(), x.grad.double()
     xd, gd, (n, k) = x.detach().double(), g.double(), W.shape
     term, dterm, size, dsize = (torch.zeros_like(t) for t in (plain, dplain, plain, dplain))
@@ -57,14 +57,12 @@ def check(pool, factors, x, W, rows, g, bias=None, base=F.linear):
             continue
         assert_sums(A.grad, (s * gs @ Bd).T @ xs, (s * gs.abs() @ Ba).T @ xs.abs(), len(mine) + n + 4)
         assert_sums(B.grad, s * gs.T @ (xs @ Ad.T), s * gs.abs().T @ (xs.abs() @ Aa.T), len(mine) + k + 4)
-    top, step = max(f[0].shape[0] for f in factors.values()), torch.finfo(x.dtype).eps / 2
-    extra = step * dsize
-    if base is F.linear:
-        dplain_size = gd.abs() @ W.double().abs()
-        dsize, extra = dsize + dplain_size, extra + 2 * step * dplain_size
+    top, info = max(f[0].shape[0] for f in factors.values()), torch.finfo(x.dtype)
     assert y.is_contiguous()
-    assert_sums(y, plain + term, plain.abs() + size, k + top + 4)
-    assert_sums(got, dplain + dterm, dplain.abs() + dsize, 2 * n + top + 4, extra)
+    assert_sums(y, plain + term, size, k + top + 4, FP32 * plain.abs())
+    inner = (n + top + 4) * FP32 * dsize
+    once = info.eps / 2 * (dterm.abs() + inner) + info.smallest_normal * info.eps
+    assert_sums(got, dplain + dterm, dsize, n + top + 4, once)
 
 
 @given(n=outs, k=ins, rs=st.tuples(ranks, ranks, ranks), dtype=dtypes, storage=dtypes, layout=layouts, seed=seeds,
@@ -73,6 +71,22 @@ def test_matches_reference(device, n, k, rs, dtype, storage, layout, seed, rows,
     pool, factors = pool_of(n, k, rs, seed, trainable=storage == torch.float32, dtype=storage, page_size=page_size)
     x, W, g = (normal(s, dtype, seed + 9 + i) for i, s in enumerate(((len(rows), k), (n, k), (len(rows), n))))
     check(pool, factors, strided(x, layout), W, rows, strided(g, layout), normal((n,), dtype, 1) if bias else None)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_rows_wider_than_what_one_thread_does_at_a_time(device, threads, count):
+    """Columns in several parts, few rows: threads share rows, and each makes u for itself."""
+    threads(count)
+    pool, factors = pool_of(1100, 1030, (16, 3, 40), 1, trainable=True, page_size=1024)
+    rows = ["a", "b", None, *["c"] * 18, "a"]
+    x, W, g = (normal(s, torch.float32, i) for i, s in enumerate(((len(rows), 1030), (1100, 1030), (len(rows), 1100))))
+    check(pool, factors, x, peftops.nf4_quantize(W), rows, g, base=peftops.nf4_linear)
+
+
+def test_a_high_rank(device):
+    pool, factors = pool_of(3, 5, (1000,), 1, trainable=True)
+    x, W, g = normal((18, 5), torch.float32, 2), normal((3, 5), torch.float32, 3), normal((18, 3), torch.float32, 4)
+    check(pool, factors, x, W, ["a"] * 17 + [None], g)
 
 
 def test_all_of_it_against_float64(device):
@@ -125,13 +139,13 @@ def test_a_packed_weight_without_a_product_is_an_error():
 
 
 def test_base_rows_are_the_base_to_the_bit_and_threads_do_not_matter(device, threads):
-    pool, _ = pool_of(100, 70, (3, 16, 5), 1, trainable=True)
-    x, W = normal((40, 70), torch.float32, 5), peftops.nf4_quantize(normal((100, 70), torch.float32, 6))
-    rows, g = [None, "a", "b", "b", "c"] * 8, normal((40, 100), torch.float32, 7)
+    pool, _ = pool_of(1100, 70, (3, 16, 5), 1, trainable=True)
+    x, W = normal((40, 70), torch.float32, 5), peftops.nf4_quantize(normal((1100, 70), torch.float32, 6))
+    rows, g = [None, "a", "b", "b", "c"] * 8, normal((40, 1100), torch.float32, 7)
     runs, x = [], x.requires_grad_()
     with pool.use(rows) as index:
         leaves = [x, *(f for pair in pool.layer("layer").trainable.values() for f in pair)]
-        for n in (1, 2, 3):
+        for n in (1, 2, 3, 7):
             threads(n)
             y = peftops.multi_lora_linear(x, W, pool.layer("layer"), index)
             runs.append([y, *torch.autograd.grad(y, leaves, g)])
@@ -184,12 +198,11 @@ def raw(trainable=True):
 def test_opcheck(device):
     x, u, g, index, layer = raw()
     for kind in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(op.multi_lora_shrink.default,
-                              (x.to(kind), index, layer.storage, *layer.slots, False, True, 5))  # fmt: skip
-        torch.library.opcheck(op.multi_lora_expand_.default,
-                              (g.to(kind), u, index, layer.storage, *layer.slots, True, True))  # fmt: skip
+        for y, into in ((g, x), (x, g)):
+            torch.library.opcheck(op.multi_lora_add_.default,
+                                  (y.to(kind), into.to(kind), index, layer.storage, *layer.slots, y is x, 5))  # fmt: skip
         torch.library.opcheck(op.multi_lora_gradient.default,
-                              (u, x.to(kind), index, index[[0, 2]], *layer.slots, True, True, 8))  # fmt: skip
+                              (u, x.to(kind), index, index[[0, 2]], *layer.slots, True, 8))  # fmt: skip
 
 
 @pytest.mark.parametrize("quantise", [lambda w: w, peftops.nf4_quantize], ids=["dense", "nf4"])
@@ -253,6 +266,35 @@ def test_bad_input():
         call(x, W.T, layer, torch.tensor([a] * 3))
     with pytest.raises(ValueError, match=r"the last dim of x must be 96, but its shape is \[3, 95\]"):
         call(x[:, :95], W, layer, torch.tensor([a] * 3))
+
+
+def test_bad_input_to_the_raw_operators():
+    """Nothing is written when one of them raises."""
+    x, u, g, index, layer = raw()
+    before, storage = g.clone(), layer.storage
+    add = lambda y=g, x=x, index=index, storage=storage, slots=layer.slots, top=5: op.multi_lora_add_(
+        y, x, index, storage, *slots, False, top)  # fmt: skip
+    swap = lambda i, t: tuple(t if j == i else s for j, s in enumerate(layer.slots))
+    for call, match in (
+        (lambda: add(y=g.T.contiguous().T), "y must be contiguous"),
+        (lambda: add(y=g[:4].clone()), "y must have the 5 rows of x, not 4"),
+        (lambda: add(x=x.bfloat16()), "x and y must be of one dtype"),
+        (lambda: add(x=x.double(), y=g.double()), "x must be float32, bfloat16 or float16, not Double"),
+        (lambda: add(top=4), "an adapter has rank 5, more than 4"),
+        (lambda: add(storage=storage.double()), "storage must be float32, bfloat16 or float16, not Double"),
+        (lambda: add(storage=storage.flatten()), r"storage must be contiguous, \[pages, page_size\]"),
+        (lambda: add(storage=torch.zeros(4, 96)), "page_size must be a power of two from 64, not 96"),
+        (lambda: add(slots=swap(1, layer.pages[:3])), r"pages must have shape \[256, 2000\], not \[3, 2000\]"),
+        (lambda: add(slots=swap(2, layer.where[:3])), r"where must have shape \[256, 3\], not \[3, 3\]"),
+        (lambda: add(slots=swap(3, layer.scaling[:3])), r"scaling must have shape \[256\], not \[3\]"),
+        (lambda: add(slots=swap(3, layer.scaling.double())), "scaling must be float32"),
+        (lambda: op.multi_lora_gradient(u[:4], x, index, index[:1], *layer.slots, True, 3), r"u must have shape \[5, 5\]"),
+        (lambda: op.multi_lora_gradient(u, x, index, index[:1], *layer.slots, True, 4), "add up to 3, not 4"),
+        (lambda: op.multi_lora_gradient(u, x, index, index[:1] + 256, *layer.slots, True, 3), "evicted or changed between"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            call()
+    assert torch.equal(g, before)
 
 
 def test_lru_pins_and_errors():

@@ -1,8 +1,9 @@
 // Compiled once per ISA into namespace peftops::cpu::{scalar,avx2,avx512,avx512bf16}; see CMakeLists.txt.
 //
-// Shrink and expand take their factors straight from the pages, with one register tile each: a few rows by
-// four ranks, a few rows by four vectors of columns. One row or many, the loop is the same. Limit: reading the
-// factors, once, for a row or two an adapter; multiply-adds for many. The gradient has rows enough to be a
+// A row's u is made and used by the same thread, so a decoding step reads x, both factors and y once and waits for
+// nothing in between. Both products take their factors straight from the pages, with one register tile each: a few
+// rows by four ranks, a few rows by four vectors of columns. One row or many, the loop is the same. Limit: reading
+// the factors, once, for a row or two an adapter; multiply-adds for many. The gradient has rows enough to be a
 // product of product.h.
 #include "kernels/multi_lora_linear.h"
 #include "kernels/cpu/product.h"
@@ -14,8 +15,9 @@ namespace {
 constexpr int kTileRanks = 4, kTileVectors = 4, kRows = kLanes / 4;
 constexpr int64_t kTileCols = kTileVectors * kLanes;
 constexpr int64_t kGroupRows = 16;     // rows that share a unit: with k = 4096 they and four ranks fill half of L2
-constexpr int64_t kGroupCols = 512;    // columns of an expanding unit: long enough runs for the prefetchers
-static_assert(kLoraLine % kTileCols == 0 && kGroupCols % kLoraLine == 0);
+constexpr int64_t kPartCols = 512;     // columns of a unit: few enough to share one row out to many threads
+static_assert(kLoraLine % kTileCols == 0 && kPartCols % kTileCols == 0);
+static_assert(kGroupRows * kLoraMaxRank * 4 <= kScratchBytes);
 
 // One adapter's factor [r, k] in pages.
 template <class T> struct Factor {
@@ -24,9 +26,9 @@ template <class T> struct Factor {
   int shift;
   int64_t start, ld;
 
-  Factor(const LoraPool& pool, const LoraSegment& s, int64_t k)
-      : storage(static_cast<const T*>(pool.storage)), pages(s.pages), shift(pool.page_shift), start(s.start),
-        ld(ceil_div(k, kLoraLine) * kLoraLine) {}
+  Factor(const LoraPool& pool, const LoraSegment& s, int64_t start, int64_t cols)
+      : storage(static_cast<const T*>(pool.storage)), pages(s.pages), shift(pool.page_shift), start(start),
+        ld(ceil_div(cols, kLoraLine) * kLoraLine) {}
 
   // Element (rank, col) and those after it, to the end of their line.
   const T* line(int64_t rank, int64_t col) const {
@@ -49,17 +51,18 @@ int64_t each_segment(const LoraSegments& segments, int64_t begin, int64_t end, c
   return units;
 }
 
-int64_t groups_of(const LoraSegment& s) { return ceil_div(s.end - s.begin, kGroupRows); }
+// Up to kGroupRows rows of one segment.
+struct Group {
+  const int64_t* rows;
+  int64_t count;
 
-// Runs f(rows of order, how many) for each tile of a group of rows.
-template <class F> void each_row_tile(const LoraSegments& segments, const LoraSegment& s, int64_t group, const F& f) {
-  const int64_t begin = s.begin + group * kGroupRows, rows = at_most(kGroupRows, s.end - begin);
-  each_tile(rows, kRows, [&](int64_t i, int64_t n) { f(segments.order + begin + i, n); });
-}
+  // f(where it begins in the group, how many rows) for each tile.
+  template <class F> void each(const F& f) const { each_tile(count, kRows, f); }
+};
 
 // sums[i * kTileRanks + j] = x_i . F_(rank + j) for M rows; ranks past the last repeat it.
 template <int M, class X, class T>
-void dot_tile(const MultiLoraShrink& a, const int64_t* rows, const Factor<T>& f, int64_t rank, int64_t r, float* sums) {
+void dot_tile(const MultiLoraAdd& a, const int64_t* rows, const Factor<T>& f, int64_t rank, int64_t r, float* sums) {
   const X* x[M];
   Vec sum[M][kTileRanks];
 #pragma GCC unroll 4
@@ -95,17 +98,15 @@ void dot_tile(const MultiLoraShrink& a, const int64_t* rows, const Factor<T>& f,
   store(sums, total);
 }
 
-// y_i += scale * u_i F for M rows and up to kTileCols columns from col on.
+// y_i += scale * u_i G for M rows and up to kTileCols columns from col on; u is [M, r].
 template <int M, class Y, class T>
-void expand_tile(const MultiLoraExpand& a, const int64_t* rows, const Factor<T>& f, int64_t col, const LoraSegment& s) {
-  const float* u[M];
+void expand_tile(const MultiLoraAdd& a, const LoraSegment& s, const int64_t* rows, const float* u, const Factor<T>& f,
+                 int64_t col) {
   Vec sum[M][kTileVectors];
 #pragma GCC unroll 4
-  for (int i = 0; i < M; ++i) {
-    u[i] = a.u + rows[i] * a.ldu;
+  for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) sum[i][v] = zero();
-  }
   for (int64_t j = 0; j < s.r; ++j) {
     const T* line = f.line(j, col);
     Vec w[kTileVectors];
@@ -113,17 +114,17 @@ void expand_tile(const MultiLoraExpand& a, const int64_t* rows, const Factor<T>&
     for (int v = 0; v < kTileVectors; ++v) w[v] = load(line + v * kLanes);
 #pragma GCC unroll 4
     for (int i = 0; i < M; ++i) {
-      const Vec x = set(u[i][j]);
+      const Vec x = set(u[i * s.r + j]);
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) sum[i][v] = fma(x, w[v], sum[i][v]);
     }
   }
 #pragma GCC unroll 4
   for (int i = 0; i < M; ++i) {
-    Y* y = static_cast<Y*>(a.y) + rows[i] * a.k + col;
+    Y* y = static_cast<Y*>(a.y) + rows[i] * a.n + col;
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) {
-      const int64_t n = at_most(kLanes, a.k - col - v * kLanes);
+      const int64_t n = at_most(kLanes, a.n - col - v * kLanes);
       if (n > 0) store_upto(y + v * kLanes, n, fma(sum[i][v], set(s.scale), load_upto(y + v * kLanes, n)));
     }
   }
@@ -136,34 +137,45 @@ template <int M = kRows, class F> void with_rows(int64_t rows, const F& f) {
   if constexpr (M > 1) with_rows<M - 1>(rows, f);
 }
 
-template <class X, class T> int64_t shrink(const MultiLoraShrink& a, int64_t begin, int64_t end) {
-  const auto tiles = [](const LoraSegment& s) { return ceil_div(s.r, kTileRanks); };
-  const auto count = [&](const LoraSegment& s) { return groups_of(s) * tiles(s); };
-  return each_segment(a.segments, begin, end, count, [&](const LoraSegment& s, int64_t first, int64_t last) {
-    const Factor<T> f(a.pool, s, a.k);
-    for (int64_t unit = first; unit < last; ++unit) {
-      const int64_t rank = unit % tiles(s) * kTileRanks, ranks = at_most(kTileRanks, s.r - rank);
-      each_row_tile(a.segments, s, unit / tiles(s), [&](const int64_t* rows, int64_t n) {
-        float sums[kLanes];
-        with_rows(n, [&](auto tile) { dot_tile<decltype(tile)::rows, X>(a, rows, f, rank, s.r, sums); });
-        for (int64_t i = 0; i < n; ++i)
-          for (int64_t j = 0; j < ranks; ++j) a.u[rows[i] * a.ldu + rank + j] = s.scale * sums[i * kTileRanks + j];
-      });
-    }
-  });
+// u = x F^T for a group, [rows, r].
+template <class X, class T>
+void shrink(const MultiLoraAdd& a, const Group& g, const Factor<T>& f, int64_t r, float* u) {
+  for (int64_t rank = 0; rank < r; rank += kTileRanks)
+    g.each([&](int64_t begin, int64_t rows) {
+      float sums[kLanes];
+      with_rows(rows, [&](auto tile) { dot_tile<decltype(tile)::rows, X>(a, g.rows + begin, f, rank, r, sums); });
+      for (int64_t i = 0; i < rows; ++i)
+        memcpy(u + (begin + i) * r + rank, sums + i * kTileRanks, at_most(kTileRanks, r - rank) * sizeof(float));
+    });
 }
 
-template <class Y, class T> int64_t expand(const MultiLoraExpand& a, int64_t begin, int64_t end) {
-  const int64_t blocks = ceil_div(a.k, kGroupCols);
-  const auto count = [&](const LoraSegment& s) { return groups_of(s) * blocks; };
+// y += s u G for a group and the columns [col, stop).
+template <class Y, class T>
+void expand(const MultiLoraAdd& a, const LoraSegment& s, const Group& g, const float* u, const Factor<T>& f,
+            int64_t col, int64_t stop) {
+  for (; col < stop; col += kTileCols)
+    g.each([&](int64_t begin, int64_t rows) {
+      with_rows(rows, [&](auto tile) {
+        expand_tile<decltype(tile)::rows, Y>(a, s, g.rows + begin, u + begin * s.r, f, col);
+      });
+    });
+}
+
+// A unit is a group of rows and a part of the columns of y. Whoever comes to a group makes u for all parts it does
+// there; two threads that share a group both make it, which costs less than waiting for each other.
+template <class X, class T> int64_t add(const MultiLoraAdd& a, int64_t begin, int64_t end, float* u) {
+  const int64_t parts = ceil_div(a.n, kPartCols);
+  const auto count = [&](const LoraSegment& s) { return ceil_div(s.end - s.begin, kGroupRows) * parts; };
   return each_segment(a.segments, begin, end, count, [&](const LoraSegment& s, int64_t first, int64_t last) {
-    const Factor<T> f(a.pool, s, a.k);
-    for (int64_t unit = first; unit < last; ++unit) {
-      const int64_t col = unit % blocks * kGroupCols, stop = at_most(a.k, col + kGroupCols);
-      for (int64_t c = col; c < stop; c += kTileCols)
-        each_row_tile(a.segments, s, unit / blocks, [&](const int64_t* rows, int64_t n) {
-          with_rows(n, [&](auto tile) { expand_tile<decltype(tile)::rows, Y>(a, rows, f, c, s); });
-        });
+    const Factor<T> f(a.pool, s, s.first, a.k), g(a.pool, s, s.second, a.n);
+    for (int64_t unit = first, next; unit < last; unit = next) {
+      const int64_t row = s.begin + unit / parts * kGroupRows, part = unit % parts;
+      next = at_most(last, unit - part + parts);
+      const Group group{a.segments.order + row, at_most(kGroupRows, s.end - row)};
+      shrink<X>(a, group, f, s.r, u);
+      if (part == 0)
+        for (int64_t i = 0; i < group.count; ++i) memcpy(a.u + group.rows[i] * a.ldu, u + i * s.r, s.r * sizeof(float));
+      expand<X>(a, s, group, u, g, part * kPartCols, at_most(a.n, (part + next - unit) * kPartCols));
     }
   });
 }
@@ -194,21 +206,11 @@ template <class X> struct ListedRows {
 
 }  // namespace
 
-int64_t multi_lora_shrink(const MultiLoraShrink& a, int64_t begin, int64_t end, void*) {
+int64_t multi_lora_add(const MultiLoraAdd& a, int64_t begin, int64_t end, void* scratch) {
   int64_t units = 0;
-  with_type(a.x_dtype, [&](auto x) {
+  with_type(a.dtype, [&](auto x) {
     with_type(a.pool.dtype, [&](auto t) {
-      units = shrink<typename decltype(x)::type, typename decltype(t)::type>(a, begin, end);
-    });
-  });
-  return units;
-}
-
-int64_t multi_lora_expand(const MultiLoraExpand& a, int64_t begin, int64_t end, void*) {
-  int64_t units = 0;
-  with_type(a.y_dtype, [&](auto y) {
-    with_type(a.pool.dtype, [&](auto t) {
-      units = expand<typename decltype(y)::type, typename decltype(t)::type>(a, begin, end);
+      units = add<typename decltype(x)::type, typename decltype(t)::type>(a, begin, end, static_cast<float*>(scratch));
     });
   });
   return units;
@@ -219,7 +221,7 @@ int64_t multi_lora_gradient(const MultiLoraGradient& a, int64_t begin, int64_t e
   const auto count = [&](const LoraSegment& s) { return Units<2>(s.r, a.k).count(); };
   return each_segment(a.segments, begin, end, count, [&](const LoraSegment& s, int64_t first, int64_t last) {
     const int64_t* rows = a.segments.order + s.begin;
-    float* d = a.d + s.start;
+    float* d = a.d + s.first;
     Units<2>(s.r, a.k).each(first, last, scratch, [&](const Block& b) {
       with_type(a.x_dtype, [&](auto t) {
         using X = typename decltype(t)::type;
