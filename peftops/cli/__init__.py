@@ -1,5 +1,4 @@
-"""The command line: ``peftops finetune``, ``generate``, ``merge``, ``influence``,
-``report``, ``info``."""
+"""The command line: ``peftops finetune``, ``generate``, ``merge``, ``influence``, ``plan``, ``report``, ``info``."""
 
 from __future__ import annotations
 
@@ -51,6 +50,8 @@ def _run(args: argparse.Namespace) -> int:
         from .commands import generate as run
     elif args.command == "influence":
         from .influence import run
+    elif args.command == "plan":
+        from .plan import run
     else:
         from .commands import merge as run
     return run(args)
@@ -108,6 +109,12 @@ def _influence_arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    from .plan import add_arguments
+
+    add_arguments(parser)
+
+
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="output directories of peftops finetune")
 
@@ -117,6 +124,7 @@ _COMMANDS = {
     "generate": ("Let a model answer, with an adapter or without.", _generate_arguments),
     "merge": ("Fold an adapter into a dense model and save that.", _merge_arguments),
     "influence": ("Tell which training rows made a model say something.", _influence_arguments),
+    "plan": ("Tell which methods fit in memory, and which one to choose.", _plan_arguments),
     "report": ("Print runs of finetune side by side.", _report_arguments),
     "info": ("Tell what was built and what it runs on.", lambda parser: None),
 }
