@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import torch  # loads the libraries that _C is linked with
 
 from . import _C as _C
+from .influence import Influence
 from .integrations import load, load_model, save, summary
 from .methods import activate, attach, detach, disabled, merge, unmerge
 from .methods.bitfit import BitFitConfig
@@ -48,6 +49,7 @@ from .ops import (
     qalora_linear,
     qalora_merge,
 )
+from .serving import Server
 
 if torch.version.cuda and find_spec("peftops._C_cuda"):
     from . import _C_cuda  # noqa: F401  (linked with libtorch_cuda, so it loads only where torch has CUDA)
@@ -55,11 +57,11 @@ if torch.version.cuda and find_spec("peftops._C_cuda"):
 __version__ = "0.1.0"
 __all__ = [
     "AdapterPool", "BitFitConfig", "BottleneckConfig", "DoRAConfig", "GLoRAConfig", "GroupQuantTensor",
-    "HeadOnlyConfig", "IA3Config", "LLaMAAdapterConfig", "LoRAConfig", "LoRAFAConfig", "LoftQConfig", "MultiLoRAConfig",
-    "NF4Tensor", "NormTuningConfig", "OLoRAConfig", "PiSSAConfig", "PrefixTuningConfig", "PromptTuningConfig",
-    "QALoRAConfig", "QLoRAConfig", "SurgicalConfig", "TiedLoRAConfig", "TopLayersConfig", "VeRAConfig", "activate",
-    "add_gated_prompt", "attach", "auto_rgn", "auto_snr", "detach", "disabled", "gated_prompt_attention",
-    "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "load", "load_model", "lora_linear",
-    "loraplus_groups", "merge", "multi_lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize", "qalora_linear",
-    "qalora_merge", "save", "summary", "unmerge", "weighted_groups",
+    "HeadOnlyConfig", "IA3Config", "Influence", "LLaMAAdapterConfig", "LoRAConfig", "LoRAFAConfig", "LoftQConfig",
+    "MultiLoRAConfig", "NF4Tensor", "NormTuningConfig", "OLoRAConfig", "PiSSAConfig", "PrefixTuningConfig",
+    "PromptTuningConfig", "QALoRAConfig", "QLoRAConfig", "Server", "SurgicalConfig", "TiedLoRAConfig",
+    "TopLayersConfig", "VeRAConfig", "activate", "add_gated_prompt", "attach", "auto_rgn", "auto_snr", "detach",
+    "disabled", "gated_prompt_attention", "gptq_quantize", "group_dequantize", "group_linear", "group_quantize",
+    "load", "load_model", "lora_linear", "loraplus_groups", "merge", "multi_lora_linear", "nf4_dequantize",
+    "nf4_linear", "nf4_quantize", "qalora_linear", "qalora_merge", "save", "summary", "unmerge", "weighted_groups",
 ]  # fmt: skip

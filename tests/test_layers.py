@@ -11,7 +11,7 @@ import pytest
 import peftops
 
 ROOT = Path(__file__).resolve().parents[1]
-ORDER = ["ops", "nn", "methods", "integrations"]  # peftops/<layer>, lowest first
+ORDER = ["ops", "nn", "methods", "integrations", "influence", "serving", "planner"]  # peftops/<layer>, lowest first
 
 
 def read(*patterns):

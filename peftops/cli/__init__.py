@@ -1,4 +1,4 @@
-"""The command line: ``peftops finetune``, ``generate``, ``merge``, ``report``, ``info``."""
+"""The command line: ``peftops finetune``, ``generate``, ``merge``, ``influence``, ``plan``, ``report``, ``info``."""
 
 from __future__ import annotations
 
@@ -48,6 +48,10 @@ def _run(args: argparse.Namespace) -> int:
         from .finetune import run
     elif args.command == "generate":
         from .commands import generate as run
+    elif args.command == "influence":
+        from .influence import run
+    elif args.command == "plan":
+        from .plan import run
     else:
         from .commands import merge as run
     return run(args)
@@ -98,6 +102,19 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory for the merged model, dense safetensors")
 
 
+def _influence_arguments(parser: argparse.ArgumentParser) -> None:
+    from .influence import add_arguments
+
+    _model_arguments(parser)
+    add_arguments(parser)
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    from .plan import add_arguments
+
+    add_arguments(parser)
+
+
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="output directories of peftops finetune")
 
@@ -106,6 +123,8 @@ _COMMANDS = {
     "finetune": ("Train an adapter of a causal language model.", _finetune_arguments),
     "generate": ("Let a model answer, with an adapter or without.", _generate_arguments),
     "merge": ("Fold an adapter into a dense model and save that.", _merge_arguments),
+    "influence": ("Tell which training rows made a model say something.", _influence_arguments),
+    "plan": ("Tell which methods fit in memory, and which one to choose.", _plan_arguments),
     "report": ("Print runs of finetune side by side.", _report_arguments),
     "info": ("Tell what was built and what it runs on.", lambda parser: None),
 }

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,26 @@ def gguf_file(path: str | os.PathLike) -> Path | None:
         return path if path.suffix == ".gguf" else None
     files = sorted(path.glob("*.gguf"))
     return files[0] if len(files) == 1 and not (path / "config.json").exists() else None
+
+
+def model_config(path: str | os.PathLike) -> Any:
+    """The configuration of the model that is in a directory or a GGUF file.
+
+    Raises:
+        FileNotFoundError: there is no model at ``path``.
+        ValueError: the file is damaged.
+    """
+    from transformers import AutoConfig
+
+    file, folder = gguf_file(path), Path(path)
+    if file:
+        try:
+            return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        except Exception as error:  # whatever a reader stumbles over in a damaged file
+            raise ValueError(f"{file} is damaged or no GGUF: {error}") from error
+    if (folder / "config.json").is_file():
+        return AutoConfig.from_pretrained(folder)
+    raise FileNotFoundError(f"no model at {path}: neither a GGUF file nor a directory with config.json")
 
 
 def load_model(
@@ -56,18 +77,10 @@ def load_model(
         ValueError: the files are damaged, or do not hold exactly the tensors that the model has.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     file, folder = gguf_file(path), Path(path)
-    if file:
-        try:
-            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-        except Exception as error:  # whatever a reader stumbles over in a damaged file
-            raise ValueError(f"{file} is damaged or no GGUF: {error}") from error
-    elif (folder / "config.json").is_file():
-        config = AutoConfig.from_pretrained(folder)
-    else:
-        raise FileNotFoundError(f"no model at {path}: neither a GGUF file nor a directory with config.json")
+    config = model_config(path)
     prequantised = getattr(config, "quantization_config", None)
     if prequantised is not None:
         _check_prequantised(folder, prequantised)

@@ -86,12 +86,7 @@ def load(
             exactly those of the config and the model; nothing has changed then.
     """
     folder = Path(directory)
-    fields, own = _read_json(folder / CONFIG), {}
-    if (folder / OWN).exists():
-        own = _read_json(folder / OWN)
-    # PEFT also writes what is no adapter's: an embedding's own weight, and zeros where GLoRA has nothing.
-    tensors = {k: t for k, t in _read_tensors(folder / WEIGHTS).items() if not k.endswith(_NOT_ADAPTERS)}
-    config = _config(fields, own, quantize)
+    config, tensors = read_adapter(folder, quantize)
     field = _target_field(config)
     if field:
         # The tensors tell best which layers are adapted: PEFT has several more ways to choose them.
@@ -108,6 +103,17 @@ def load(
         detach(model, name)
         raise
     return model
+
+
+def read_adapter(directory: str | os.PathLike, quantize: bool | None = None) -> tuple[Any, dict[str, Tensor]]:
+    """The options and tensors of an adapter's files, by their keys; raises what :func:`load` does of files alone."""
+    folder = Path(directory)
+    fields, own = _read_json(folder / CONFIG), {}
+    if (folder / OWN).exists():
+        own = _read_json(folder / OWN)
+    # PEFT also writes what is no adapter's: an embedding's own weight, and zeros where GLoRA has nothing.
+    tensors = {k: t for k, t in _read_tensors(folder / WEIGHTS).items() if not k.endswith(_NOT_ADAPTERS)}
+    return _config(fields, own, quantize), tensors
 
 
 def _task(model: nn.Module) -> str | None:

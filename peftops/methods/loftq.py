@@ -88,6 +88,9 @@ class LoftQ(LoRA):
             return base
         c, r = self.config, self.lora_A.shape[0]
         weight = dense_matrix(base, base.weight.dtype)
+        if weight.is_meta:  # nothing is lost of what is not there
+            codes = nf4_quantize(weight, block_size=c.block_size, double_quant=c.double_quant)
+            return NF4Linear(codes, base.bias, shell_of(base)).train(base.training)
         codes, A, B, self.errors = loftq(weight, r, self.scaling, iterations=c.iterations, block_size=c.block_size,
                                          double_quant=c.double_quant)  # fmt: skip
         self.lora_A.copy_(A)

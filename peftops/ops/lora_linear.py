@@ -82,10 +82,14 @@ def draw_seed(x: Tensor, dropout_p: float, training: bool) -> tuple[float, Tenso
     return dropout_p, torch.randint(0, 2**62, (), device=x.device)
 
 
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for x (the meta device knows none)."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast(x: Tensor) -> Tensor:
     """x as autocast wants the input of a linear layer."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if autocasting(x) else x
 
 
 def sum_rows(g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -155,7 +159,7 @@ def lora_linear(
         ``[..., out]`` in x's dtype. Differentiable once in all tensors.
     """
     x = autocast(x)
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasting(x):
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     n, k = weight.shape
     if x.dim() == 0 or x.shape[-1] != k:

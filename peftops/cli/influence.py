@@ -1,0 +1,98 @@
+"""``peftops influence``: which training rows made a model say something."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..influence import Influence
+from ..integrations import load
+from ..integrations.peft_files import read_adapter
+from .data import DataError, Example, Row, collate, encode, read_rows
+from .model import load_base, load_tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arg = parser.add_argument
+    arg("--train", type=Path, required=True, help="the data that the adapter was trained on")
+    arg("--prompt", required=True, help="what was asked")
+    arg("--completion", required=True, help="what was said, or might have been")
+    arg("--top", type=int, default=10, help="how many rows to print (default 10)")
+    arg("--fit", type=int, default=1000, help="rows that the curvature is estimated from (default 1000)")
+    arg("--damping", type=float, help="added to every eigenvalue (default: a tenth of each matrix's mean)")
+    arg("--batch", type=int, default=8, help="rows computed at once (default 8)")
+    arg("--max-length", type=int, default=512, help="tokens per row (default 512)")
+    arg("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    for name in ("top", "fit", "batch", "max_length"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if not args.adapter:
+        raise ValueError("influence needs --adapter: its parameters are what examples have an influence on")
+    rows = read_rows(args.train)
+    config, _ = read_adapter(args.adapter)
+    tokenizer = load_tokenizer(args.model)
+    numbers, examples = _examples(rows, tokenizer, args)
+    conversation = [{"role": "user", "content": args.prompt}, {"role": "assistant", "content": args.completion}]
+    asked = encode([Row(messages=conversation)], tokenizer, args.max_length)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+
+    # The base as it was in training: in 4 bits if the adapter's method put it there.
+    kind = {name: getattr(config, name) for name in ("block_size", "double_quant") if hasattr(config, name)}
+    model = load_base(args.model, args.dtype, quantize=config.quantizes, **kind)
+    load(model, args.adapter, quantize=False)
+
+    def batches(chosen: list[Example]) -> list[dict[str, Tensor]]:
+        made = [collate(chosen[i : i + args.batch], pad) for i in range(0, len(chosen), args.batch)]
+        return [{name: t.to(model.device) for name, t in batch.items()} for batch in made]
+
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))  # little padding
+    numbers, examples = [numbers[i] for i in order], [examples[i] for i in order]
+    sample = sorted(random.Random(args.seed).sample(range(len(examples)), min(args.fit, len(examples))))
+    print(f"{len(examples)} examples of {args.train.name}, the curvature from {len(sample)}", flush=True)
+    influence = Influence(model, damping=args.damping).fit(batches([examples[i] for i in sample]), seed=args.seed)
+    everything = batches(examples)
+    query = influence.queries(batches(asked))
+    scores = influence.scores(query, everything)[0]
+    own = influence.self_influence(everything) * influence.self_influence(batches(asked))
+    alike = scores / own.sqrt().clamp(min=1e-30)
+    print(table([(scores[i].item(), alike[i].item(), numbers[i], _text(rows[numbers[i]]))
+                 for i in scores.argsort(descending=True)[: args.top].tolist()]))  # fmt: skip
+    return 0
+
+
+def _examples(rows: list[Row], tokenizer: Any, args: argparse.Namespace) -> tuple[list[int], list[Example]]:
+    """The examples of all rows, and which row each is of (texts are cut up); rows without room are left out."""
+    numbers, examples, without = [], [], 0
+    for number, row in enumerate(rows):
+        try:
+            made = encode([row], tokenizer, args.max_length)
+        except DataError:
+            made, without = [], without + 1
+        numbers += [number] * len(made)
+        examples += made
+    if not examples:
+        raise DataError(f"no row of {args.train} leaves room for an answer within {args.max_length} tokens")
+    if without:
+        print(f"{without} rows left out: no room for an answer within {args.max_length} tokens")
+    return numbers, examples
+
+
+def _text(row: Row) -> str:
+    said = row.text if row.messages is None else " -> ".join(m["content"] for m in row.messages[-2:])
+    return " ".join(said.split())
+
+
+def table(lines: list[tuple[float, float, int, str]]) -> str:
+    """Score (how much the row lowers the loss of the completion), likeness in [-1, 1], row and text, best first."""
+    made = [f"{'score':>10} {'alike':>6} {'row':>6}  text"]
+    for score, alike, number, text in lines:
+        cut = text if len(text) <= 90 else f"{text[:87]}..."
+        made.append(f"{score:>10.3g} {alike:>6.2f} {number + 1:>6}  {cut}")
+    return "\n".join(made)

@@ -1,0 +1,115 @@
+"""The memory of each method on a model, from its configuration alone."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..integrations.hf import model_config
+from ..methods import METHODS, attach
+from ..methods.lora import LoRAConfig
+from . import trace
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What training by one method takes, in bytes.
+
+    Attributes:
+        method: its name, as ``peftops finetune --method`` has it.
+        trainable: parameters.
+        weights: of all that is frozen.
+        optimizer: of what trains, in float32, and AdamW's two moments of it.
+        activations: the most that a step holds beyond those: what backward needs, logits, gradients.
+        why_not: why the method cannot be used on this model; None if it can, and only then the rest means anything.
+    """
+
+    method: str
+    trainable: int = 0
+    weights: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    why_not: str | None = None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimizer + self.activations
+
+    @property
+    def adapter(self) -> int:
+        """Of a file, or of one more task on the same base."""
+        return 4 * self.trainable
+
+
+def skeleton(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model at ``path`` on the meta device: shapes, and no weights.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no causal language model that transformers can build.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = model_config(path)
+    if hasattr(config, "quantization_config"):
+        raise ValueError(f"{path} is quantised already; plan with the model that it was made from")
+    trace.register_attention()
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=trace.ATTENTION)
+    except ValueError as error:
+        kind = config.model_type
+        raise ValueError(f"{path}: transformers builds no causal language model of a {kind}, or none whose attention "
+                         f"can be counted: {str(error).splitlines()[0]}") from None  # fmt: skip
+    model.tie_weights()
+    model.config.pad_token_id = None  # for its sake, some models look at ids, of which there are none
+    return model
+
+
+def estimate(
+    model: nn.Module, config: object, *, batch: int = 8, length: int = 512, checkpointing: bool = False
+) -> Estimate:
+    """What training ``model`` with a method takes.
+
+    Args:
+        model: a :func:`skeleton`; left as it is.
+        config: options of the method.
+        batch, length: rows computed at once, and tokens per row.
+        checkpointing: compute the activations of each block again in backward.
+
+    Raises:
+        ValueError: batch or length is below 1, or length is more than the model has positions.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if batch < 1 or length < 1 or (most and length > most):
+        limit = f" (length at most {most})" if most else ""
+        raise ValueError(f"batch and length must be at least 1{limit}, not {batch} and {length}")
+    name = METHODS[type(config)].__name__.lower()
+    model = copy.deepcopy(model).train()
+    try:
+        attach(model, config)
+    except (ValueError, TypeError) as error:
+        return Estimate(name, why_not=str(error))
+    if checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    bytes_of = lambda tensors: sum(part.nbytes for t in tensors for part in trace.parts_of(t))
+    return Estimate(
+        name,
+        trainable=sum(p.numel() for p in trained),
+        weights=bytes_of([*frozen, *model.buffers()]),
+        optimizer=bytes_of(trained) + 8 * sum(p.numel() for p in trained),
+        activations=trace.step_peak(model, batch, length),
+    )
+
+
+def estimate_all(model: nn.Module, *, r: int = 16, **options: int | bool) -> list[Estimate]:
+    """That of every method, with its defaults and, where it is a kind of LoRA, rank ``r``."""
+    kinds = sorted(METHODS, key=lambda kind: METHODS[kind].__name__.lower())
+    return [estimate(model, kind(r=r) if issubclass(kind, LoRAConfig) else kind(), **options) for kind in kinds]

@@ -1,0 +1,147 @@
+"""The requests that run, and the two kinds of passes over them: prompts, and one token further."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import AdapterPool, matrix
+from ..ops import multi_lora_linear
+from .cache import RowCache
+
+BASE = -1  # index of a row that no adapter changes
+
+
+@dataclass
+class Request:
+    """What was asked, and what has been answered so far."""
+
+    number: int
+    prompt: list[int]
+    adapter: str | None
+    max_new: int
+    index: int = BASE  # in the pool, while it runs
+    ids: list[int] = field(default_factory=list)
+
+    @property
+    def longest(self) -> int:
+        return len(self.prompt) + self.max_new
+
+    @property
+    def cached(self) -> int:
+        """Tokens whose keys and values are kept: all but the last one generated."""
+        return len(self.prompt) + len(self.ids) - 1
+
+
+class Rows:
+    """The adapter of each row of the pass that runs; None while all rows are the base's."""
+
+    index: Tensor | None = None
+
+
+class PooledLinear(nn.Module):
+    """A frozen linear layer to which each row's own adapter is added."""
+
+    def __init__(self, base: nn.Module, pool: AdapterPool, name: str, rows: Rows):
+        super().__init__()
+        self.base, self.layer, self.rows = base, pool.layer(name), rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rows.index is None:
+            return self.base(x)
+        return multi_lora_linear(x, matrix(self.base), self.layer, self.rows.index, self.base.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+
+class Batch:
+    """Requests, each in a row of the cache.
+
+    Args:
+        model: whose linear layers are :class:`PooledLinear` with ``rows``.
+        max_rows, max_tokens: of the cache, padding included.
+    """
+
+    def __init__(self, model: nn.Module, rows: Rows, *, max_rows: int, max_tokens: int):
+        self.model, self.rows, self.max_rows, self.max_tokens = model, rows, max_rows, max_tokens
+        self.running: list[Request] = []
+        self.cache = RowCache(model.config.get_text_config().num_hidden_layers)
+
+    def join(self, requests: list[Request]) -> None:
+        """Run the prompts of new requests, each from position 0, up to the first token of the answers."""
+        for group in alike(requests):
+            first, most = len(self.running), max(len(r.prompt) for r in group)
+            self.running += group
+            self._reserve(live=first)
+            ids = torch.zeros(len(group), most, dtype=torch.int64)  # what pads the shorter ones lies behind their ends
+            for row, request in zip(ids, group, strict=True):
+                row[: len(request.prompt)] = torch.tensor(request.prompt)
+            ends = torch.tensor([len(r.prompt) - 1 for r in group])
+            keep, at = ends.unique(return_inverse=True)
+            self.cache.begin(first, torch.zeros_like(ends), most)
+            logits = self._forward(group, ids, torch.arange(most).expand_as(ids), None, keep)
+            _append(group, logits[torch.arange(len(group)), at])
+
+    def decode(self) -> None:
+        """One token further, for all."""
+        lengths = torch.tensor([r.cached for r in self.running])
+        self.cache.begin(0, lengths, 1)
+        hidden = torch.arange(int(lengths.max()) + 1) > lengths[:, None]
+        dtype = self.model.get_input_embeddings().weight.dtype
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]
+        last = torch.tensor([[r.ids[-1]] for r in self.running])
+        logits = self._forward(self.running, last, lengths[:, None], mask, torch.tensor([0]))
+        _append(self.running, logits[:, 0])
+
+    def leave(self, row: int) -> None:
+        """Let the last request have the row of one that is done."""
+        last = self.running.pop()
+        if row < len(self.running):
+            self.cache.move(len(self.running), row, last.cached)
+            self.running[row] = last
+
+    def _forward(
+        self, requests: list[Request], ids: Tensor, positions: Tensor, mask: Tensor | None, keep: Tensor
+    ) -> Tensor:
+        adapters = torch.tensor([r.index for r in requests])
+        self.rows.index = adapters.repeat_interleave(ids.shape[1]) if (adapters != BASE).any() else None
+        try:
+            return self.model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=self.cache,
+                              use_cache=True, logits_to_keep=keep).logits  # fmt: skip
+        finally:
+            self.rows.index = None
+
+    def _reserve(self, live: int) -> None:
+        """Room for all that run, to their ends; a little more where the budget has it, so that it seldom moves."""
+        longest, count = max(r.longest for r in self.running), len(self.running)
+        rows, capacity = min(1 << (count - 1).bit_length(), self.max_rows), -(-longest // 64) * 64
+        if rows * capacity > self.max_tokens:
+            rows, capacity = count, longest
+        if count > self.cache.rows or longest > self.cache.capacity:
+            self.cache.reserve(rows, capacity, live)
+
+
+def _append(requests: list[Request], logits: Tensor) -> None:
+    for request, token in zip(requests, logits.argmax(-1).tolist(), strict=True):
+        request.ids.append(token)
+
+
+def alike(requests: list[Request]) -> Iterator[list[Request]]:
+    """Groups whose prompts differ by a factor of two at most: so much padding costs less than another pass."""
+    group: list[Request] = []
+    for request in sorted(requests, key=lambda r: len(r.prompt)):
+        if group and len(request.prompt) > 2 * len(group[0].prompt):
+            yield group
+            group = []
+        group.append(request)
+    if group:
+        yield group

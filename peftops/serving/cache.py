@@ -1,0 +1,82 @@
+"""Keys and values of a batch whose rows come and go.
+
+Each row is a request, and starts at position 0: no row's place depends on another's length, so a request joins without
+moving anybody. When one leaves, the last row moves into its place, and the rows in use are always the first ones, which
+attention can read as they lie.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RowCache:
+    """What a model of transformers writes its keys and values to, ``[rows, heads, capacity, width]`` per layer.
+
+    Before a pass, :meth:`begin` says which rows it is for, and how long they are.
+    """
+
+    is_compileable = False
+
+    def __init__(self, layers: int):
+        self.is_sliding = [False] * layers
+        self.pairs: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self.rows, self.capacity = 0, 0
+        self._first, self._lengths, self._longest = 0, torch.zeros(0, dtype=torch.int64), 0
+
+    def reserve(self, rows: int, capacity: int, live: int) -> None:
+        """Have room for this many rows of this many tokens; the first ``live`` rows are kept."""
+        if (rows, capacity) == (self.rows, self.capacity):
+            return
+        for layer, pair in enumerate(self.pairs):
+            if pair is not None:
+                self.pairs[layer] = tuple(_resized(t, rows, capacity, live) for t in pair)
+        self.rows, self.capacity = rows, capacity
+
+    def begin(self, first: int, lengths: Tensor, new: int) -> None:
+        """The next pass is for rows ``first``, ``first + 1``, .. that hold ``lengths`` tokens and get ``new`` each.
+        Rows of a pass with several new tokens are empty."""
+        self._first, self._lengths, self._longest = first, lengths, int(lengths.max()) + new
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep the new keys and values; all those of the rows, up to the longest one."""
+        if self.pairs[layer_idx] is None:
+            # Zeros: what lies beyond a row's end is masked, but a NaN would show through the mask.
+            empty = lambda t: t.new_zeros(self.rows, t.shape[1], self.capacity, t.shape[3])
+            self.pairs[layer_idx] = empty(keys), empty(values)
+        result = []
+        for store, new in zip(self.pairs[layer_idx], (keys, values), strict=True):
+            rows = store[self._first : self._first + len(new)]
+            if new.shape[2] == 1:
+                rows[torch.arange(len(new)), :, self._lengths] = new[:, :, 0]
+            else:
+                rows[:, :, : new.shape[2]] = new
+            result.append(rows[:, :, : self._longest])
+        return result[0], result[1]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Let row ``target`` be what row ``source`` is, of which ``length`` tokens count."""
+        for pair in self.pairs:
+            for store in pair or ():
+                store[target, :, :length] = store[source, :, :length]
+
+    # What models and their masks ask. A pass over several new tokens is causal from position 0; one over a single new
+    # token brings its own mask.
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+
+def _resized(store: Tensor, rows: int, capacity: int, live: int) -> Tensor:
+    new = store.new_zeros(rows, store.shape[1], capacity, store.shape[3])
+    both = min(capacity, store.shape[2])
+    new[:live, :, :both] = store[:live, :, :both]
+    return new

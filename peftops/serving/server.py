@@ -1,0 +1,223 @@
+"""A batch that requests join and leave between steps, each with its own adapter (S-LoRA, arXiv:2311.03285).
+
+A step admits waiting requests, runs their prompts, then takes one token further all that run. The base product is that
+of all rows together, in dense or 4-bit weights; :func:`peftops.multi_lora_linear` adds each row's own term.
+
+*Admission* is first come, first served, and never takes what could not be finished: rows times the longest prompt plus
+answer must fit ``max_tokens``, which bounds the memory of keys and values, and the pool must have room for the adapter
+beside those of the running requests, which are pinned. (S-LoRA's own bound is on the sum of lengths, for a cache that
+is paged by token; ours keeps rows side by side.) *Eviction* is the pool's: the least recently used adapter that no
+running request has. *Prefetch*: while a step computes, a thread loads the adapters of the next in line.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..nn import AdapterPool
+from .batch import Batch, PooledLinear, Request, Rows
+
+
+@dataclass
+class Completion:
+    """What became of a request.
+
+    Attributes:
+        number: of the request, as :meth:`Server.submit` returned it.
+        ids: the tokens that were generated, with the one that stopped it.
+    """
+
+    number: int
+    ids: list[int]
+
+
+class Server:
+    """Greedy generation for requests of many adapters at once. Use it as a context: leaving it gives the model back.
+
+    Args:
+        model: a causal language model of transformers, dense or in 4 bits, with no adapter attached.
+        pool: with the layers of the model that adapters may adapt; see :func:`~peftops.serving.pool_for`.
+        max_batch: how many requests run at once.
+        max_tokens: how many tokens of keys and values are kept at once, padding included.
+        stop: ids that end an answer; by default those of the model's generation config.
+        prefetch: for how many waiting requests adapters are loaded ahead.
+
+    Raises:
+        TypeError: the model takes no positions, or no choice of logits.
+        ValueError: a limit is below 1; an adapter is attached; the pool has a layer that the model lacks; the model's
+            attention slides over fewer tokens than ``max_tokens``.
+    """
+
+    def __init__(self, model: nn.Module, pool: AdapterPool, *, max_batch: int = 16, max_tokens: int = 16384,
+                 stop: Iterable[int] | None = None, prefetch: int = 2):  # fmt: skip
+        limits = {"max_batch": (max_batch, 1), "max_tokens": (max_tokens, 2), "prefetch": (prefetch, 0)}
+        for name, (value, least) in limits.items():
+            if value < least:
+                raise ValueError(f"Server: {name} must be at least {least}, not {value}")
+        if hasattr(model, "_peftops"):
+            raise ValueError("Server: the model has an adapter attached; detach it, or merge and detach it")
+        lacks = {"position_ids", "logits_to_keep", "past_key_values"} - set(inspect.signature(model.forward).parameters)
+        if lacks:
+            raise TypeError(f"Server: {type(model).__name__} takes no {', '.join(sorted(lacks))}")
+        self.model, self.pool, self.max_batch, self.max_tokens = model, pool, max_batch, max_tokens
+        config = model.config.get_text_config()
+        self._vocabulary, self._window = config.vocab_size, _window(config)
+        ends = model.generation_config.eos_token_id if stop is None else list(stop)
+        self.stop = {ends} if isinstance(ends, int) else set(ends or ())
+        rows = Rows()
+        self._replaced = _put(model, pool, rows)
+        self.batch = Batch(model, rows, max_rows=max_batch, max_tokens=max_tokens)
+        self._waiting: deque[Request] = deque()
+        self._count, self._ahead, self._asked = 0, prefetch, ()
+        self._loader = ThreadPoolExecutor(1, "peftops-prefetch")
+        self._loading: Future | None = None
+        self._was_training = model.training
+        model.eval()
+
+    def close(self) -> None:
+        """Put the model's own layers back, and let go of the adapters."""
+        self._loader.shutdown()
+        for request in self.batch.running:
+            self._release(request)
+        self.batch.running, self._waiting = [], deque()
+        for owner, leaf, base in self._replaced:
+            setattr(owner, leaf, base)
+        self._replaced = []
+        self.model.train(self._was_training)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(self, prompt: Sequence[int], *, adapter: str | None = None, max_new: int = 128) -> int:
+        """Queue a request; its number. May be called from any thread, at any time.
+
+        Args:
+            prompt: token ids, at least one.
+            adapter: its name in the pool; None for the base model.
+            max_new: the most tokens to generate.
+
+        Raises:
+            KeyError: the pool has no such adapter.
+            ValueError: the prompt is empty or no ids of this model; it could never fit.
+        """
+        prompt = [int(i) for i in prompt]
+        if not prompt or not all(0 <= i < self._vocabulary for i in prompt):
+            known = f"ids from 0 to {self._vocabulary - 1}, at least one"
+            raise ValueError(f"Server: a prompt needs {known}, not {prompt[:9]}")
+        if max_new < 1:
+            raise ValueError(f"Server: max_new must be at least 1, not {max_new}")
+        most = min(self.max_tokens, self._window or self.max_tokens)
+        if len(prompt) + max_new > most:
+            why = "max_tokens" if most == self.max_tokens else "the window over which this model's attention slides"
+            raise ValueError(f"Server: {len(prompt)} + {max_new} tokens are more than {why}, {most}")
+        if adapter is not None:
+            self.pool._find(adapter)
+        self._count += 1
+        self._waiting.append(Request(self._count, prompt, adapter, max_new))
+        return self._count
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs or waits."""
+        return not self.batch.running and not self._waiting
+
+    def run(self) -> Iterator[Completion]:
+        """Steps until nothing is left, yielding what is finished as it is."""
+        while not self.idle:
+            yield from self.step()
+
+    @torch.no_grad()
+    def step(self) -> list[Completion]:
+        """Admit what fits, run the prompts of those, and take all that run one token further; what is finished."""
+        joined = self._admit()
+        self._prefetch()
+        self.batch.join(joined)
+        done = self._finished()
+        if self.batch.running:
+            self.batch.decode()
+            done += self._finished()
+        return done
+
+    def _admit(self) -> list[Request]:
+        joined: list[Request] = []
+        longest = max((r.longest for r in self.batch.running), default=0)
+        while self._waiting and len(self.batch.running) + len(joined) < self.max_batch:
+            request, rows = self._waiting[0], len(self.batch.running) + len(joined) + 1
+            if rows * max(longest, request.longest) > self.max_tokens:
+                break
+            if request.adapter is not None:
+                try:
+                    request.index = self.pool.pin(request.adapter)
+                except RuntimeError:  # no room beside the adapters of those that run, unless nothing does
+                    if rows == 1:
+                        raise
+                    break
+                except KeyError:  # removed from the pool since; those that joined before it go first
+                    if joined:
+                        break
+                    self._waiting.popleft()
+                    raise
+            joined.append(self._waiting.popleft())
+            longest = max(longest, request.longest)
+        return joined
+
+    def _prefetch(self) -> None:
+        """Load what comes next while this step computes, the nearest last: it is then the last to be evicted."""
+        asked = tuple(dict.fromkeys(r.adapter for r in list(self._waiting)[: self._ahead] if r.adapter is not None))
+        if asked == self._asked or (self._loading is not None and not self._loading.done()):
+            return
+        self._asked = asked
+        self._loading = self._loader.submit(self._load, asked)
+
+    def _load(self, names: tuple[str, ...]) -> None:
+        for name in reversed(names):
+            try:
+                self.pool.load(name)
+            except (RuntimeError, KeyError):
+                pass  # no room now, or gone: admission will see
+
+    def _finished(self) -> list[Completion]:
+        done = []
+        for row in range(len(self.batch.running) - 1, -1, -1):
+            request = self.batch.running[row]
+            if len(request.ids) == request.max_new or request.ids[-1] in self.stop:
+                done.append(Completion(request.number, request.ids))
+                self._release(request)
+                self.batch.leave(row)
+        return done[::-1]
+
+    def _release(self, request: Request) -> None:
+        if request.adapter is not None:
+            self.pool.unpin(request.adapter)
+
+
+def _put(model: nn.Module, pool: AdapterPool, rows: Rows) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Let each layer of the pool be one that adds rows' own adapters; where each was, and what it was."""
+    known = dict(model.named_modules())
+    strangers = [name for name in pool._layers if name not in known]
+    if strangers:
+        raise ValueError(f"Server: the pool has a layer {strangers[0]!r}, and {type(model).__name__} has none")
+    replaced = []
+    for name in pool._layers:
+        parent, _, leaf = name.rpartition(".")
+        setattr(known[parent], leaf, PooledLinear(known[name], pool, name, rows))
+        replaced.append((known[parent], leaf, known[name]))
+    return replaced
+
+
+def _window(config: Any) -> int | None:
+    """Over how many tokens attention slides; None if over all."""
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    slides = getattr(config, "use_sliding_window", True) if kinds is None else any("sliding" in kind for kind in kinds)
+    return window if window and slides else None

@@ -1,0 +1,74 @@
+"""Every method trains with transformers' own Trainer, and comes back from its files."""
+
+import copy
+
+import pytest
+import torch
+
+import models
+import peftops
+from examples import example_of
+from peftops.methods import METHODS
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
+
+METHOD_OF = {config.__name__.removesuffix("Config").lower(): config for config in METHODS}
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        ids = models.tokens(4, 9)[i]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def trainer_of(model, folder, steps=2, **options):
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=steps, learning_rate=0.05, use_cpu=True, report_to=[], save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, seed=0, **{"per_device_train_batch_size": 2} | options,
+    )  # fmt: skip
+    return transformers.Trainer(model=model, args=arguments, train_dataset=Rows())
+
+
+def of(method):
+    """A model for the method, its base as the method leaves it, and its options."""
+    config = METHOD_OF[method]
+    options = example_of(config).config
+    build = models.qwen2 if method == "bitfit" else models.llama
+    model = peftops.attach(build(), options)
+    return peftops.detach(copy.deepcopy(model)), model
+
+
+@pytest.mark.parametrize("method", sorted(METHOD_OF))
+def test_two_steps_and_back_from_files(method, tmp_path):
+    base, model = of(method)
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer_of(model, tmp_path / "trainer").train()
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], p) for name, p in frozen.items()), "something frozen has changed"
+    changed = [name for name, p in trained.items() if not torch.equal(after[name], p)]
+    assert changed, "nothing has learnt"
+    peftops.save(model, tmp_path / "adapter")
+    fresh = peftops.load(base, tmp_path / "adapter")
+    ids = models.tokens(2, 9, seed=7)
+    with torch.no_grad():
+        want, got = model.eval()(ids).logits, fresh.eval()(ids).logits
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_accumulation_and_checkpointing(tmp_path):
+    """Trainer's own switches: the adapter learns the same from two small batches as from one of both."""
+    results = []
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    for options in ({"per_device_train_batch_size": 4}, parts):
+        torch.manual_seed(0)
+        model = peftops.attach(models.llama(), peftops.LoRAConfig(r=4))
+        trainer_of(model, tmp_path, steps=1, optim="sgd", **options).train()
+        results.append([p.detach() for p in model.parameters() if p.requires_grad])
+    assert any(p.any() for p in results[0][1::2]), "B is still 0"
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
