@@ -60,7 +60,7 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
         "auto_mapping": None,
         "revision": None,
     }
-    own = {"version": VERSION, "method": type(config).__name__, "options": dataclasses.asdict(config)}
+    own = {"version": VERSION, "method": type(config).__name__, "options": config.options()}
     folder = writable_directory(directory, sum(t.nbytes for t in tensors.values()) + 2**20)
     text = lambda value: json.dumps(value, indent=2, sort_keys=True) + "\n"
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
@@ -119,8 +119,7 @@ def _task(model: nn.Module) -> str | None:
 
 def _target_field(config: Any) -> str | None:
     """The option that says which layers are adapted; None if that follows from others."""
-    field = getattr(config, "target_field", "target")
-    return field if hasattr(config, field) else None
+    return config.target_field if hasattr(config, config.target_field or "") else None
 
 
 def _layers(adapter_class: type, tensors: dict[str, Tensor], file: Path) -> set[str]:
