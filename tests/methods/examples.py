@@ -12,6 +12,7 @@ from peftops.methods.bitfit import BitFitConfig
 from peftops.methods.bottleneck import BottleneckConfig
 from peftops.methods.head_only import HeadOnlyConfig
 from peftops.methods.llama_adapter import LLaMAAdapterConfig
+from peftops.methods.longlora import LongLoRAConfig
 from peftops.methods.norm_tuning import NormTuningConfig
 from peftops.methods.prefix_tuning import PrefixTuningConfig
 from peftops.methods.prompt_tuning import PromptTuningConfig
@@ -51,6 +52,7 @@ EXAMPLES: dict[type, Example] = {
     SurgicalConfig: Example(SurgicalConfig(), models.llama, on_nf4=False),
     LLaMAAdapterConfig: Example(LLaMAAdapterConfig(tokens=3, layers=2), models.llama, merges=False),
     QALoRAConfig: Example(QALoRAConfig(), on_nf4=False),
+    LongLoRAConfig: Example(LongLoRAConfig(r=4, group=64), models.llama),
     ReLoRAConfig: Example(ReLoRAConfig(r=8, dropout=0.0)),
     PromptTuningConfig: Example(PromptTuningConfig(tokens=3), models.llama, starts_as_base=False, merges=False),
     PrefixTuningConfig: Example(PrefixTuningConfig(tokens=3), models.llama, starts_as_base=False, merges=False),
