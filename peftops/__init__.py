@@ -19,6 +19,8 @@ from .methods.longlora import LongLoRAConfig
 from .methods.lora import LoRAConfig
 from .methods.lorafa import LoRAFAConfig
 from .methods.loraplus import loraplus_groups
+from .methods.lq_factors import fisher
+from .methods.lqlora import LQLoRAConfig
 from .methods.multilora import MultiLoRAConfig
 from .methods.norm_tuning import NormTuningConfig
 from .methods.olora import OLoRAConfig
@@ -58,12 +60,12 @@ if torch.version.cuda and find_spec("peftops._C_cuda"):
 __version__ = "0.1.0"
 __all__ = [
     "AdapterPool", "BitFitConfig", "BottleneckConfig", "DoRAConfig", "GLoRAConfig", "GroupQuantTensor",
-    "HeadOnlyConfig", "IA3Config", "LLaMAAdapterConfig", "LoRAConfig", "LoRAFAConfig", "LoftQConfig", "LongLoRAConfig",
-    "MultiLoRAConfig", "NF4Tensor", "NormTuningConfig", "OLoRAConfig", "PiSSAConfig", "PrefixTuningConfig",
-    "PromptTuningConfig", "QALoRAConfig", "QLoRAConfig", "ReLoRAConfig", "SurgicalConfig", "TiedLoRAConfig",
-    "TopLayersConfig", "VeRAConfig", "activate", "add_gated_prompt", "attach", "auto_rgn", "auto_snr", "detach",
-    "disabled", "gated_prompt_attention", "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "load",
-    "load_model", "lora_linear", "loraplus_groups", "merge", "multi_lora_linear", "nf4_dequantize", "nf4_linear",
-    "nf4_quantize", "prune_state", "qalora_linear", "qalora_merge", "relora_schedule", "relora_step", "save", "summary",
-    "unmerge", "weighted_groups",
+    "HeadOnlyConfig", "IA3Config", "LLaMAAdapterConfig", "LQLoRAConfig", "LoRAConfig", "LoRAFAConfig", "LoftQConfig",
+    "LongLoRAConfig", "MultiLoRAConfig", "NF4Tensor", "NormTuningConfig", "OLoRAConfig", "PiSSAConfig",
+    "PrefixTuningConfig", "PromptTuningConfig", "QALoRAConfig", "QLoRAConfig", "ReLoRAConfig", "SurgicalConfig",
+    "TiedLoRAConfig", "TopLayersConfig", "VeRAConfig", "activate", "add_gated_prompt", "attach", "auto_rgn", "auto_snr",
+    "detach", "disabled", "fisher", "gated_prompt_attention", "gptq_quantize", "group_dequantize", "group_linear",
+    "group_quantize", "load", "load_model", "lora_linear", "loraplus_groups", "merge", "multi_lora_linear",
+    "nf4_dequantize", "nf4_linear", "nf4_quantize", "prune_state", "qalora_linear", "qalora_merge", "relora_schedule",
+    "relora_step", "save", "summary", "unmerge", "weighted_groups",
 ]  # fmt: skip

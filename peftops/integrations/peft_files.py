@@ -43,8 +43,8 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
     name = state.switch.active if name is None else name
     if name not in state.configs:
         raise ValueError(f"the model has no adapter named {name!r}; it has {', '.join(state.configs)}")
-    config = state.configs[name]
     adapters = {path: host.adapters[name] for path, host in hosts(model) if name in host.adapters}
+    config = state.configs[name].as_built(adapters)
     tensors = {
         adapter.file_key(key, path): tensor.detach().cpu().contiguous()
         for path, adapter in adapters.items()
@@ -60,7 +60,7 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
         "auto_mapping": None,
         "revision": None,
     }
-    own = {"version": VERSION, "method": type(config).__name__, "options": config.options()}
+    own = {"version": VERSION, "method": type(config).__name__, "options": dataclasses.asdict(config)}
     folder = writable_directory(directory, sum(t.nbytes for t in tensors.values()) + 2**20)
     text = lambda value: json.dumps(value, indent=2, sort_keys=True) + "\n"
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))

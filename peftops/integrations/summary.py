@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..methods import adapted_layers
-from ..ops import NF4Tensor
+from ..ops.packed_tensor import PackedTensor
 
 
 @dataclass
@@ -44,7 +44,7 @@ def summary(model: nn.Module) -> Summary:
     for parameter in model.parameters():
         result.total += parameter.numel()
         result.trainable += parameter.numel() if parameter.requires_grad else 0
-        if isinstance(parameter, NF4Tensor) or id(parameter) in adapted:
+        if isinstance(parameter, PackedTensor) or id(parameter) in adapted:
             result.frozen_bytes += parameter.nbytes
             result.dense_bytes += parameter.numel() * parameter.element_size()
     return result

@@ -27,12 +27,12 @@ class Config:
 
     def to_peft(self) -> dict[str, Any]:
         """The fields of ``adapter_config.json`` that are this method's."""
-        own = {name: value for name, value in self.options().items() if name != self.target_field}
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != self.target_field}
         return {"peft_type": self.peft_type, **own}
 
-    def options(self) -> dict[str, Any]:
-        """The options as JSON knows them."""
-        return dataclasses.asdict(self)
+    def as_built(self, adapters: dict[str, Any]) -> Config:
+        """The options for a file, which make layers again that are like those of ``adapters``; usually these."""
+        return self
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> Config:

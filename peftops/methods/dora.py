@@ -14,10 +14,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..nn import LINEAR, dense_matrix, low_rank, matrix
-from ..ops import NF4Tensor, nf4_linear
+from ..nn import LINEAR, dense_matrix, low_rank, product
+from ..ops.packed_tensor import PackedTensor
 from . import register
 from .lora import LoRA, LoRAConfig
 
@@ -52,8 +51,8 @@ class DoRA(LoRA):
     @torch.no_grad()
     def lengths(self, base: nn.Module) -> Tensor:
         """n."""
-        A, B, weight = self.lora_A, self.lora_B, matrix(base)
-        projected = nf4_linear(A, weight) if isinstance(weight, NF4Tensor) else F.linear(A.to(weight.dtype), weight)
+        A, B = self.lora_A, self.lora_B
+        projected = product(base, A if isinstance(base.weight, PackedTensor) else A.to(base.weight.dtype))
         cross = (B * projected.float().t()).sum(1)
         own = ((B @ (A @ A.t())) * B).sum(1)
         return (self.squares + 2 * self.scaling * cross + self.scaling**2 * own).sqrt()

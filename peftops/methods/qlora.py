@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import nn
 
 from ..nn import quantize_linears
-from ..ops import NF4Tensor
+from ..ops.packed_tensor import PackedTensor
 from . import adapted_layers, register
 from .lora import LoRA, LoRAConfig
 from .targets import ALL_LINEAR, find_targets
@@ -35,7 +35,7 @@ class QLoRAConfig(LoRAConfig):
 
 
 def check_nothing_dense_is_adapted(method: str, model: nn.Module) -> None:
-    if any(not isinstance(getattr(layer.base, "weight", None), NF4Tensor) for _, layer in adapted_layers(model)):
+    if any(not isinstance(getattr(layer.base, "weight", None), PackedTensor) for _, layer in adapted_layers(model)):
         raise ValueError(f"{method} would quantise layers that carry other adapters already; attach it before them")
 
 

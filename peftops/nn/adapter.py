@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..ops import NF4Tensor, nf4_dequantize, nf4_quantize
+from ..ops import NF4Tensor, group_quantize, nf4_quantize
+from ..ops.packed_tensor import PackedTensor
+from .group_linear import GroupLinear
 from .layers import LINEAR, dense_matrix, matrix, sizes, with_matrix
 from .nf4_linear import NF4Linear
 
@@ -90,16 +92,24 @@ class Adapter(Stored):
         dtype, bias_dtype = base.weight.dtype, base.weight.dtype if bias is None else bias.dtype
         weight, bias = self.merged(before, None if bias is None else bias.detach().float())
         bias = None if bias is None else bias.to(bias_dtype)
-        quantized = isinstance(base.weight, NF4Tensor) and not dense
+        quantized = isinstance(base.weight, PackedTensor) and not dense
         if quantized:
-            kind = base.weight
-            codes = nf4_quantize(weight.to(dtype), block_size=kind.block_size, double_quant=kind.double_quant)
-            result: nn.Module = NF4Linear(codes, bias, getattr(base, "dense_shell", None))
-            rounded = nf4_dequantize(codes, dtype=torch.float32)
+            result = quantized_like(base, weight.to(dtype), bias)
+            rounded = dense_matrix(result)
         else:
             rounded = weight.to(dtype)
             result = with_matrix(base, rounded, bias)
         return result.train(base.training), MergeError.between(before, weight, rounded, quantized=quantized)
+
+
+def quantized_like(base: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A layer over ``weight`` in the same codes as those of ``base``."""
+    kind = base.weight
+    if isinstance(kind, NF4Tensor):
+        codes = nf4_quantize(weight, block_size=kind.block_size, double_quant=kind.double_quant)
+        return NF4Linear(codes, bias, getattr(base, "dense_shell", None))
+    codes = group_quantize(weight, bits=kind.bits, group_size=kind.group_size)
+    return GroupLinear(codes, bias, getattr(base, "dense_shell", None), compute=base.compute)
 
 
 class AdaptedLayer(nn.Module):

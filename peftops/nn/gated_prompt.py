@@ -42,8 +42,8 @@ def open_registry(module: nn.Module) -> None:
     name = module.config._attn_implementation
     if name not in registry:
         raise ValueError(
-            f"{type(module).__name__} needs an attention function of transformers' registry, and {name!r} is not in it; "
-            "call model.set_attn_implementation('sdpa')"
+            f"{type(module).__name__} needs an attention function of transformers' registry, and {name!r} is not in "
+            "it; call model.set_attn_implementation('sdpa')"
         )
     if not hasattr(registry[name], ARGUMENT):
         registry[name] = _giving_way(registry[name])

@@ -1,13 +1,13 @@
 """The layers that low-rank methods can adapt, each seen as one matrix ``[out, in]``.
 
-==============  =========================  ==========================
-kind            layers                     weight as they store it
-==============  =========================  ==========================
-linear          Linear, NF4Linear          ``[out, in]``
-linear          transformers' Conv1D       ``[in, out]``
-embedding       Embedding                  ``[in, out]``: a row per id
-convolution     Conv2d without groups      ``[out, in, height, width]``
-==============  =========================  ==========================
+==============  ============================  ==========================
+kind            layers                        weight as they store it
+==============  ============================  ==========================
+linear          Linear, NF4- and GroupLinear  ``[out, in]``
+linear          transformers' Conv1D          ``[in, out]``
+embedding       Embedding                     ``[in, out]``: a row per id
+convolution     Conv2d without groups         ``[out, in, height, width]``
+==============  ============================  ==========================
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..ops import NF4Tensor, nf4_dequantize
+from ..ops import GroupQuantTensor, group_dequantize, nf4_dequantize
+from ..ops.packed_tensor import PackedTensor
 
 LINEAR, EMBEDDING, CONVOLUTION = "linear", "embedding", "convolution"
 
@@ -57,10 +58,15 @@ def sizes(layer: nn.Module) -> tuple[int, int]:
     return in_, out
 
 
+def dequantized(weight: PackedTensor, dtype: torch.dtype) -> Tensor:
+    """The numbers that codes of either kind stand for."""
+    return (group_dequantize if isinstance(weight, GroupQuantTensor) else nf4_dequantize)(weight, dtype=dtype)
+
+
 def dense_matrix(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrix of a dense or 4-bit layer as a new dense tensor."""
-    if isinstance(layer.weight, NF4Tensor):
-        return nf4_dequantize(layer.weight, dtype=dtype)
+    """The matrix of a dense or quantised layer as a new dense tensor."""
+    if isinstance(layer.weight, PackedTensor):
+        return dequantized(layer.weight, dtype)
     return matrix(layer).detach().to(dtype, copy=True)
 
 

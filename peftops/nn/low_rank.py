@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import NF4Tensor, lora_linear, nf4_linear
+from ..ops import GroupQuantTensor, NF4Tensor, group_linear, lora_linear, nf4_linear
 from .layers import CONVOLUTION, EMBEDDING, kind_of, matrix, sizes
 
 
@@ -42,6 +42,10 @@ def low_rank(
         h = F.dropout(x, dropout, training)
         u = F.conv2d(h, lora_A.to(x.dtype), None, base.stride, base.padding, base.dilation)
         return base(x) + scaling * F.conv2d(u, lora_B.to(x.dtype))
+    if isinstance(base.weight, GroupQuantTensor):
+        y = group_linear(x, base.weight, base.bias if bias else None, compute=base.compute)
+        u = F.linear(F.dropout(x, dropout, training), lora_A.to(x.dtype))
+        return y + (scaling * F.linear(u, lora_B.to(x.dtype))).to(y.dtype)
     op = nf4_linear if isinstance(base.weight, NF4Tensor) else lora_linear
     return op(x, matrix(base), base.bias if bias else None, lora_A=lora_A, lora_B=lora_B, scaling=scaling,
               dropout_p=dropout, training=training)  # fmt: skip
@@ -50,4 +54,6 @@ def low_rank(
 def product(base: nn.Module, x: Tensor) -> Tensor:
     """``x W^T`` of a linear layer, without its bias."""
     weight = matrix(base)
+    if isinstance(weight, GroupQuantTensor):
+        return group_linear(x, weight, compute=base.compute)
     return nf4_linear(x, weight) if isinstance(weight, NF4Tensor) else F.linear(x, weight)

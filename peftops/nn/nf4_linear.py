@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 
 from ..ops import NF4Tensor, nf4_linear, nf4_quantize
+from ..ops.packed_tensor import PackedTensor
 from .layers import is_conv1d, matrix
 
 
@@ -56,7 +57,7 @@ def quantize_linears(
     dense and the 4-bit model never exist at once.
 
     Args:
-        model: any module. Layers that are 4-bit already are left alone.
+        model: any module. Layers that are quantised already are left alone.
         chosen: tells by its dotted name whether a layer is to be quantised.
 
     Returns:
@@ -75,7 +76,7 @@ def quantize_linears(
 def _dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for path, parent in model.named_modules():
         for leaf, child in parent.named_children():
-            if (isinstance(child, nn.Linear) or is_conv1d(child)) and not isinstance(child.weight, NF4Tensor):
+            if (isinstance(child, nn.Linear) or is_conv1d(child)) and not isinstance(child.weight, PackedTensor):
                 yield f"{path}.{leaf}".lstrip("."), parent, leaf
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..ops import NF4Tensor
+from ..ops.packed_tensor import PackedTensor
 from .adapter import PREFIX, Adapter, MergeError
 from .layers import with_parameters
 
@@ -24,8 +24,8 @@ class Select(Adapter):
         super().__init__()
         for leaf in leaves:
             value = getattr(base, leaf)
-            if isinstance(value, NF4Tensor):
-                raise TypeError(f"{layer}.{leaf} is in 4 bits, and codes cannot be trained; use a dense model")
+            if isinstance(value, PackedTensor):
+                raise TypeError(f"{layer}.{leaf} is in {getattr(value, 'bits', 4)} bits, and codes cannot be trained; use a dense model")
             self.register_parameter(leaf, nn.Parameter(value.detach().to(torch.float32, copy=True)))
         self.leaves = leaves
 

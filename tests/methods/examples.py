@@ -13,6 +13,7 @@ from peftops.methods.bottleneck import BottleneckConfig
 from peftops.methods.head_only import HeadOnlyConfig
 from peftops.methods.llama_adapter import LLaMAAdapterConfig
 from peftops.methods.longlora import LongLoRAConfig
+from peftops.methods.lqlora import LQLoRAConfig
 from peftops.methods.norm_tuning import NormTuningConfig
 from peftops.methods.prefix_tuning import PrefixTuningConfig
 from peftops.methods.prompt_tuning import PromptTuningConfig
@@ -53,6 +54,7 @@ EXAMPLES: dict[type, Example] = {
     LLaMAAdapterConfig: Example(LLaMAAdapterConfig(tokens=3, layers=2), models.llama, merges=False),
     QALoRAConfig: Example(QALoRAConfig(), on_nf4=False),
     LongLoRAConfig: Example(LongLoRAConfig(r=4, group=64), models.llama),
+    LQLoRAConfig: Example(LQLoRAConfig(r=8, bits=4.3, iterations=2)),
     ReLoRAConfig: Example(ReLoRAConfig(r=8, dropout=0.0)),
     PromptTuningConfig: Example(PromptTuningConfig(tokens=3), models.llama, starts_as_base=False, merges=False),
     PrefixTuningConfig: Example(PrefixTuningConfig(tokens=3), models.llama, starts_as_base=False, merges=False),

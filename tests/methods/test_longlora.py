@@ -214,7 +214,7 @@ def odd_heads():
     (lambda: peftops.attach(models.gpt2(), LongLoRAConfig(r=2, length=4096)), "whose rope_type is None"),
     (lambda: peftops.attach(peftops.attach(models.llama(), peftops.LoRAConfig(r=2), name="a"),
                             LongLoRAConfig(r=2, length=4096)), "change the positions under adapters that are there"),
-    (eager, "needs an attention function of transformers' registry, and 'eager' is not in it"),
+    (eager, "needs an attention function of transformers' registry, and 'eager' is not in"),
     (lambda: ShiftedAttention(4, True)(causal, None, *qkv(1)[:1], *qkv(3)[1:]), "1 queries, but 3 keys; call model.eval"),
 ])  # fmt: skip
 def test_bad_input_gets_a_sentence(make, message):
