@@ -16,17 +16,22 @@ from .methods.head_only import HeadOnlyConfig
 from .methods.ia3 import IA3Config
 from .methods.llama_adapter import LLaMAAdapterConfig
 from .methods.loftq import LoftQConfig
+from .methods.longlora import LongLoRAConfig
 from .methods.lora import LoRAConfig
 from .methods.lorafa import LoRAFAConfig
 from .methods.loraplus import loraplus_groups
+from .methods.lq_factors import fisher
+from .methods.lqlora import LQLoRAConfig
 from .methods.multilora import MultiLoRAConfig
 from .methods.norm_tuning import NormTuningConfig
 from .methods.olora import OLoRAConfig
+from .methods.optimizer_state import prune_state, relora_schedule
 from .methods.pissa import PiSSAConfig
 from .methods.prefix_tuning import PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig
 from .methods.qalora import QALoRAConfig
 from .methods.qlora import QLoRAConfig
+from .methods.relora import ReLoRAConfig, relora_step
 from .methods.surgical import SurgicalConfig, auto_rgn, auto_snr, weighted_groups
 from .methods.tiedlora import TiedLoRAConfig
 from .methods.top_layers import TopLayersConfig
@@ -57,11 +62,12 @@ if torch.version.cuda and find_spec("peftops._C_cuda"):
 __version__ = "0.1.0"
 __all__ = [
     "AdapterPool", "BitFitConfig", "BottleneckConfig", "DoRAConfig", "GLoRAConfig", "GroupQuantTensor",
-    "HeadOnlyConfig", "IA3Config", "Influence", "LLaMAAdapterConfig", "LoRAConfig", "LoRAFAConfig", "LoftQConfig",
-    "MultiLoRAConfig", "NF4Tensor", "NormTuningConfig", "OLoRAConfig", "PiSSAConfig", "PrefixTuningConfig",
-    "PromptTuningConfig", "QALoRAConfig", "QLoRAConfig", "Server", "SurgicalConfig", "TiedLoRAConfig",
-    "TopLayersConfig", "VeRAConfig", "activate", "add_gated_prompt", "attach", "auto_rgn", "auto_snr", "detach",
-    "disabled", "gated_prompt_attention", "gptq_quantize", "group_dequantize", "group_linear", "group_quantize",
-    "load", "load_model", "lora_linear", "loraplus_groups", "merge", "multi_lora_linear", "nf4_dequantize",
-    "nf4_linear", "nf4_quantize", "qalora_linear", "qalora_merge", "save", "summary", "unmerge", "weighted_groups",
+    "HeadOnlyConfig", "IA3Config", "Influence", "LLaMAAdapterConfig", "LQLoRAConfig", "LoRAConfig", "LoRAFAConfig",
+    "LoftQConfig", "LongLoRAConfig", "MultiLoRAConfig", "NF4Tensor", "NormTuningConfig", "OLoRAConfig", "PiSSAConfig",
+    "PrefixTuningConfig", "PromptTuningConfig", "QALoRAConfig", "QLoRAConfig", "ReLoRAConfig", "Server",
+    "SurgicalConfig", "TiedLoRAConfig", "TopLayersConfig", "VeRAConfig", "activate", "add_gated_prompt", "attach",
+    "auto_rgn", "auto_snr", "detach", "disabled", "fisher", "gated_prompt_attention", "gptq_quantize",
+    "group_dequantize", "group_linear", "group_quantize", "load", "load_model", "lora_linear", "loraplus_groups",
+    "merge", "multi_lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize", "prune_state", "qalora_linear",
+    "qalora_merge", "relora_schedule", "relora_step", "save", "summary", "unmerge", "weighted_groups",
 ]  # fmt: skip

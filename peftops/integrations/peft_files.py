@@ -43,8 +43,8 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
     name = state.switch.active if name is None else name
     if name not in state.configs:
         raise ValueError(f"the model has no adapter named {name!r}; it has {', '.join(state.configs)}")
-    config = state.configs[name]
     adapters = {path: host.adapters[name] for path, host in hosts(model) if name in host.adapters}
+    config = state.configs[name].as_built(adapters)
     tensors = {
         adapter.file_key(key, path): tensor.detach().cpu().contiguous()
         for path, adapter in adapters.items()
@@ -125,8 +125,7 @@ def _task(model: nn.Module) -> str | None:
 
 def _target_field(config: Any) -> str | None:
     """The option that says which layers are adapted; None if that follows from others."""
-    field = getattr(config, "target_field", "target")
-    return field if hasattr(config, field) else None
+    return config.target_field if hasattr(config, config.target_field or "") else None
 
 
 def _layers(adapter_class: type, tensors: dict[str, Tensor], file: Path) -> set[str]:

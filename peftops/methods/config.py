@@ -18,6 +18,7 @@ class Config:
 
     peft_type: ClassVar[str]
     quantizes: ClassVar[bool] = False  # whether the method puts the base into 4 bits itself
+    target_field: ClassVar[str | None] = "target"  # the option that a file's tensors tell best; None: they do not
 
     @classmethod
     def claims(cls, fields: dict[str, Any]) -> bool:
@@ -26,14 +27,18 @@ class Config:
 
     def to_peft(self) -> dict[str, Any]:
         """The fields of ``adapter_config.json`` that are this method's."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "target"}
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != self.target_field}
         return {"peft_type": self.peft_type, **own}
+
+    def as_built(self, adapters: dict[str, Any]) -> Config:
+        """The options for a file, which make layers again that are like those of ``adapters``; usually these."""
+        return self
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> Config:
         """The reverse. ``own`` are options that the file's format does not know."""
         names = {f.name for f in dataclasses.fields(cls)}
-        if "target" in names:
+        if "target" in names and cls.target_field == "target":
             needs(fields, "target_modules")
             own["target"] = fields["target_modules"]
         return cls(**{name: fields[name] for name in names if name in fields}, **own)

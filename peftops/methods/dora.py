@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import LINEAR, dense_matrix, low_rank, product
+from ..nn import LINEAR, dense_matrix, is_quantized, low_rank, product
 from . import register
 from .lora import LoRA, LoRAConfig
 
@@ -51,7 +51,7 @@ class DoRA(LoRA):
     def lengths(self, base: nn.Module) -> Tensor:
         """n."""
         A, B = self.lora_A, self.lora_B
-        projected = product(base, A.to(base.weight.dtype))
+        projected = product(base, A if is_quantized(base.weight) else A.to(base.weight.dtype))
         cross = (B * projected.float().t()).sum(1)
         own = ((B @ (A @ A.t())) * B).sum(1)
         return (self.squares + 2 * self.scaling * cross + self.scaling**2 * own).sqrt()

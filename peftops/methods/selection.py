@@ -11,13 +11,13 @@ from .targets import base_of, layers
 
 
 def copies(
-    select_class: type[Select], model: nn.Module, chosen: Callable[[str, nn.Module, str], bool], what: str
+    select_class: type[Select], model: nn.Module, chosen: Callable[[str, nn.Module, str], bool], what: str | None
 ) -> dict[str, Select]:
     """A ``select_class`` for each layer that has chosen parameters.
 
     Args:
         chosen: tells of a layer's name, the layer and a parameter's name in it whether that trains.
-        what: is chosen, for the error.
+        what: is chosen, for the error; None if it may be nothing.
 
     Raises:
         ValueError: nothing is chosen.
@@ -34,6 +34,6 @@ def copies(
             kind = type(base).__name__
             raise TypeError(f"{name} is not in a layer but in a {kind} of several; it cannot be selected")
         found[path] = select_class(base, leaves, path)
-    if not found:
+    if not found and what:
         raise ValueError(f"{type(model).__name__} has no {what} to train")
     return found

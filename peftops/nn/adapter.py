@@ -51,8 +51,9 @@ class Stored(nn.Module):
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """The reverse, under ``torch.no_grad()``; the shapes are those of :meth:`stored`."""
+        own = self.stored()
         for name, value in tensors.items():
-            getattr(self, name).copy_(value)
+            own[name].copy_(value)
 
     def merge_into(self, base: nn.Module, *, dense: bool) -> tuple[nn.Module, MergeError]:
         """A plain layer that computes what the adapted one does."""

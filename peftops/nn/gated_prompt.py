@@ -36,14 +36,14 @@ def check_attention(module: nn.Module, name: str) -> None:
         raise TypeError(f"{name}, a {type(module).__name__}, hands no arguments on to its attention function")
 
 
-def _open(module: nn.Module) -> None:
+def open_registry(module: nn.Module) -> None:
     """Let the attention function that a module uses give way to :data:`ARGUMENT`."""
     registry = inspect.unwrap(type(module).forward).__globals__[REGISTRY]
     name = module.config._attn_implementation
     if name not in registry:
         raise ValueError(
-            f"a gated prompt needs an attention function of transformers' registry, and {name!r} is not in it; call "
-            "model.set_attn_implementation('sdpa')"
+            f"{type(module).__name__} needs an attention function of transformers' registry, and {name!r} is not in "
+            "it; call model.set_attn_implementation('sdpa')"
         )
     if not hasattr(registry[name], ARGUMENT):
         registry[name] = _giving_way(registry[name])
@@ -76,7 +76,7 @@ class GatedPrompt(nn.Module):
 
     def attend(self, attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What ``attention(*args, **kwargs)`` returns, with the prompt's part added before the output projection."""
-        _open(attention)
+        open_registry(attention)
         key, value = self._keys_and_values(attention, *args, **kwargs)
 
         def with_prompt(function: Callable, module: nn.Module, query: Tensor, *rest: Any, **options: Any) -> Any:

@@ -14,20 +14,23 @@ class GroupLinear(nn.Linear):
     """``nn.Linear`` whose weight is a :class:`~peftops.GroupQuantTensor`: frozen, in 2, 3, 4 or 8 bits.
 
     ``compute="int8"`` lets it round activations where that is faster, see :func:`peftops.group_linear`.
+    ``dense_shell`` is as for :class:`NF4Linear`.
     """
 
     weight: GroupQuantTensor
 
     def __init__(
-        self, weight: GroupQuantTensor, bias: Tensor | None = None, *, compute: Literal["float", "int8"] = "float"
-    ):
+        self, weight: GroupQuantTensor, bias: Tensor | None = None, dense_shell: nn.Module | None = None, *,
+        compute: Literal["float", "int8"] = "float",
+    ):  # fmt: skip
         nn.Module.__init__(self)
+        if dense_shell is None:
+            dense_shell = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        self.__dict__["dense_shell"] = dense_shell  # no submodule
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.compute = compute
-        # What it becomes when it is made dense again; no submodule.
-        self.__dict__["dense_shell"] = nn.Linear(self.in_features, self.out_features, device="meta")
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, **how: object) -> GroupLinear:
@@ -36,7 +39,7 @@ class GroupLinear(nn.Linear):
 
     def with_codes(self, weight: GroupQuantTensor, bias: Tensor | None) -> GroupLinear:
         """The same layer over another weight."""
-        return GroupLinear(weight, bias, compute=self.compute)
+        return GroupLinear(weight, bias, self.dense_shell, compute=self.compute)
 
     def forward(self, x: Tensor) -> Tensor:
         return group_linear(x, self.weight, self.bias, compute=self.compute)

@@ -1,14 +1,6 @@
 """The layers that low-rank methods can adapt, each seen as one matrix ``[out, in]``.
 
-==============  =========================  ==========================
-kind            layers                     weight as they store it
-==============  =========================  ==========================
-linear          Linear, quantised or not   ``[out, in]``
-linear          transformers' Conv1D       ``[in, out]``
-embedding       Embedding                  ``[in, out]``: a row per id
-convolution     Conv2d without groups      ``[out, in, height, width]``
-==============  =========================  ==========================
-"""
+==============  =========================  ==================="""
 
 from __future__ import annotations
 

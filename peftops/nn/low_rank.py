@@ -43,11 +43,11 @@ def low_rank(
         u = F.conv2d(h, lora_A.to(x.dtype), None, base.stride, base.padding, base.dilation)
         return base(x) + scaling * F.conv2d(u, lora_B.to(x.dtype))
     weight = matrix(base)
-    return linear_op(weight)(x, weight, base.bias if bias else None, lora_A=lora_A, lora_B=lora_B, scaling=scaling,
-                             dropout_p=dropout, training=training)  # fmt: skip
+    return linear_op(base)(x, weight, base.bias if bias else None, lora_A=lora_A, lora_B=lora_B, scaling=scaling,
+                           dropout_p=dropout, training=training)  # fmt: skip
 
 
 def product(base: nn.Module, x: Tensor) -> Tensor:
     """``x W^T`` of a linear layer, without its bias."""
     weight = matrix(base)
-    return linear_op(weight)(x, weight) if is_quantized(weight) else F.linear(x, weight)
+    return linear_op(base)(x, weight) if is_quantized(weight) else F.linear(x, weight)

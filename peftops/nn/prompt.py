@@ -33,12 +33,12 @@ class Prompted(nn.Module):
     """All prompts of a model: a submodule of its body, with a hook before and one after the body's forward."""
 
     NAME = "peftops_prompts"
-    is_merged = False
 
     def __init__(self, body: nn.Module, switch: Switch):
         super().__init__()
         self.adapters = nn.ModuleDict()
         self.switch = switch
+        self.is_merged = False  # whether the layers do without it
         self._hooks = [
             body.register_forward_pre_hook(self._before, with_kwargs=True),
             body.register_forward_hook(self._after),
@@ -59,14 +59,16 @@ class Prompted(nn.Module):
         delattr(model.get_submodule(path), self.NAME)
 
     def merge(self, name: str, *, dense: bool) -> MergeError:
-        return self.adapters[name].merge_into(self, dense=dense)[1]
+        error = self.adapters[name].merge_into(self, dense=dense)[1]
+        self.is_merged = True
+        return error
 
     def unmerge(self) -> None:
-        pass
+        self.is_merged = False
 
     def _active(self) -> Prompt | None:
         name = self.switch.active
-        return self.adapters[name] if name is not None and name in self.adapters else None
+        return self.adapters[name] if not self.is_merged and name is not None and name in self.adapters else None
 
     def _before(self, body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         prompt = self._active()

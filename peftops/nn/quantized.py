@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops import (
     GroupQuantTensor,
@@ -46,9 +47,12 @@ def is_quantized(weight: object) -> bool:
     return type(weight) in KINDS
 
 
-def linear_op(weight: Tensor) -> Callable[..., Tensor]:
-    """The op that multiplies with ``weight`` and adds a low-rank term."""
-    return KINDS[type(weight)].linear if is_quantized(weight) else lora_linear
+def linear_op(layer: nn.Module) -> Callable[..., Tensor]:
+    """The op that multiplies with the weight of a linear layer, as the layer does, and adds a low-rank term."""
+    if not is_quantized(layer.weight):
+        return lora_linear
+    op = KINDS[type(layer.weight)].linear
+    return partial(op, compute=layer.compute) if hasattr(layer, "compute") else op
 
 
 def dequantized(weight: Tensor, dtype: torch.dtype) -> Tensor:

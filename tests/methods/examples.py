@@ -12,10 +12,13 @@ from peftops.methods.bitfit import BitFitConfig
 from peftops.methods.bottleneck import BottleneckConfig
 from peftops.methods.head_only import HeadOnlyConfig
 from peftops.methods.llama_adapter import LLaMAAdapterConfig
+from peftops.methods.longlora import LongLoRAConfig
+from peftops.methods.lqlora import LQLoRAConfig
 from peftops.methods.norm_tuning import NormTuningConfig
 from peftops.methods.prefix_tuning import PrefixTuningConfig
 from peftops.methods.prompt_tuning import PromptTuningConfig
 from peftops.methods.qalora import QALoRAConfig
+from peftops.methods.relora import ReLoRAConfig
 from peftops.methods.surgical import SurgicalConfig
 from peftops.methods.top_layers import TopLayersConfig
 from peftops.methods.vera import VeRAConfig
@@ -50,6 +53,9 @@ EXAMPLES: dict[type, Example] = {
     SurgicalConfig: Example(SurgicalConfig(), models.llama, on_nf4=False),
     LLaMAAdapterConfig: Example(LLaMAAdapterConfig(tokens=3, layers=2), models.llama, merges=False),
     QALoRAConfig: Example(QALoRAConfig(), on_nf4=False),
+    LongLoRAConfig: Example(LongLoRAConfig(r=4, group=64), models.llama),
+    LQLoRAConfig: Example(LQLoRAConfig(r=8, bits=4.3, iterations=2)),
+    ReLoRAConfig: Example(ReLoRAConfig(r=8, dropout=0.0)),
     PromptTuningConfig: Example(PromptTuningConfig(tokens=3), models.llama, starts_as_base=False, merges=False),
     PrefixTuningConfig: Example(PrefixTuningConfig(tokens=3), models.llama, starts_as_base=False, merges=False),
 }

@@ -10,12 +10,14 @@ from peftops import (
     DoRAConfig,
     GLoRAConfig,
     LLaMAAdapterConfig,
+    LongLoRAConfig,
     LoRAConfig,
     LoRAFAConfig,
     MultiLoRAConfig,
     NormTuningConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    ReLoRAConfig,
     TiedLoRAConfig,
     TopLayersConfig,
     VeRAConfig,
@@ -49,6 +51,13 @@ def linear(in_, out, count=1, bias=False):
 
 
 
+def _rest_of_llama_3b(qv):
+    """Everything in full but q and v, in rank ``qv``; the tied head is a copy of its own."""
+    block = 2 * 3072**2 + 2 * 3072 * 1024 + 3 * 3072 * 8192 + 2 * 3072
+    low = qv * (3072 + 3072 + 3072 + 1024)
+    return 28 * (block - 3072**2 - 3072 * 1024 + low) + 3072 + 2 * 128_256 * 3072
+
+
 def encoder_block(width):
     """One block with an attention and a feed-forward part."""
     with torch.device("meta"):
@@ -71,6 +80,10 @@ def encoder_block(width):
     (llama_3b, PrefixTuningConfig(tokens=50), 2_867_200),
     (llama_3b, NormTuningConfig(), 175_104),
     (llama_3b, MultiLoRAConfig(r=8, n=3, target=qv), 28 * 3 * (8 * (3072 + 3072 + 3072 + 1024) + 3072 + 1024)),
+    (llama_3b, LongLoRAConfig(), 28 * 8 * (2 * (3072 + 3072) + 2 * (3072 + 1024)) + 128_256 * 3072 + 57 * 3072),
+    (llama_3b, ReLoRAConfig(target=qv), _rest_of_llama_3b(qv=128)),
+    (llama_3b, ReLoRAConfig(target=qv, rest=False), 4 * 9_175_040),
+    (lambda: linear(64, 96, 2, True), ReLoRAConfig(r=8), 2 * (8 * (64 + 96) + 96)),
     (llama_3b, TopLayersConfig(layers=2), 2 * (2 * 3072**2 + 2 * 3072 * 1024 + 3 * 3072 * 8192 + 2 * 3072) + 3072),
     (gpt2_medium, PrefixTuningConfig(tokens=10), 491_520),
     (gpt2_medium, PrefixTuningConfig(tokens=10, hidden=512), 25_750_016),

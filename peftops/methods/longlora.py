@@ -1,0 +1,120 @@
+"""LongLoRA, Chen et al. 2023 (arXiv:2309.12307): long contexts at the cost of short ones, in training alone.
+
+    half of the heads attend, causally, within the groups of tokens [0, g), [g, 2 g), ...
+    the other half          within the groups [0, g/2), [g/2, 3 g/2), ...
+
+so that what a group knows reaches the next. LoRA on the attentions' linear layers, embeddings and norms train; rotary
+positions are stretched to the new length. In eval mode, and merged, the model attends in full. It starts as the
+(stretched) base. The authors' roll of the sequence lets its first g/2 tokens see its last; these groups do not wrap,
+leak nothing, and need no length that g divides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..nn import MergeError, Prompt, Select, Stored
+from ..nn.gated_prompt import ARGUMENT, check_attention, is_attention, open_registry
+from ..nn.shifted_attention import ShiftedAttention
+from . import each_target, register
+from .config import Config, check_range, check_target
+from .lora import LoRA, LoRAConfig
+from .norm_tuning import is_norm
+from .rope import check_stretch, stretch
+from .selection import copies
+from .targets import base_of, body_of, is_linear
+from .targets import layers as modules_of
+
+
+@dataclass(frozen=True)
+class LongLoRAConfig(LoRAConfig):
+    """Options of LongLoRA: those of :class:`LoRAConfig`, and
+
+    Args:
+        target: by default None, all linear layers of the attentions.
+        group: g, in tokens; None for a quarter of each sequence.
+        shift: whether half of the heads has its groups shifted by g/2.
+        length: tokens of the new context: rotary positions are divided by ``ceil(length / old length)``. None, or
+            no more than the old one, leaves them as they are.
+        extras: whether embeddings and norms train, without which long contexts are not learnt.
+    """
+
+    peft_type: ClassVar[str] = "LONGLORA"
+    target_field: ClassVar[str | None] = None  # a file has tensors of other layers, too
+    to_peft = Config.to_peft
+    from_peft = classmethod(Config.from_peft.__func__)
+
+    r: int = 8
+    target: Any = None
+    group: int | None = None
+    shift: bool = True
+    length: int | None = None
+    extras: bool = True
+
+    def __post_init__(self) -> None:
+        for r in (self.r, *self.rank_pattern.values()):
+            check_range("r", r, 1, whole=True)
+        check_range("dropout", self.dropout, 0, 1)
+        if self.target is not None:
+            check_target(self.target)
+        if self.group is not None:
+            check_range("group", self.group, 2, whole=True)
+        if self.length is not None:
+            check_range("length", self.length, 1, whole=True)
+
+
+@register(LongLoRAConfig)
+class LongLoRA(LoRA):
+    @staticmethod
+    def build(model: nn.Module, config: LongLoRAConfig) -> dict[str, Stored]:
+        found = {path: module for path, module in modules_of(model) if is_attention(base_of(module))}
+        if not found:
+            raise TypeError(f"LongLoRA needs a model of transformers that decodes, not a {type(model).__name__}")
+        for path, attention in found.items():
+            check_attention(base_of(attention), path)
+        for heads in ("num_attention_heads", "num_key_value_heads"):
+            if getattr(model.config, heads, 0) % 2:
+                raise TypeError(f"LongLoRA splits heads into halves, and {heads} is {getattr(model.config, heads)}")
+        if config.length is not None:
+            check_stretch(model, config.length)
+        if config.target is None:
+            inside = lambda path: any(path.startswith(f"{attention}.") for attention in found)
+            chosen = {path: base_of(m) for path, m in modules_of(model) if is_linear(m) and inside(path)}
+        else:
+            chosen = each_target(LongLoRA, model, config)
+        adapters: dict[str, Stored] = {path: LongLoRA(base, config, path) for path, base in chosen.items()}
+        if config.extras:
+            extra = lambda path, m, leaf: path not in adapters and (is_norm(m) or isinstance(m, nn.Embedding))
+            adapters |= copies(Select, model, extra, "norms or embeddings")
+        return adapters | {body_of(model): Groups(model, config)}
+
+    @staticmethod
+    def prepare(model: nn.Module, config: LongLoRAConfig) -> None:
+        """Stretch the positions, which :func:`peftops.detach` leaves so."""
+        if config.length is not None:
+            stretch(model, config.length)
+
+
+class Groups(Prompt):
+    """No vectors before the body's input, but its attentions' own way to attend while it trains."""
+
+    def __init__(self, model: nn.Module, config: LongLoRAConfig):
+        super().__init__()
+        self._attentions = [m for _, module in modules_of(model) if is_attention(m := base_of(module))]
+        self.attend = ShiftedAttention(config.group, config.shift)
+
+    def before(self, body: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        if not body.training:
+            return arguments
+        for attention in self._attentions:
+            open_registry(attention)
+        return {**arguments, ARGUMENT: self.attend}
+
+    def merge_into(self, base: nn.Module, *, dense: bool) -> tuple[nn.Module, MergeError]:
+        return base, MergeError(0.0, 0.0)  # a merged model attends in full
+
+    def extra_repr(self) -> str:
+        return f"group={self.attend.group}, shift={self.attend.shift}"

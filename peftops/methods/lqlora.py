@@ -1,0 +1,136 @@
+"""LQ-LoRA, Guo et al. 2023 (arXiv:2311.12023): a base in mixed precision, decomposed with what matters in mind.
+
+    minimise || sqrt(F) o (W - Q - s B A) ||    s B A = SVD_r(W - Q), Q = codes of W - s B A, in turn, from Q = 0
+
+F is the Fisher information of each weight (:func:`peftops.fisher`); singular vectors are sought with the product of
+the means of its rows and columns in its place. Each weight gets NF4 or whole numbers of 2, 3, 4 or 8 bits such that
+all errors together are least within a budget of bits (scipy's integer programming). The best iterate is kept, and
+plain codes where none is better. It does not start as the dense model, but closer to it than codes alone.
+
+The files hold the codes, which no other way of quantising gives. A layer that is quantised already has lost its W,
+and starts as in QLoRA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import LINEAR, GroupLinear, NF4Linear, dense_matrix, shell_of, sizes
+from ..ops import NF4Tensor
+from ..ops.packed_tensor import PackedTensor
+from . import each_target, register
+from .config import Config, check_range
+from .lora import LoRA, LoRAConfig
+from .lq_budget import Precision, choose
+from .lq_factors import lq_decompose
+from .qlora import check_nothing_dense_is_adapted
+from .stored_base import BASE_KEYS, base_tensors
+
+
+@dataclass(frozen=True)
+class LQLoRAConfig(LoRAConfig):
+    """Options of LQ-LoRA: those of :class:`LoRAConfig`, with the paper's defaults, and
+
+    Args:
+        bits: a weight, on average over the target, scales and zeros counted, A and B not.
+        iterations: of the decomposition, at most; 0 for plain codes under LoRA.
+        fisher: of :func:`peftops.fisher`, ``[out, in]`` by layer; None if all weights matter alike.
+        precisions: a format for each layer instead of the budget: "nf4-64", "nf4-64-double", "int3-64", ...
+    """
+
+    peft_type: ClassVar[str] = "LQLORA"
+    quantizes: ClassVar[bool] = True
+    to_peft = Config.to_peft
+
+    r: int = 64
+    alpha: float | None = 16
+    bits: float = 4.0
+    iterations: int = 10
+    fisher: dict[str, Tensor] | None = field(default=None, compare=False, repr=False)
+    precisions: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("bits", self.bits, 1)
+        check_range("iterations", self.iterations, 0, whole=True)
+        for text in (self.precisions or {}).values():
+            Precision.parse(text)
+
+    def as_built(self, adapters: dict[str, Any]) -> LQLoRAConfig:
+        return replace(self, fisher=None, iterations=0, precisions={p: str(a.precision) for p, a in adapters.items()})
+
+    from_peft = classmethod(Config.from_peft.__func__)
+
+
+@register(LQLoRAConfig)
+class LQLoRA(LoRA):
+    layers: ClassVar = (LINEAR,)
+    peft_keys: ClassVar = {**LoRA.peft_keys, **BASE_KEYS}
+
+    @staticmethod
+    def build(model: nn.Module, config: LQLoRAConfig) -> dict[str, LQLoRA]:
+        check_nothing_dense_is_adapted("LQ-LoRA", model)
+        bases = each_target(LQLoRA, model, config)
+        adapters = {path: LQLoRA(base, config, path) for path, base in bases.items()}
+        dense = {path: base for path, base in bases.items() if not isinstance(base.weight, PackedTensor)}
+        for path in dense:
+            shape = list(sizes(bases[path])[::-1])
+            if config.fisher is not None and list(getattr(config.fisher.get(path), "shape", [])) != shape:
+                raise ValueError(f"fisher must have a tensor {shape} for {path}")
+        missing = [path for path in dense if path not in (config.precisions or dense)]
+        if missing:
+            raise ValueError(f"precisions has nothing for {', '.join(missing[:4])}")
+        if config.precisions is None:
+            ranks = {path: adapters[path].lora_A.shape[0] for path in dense}
+            plan = choose(dense, ranks, config.bits, config.fisher)
+        else:
+            plan = {path: Precision.parse(config.precisions[path]) for path in dense}
+        for path, precision in plan.items():
+            adapters[path].precision = precision
+        return adapters
+
+    def __init__(self, base: nn.Module, config: LQLoRAConfig, layer: str):
+        super().__init__(base, config, layer)
+        if self.scaling <= 0:
+            raise ValueError(f"LQ-LoRA needs a scaling above 0, not alpha={config.alpha}")
+        self._base, self.given = [base], isinstance(base.weight, PackedTensor)
+        self.iterations, self.errors = config.iterations, []  # relative: of plain codes, then of each iterate
+        self._importance = [None if config.fisher is None else config.fisher.get(layer)]
+        self.precision: Precision | None = Precision.of(base.weight) if self.given else None
+        asked = (config.precisions or {}).get(layer)
+        if self.given and asked not in (None, str(self.precision)):
+            raise ValueError(f"{layer} is quantised to {self.precision} already, not to {asked}")
+
+    @torch.no_grad()
+    def begin(self, base: nn.Module) -> nn.Module:
+        if self.given:
+            return base
+        (importance,), r = self._importance, self.lora_A.shape[0]
+        weight = dense_matrix(base, base.weight.dtype)
+        importance = None if importance is None else importance.to(weight.device, torch.float32)
+        codes, left, right, self.errors = lq_decompose(weight, r, self.precision.quantize, iterations=self.iterations,
+                                                       importance=importance)  # fmt: skip
+        if left is not None:
+            self.lora_A.copy_(right / self.scaling**0.5)
+            self.lora_B.copy_(left / self.scaling**0.5)
+        kind = NF4Linear if isinstance(codes, NF4Tensor) else GroupLinear
+        self._base, self._importance = [kind(codes, base.bias, shell_of(base)).train(base.training)], [None]
+        return self._base[0]
+
+    def stored(self) -> dict[str, Tensor]:
+        return super().stored() | base_tensors(self._base[0])
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        own = base_tensors(self._base[0])
+        if self.given and not all(torch.equal(tensors[name], part) for name, part in own.items()):
+            raise ValueError("this LQ-LoRA adapter stands on other codes than those that the model has; load it onto "
+                             "the dense model")  # fmt: skip
+        super().restore(tensors)
+
+    def extra_repr(self) -> str:
+        line = f", error {min(self.errors):.3%} (plain {self.errors[0]:.3%})" if self.errors else ""
+        return f"{super().extra_repr()}, {self.precision}{line}"

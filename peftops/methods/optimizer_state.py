@@ -1,0 +1,81 @@
+"""ReLoRA's way with an optimizer: what it forgets at a restart, and how fast it learns between two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .config import check_choice, check_range
+
+
+@torch.no_grad()
+def prune_state(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], how: str = "reset", ratio: float = 0.9
+) -> None:
+    """Zero what an optimizer remembers of ``parameters`` (its averages of gradients), in place; all or a share.
+
+    Its count of steps goes on, so that Adam's correction of its averages does not start again.
+
+    Args:
+        how: "reset" zeroes all; "random" each element with probability ``ratio``; "magnitude" the share ``ratio`` of
+            each tensor that is smallest.
+        ratio: in [0, 1).
+
+    Raises:
+        TypeError: the optimizer keeps something that is no float tensor of the parameter's shape.
+    """
+    check_choice("how", how, ("reset", "random", "magnitude"))
+    check_range("ratio", ratio, 0, 1)
+    found = []
+    for parameter in parameters:
+        for name, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                continue  # the count of steps
+            if value.shape != parameter.shape or not value.is_floating_point():
+                kind = f"{type(optimizer).__name__} keeps {name} as {value.dtype} {list(value.shape)}"
+                raise TypeError(f"prune_state: {kind}, which cannot be pruned")
+            found.append(value)
+    for value in found:
+        if how == "reset":
+            value.zero_()
+        elif how == "random":
+            value.mul_(torch.rand_like(value) >= ratio)
+        elif count := int(ratio * value.numel()):
+            size = value.abs()
+            value.mul_(size > size.flatten().kthvalue(count).values)  # (torch.quantile ends at 16 million elements)
+
+
+def relora_schedule(
+    step: int, total: int, *, every: int, warmup: int = 500, restart_warmup: int = 100, floor: float = 0.1,
+    offset: int = 0,
+) -> float:  # fmt: skip
+    """The jagged cosine: the factor of the learning rate for the step after ``step`` ones.
+
+    A linear warm-up, then a cosine from 1 to ``floor``; at each multiple of ``every`` it falls to 0 and is back on
+    the cosine ``restart_warmup`` steps later.
+
+    Args:
+        total: steps of the whole run, a multiple of ``every``.
+        offset: steps that a run, which this one goes on with, had taken since a restart.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    check_range("every", every, 1, whole=True)
+    check_range("restart_warmup", restart_warmup, 0, every, whole=True)
+    check_range("warmup", warmup, 0, every - offset + 1, whole=True)
+    if not 0 < floor <= 1:
+        raise ValueError(f"floor must be above 0 and at most 1, not {floor!r}")
+    if total < every or total % every:
+        raise ValueError(f"total must be a multiple of every={every}, not {total!r}")
+    cosine = lambda at: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (at - warmup) / max(1, total - warmup)))
+    if step < warmup:
+        return step / warmup
+    at = step + offset
+    since = at % every
+    if since < restart_warmup and step >= every:
+        return since / restart_warmup * cosine(at - since + restart_warmup)
+    return cosine(at)

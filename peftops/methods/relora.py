@@ -1,0 +1,146 @@
+"""ReLoRA, Lialin et al. 2023 (arXiv:2307.05695): updates of high rank as a sum of low-rank ones.
+
+    y = W x + b + s B A D(x);  every R steps: W += s B A, then A starts anew (Kaiming uniform) and B at 0
+
+The model starts as it was, a restart leaves its function as it is, and after k of them W has moved by up to rank
+(k + 1) r. Whatever is no matrix of the target (embeddings, norms, head, biases) trains in full, as in the paper. Call
+:func:`relora_step` after each step of the optimizer: it restarts, and prunes the optimizer's memory of A and B. In
+between, :func:`relora_schedule` warms the learning rate up again. (The authors' code zeroes A of a pre-trained model,
+so that nothing learns before the first restart; here A never is 0.)
+
+A restart changes the base for good: :func:`peftops.detach` leaves the sum so far, and a file holds the base's weights
+from then on. A base in 4 bits is quantised again, which loses what is finer than its codes; the report says how much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import LINEAR, Adapter, MergeError, Select, low_rank
+from ..ops.packed_tensor import PackedTensor
+from . import MergeReport, attachment, each_target, hosts, register
+from .config import Config, check_choice, check_range
+from .lora import LoRA, LoRAConfig
+from .optimizer_state import prune_state
+from .selection import copies
+from .stored_base import BASE_KEYS, base_tensors
+
+
+@dataclass(frozen=True)
+class ReLoRAConfig(LoRAConfig):
+    """Options of ReLoRA: those of :class:`LoRAConfig`, with the paper's defaults, and
+
+    Args:
+        every: R, the steps between restarts.
+        rest: whether embeddings, norms, the head and biases train, too.
+        prune: what a restart does to the optimizer's memory of A and B: "reset" zeroes it, "random" zeroes a share,
+            "magnitude" the smallest share.
+        prune_ratio: that share, in [0, 1).
+        restarts: how many there have been; a file tells.
+    """
+
+    peft_type: ClassVar[str] = "RELORA"
+    target_field: ClassVar[str | None] = None  # a file has tensors of other layers, too
+    to_peft = Config.to_peft
+    from_peft = classmethod(Config.from_peft.__func__)
+
+    r: int = 128
+    alpha: float | None = 32
+    dropout: float = 0.1
+    every: int = 1000
+    rest: bool = True
+    prune: str = "reset"
+    prune_ratio: float = 0.9
+    restarts: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("every", self.every, 1, whole=True)
+        check_choice("prune", self.prune, ("reset", "random", "magnitude"))
+        check_range("prune_ratio", self.prune_ratio, 0, 1)
+        check_range("restarts", self.restarts, 0, whole=True)
+
+
+@register(ReLoRAConfig)
+class ReLoRA(LoRA):
+    layers: ClassVar = (LINEAR,)
+    peft_keys: ClassVar = {**LoRA.peft_keys, **BASE_KEYS, "lora_bias": "lora_bias"}
+
+    @staticmethod
+    def build(model: nn.Module, config: ReLoRAConfig) -> dict[str, Adapter]:
+        uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        found: dict[str, Adapter] = {}
+        for path, base in each_target(ReLoRA, model, config).items():
+            if uses[id(base.weight)] > 1:
+                raise ValueError(f"{path} shares its weight with another layer, which a restart would change, too")
+            found[path] = ReLoRA(base, config, path)
+        if config.restarts and getattr(model, "_peftops", None):
+            raise ValueError("these restarts changed the base, which this model's other adapters stand on")
+        other = lambda path, layer, leaf: path not in found and not isinstance(getattr(layer, leaf), PackedTensor)
+        return found | copies(Select, model, other, None) if config.rest else found
+
+    def __init__(self, base: nn.Module, config: ReLoRAConfig, layer: str):
+        super().__init__(base, config, layer)
+        self.restarts, self._base = config.restarts, [base]  # (a list hides it)
+        bias = base.bias if config.rest else None
+        self.lora_bias = None if bias is None else nn.Parameter(bias.detach().to(torch.float32, copy=True))
+
+    def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
+        own = self.lora_bias is not None
+        y = low_rank(base, x, *self.factors(), self.scaling, dropout=self.dropout, training=self.training, bias=not own)
+        return y + self.lora_bias.to(y.dtype) if own else y
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return super().merged(weight, bias)[0], bias if self.lora_bias is None else self.lora_bias.detach()
+
+    def stored(self) -> dict[str, Tensor]:
+        return super().stored() | (base_tensors(self._base[0]) if self.restarts else {})
+
+    def restart(self, base: nn.Module) -> MergeError:
+        """Fold B A into the base's own weight and start anew; what that cost."""
+        merged, error = self.merge_into(base, dense=False)
+        base.weight.copy_(merged.weight)  # in place: whoever refers to it sees the new one
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.lora_B.zero_()
+        self.restarts += 1
+        return error
+
+
+@torch.no_grad()
+def relora_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> MergeReport | None:
+    """Restart the active ReLoRA adapter if ``step`` steps are a multiple of its ``every``.
+
+    Args:
+        optimizer: whose memory of A and B is pruned in place; its count of steps goes on.
+        step: how many steps it has taken.
+
+    Returns:
+        What merging cost, or None if nothing was due.
+
+    Raises:
+        ValueError: the adapter is no ReLoRA, is merged, not finite, or not the only one: nothing has changed then.
+    """
+    state = attachment(model)
+    name = state.switch.active
+    config = state.configs.get(name)
+    if not isinstance(config, ReLoRAConfig):
+        raise ValueError(f"relora_step needs an active ReLoRA adapter, not {type(config).__name__}")
+    if step % config.every:
+        return None
+    if len(state.configs) > 1 or any(host.is_merged for _, host in hosts(model)):
+        raise ValueError("a restart changes the base: the adapter must be the only one, and unmerged")
+    found = [(path, host) for path, host in hosts(model) if isinstance(host.adapters[name], ReLoRA)]
+    for path, host in found:
+        if not all(factor.isfinite().all() for factor in host.adapters[name].factors()):
+            raise ValueError(f"A or B of {path} is not finite; nothing was merged")
+    report = MergeReport({path: host.adapters[name].restart(host.base) for path, host in found})
+    factors = [factor for _, host in found for factor in host.adapters[name].factors()]
+    prune_state(optimizer, factors, config.prune, config.prune_ratio)
+    state.configs[name] = replace(config, restarts=config.restarts + 1)
+    return report

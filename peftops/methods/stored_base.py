@@ -1,0 +1,18 @@
+"""For methods that change the base itself: its weight as the tensors of an adapter's file."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..ops import GroupQuantTensor, NF4Tensor
+from ..ops.packed_tensor import PackedTensor
+
+_NAMES = ["weight", *(part for kind in (NF4Tensor, GroupQuantTensor) for part in kind._PARTS)]
+BASE_KEYS = {f"base_{name.lstrip('_')}": f"base_{name.lstrip('_')}" for name in _NAMES}
+
+
+def base_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    """What the weight of a dense or quantised layer is made of: the very tensors, which can be copied to."""
+    weight = layer.weight
+    parts = weight._parts() if isinstance(weight, PackedTensor) else {"weight": weight.detach()}
+    return {f"base_{name.lstrip('_')}": part for name, part in parts.items()}
