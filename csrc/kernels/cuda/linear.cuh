@@ -4,14 +4,15 @@
 
 namespace peftops::cuda {
 
-// What becomes of a sum of x W^T. Args: Nf4Linear or GroupLinear.
+// What becomes of a sum of x W^T, of which `r` ranks of the low-rank term are missing. Args: Nf4Linear or GroupLinear.
 template <class T, class Args> struct Finish {
   const Args& a;
+  int64_t r;
 
   __device__ void operator()(int64_t row, int64_t col, float sum) const {
     float low_rank = 0.f;
 #pragma unroll 1
-    for (int64_t j = 0; j < a.r; ++j)
+    for (int64_t j = 0; j < r; ++j)
       low_rank = __fmaf_rn(a.u[row * a.r + j], element(a.b, a.b_dtype, col * a.r + j), low_rank);
     float y = __fmaf_rn(a.scaling, low_rank, sum);
     if (a.bias) y += element(a.bias, a.bias_dtype, col);

@@ -10,13 +10,13 @@ namespace peftops::cuda {
 namespace {
 
 template <class T, int Tiles> __global__ void __launch_bounds__(kRowsThreads) few_rows(Nf4Linear a, int log_block) {
-  __shared__ RowsMemory<T> memory;
-  multiply_rows<T, Tiles>(a, log_block, memory, Finish<T, Nf4Linear>{a});
+  __shared__ RowsMemory<Nf4Stream<T>, Tiles> memory;
+  multiply_rows<T>(a, Nf4Stream<T>{a.weight, log_block}, memory, Finish<T, Nf4Linear>{a, a.r});
 }
 
 template <class T, int Stripes> __global__ void __launch_bounds__(kRowsThreads) many_rows(Nf4Linear a, int log_block) {
   extern __shared__ uint4 dynamic[];   // more than 48 KB
-  multiply_many<T, Stripes>(a, log_block, *reinterpret_cast<ManyMemory<T>*>(dynamic), Finish<T, Nf4Linear>{a});
+  multiply_many<T, Stripes>(a, log_block, *reinterpret_cast<ManyMemory<T>*>(dynamic), Finish<T, Nf4Linear>{a, a.r});
 }
 
 template <class T> __global__ void __launch_bounds__(kTileThreads) any_rows(Nf4Linear a, int log_block) {
