@@ -18,6 +18,9 @@
 // an order that depends on the shapes alone.
 #pragma once
 #include "kernels/cpu/kernel.h"
+#ifdef PEFTOPS_CUDA
+#include "kernels/cuda/kernel.h"
+#endif
 #include "kernels/dtype.h"
 
 namespace peftops {
@@ -96,5 +99,13 @@ Kernel<GatedPromptBackward> gated_prompt_backward;
 Kernel<GatedPromptReduce> gated_prompt_reduce;
 }
 }  // namespace cpu
+
+#ifdef PEFTOPS_CUDA
+namespace cuda {
+Kernel<GatedPromptAdd> gated_prompt_add;
+Kernel<GatedPromptBackward> gated_prompt_backward;
+Kernel<GatedPromptReduce> gated_prompt_reduce;
+}
+#endif
 
 }  // namespace peftops

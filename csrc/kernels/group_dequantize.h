@@ -5,6 +5,9 @@
 // computed in fp32, the difference rounded and the product rounded, then rounded once to the dtype of out.
 #pragma once
 #include "kernels/cpu/kernel.h"
+#ifdef PEFTOPS_CUDA
+#include "kernels/cuda/kernel.h"
+#endif
 #include "kernels/dtype.h"
 #include "kernels/group.h"
 
@@ -22,5 +25,9 @@ namespace avx2       { Kernel<GroupDequantize> group_dequantize; }
 namespace avx512     { Kernel<GroupDequantize> group_dequantize; }
 namespace avx512bf16 { Kernel<GroupDequantize> group_dequantize; }
 }  // namespace cpu
+
+#ifdef PEFTOPS_CUDA
+namespace cuda { Kernel<GroupDequantize> group_dequantize; }
+#endif
 
 }  // namespace peftops

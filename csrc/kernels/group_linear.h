@@ -11,6 +11,9 @@
 // cpu/product_int16.h for its error) or bf16, other ISAs in fp32.
 #pragma once
 #include "kernels/cpu/kernel.h"
+#ifdef PEFTOPS_CUDA
+#include "kernels/cuda/kernel.h"
+#endif
 #include "kernels/dtype.h"
 #include "kernels/group.h"
 
@@ -47,5 +50,9 @@ namespace avx2       { Kernel<GroupLinear> group_linear; Kernel<GroupLinearBackw
 namespace avx512     { Kernel<GroupLinear> group_linear; Kernel<GroupLinearBackward> group_linear_backward; }
 namespace avx512bf16 { Kernel<GroupLinear> group_linear; Kernel<GroupLinearBackward> group_linear_backward; }
 }  // namespace cpu
+
+#ifdef PEFTOPS_CUDA
+namespace cuda { Kernel<GroupLinear> group_linear; Kernel<GroupLinearBackward> group_linear_backward; }
+#endif
 
 }  // namespace peftops

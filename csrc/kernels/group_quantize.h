@@ -14,10 +14,15 @@
 // wider than fp32 reaches, gets scale NaN, and dequantises to NaN and never to a plausible number.
 #pragma once
 #include "kernels/cpu/kernel.h"
+#ifdef PEFTOPS_CUDA
+#include "kernels/cuda/kernel.h"
+#endif
 #include "kernels/dtype.h"
 #include "kernels/group.h"
 
 namespace peftops {
+
+constexpr float kSmallestScale = 1e-30f;   // its reciprocal, and zeros of any weight, stay finite
 
 struct GroupQuantize {
   const void* weight;      // [rows, cols]
@@ -36,5 +41,9 @@ namespace avx2       { Kernel<GroupQuantize> group_quantize; }
 namespace avx512     { Kernel<GroupQuantize> group_quantize; }
 namespace avx512bf16 { Kernel<GroupQuantize> group_quantize; }
 }  // namespace cpu
+
+#ifdef PEFTOPS_CUDA
+namespace cuda { Kernel<GroupQuantize> group_quantize; }
+#endif
 
 }  // namespace peftops

@@ -9,6 +9,9 @@
 // on the shapes alone.
 #pragma once
 #include "kernels/cpu/kernel.h"
+#ifdef PEFTOPS_CUDA
+#include "kernels/cuda/kernel.h"
+#endif
 #include "kernels/dtype.h"
 
 namespace peftops {
@@ -29,5 +32,9 @@ namespace avx2       { Kernel<QaloraShrink> qalora_shrink; }
 namespace avx512     { Kernel<QaloraShrink> qalora_shrink; }
 namespace avx512bf16 { Kernel<QaloraShrink> qalora_shrink; }
 }  // namespace cpu
+
+#ifdef PEFTOPS_CUDA
+namespace cuda { Kernel<QaloraShrink> qalora_shrink; }
+#endif
 
 }  // namespace peftops

@@ -6,6 +6,9 @@
 // since scale * (code - out) = scale * (code - zeros) + factor * (B A), whatever the code. Sums are fp32.
 #pragma once
 #include "kernels/cpu/kernel.h"
+#ifdef PEFTOPS_CUDA
+#include "kernels/cuda/kernel.h"
+#endif
 #include "kernels/dtype.h"
 
 namespace peftops {
@@ -27,5 +30,9 @@ namespace avx2       { Kernel<QaloraMerge> qalora_merge; }
 namespace avx512     { Kernel<QaloraMerge> qalora_merge; }
 namespace avx512bf16 { Kernel<QaloraMerge> qalora_merge; }
 }  // namespace cpu
+
+#ifdef PEFTOPS_CUDA
+namespace cuda { Kernel<QaloraMerge> qalora_merge; }
+#endif
 
 }  // namespace peftops

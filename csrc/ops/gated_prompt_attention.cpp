@@ -72,9 +72,10 @@ void add(const Operands& o, const Tensor& out, Tensor& y) {
 }
 
 // y = out + gate * attention to the prompt
-Tensor gated_prompt_add_cpu(const Tensor& out_, const Tensor& query, const Tensor& key, const Tensor& value,
-                            const Tensor& gate, double scale) {
+Tensor add_prompt(const Tensor& out_, const Tensor& query, const Tensor& key, const Tensor& value,
+                  const Tensor& gate, double scale) {
   constexpr const char* kOp = "add_gated_prompt";
+  const OnDevice device(query);
   const Operands o(kOp, query, key, value, gate, scale);
   o.check_output(kOp, "out", out_);
   const Tensor out = with_whole_rows(out_);
@@ -83,19 +84,21 @@ Tensor gated_prompt_add_cpu(const Tensor& out_, const Tensor& query, const Tenso
   return y;
 }
 
-void gated_prompt_add_inplace_cpu(Tensor out, const Tensor& query, const Tensor& key, const Tensor& value,
-                                  const Tensor& gate, double scale) {
+void add_prompt_inplace(Tensor out, const Tensor& query, const Tensor& key, const Tensor& value,
+                        const Tensor& gate, double scale) {
   constexpr const char* kOp = "add_gated_prompt";
+  const OnDevice device(query);
   const Operands o(kOp, query, key, value, gate, scale);
   o.check_output(kOp, "out", out);
   STD_TORCH_CHECK(has_whole_rows(out), kOp, ": the last dim of out must be contiguous");
   add(o, out, out);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gated_prompt_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& g_, const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& gate, double scale,
     bool need_query) {
   constexpr const char* kOp = "add_gated_prompt backward";
+  const OnDevice device(query_);
   const Operands o(kOp, query_, key_, value_, gate, scale);
   const GatedPrompt& in = o.in;
   o.check_output(kOp, "g", g_);
@@ -127,10 +130,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_prompt_backward_cpu(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(peftops, CPU, m) {
-  m.impl("gated_prompt_add", TORCH_BOX(&gated_prompt_add_cpu));
-  m.impl("gated_prompt_add_", TORCH_BOX(&gated_prompt_add_inplace_cpu));
-  m.impl("gated_prompt_backward", TORCH_BOX(&gated_prompt_backward_cpu));
+PEFTOPS_IMPLEMENTATIONS(m) {
+  m.impl("gated_prompt_add", TORCH_BOX(&add_prompt));
+  m.impl("gated_prompt_add_", TORCH_BOX(&add_prompt_inplace));
+  m.impl("gated_prompt_backward", TORCH_BOX(&backward));
 }
 
 }  // namespace peftops::ops

@@ -4,9 +4,10 @@
 namespace peftops::ops {
 namespace {
 
-Tensor group_dequantize_cpu(const Tensor& packed, const Tensor& scales, const Tensor& zeros, int64_t bits,
-                            int64_t group, ScalarType dtype) {
+Tensor dequantize(const Tensor& packed, const Tensor& scales, const Tensor& zeros, int64_t bits,
+                  int64_t group, ScalarType dtype) {
   constexpr const char* kOp = "group_dequantize";
+  const OnDevice device(packed);
   const GroupParts w(kOp, packed, scales, zeros, bits, group);
   const DType out_dtype = dtype_of(kOp, "dtype", dtype);
   Tensor out = empty(packed, {w.weight.rows, w.weight.cols}, dtype);
@@ -16,6 +17,6 @@ Tensor group_dequantize_cpu(const Tensor& packed, const Tensor& scales, const Te
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(peftops, CPU, m) { m.impl("group_dequantize", TORCH_BOX(&group_dequantize_cpu)); }
+PEFTOPS_IMPLEMENTATIONS(m) { m.impl("group_dequantize", TORCH_BOX(&dequantize)); }
 
 }  // namespace peftops::ops

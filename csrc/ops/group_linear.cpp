@@ -5,10 +5,11 @@ namespace peftops::ops {
 namespace {
 
 // y = x W^T + bias + scaling * u lora_B^T
-Tensor group_linear_cpu(const Tensor& x_, const Tensor& packed, const Tensor& scales, const Tensor& zeros,
-                        int64_t bits, int64_t group, const std::optional<Tensor>& bias_,
-                        const std::optional<Tensor>& u_, const std::optional<Tensor>& b_, double scaling, bool int8) {
+Tensor linear(const Tensor& x_, const Tensor& packed, const Tensor& scales, const Tensor& zeros,
+              int64_t bits, int64_t group, const std::optional<Tensor>& bias_,
+              const std::optional<Tensor>& u_, const std::optional<Tensor>& b_, double scaling, bool int8) {
   constexpr const char* kOp = "group_linear";
+  const OnDevice device(x_);
   const GroupParts w(kOp, packed, scales, zeros, bits, group);
   const int64_t n = w.weight.rows;
   check_last_dim(kOp, "x", x_, w.weight.cols);
@@ -44,10 +45,11 @@ Tensor group_linear_cpu(const Tensor& x_, const Tensor& packed, const Tensor& sc
 }
 
 // dx = g W + v lora_A, each column of lora_A as often as the columns of W need
-Tensor group_linear_backward_cpu(const Tensor& g_, const Tensor& packed, const Tensor& scales, const Tensor& zeros,
-                                 int64_t bits, int64_t group, const std::optional<Tensor>& v_,
-                                 const std::optional<Tensor>& a_) {
+Tensor linear_backward(const Tensor& g_, const Tensor& packed, const Tensor& scales, const Tensor& zeros,
+                       int64_t bits, int64_t group, const std::optional<Tensor>& v_,
+                       const std::optional<Tensor>& a_) {
   constexpr const char* kOp = "group_linear_backward";
+  const OnDevice device(g_);
   const GroupParts w(kOp, packed, scales, zeros, bits, group);
   const int64_t n = w.weight.rows, k = w.weight.cols;
   check_last_dim(kOp, "g", g_, n);
@@ -78,9 +80,9 @@ Tensor group_linear_backward_cpu(const Tensor& g_, const Tensor& packed, const T
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(peftops, CPU, m) {
-  m.impl("group_linear", TORCH_BOX(&group_linear_cpu));
-  m.impl("group_linear_backward", TORCH_BOX(&group_linear_backward_cpu));
+PEFTOPS_IMPLEMENTATIONS(m) {
+  m.impl("group_linear", TORCH_BOX(&linear));
+  m.impl("group_linear_backward", TORCH_BOX(&linear_backward));
 }
 
 }  // namespace peftops::ops

@@ -4,9 +4,10 @@
 namespace peftops::ops {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> group_quantize_cpu(const Tensor& weight_, int64_t bits, int64_t group,
-                                                      bool symmetric, int64_t narrower) {
+std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight_, int64_t bits, int64_t group,
+                                            bool symmetric, int64_t narrower) {
   constexpr const char* kOp = "group_quantize";
+  const OnDevice device(weight_);
   STD_TORCH_CHECK(weight_.dim() == 2, kOp, ": weight must have two dims, [out, in], not shape ", shape_of(weight_));
   const DType dtype = dtype_of(kOp, "weight", weight_);
   const Tensor weight = as_contiguous(weight_);
@@ -25,6 +26,6 @@ std::tuple<Tensor, Tensor, Tensor> group_quantize_cpu(const Tensor& weight_, int
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(peftops, CPU, m) { m.impl("group_quantize", TORCH_BOX(&group_quantize_cpu)); }
+PEFTOPS_IMPLEMENTATIONS(m) { m.impl("group_quantize", TORCH_BOX(&quantize)); }
 
 }  // namespace peftops::ops

@@ -5,8 +5,9 @@ namespace peftops::ops {
 namespace {
 
 // p, x summed over the groups that lora_A's columns stand for; and u = p lora_A^T
-std::tuple<Tensor, Tensor> qalora_shrink_cpu(const Tensor& x_, const Tensor& a_, int64_t group) {
+std::tuple<Tensor, Tensor> shrink(const Tensor& x_, const Tensor& a_, int64_t group) {
   constexpr const char* kOp = "qalora_shrink";
+  const OnDevice device(x_);
   const Tensor a = as_contiguous(a_);
   STD_TORCH_CHECK(a.dim() == 2, kOp, ": lora_A must have shape [r, groups], not ", shape_of(a));
   const int64_t r = a.size(0), groups = a.size(1), k = groups * group;
@@ -24,6 +25,6 @@ std::tuple<Tensor, Tensor> qalora_shrink_cpu(const Tensor& x_, const Tensor& a_,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(peftops, CPU, m) { m.impl("qalora_shrink", TORCH_BOX(&qalora_shrink_cpu)); }
+PEFTOPS_IMPLEMENTATIONS(m) { m.impl("qalora_shrink", TORCH_BOX(&shrink)); }
 
 }  // namespace peftops::ops

@@ -4,8 +4,9 @@
 namespace peftops::ops {
 namespace {
 
-Tensor qalora_merge_cpu(const Tensor& scales_, const Tensor& zeros_, const Tensor& a_, const Tensor& b_, double factor) {
+Tensor merge(const Tensor& scales_, const Tensor& zeros_, const Tensor& a_, const Tensor& b_, double factor) {
   constexpr const char* kOp = "qalora_merge";
+  const OnDevice device(scales_);
   const Tensor scales = as_contiguous(scales_), zeros = as_contiguous(zeros_), a = as_contiguous(a_), b = as_contiguous(b_);
   STD_TORCH_CHECK(scales.dim() == 2, kOp, ": scales must have shape [out, groups], not ", shape_of(scales));
   STD_TORCH_CHECK(a.dim() == 2, kOp, ": lora_A must have shape [r, groups], not ", shape_of(a));
@@ -24,6 +25,6 @@ Tensor qalora_merge_cpu(const Tensor& scales_, const Tensor& zeros_, const Tenso
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(peftops, CPU, m) { m.impl("qalora_merge", TORCH_BOX(&qalora_merge_cpu)); }
+PEFTOPS_IMPLEMENTATIONS(m) { m.impl("qalora_merge", TORCH_BOX(&merge)); }
 
 }  // namespace peftops::ops

@@ -62,6 +62,51 @@ def linear(dtype, shapes):
         )
 
 
+def group_quantize(bits, dtype):
+    # Groups of a part of a warp and of several tiles; ends of a warp's tile; constant groups; narrower ranges.
+    for n, k, group, symmetric, narrower in ((5, 416, 32, False, 0), (3, 72, 8, True, 2), (2, 2048, 1024, False, 1)):
+        weight = torch.randn(n, k, generator=torch.Generator().manual_seed(k)).to(dtype)
+        weight[0, :group], weight[-1, -group:] = 2.5, 0
+        yield from torch.ops.peftops.group_quantize(weight, bits, group, symmetric, narrower)
+
+
+def group_weights(n, k, group, bits):
+    gen = torch.Generator().manual_seed(n * k)
+    packed = torch.randint(0, 256, (n, k // 8 * bits), generator=gen, dtype=torch.uint8)
+    scales, zeros = (torch.randn(n, k // group, generator=gen) + shift for shift in (3, 8))
+    return packed, scales, zeros, bits, group
+
+
+def group_dequantize(bits, dtype):
+    for n, k, group in ((9, 1016, 8), (3, 4096 + 256, 256), (1, 8, 8), (1, 16400, 16)):
+        yield torch.ops.peftops.group_dequantize(*group_weights(n, k, group, bits), dtype)
+
+
+def group_linear(dtype, bits, shapes):
+    for m, n, k, group, r, factor in shapes:
+        gen = torch.Generator().manual_seed(m)
+        x, bias, u, lora_B = (torch.randn(*s, generator=gen) for s in ((m, k), (n,), (m, r), (n, r)))
+        bias, low_rank = (bias.to(factor), (u, lora_B.to(factor))) if r else (None, (None, None))
+        weight = group_weights(n, k, group, bits)
+        yield torch.ops.peftops.group_linear(x.to(dtype), *weight, bias, *low_rank, 0.5, False)
+
+
+def prompts(dtype, shapes, backward):
+    for b, heads, kv_heads, s, tokens, d, dv, each in shapes:
+        gen = torch.Generator().manual_seed(s)
+        lead = (b,) if each else ()
+        normal = functools.partial(torch.randn, generator=gen)
+        out, query = normal(b, s, heads, dv).transpose(1, 2).to(dtype), normal(b, heads, s, d).to(dtype)
+        prompt = query, normal(*lead, kv_heads, tokens, d), normal(*lead, kv_heads, tokens, dv), normal(heads), 0.3
+        prompt[3][0] = 0
+        if backward:
+            yield from torch.ops.peftops.gated_prompt_backward(out, *prompt, True)
+        else:
+            yield torch.ops.peftops.gated_prompt_add(out, *prompt)
+
+
+PROMPTS = ((2, 4, 2, 35, 10, 40, 33, False), (2, 2, 2, 3, 16, 16, 150, True), (1, 2, 2, 1, 1, 1, 1, False))
+
 # The kernels, by a part of their mangled names, and the operator calls that reach them.
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CASES = {
@@ -85,6 +130,13 @@ CASES = {
         FP32,
         [(5, 70, 33, 32, 5, BF16), (66, 64, 96, 64, 17, FP32), (2, 3, 35, 64, 1, FP16), (4, 5, 7, 4096, 0, None)],
     ),
+    "15quantize_groupsI13__nv_bfloat16Li3ELb1E": functools.partial(group_quantize, 3, BF16),
+    "17dequantize_groupsIfLi3ELb1E": functools.partial(group_dequantize, 3, FP32),
+    "10group_rowsI13__nv_bfloat16Li4ELi2E": functools.partial(
+        group_linear, BF16, 4, [(9, 33, 192, 32, 3, BF16), (15, 34, 64 * 34, 16, 2, FP32), (12, 8, 128, 128, 0, None)]
+    ),
+    "10add_promptIfLi4E": functools.partial(prompts, FP32, PROMPTS, False),
+    "16prompt_gradientsIfLi4E": functools.partial(prompts, FP32, PROMPTS, True),
 }
 
 ENTRY = re.compile(r"\.entry\s+(\w+)\(")

@@ -81,13 +81,13 @@ def test_nf4_linear_of_few_rows(device, m, dtype):
     n, k = 96, 4096 + 64  # more chunks than are scaled at a time, and a last one alone
     weight = peftops.nf4_quantize(torch.randn(n, k, dtype=dtype))
     _, (report,) = launches(device, lambda: peftops.nf4_linear(torch.randn(m, k, dtype=dtype), weight))
-    stream = columns_of(report, "nf4_rows.cuh", "= *reinterpret_cast<const uint2*>(w.packed")
+    stream = columns_of(report, "rows.cuh", "= *reinterpret_cast<const uint2*>(from")
     assert stream["sectors"] == weight.packed.nbytes // SECTOR  # once, and in whole sectors
     assert report["mma"] == n * k // (16 * 16) * -(-m // 8)
-    within(columns_of(report, "nf4_rows.cuh", "memory.in.pairs.at["), "waves", 1.0, "ideal_waves")
+    within(columns_of(report, "nf4_rows.cuh", "memory.pairs.at["), "waves", 1.0, "ideal_waves")
     assert report["local"] == 0 and report["atomics"] == 0
     within(report["shared_store"], "waves", 1.01)
-    x, once = columns_of(report, "nf4_rows.cuh", "x[m][0] = p[0], x[m][1] = p[1]"), m * k * 2 // SECTOR
+    x, once = columns_of(report, "rows.cuh", "x[m] = *reinterpret_cast<const uint4*>(from)"), m * k * 2 // SECTOR
     assert x["sectors"] == 2 * once * n // 32  # for every 32 rows of the weight, in halves of sectors
     everything = report["global_read"]
     assert everything["sectors"] - x["sectors"] <= 1.15 * (everything["unique"] - once)  # absmax, its scale and offset
@@ -114,6 +114,117 @@ def test_nf4_linear_of_many_rows(device, m, n, k, stripes, dtype):
     arguments = [t.double() for t in (x, dense, bias, lora_A, lora_B)]
     want, size = (reference.linear(*(f(t) for t in arguments)) for f in (torch.clone, torch.abs))
     assert_sums(y, want, size, 2 * k + r + 4, code_error(dtype) * x.double().abs() @ dense.abs().T)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_quantize(device, dtype, bits):
+    weight = torch.randn(32, 512, dtype=dtype)
+    quantized, (report,) = launches(device, lambda: torch.ops.peftops.group_quantize(weight, bits, 32, False, 0))
+    read, written = report["global_read"], report["global_write"]
+    assert read["sectors"] == read["unique"] == weight.nbytes // SECTOR  # the weight once, and nothing else
+    within(written, "sectors", 1.02)
+    assert written["unique"] == sum(t.nbytes for t in quantized) // SECTOR
+    assert report["local"] == report["shared_load"]["waves"] == report["shared_store"]["waves"] == 0
+    _, (report,) = launches(device, lambda: torch.ops.peftops.group_quantize(weight, bits, 32, False, 7))
+    assert report["global_read"] == read  # narrower ranges are tried in registers
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_dequantize(device, dtype, bits):
+    weight = peftops.group_quantize(torch.randn(32, 512), bits=bits)
+    dense, (report,) = launches(device, lambda: peftops.group_dequantize(weight, dtype=dtype))
+    read, written = report["global_read"], report["global_write"]
+    assert written["sectors"] == written["unique"] == dense.nbytes // SECTOR
+    within(read, "sectors", 1.02)
+    assert read["unique"] == sum(t.nbytes for t in (weight.packed, weight.scales, weight.zeros)) // SECTOR
+    assert report["local"] == report["shared_load"]["waves"] == report["shared_store"]["waves"] == 0
+
+
+@pytest.mark.parametrize("m", [1, 16, 20])
+@pytest.mark.parametrize("bits, group", [(2, 128), (3, 64), (4, 32), (4, 128), (8, 32)])
+def test_group_linear(device, m, bits, group):
+    """Everything that is read, sector by sector: the codes once for every 8, 16 or, of more than 16, 32 rows of x."""
+    n, k, dtype = 64, 1024, torch.bfloat16
+    weight = peftops.group_quantize(torch.randn(n, k), bits=bits, group_size=group)
+    _, (report,) = launches(device, lambda: peftops.group_linear(torch.randn(m, k, dtype=dtype), weight))
+    columns = {2: 128, 3: 256, 4: 64, 8: 32}[bits]  # of a chunk
+    parts = max(1, columns // group)
+    codes = weight.packed.nbytes // SECTOR * (3 if bits == 3 else 1)  # three bits: in three loads, two of them from L1
+    scales = 2 * -(-weight.scales.nbytes // SECTOR)
+    x = (1 if bits == 8 else 2) * parts * m * k * 2 // SECTOR * n // 32  # for every 32 rows of the weight, in halves
+    assert report["global_read"]["sectors"] == codes + scales + x
+    assert report["global_write"]["sectors"] == report["global_write"]["unique"] == m * n * 2 // SECTOR
+    tiles = 1 if m <= 8 else 2 if m <= 16 else 4
+    assert report["mma"] == n // 32 * k // 16 * parts * tiles * 3  # two stripes of the weight, and ones
+    assert report["local"] == report["atomics"] == 0
+    within(report["shared_store"], "waves", 1.01)
+    within(report["shared_load"], "waves", 1.01)
+
+
+@pytest.mark.parametrize("group", [8, 32, 1024])
+def test_qalora_pooling(device, group):
+    x, lora_A = torch.randn(24, 1024, dtype=torch.bfloat16), torch.randn(4, 1024 // group)
+    _, reports = launches(device, lambda: torch.ops.peftops.qalora_shrink(x, lora_A, group))
+    read = reports[0]["global_read"]
+    assert len(reports) == 2 and read["sectors"] == read["unique"] == x.nbytes // SECTOR  # x once, before the product
+    within(reports[0]["global_write"], "sectors", 1.02)
+
+
+def test_qalora_merge(device):
+    n, groups, r = 128, 64, 4
+    scales, zeros, A, B = (torch.rand(*s) + 1 for s in ((n, groups), (n, groups), (r, groups), (n, r)))
+    _, (report,) = launches(device, lambda: torch.ops.peftops.qalora_merge(scales, zeros, A, B, 1.0))
+    factors = (A.nbytes * n // 64 + B.nbytes) // SECTOR  # of each tile of 64 x 64
+    assert report["global_read"]["sectors"] <= 2 * scales.nbytes // SECTOR + 2 * factors
+    written = report["global_write"]
+    assert written["sectors"] == written["unique"] == zeros.nbytes // SECTOR
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [10, 30])
+def test_gated_prompt(device, dtype, tokens):
+    """The query and out are read once, y is written once, whatever the order of heads and rows in memory."""
+    b, heads, kv_heads, s, d = 2, 4, 2, 65, 64
+    rows = lambda: torch.randn(b, s, heads, d, dtype=dtype).transpose(1, 2)
+    out, query, key, value = rows(), rows(), torch.randn(kv_heads, tokens, d), torch.randn(kv_heads, tokens, d)
+    y, (report,) = launches(device, lambda: peftops.add_gated_prompt(out, query, key, value, torch.ones(heads)))
+    written, blocks = report["global_write"], kv_heads * -(-b * s * 2 // 64)
+    assert written["sectors"] == written["unique"] == y.nbytes // SECTOR
+    gates = blocks * 8  # the gates of 64 queries, two heads in turn: a sector for each warp, and as much to spare
+    prompts = blocks * (key.nbytes + value.nbytes) // kv_heads // SECTOR
+    assert report["global_read"]["sectors"] <= 1.05 * (out.nbytes + query.nbytes) // SECTOR + prompts + gates
+    within(report["shared_load"], "waves", 1.05)
+    within(report["shared_store"], "waves", 1.05)
+    assert report["local"] == report["atomics"] == 0
+
+
+def test_gated_prompt_of_shut_gates(device):
+    """Nothing is computed, and in place nothing is moved."""
+    query, prompt = torch.randn(1, 2, 70, 32), torch.randn(2, 10, 32)
+    y, (report,) = launches(device, lambda: peftops.add_gated_prompt(query, query, prompt, prompt, torch.zeros(2)))
+    assert torch.equal(y, query) and report["global_read"]["sectors"] <= query.nbytes // SECTOR + 2 * 4
+    call = torch.ops.peftops.gated_prompt_add_
+    _, (report,) = launches(device, lambda: call(y, query, prompt, prompt, torch.zeros(2), 1.0))
+    assert report["global_write"]["sectors"] == 0
+
+
+def test_group_and_prompt_sums_are_the_same_under_every_schedule():
+    if isinstance(sim.cuda_ops(), str):
+        pytest.skip(sim.cuda_ops())
+    weight = peftops.group_quantize(torch.randn(70, 128))
+    A, B = torch.randn(3, 4, requires_grad=True), torch.randn(70, 3, requires_grad=True)
+    query, prompt = torch.randn(2, 4, 70, 24, requires_grad=True), torch.randn(2, 40, 24, requires_grad=True)
+    gate = torch.randn(4, requires_grad=True)
+    x, runs = torch.randn(40, 128, dtype=torch.bfloat16, requires_grad=True), []
+    for seed in (0, 1, 2, 3):
+        with sim.on_cpu_tensors(seed=seed):
+            y = peftops.qalora_linear(x, weight, lora_A=A, lora_B=B)
+            added = peftops.add_gated_prompt(query, query, prompt, prompt, gate)
+            gradients = torch.autograd.grad(y.sum() + added.square().sum(), (x, A, B, query, prompt, gate))
+            runs.append((y, added, *gradients))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
 def test_nf4_linear_is_the_same_under_every_schedule():

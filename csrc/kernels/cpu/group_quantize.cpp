@@ -8,8 +8,6 @@
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
-constexpr float kSmallest = 1e-30f;   // of scales: its reciprocal, and zeros of any weight, stay finite
-
 // n elements of a group; a group shorter than a vector fills it twice, which changes no extreme.
 template <class T> inline Vec load_group(const T* w, int64_t n) {
   if (n >= kLanes) return load(w);
@@ -44,11 +42,11 @@ template <class T> void find_ranges(const T* w, int64_t group, int64_t groups, f
   float constant[kLanes];
   store(constant, least);
   for (int64_t g = 0; g < groups; ++g) {
-    if (r.scale[g] >= kSmallest && r.scale[g] <= __FLT_MAX__) continue;
+    if (r.scale[g] >= kSmallestScale && r.scale[g] <= __FLT_MAX__) continue;
     const float c = constant[g], size = c < 0 ? -c : c;
-    if (!(r.scale[g] < kSmallest)) {   // NaN or infinite
+    if (!(r.scale[g] < kSmallestScale)) {   // NaN or infinite
       r.scale[g] = r.zero[g] = __builtin_nanf(""), r.inverse[g] = 0;
-    } else if (symmetric || size < kSmallest) {
+    } else if (symmetric || size < kSmallestScale) {
       r.scale[g] = 1, r.zero[g] = symmetric ? (levels + 1) / 2 : 0.f, r.inverse[g] = 1;
     } else {
       r.scale[g] = size, r.zero[g] = c < 0 ? 1.f : -1.f, r.inverse[g] = 1 / size;

@@ -20,11 +20,16 @@ template <> __device__ inline float from_float<float>(float v) { return v; }
 template <> __device__ inline __half from_float<__half>(float v) { return __float2half_rn(v); }
 template <> __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
 
-// An element of a tensor whose dtype is known at run time alone: a bias or a factor, which are small.
+// An element of a tensor whose dtype is known at run time alone: a bias, a factor or a prompt, which are small.
 __device__ inline float element(const void* p, DType dtype, int64_t i) {
   if (dtype == DType::f32) return static_cast<const float*>(p)[i];
   const uint16_t bits = static_cast<const uint16_t*>(p)[i];
   return dtype == DType::bf16 ? to_float(__ushort_as_bfloat16(bits)) : to_float(__ushort_as_half(bits));
+}
+__device__ inline void set_element(void* p, DType dtype, int64_t i, float v) {
+  if (dtype == DType::f32) static_cast<float*>(p)[i] = v;
+  else if (dtype == DType::bf16) static_cast<__nv_bfloat16*>(p)[i] = from_float<__nv_bfloat16>(v);
+  else static_cast<__half*>(p)[i] = from_float<__half>(v);
 }
 
 // As many elements as one load or store moves at best.

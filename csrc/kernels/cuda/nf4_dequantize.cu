@@ -1,13 +1,10 @@
-// A lane writes 16 bytes: 8 elements of 16 bits from 4 bytes of codes, or 4 of 32 bits from 2. A warp's store is then
-// one run of 512 bytes, whole sectors, and four of them a thread are under way at a time. Limit: writing the result.
+// The elements of dequantize.cuh, from packed NF4 codes. Limit: writing the result.
+#include "kernels/cuda/dequantize.cuh"
 #include "kernels/cuda/nf4_decode.cuh"
 #include "kernels/nf4_dequantize.h"
 
 namespace peftops::cuda {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int kPacks = 4;   // a thread's share: enough loads in flight, and the tables are filled once for 8192 codes
 
 // The codes of `count` elements from byte `p` on, as code_at() reads them. Wide: p is a multiple of the whole.
 template <int N, bool Wide> __device__ uint32_t load_codes(const uint8_t* p, int count) {
@@ -19,46 +16,35 @@ template <int N, bool Wide> __device__ uint32_t load_codes(const uint8_t* p, int
   return codes;
 }
 
-template <class T, bool Wide> __global__ void __launch_bounds__(kThreads) dequantize(Nf4Dequantize a, int log_block) {
-  constexpr int N = Pack<T>::kSize;
+template <int N, bool Wide> struct Nf4Elements {
+  struct Held { uint32_t codes; float scale; };
+  const Nf4Weight& w;
+  const LaneTable& code;
+  const float* map;
+  int log_block;
+
+  __device__ Held load(int64_t i, int count) const {
+    return {load_codes<N, Wide>(w.packed + i / 2, count), absmax_of(w, i >> log_block, map)};
+  }
+  __device__ float value(const Held& held, int k) const { return code(code_at(held.codes, k)) * held.scale; }
+};
+
+template <class T, bool Wide>
+__global__ void __launch_bounds__(kDequantizeThreads) dequantize(Nf4Dequantize a, int log_block) {
   __shared__ LaneTable code;
   __shared__ float map[256];
-  const Nf4Weight& w = a.weight;
-  code.fill<kThreads>(nf4_codes.at);
-  if (w.absmax_code) map[threadIdx.x] = dynamic_map.at[threadIdx.x];
+  code.fill<kDequantizeThreads>(nf4_codes.at);
+  if (a.weight.absmax_code) map[threadIdx.x] = dynamic_map.at[threadIdx.x];
   __syncthreads();
-
-  const int64_t n = w.rows * w.cols, first = int64_t(blockIdx.x) * (kThreads * kPacks) + threadIdx.x;
-  uint32_t codes[kPacks];
-  float scale[kPacks];
-#pragma unroll
-  for (int p = 0; p < kPacks; ++p) {   // all loads before the first is used
-    const int64_t i = (first + p * kThreads) * N;
-    if (i >= n) break;
-    codes[p] = load_codes<N, Wide>(w.packed + i / 2, n - i < N ? int(n - i) : N);
-    scale[p] = absmax_of(w, i >> log_block, map);
-  }
-#pragma unroll
-  for (int p = 0; p < kPacks; ++p) {
-    const int64_t i = (first + p * kThreads) * N;
-    if (i >= n) break;
-    Pack<T> out;
-#pragma unroll
-    for (int k = 0; k < N; ++k) out.at[k] = from_float<T>(code(code_at(codes[p], k)) * scale[p]);
-    T* to = static_cast<T*>(a.out) + i;
-    if (Wide && n - i >= N) *reinterpret_cast<Pack<T>*>(to) = out;
-    else
-#pragma unroll
-      for (int k = 0; k < N; ++k)
-        if (i + k < n) to[k] = out.at[k];
-  }
+  const Nf4Elements<Pack<T>::kSize, Wide> elements{a.weight, code, map, log_block};
+  dequantize_packs<T, Wide>(elements, static_cast<T*>(a.out), a.weight.rows * a.weight.cols);
 }
 
-__global__ void __launch_bounds__(kThreads) expand_absmax(Nf4Absmax a) {
+__global__ void __launch_bounds__(kDequantizeThreads) expand_absmax(Nf4Absmax a) {
   __shared__ float map[256];
   map[threadIdx.x] = dynamic_map.at[threadIdx.x];
   __syncthreads();
-  const int64_t block = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t block = int64_t(blockIdx.x) * kDequantizeThreads + threadIdx.x;
   if (block < a.blocks) a.absmax[block] = absmax_of({nullptr, nullptr, a.code, a.scale, a.offset, 0, 0, 0}, block, map);
 }
 
@@ -71,17 +57,17 @@ cudaError_t nf4_dequantize(const Nf4Dequantize& a, cudaStream_t stream) {
   return with_type(a.dtype, [&](auto t) {
     using T = decltype(t);
     constexpr int N = Pack<T>::kSize;
-    const unsigned grid = unsigned(ceil_div(n, int64_t(kThreads) * kPacks * N));
+    const unsigned grid = dequantize_blocks<T>(n);
     const bool wide = aligned(a.weight.packed, N / 2) && aligned(a.out, 16);
-    if (wide) dequantize<T, true><<<grid, kThreads, 0, stream>>>(a, log_block);
-    else dequantize<T, false><<<grid, kThreads, 0, stream>>>(a, log_block);
+    if (wide) dequantize<T, true><<<grid, kDequantizeThreads, 0, stream>>>(a, log_block);
+    else dequantize<T, false><<<grid, kDequantizeThreads, 0, stream>>>(a, log_block);
     return cudaGetLastError();
   });
 }
 
 cudaError_t nf4_absmax(const Nf4Absmax& a, cudaStream_t stream) {
   if (a.blocks == 0) return cudaSuccess;
-  expand_absmax<<<unsigned(ceil_div(a.blocks, kThreads)), kThreads, 0, stream>>>(a);
+  expand_absmax<<<unsigned(ceil_div(a.blocks, kDequantizeThreads)), kDequantizeThreads, 0, stream>>>(a);
   return cudaGetLastError();
 }
 

@@ -3,53 +3,27 @@
 // by tile (tile.cuh). The low-rank term joins the fp32 sums before the one rounding: result by result, or in tiles as
 // more depth, [x | scaling * u] [W^T ; B^T].
 #include "kernels/cuda/dropout.cuh"
+#include "kernels/cuda/linear.cuh"
 #include "kernels/cuda/nf4_many.cuh"
-#include "kernels/cuda/tile.cuh"
 
 namespace peftops::cuda {
 namespace {
 
-// What becomes of a sum of x W^T.
-template <class T> struct Finish {
-  const Nf4Linear& a;
-
-  __device__ void operator()(int64_t row, int64_t col, float sum) const {
-    float low_rank = 0.f;
-#pragma unroll 1
-    for (int64_t j = 0; j < a.r; ++j)
-      low_rank = __fmaf_rn(a.u[row * a.r + j], element(a.b, a.b_dtype, col * a.r + j), low_rank);
-    float y = __fmaf_rn(a.scaling, low_rank, sum);
-    if (a.bias) y += element(a.bias, a.bias_dtype, col);
-    static_cast<T*>(a.y)[row * a.weight.rows + col] = from_float<T>(y);
-  }
-};
-
 template <class T, int Tiles> __global__ void __launch_bounds__(kRowsThreads) few_rows(Nf4Linear a, int log_block) {
-  __shared__ RowsMemory<T> memory;
-  multiply_rows<T, Tiles>(a, log_block, memory, Finish<T>{a});
+  __shared__ RowsMemory<Nf4Stream<T>, Tiles> memory;
+  multiply_rows<T>(a, Nf4Stream<T>{a.weight, log_block}, memory, Finish<T, Nf4Linear>{a, a.r});
 }
 
 template <class T, int Stripes> __global__ void __launch_bounds__(kRowsThreads) many_rows(Nf4Linear a, int log_block) {
   extern __shared__ uint4 dynamic[];   // more than 48 KB
-  multiply_many<T, Stripes>(a, log_block, *reinterpret_cast<ManyMemory<T>*>(dynamic), Finish<T>{a});
+  multiply_many<T, Stripes>(a, log_block, *reinterpret_cast<ManyMemory<T>*>(dynamic), Finish<T, Nf4Linear>{a, a.r});
 }
 
 template <class T> __global__ void __launch_bounds__(kTileThreads) any_rows(Nf4Linear a, int log_block) {
   __shared__ TileMemory memory;
   __shared__ float map[256];
   map[threadIdx.x] = dynamic_map.at[threadIdx.x];   // multiply_tile begins with a barrier
-  const int64_t n = a.weight.rows, k = a.weight.cols;
-  TileSums c;
-  multiply_tile<Along::depth, Along::depth>(
-      a.m, n, k, [&](int64_t t, int64_t row) { return to_float(static_cast<const T*>(a.x)[row * k + t]); },
-      [&](int64_t t, int64_t col) { return weight_at(a.weight, log_block, col * k + t, map); }, memory, c);
-  multiply_tile<Along::depth, Along::depth>(
-      a.m, n, a.r, [&](int64_t t, int64_t row) { return __fmul_rn(a.scaling, a.u[row * a.r + t]); },
-      [&](int64_t t, int64_t col) { return element(a.b, a.b_dtype, col * a.r + t); }, memory, c);
-  each_result(a.m, n, [&](int64_t row, int64_t col, int i, int j) {
-    const float bias = a.bias ? element(a.bias, a.bias_dtype, col) : 0.f;
-    static_cast<T*>(a.y)[row * n + col] = from_float<T>(c.at[i][j] + bias);
-  });
+  multiply_any<T>(a, [&](int64_t flat) { return weight_at(a.weight, log_block, flat, map); }, memory);
 }
 
 template <class T>

@@ -1,13 +1,12 @@
 // A lane holds 16 bytes of the weight: 8 elements of 16 bits or 4 of 32 bits. The lanes of a quantisation block find
 // its maximum by shuffles and code what they hold in registers, so the weight is read once; only a block too large
 // for a warp's registers is read twice, the second time from cache. Limit: reading the weight.
+#include "kernels/cuda/blocks.cuh"
 #include "kernels/cuda/nf4_decode.cuh"
 #include "kernels/nf4_quantize.h"
 
 namespace peftops::cuda {
 namespace {
-
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
 __constant__ Nf4Midpoints nf4_midpoints = kNf4Midpoints;
 __constant__ DynamicMidpoints dynamic_midpoints = kDynamicMidpoints;
@@ -25,8 +24,7 @@ __device__ float finish(uint32_t most, float& inverse) {
 
 // The largest over groups of 2^log_lanes lanes.
 __device__ uint32_t most_of_lanes(uint32_t most, int log_lanes) {
-  for (int step = 1; step < 1 << log_lanes; step *= 2) most = max(most, __shfl_xor_sync(~0u, most, step));
-  return most;
+  return over_lanes(most, log_lanes, [](uint32_t a, uint32_t b) { return max(a, b); });
 }
 
 // The number of midpoints below v; see kBucket.
@@ -34,19 +32,6 @@ __device__ uint32_t nearest_code(float v, const LaneTable& midpoints) {
   const float bucket = __fmaf_rn(v, __fmaf_rn(__fmul_rn(v, v), kBucket[2], kBucket[1]), kBucket[0]);
   const uint32_t c = uint32_t(__float2int_rz(fmaxf(bucket, 0.f)));
   return c + (v > midpoints(c));
-}
-
-// Elements i .. of w as floats; zeros beyond n. Wide: whole packs are aligned.
-template <class T, bool Wide> __device__ void load(const T* w, int64_t i, int64_t n, float (&v)[Pack<T>::kSize]) {
-  constexpr int N = Pack<T>::kSize;
-  if (Wide && n - i >= N) {
-    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(w + i);
-#pragma unroll
-    for (int k = 0; k < N; ++k) v[k] = to_float(pack.at[k]);
-  } else {
-#pragma unroll
-    for (int k = 0; k < N; ++k) v[k] = i + k < n ? to_float(w[i + k]) : 0.f;
-  }
 }
 
 template <class T> __device__ uint32_t most_of(const float (&v)[Pack<T>::kSize]) {
@@ -73,18 +58,16 @@ __device__ void code(const float (&v)[N], float inverse, const LaneTable& midpoi
     if (i + k < n) packed[(i + k) / 2] = uint8_t(codes >> 4 * k);   // the last half byte is 7: a zero
 }
 
-// A warp's tile: as many elements as its lanes hold. A quantisation block is a part of it, or `tiles` of them.
 template <class T, bool Wide>
-__global__ void __launch_bounds__(kThreads) quantize(Nf4Quantize a, int log_lanes, int tiles) {
+__global__ void __launch_bounds__(kBlockThreads) quantize(Nf4Quantize a, int log_lanes, int tiles) {
   constexpr int N = Pack<T>::kSize;
   __shared__ LaneTable midpoints;
-  midpoints.fill<kThreads>(nf4_midpoints.below);
+  midpoints.fill<kBlockThreads>(nf4_midpoints.below);
   __syncthreads();
 
   const T* w = static_cast<const T*>(a.weight);
   const int lane = threadIdx.x % kWarp;
-  const int64_t warp = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  const int64_t begin = (warp * tiles * kWarp + lane) * N;
+  const int64_t begin = first_of_lane<T>(tiles);
   float v[N], inverse;
   uint32_t most = 0;
   for (int t = 0; t < tiles; ++t) {
@@ -128,13 +111,10 @@ cudaError_t nf4_quantize(const Nf4Quantize& a, cudaStream_t stream) {
   if (a.n == 0) return cudaSuccess;
   return with_type(a.dtype, [&](auto t) {
     using T = decltype(t);
-    constexpr int kTile = kWarp * Pack<T>::kSize;
-    const int tiles = a.block_size > kTile ? int(a.block_size / kTile) : 1;
-    const int log_lanes = tiles > 1 ? 5 : __builtin_ctzll(uint64_t(a.block_size / Pack<T>::kSize));
-    const unsigned grid = unsigned(ceil_div(a.n, int64_t(tiles) * kTile * kWarps));
+    const Blocks<T> blocks(a.n, a.block_size);
     const bool wide = aligned(a.weight, 16) && aligned(a.packed, 4);
-    if (wide) quantize<T, true><<<grid, kThreads, 0, stream>>>(a, log_lanes, tiles);
-    else quantize<T, false><<<grid, kThreads, 0, stream>>>(a, log_lanes, tiles);
+    if (wide) quantize<T, true><<<blocks.grid, kBlockThreads, 0, stream>>>(a, blocks.log_lanes, blocks.tiles);
+    else quantize<T, false><<<blocks.grid, kBlockThreads, 0, stream>>>(a, blocks.log_lanes, blocks.tiles);
     return cudaGetLastError();
   });
 }

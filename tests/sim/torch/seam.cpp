@@ -2,7 +2,7 @@
 // (-Wl,--wrap), and each tells the simulator what the kernels may touch.
 //
 // A binding begins with a device guard: what was allowed before is forgotten. Every pointer that it then takes from a
-// tensor allows that tensor's elements and no byte more, for reading only if it asked for a constant pointer.
+// tensor allows the bytes from that tensor's first element to its last and no more, for reading only if it asked for a constant pointer.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cstddef>
@@ -18,11 +18,15 @@ AOTITorchError __real_torch_get_const_data_ptr(AtenTensorHandle, const void**);
 AOTITorchError __real_torch_get_mutable_data_ptr(AtenTensorHandle, void**);
 
 static void allow(AtenTensorHandle tensor, const void* p, bool read_only) {
-  int64_t elements = 0;
+  int64_t elements = 0, dims = 0, extent = 1, *sizes = nullptr, *strides = nullptr;
   int32_t dtype = 0;
   aoti_torch_get_numel(tensor, &elements);
   aoti_torch_get_dtype(tensor, &dtype);
-  sim_allow(p, size_t(elements) * aoti_torch_dtype_element_size(dtype), read_only);
+  aoti_torch_get_dim(tensor, &dims);
+  aoti_torch_get_sizes(tensor, &sizes);
+  aoti_torch_get_strides(tensor, &strides);
+  for (int64_t i = 0; i < dims; ++i) extent += (sizes[i] - 1) * strides[i];
+  sim_allow(p, size_t(elements ? extent : 0) * aoti_torch_dtype_element_size(dtype), read_only);
 }
 
 AOTITorchError __wrap_torch_get_const_data_ptr(AtenTensorHandle tensor, const void** p) {

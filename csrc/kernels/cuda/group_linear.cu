@@ -1,0 +1,97 @@
+// Two ways to a product with a group-quantised weight. With 16-bit x, rows of whole chunks stream through tensor cores,
+// again for every 16 or 32 rows of x (group_rows.cuh). Everything else, and the backward product, is multiplied in
+// fp32, tile by tile (tile.cuh), with the low-rank term as more depth.
+#include "kernels/cuda/group_rows.cuh"
+#include "kernels/cuda/linear.cuh"
+
+namespace peftops::cuda {
+namespace {
+
+// A code times an infinity minus a zero times it is no number, though a weight times it is one: where x is not finite,
+// or sums leave the range of fp32, they are made again as plain arithmetic has them.
+template <class T> struct GroupFinish {
+  const GroupLinear& a;
+  int log_group;
+
+  __device__ void operator()(int64_t row, int64_t col, float sum) const {
+    const int64_t k = a.weight.cols;
+    if (!isfinite(sum)) {
+      const T* x = static_cast<const T*>(a.x) + row * k;
+      sum = 0.f;
+#pragma unroll 1
+      for (int64_t j = 0; j < k; ++j) sum = __fmaf_rn(to_float(x[j]), weight_at(a.weight, log_group, col * k + j), sum);
+    }
+    Finish<T, GroupLinear>{a, a.r}(row, col, sum);
+  }
+};
+
+template <class T, int B, int Tiles>
+__global__ void __launch_bounds__(kRowsThreads) group_rows(GroupLinear a, int log_group) {
+  __shared__ RowsMemory<GroupStream<T, B>, Tiles> memory;
+  multiply_rows<T>(a, GroupStream<T, B>{a.weight, log_group}, memory, GroupFinish<T>{a, log_group});
+}
+
+template <class T> __global__ void __launch_bounds__(kTileThreads) any_group_rows(GroupLinear a, int log_group) {
+  __shared__ TileMemory memory;
+  multiply_any<T>(a, [&](int64_t flat) { return weight_at(a.weight, log_group, flat); }, memory);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kTileThreads) group_backward(GroupLinearBackward a, int log_group) {
+  __shared__ TileMemory memory;
+  const int64_t n = a.weight.rows, k = a.weight.cols, pools = a.r ? k / a.pool : 0;
+  TileSums c;
+  multiply_tile<Along::depth, Along::across>(
+      a.m, k, n, [&](int64_t t, int64_t row) { return to_float(static_cast<const T*>(a.g)[row * n + t]); },
+      [&](int64_t t, int64_t col) { return weight_at(a.weight, log_group, t * k + col); }, memory, c);
+  multiply_tile<Along::depth, Along::across>(
+      a.m, k, a.r, [&](int64_t t, int64_t row) { return a.v[row * a.r + t]; },
+      [&](int64_t t, int64_t col) { return element(a.a, a.a_dtype, t * pools + col / a.pool); }, memory, c);
+  each_result(a.m, k, [&](int64_t row, int64_t col, int i, int j) {
+    static_cast<T*>(a.dx)[row * k + col] = from_float<T>(c.at[i][j]);
+  });
+}
+
+cudaError_t launch_any(const GroupLinear& a, cudaStream_t stream) {
+  return with_type(a.dtype, [&](auto t) {
+    const dim3 grid = tiles_of(a.m, a.weight.rows);
+    any_group_rows<decltype(t)><<<grid, kTileThreads, 0, stream>>>(a, log_group_of(a.weight.group));
+    return cudaGetLastError();
+  });
+}
+
+template <class T, int B, int Tiles> cudaError_t launch_tiles(const GroupLinear& a, cudaStream_t stream) {
+  const dim3 grid(unsigned(ceil_div(a.weight.rows, kOuts)), unsigned(ceil_div(a.m, 8 * Tiles)));
+  group_rows<T, B, Tiles><<<grid, kRowsThreads, 0, stream>>>(a, log_group_of(a.weight.group));
+  return cudaGetLastError();
+}
+
+// More rows of x at a time decode the weight less often.
+template <class T, int B> cudaError_t launch_rows(const GroupLinear& a, cudaStream_t stream) {
+  if (a.m <= 8) return launch_tiles<T, B, 1>(a, stream);
+  if (a.m <= kFewRows) return launch_tiles<T, B, 2>(a, stream);
+  return launch_tiles<T, B, 4>(a, stream);
+}
+
+}  // namespace
+
+cudaError_t group_linear(const GroupLinear& a, cudaStream_t stream) {
+  if (a.m == 0 || a.weight.rows == 0) return cudaSuccess;
+  return with_bits(a.weight.bits, [&](auto bits) {
+    constexpr int B = decltype(bits)::value;
+    if (has_chunks<B>(a))
+      return a.dtype == DType::bf16 ? launch_rows<__nv_bfloat16, B>(a, stream) : launch_rows<__half, B>(a, stream);
+    return launch_any(a, stream);
+  });
+}
+
+cudaError_t group_linear_backward(const GroupLinearBackward& a, cudaStream_t stream) {
+  if (a.m == 0 || a.weight.cols == 0) return cudaSuccess;
+  return with_type(a.dtype, [&](auto t) {
+    const dim3 grid = tiles_of(a.m, a.weight.cols);
+    group_backward<decltype(t)><<<grid, kTileThreads, 0, stream>>>(a, log_group_of(a.weight.group));
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace peftops::cuda

@@ -1,0 +1,86 @@
+// A group-quantised weight for rows.cuh. Codes are whole numbers that 16-bit floats hold exactly, so only the sums
+// round: scale * (sum of code x - zero * sum of x), both sums from tensor cores.
+//
+// A chunk is a sector of a row, or with three bits a code three of them. A thread's columns are of one group; where a
+// chunk has several groups, each is multiplied with x of its own threads, and zeros for the others.
+#pragma once
+#include "kernels/cuda/group_decode.cuh"
+#include "kernels/cuda/rows.cuh"
+#include "kernels/group_linear.h"
+
+namespace peftops::cuda {
+
+constexpr int kStagedGroups = 128;   // of a row, whose scales and zeros are in shared memory
+
+template <class T, int B> struct GroupStream {
+  static constexpr int kBits = B, kPieces = B == 3 ? 3 : 1, kUnroll = 1;
+  static constexpr int kColumns = 4 * 64 * kPieces / B;   // four threads with pieces of 64 bits
+  static constexpr bool kZeros = true;
+  static constexpr float kFactor = 1.f;
+  struct Memory { float scale[kOuts][kStagedGroups + 1], zero[kOuts][kStagedGroups + 1]; };
+  const GroupWeight& w;
+  int log_group;
+
+  __device__ void begin(Memory&) const {}
+  __device__ int staged() const { return int((int64_t(kStagedGroups) << log_group) / kColumns); }
+  __device__ int parts() const { return kColumns >> log_group > 1 ? kColumns >> log_group : 1; }
+  __device__ int64_t group_of(int chunk) const { return int64_t(chunk) * kColumns >> log_group; }
+  __device__ void stage(Memory& memory, int64_t first, int begin) const {
+    const int64_t groups = w.cols >> log_group;
+#pragma unroll 4
+    for (int e = threadIdx.x; e < kOuts * kStagedGroups; e += kRowsThreads) {
+      const int row = e / kStagedGroups, at = e % kStagedGroups;
+      const int64_t group = group_of(begin) + at, flat = (first + row) * groups + group;
+      const bool exists = first + row < w.rows && group < groups;
+      memory.scale[row][at] = exists ? w.scales[flat] : 0.f, memory.zero[row][at] = exists ? w.zeros[flat] : 0.f;
+    }
+  }
+  __device__ Affine affine(const Memory& memory, int row, int begin, int chunk, int part) const {
+    const int at = int(group_of(chunk) - group_of(begin)) + part;
+    return {memory.scale[row][at], memory.zero[row][at]};
+  }
+
+  // Codes 2 i and 2 i + 1 of a thread as a pair of T.
+  __device__ static uint32_t pair(const uint2 (&codes)[kPieces], int i) {
+    const auto word = [&](int j) { return j % 2 ? codes[j / 2].y : codes[j / 2].x; };
+    const int bit = 2 * B * i;
+    uint32_t two = word(bit / 32) >> bit % 32;
+    if (bit % 32 + 2 * B > 32) two |= word(bit / 32 + 1) << (32 - bit % 32);   // with three bits alone
+    uint32_t spread;   // a code in each half
+    if constexpr (B == 8) {
+      spread = __byte_perm(two, 0, 0x4140);
+    } else {
+      constexpr uint32_t kMask = (1 << B) - 1;
+      spread = (two & ((1 << 2 * B) - 1)) * (1 + (1 << (16 - B))) & (kMask | kMask << 16);
+    }
+    return numbers(spread, T());
+  }
+  // Under the bits of 1024 or of 128, where a step is 1, the codes are added to it; or, too large for that, in fp32.
+  __device__ static uint32_t numbers(uint32_t spread, __half) {
+    const uint32_t base = 0x64006400, shifted = spread | base;
+    const __half2 result = __hsub2(reinterpret_cast<const __half2&>(shifted), reinterpret_cast<const __half2&>(base));
+    return reinterpret_cast<const uint32_t&>(result);
+  }
+  __device__ static uint32_t numbers(uint32_t spread, __nv_bfloat16) {
+    if constexpr (B == 8) {
+      return __byte_perm(__float_as_uint(whole(spread & 255)), __float_as_uint(whole(spread >> 16)), 0x7632);
+    } else {
+      const uint32_t base = 0x43004300, shifted = spread | base;
+      const __nv_bfloat162 result =
+          __hsub2(reinterpret_cast<const __nv_bfloat162&>(shifted), reinterpret_cast<const __nv_bfloat162&>(base));
+      return reinterpret_cast<const uint32_t&>(result);
+    }
+  }
+  __device__ void decode(const Memory&, const uint2 (&codes)[kPieces], int i, uint32_t& low, uint32_t& high) const {
+    low = pair(codes, 2 * i), high = pair(codes, 2 * i + 1);
+  }
+};
+
+// Whether W and x can be read in chunks.
+template <int B> bool has_chunks(const GroupLinear& a) {
+  constexpr int kColumns = GroupStream<__half, B>::kColumns;
+  return a.dtype != DType::f32 && a.weight.cols % kColumns == 0 && a.weight.group >= kColumns / 4 &&
+         aligned(a.weight.packed, 8) && aligned(a.x, 16);
+}
+
+}  // namespace peftops::cuda

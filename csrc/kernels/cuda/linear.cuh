@@ -1,0 +1,40 @@
+// What linear layers share, whatever their weight: how a sum becomes a result, and the product for any shape.
+#pragma once
+#include "kernels/cuda/tile.cuh"
+
+namespace peftops::cuda {
+
+// What becomes of a sum of x W^T, of which `r` ranks of the low-rank term are missing. Args: Nf4Linear or GroupLinear.
+template <class T, class Args> struct Finish {
+  const Args& a;
+  int64_t r;
+
+  __device__ void operator()(int64_t row, int64_t col, float sum) const {
+    float low_rank = 0.f;
+#pragma unroll 1
+    for (int64_t j = 0; j < r; ++j)
+      low_rank = __fmaf_rn(a.u[row * a.r + j], element(a.b, a.b_dtype, col * a.r + j), low_rank);
+    float y = __fmaf_rn(a.scaling, low_rank, sum);
+    if (a.bias) y += element(a.bias, a.bias_dtype, col);
+    static_cast<T*>(a.y)[row * a.weight.rows + col] = from_float<T>(y);
+  }
+};
+
+// In fp32, tile by tile; weight(flat) is an element of W.
+template <class T, class Args, class Weight>
+__device__ void multiply_any(const Args& a, const Weight& weight, TileMemory& memory) {
+  const int64_t n = a.weight.rows, k = a.weight.cols;
+  TileSums c;
+  multiply_tile<Along::depth, Along::depth>(
+      a.m, n, k, [&](int64_t t, int64_t row) { return to_float(static_cast<const T*>(a.x)[row * k + t]); },
+      [&](int64_t t, int64_t col) { return weight(col * k + t); }, memory, c);
+  multiply_tile<Along::depth, Along::depth>(
+      a.m, n, a.r, [&](int64_t t, int64_t row) { return __fmul_rn(a.scaling, a.u[row * a.r + t]); },
+      [&](int64_t t, int64_t col) { return element(a.b, a.b_dtype, col * a.r + t); }, memory, c);
+  each_result(a.m, n, [&](int64_t row, int64_t col, int i, int j) {
+    const float bias = a.bias ? element(a.bias, a.bias_dtype, col) : 0.f;
+    static_cast<T*>(a.y)[row * n + col] = from_float<T>(c.at[i][j] + bias);
+  });
+}
+
+}  // namespace peftops::cuda
