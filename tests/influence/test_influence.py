@@ -262,6 +262,20 @@ def test_it_leaves_the_model_as_it_was(trained):
     model.eval()
 
 
+def test_dropout_is_off(trained):
+    _, rows = trained
+    results = []
+    for dropout, training in ((0.0, False), (0.5, True)):
+        model = peftops.attach(models.llama(), LoRAConfig(r=4, dropout=dropout)).train(training)
+        torch.manual_seed(3)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.1)
+        influence = Influence(model).fit([encoded(rows[:4])])
+        results.append(influence.self_influence([encoded(rows[:4])]))
+    assert torch.equal(*results)
+
+
 def test_on_four_bits(trained):
     _, rows = trained
     model = peftops.attach(models.llama(), peftops.QLoRAConfig(r=4))
