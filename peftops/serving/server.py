@@ -52,8 +52,7 @@ class Server:
 
     Raises:
         TypeError: the model takes no positions, or no choice of logits.
-        ValueError: a limit is below 1; an adapter is attached; the pool has a layer that the model lacks; the model's
-            attention slides over fewer tokens than ``max_tokens``.
+        ValueError: a limit is too low; an adapter is attached; the pool has a layer that the model lacks.
     """
 
     def __init__(self, model: nn.Module, pool: AdapterPool, *, max_batch: int = 16, max_tokens: int = 16384,
@@ -109,7 +108,8 @@ class Server:
 
         Raises:
             KeyError: the pool has no such adapter.
-            ValueError: the prompt is empty or no ids of this model; it could never fit.
+            ValueError: the prompt is empty or no ids of this model; or prompt and answer could never fit ``max_tokens``,
+                or the window of a model whose attention slides.
         """
         prompt = [int(i) for i in prompt]
         if not prompt or not all(0 <= i < self._vocabulary for i in prompt):

@@ -80,6 +80,14 @@ def test_where_ekfac_is_exact_the_numbers_are_those_of_the_inverse():
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
 
+@pytest.mark.parametrize("config", [LoRAConfig(r=3, alpha=5), LoRAFAConfig(r=2), peftops.PiSSAConfig(r=2)], ids=repr)
+def test_gradients_are_those_of_autograd(config):
+    model, batch = regression(config), (normal(5, 6), normal(5, 4, seed=1))
+    got = of_squares(model)._gradients(batch, squares)
+    flat = torch.cat([got[m.name].flatten(1) for m in of_squares(model).matrices], 1)
+    torch.testing.assert_close(flat.double(), flat_gradients(model, batch), rtol=1e-4, atol=1e-4)
+
+
 def test_agrees_with_the_exact_inverse_of_a_small_network():
     """Two layers, A and B of each: EK-FAC's scores are almost those of the exact inverse of each matrix's own block of
     the Gauss-Newton matrix, and go with those of the whole of it."""
