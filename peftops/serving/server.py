@@ -108,7 +108,7 @@ class Server:
 
         Raises:
             KeyError: the pool has no such adapter.
-            ValueError: the prompt is empty or no ids of this model; or prompt and answer could never fit ``max_tokens``,
+            ValueError: the prompt is empty or no ids of this model; prompt and answer could never fit ``max_tokens``,
                 or the window of a model whose attention slides.
         """
         prompt = [int(i) for i in prompt]

@@ -189,9 +189,9 @@ def test_an_a_whose_b_is_zero_says_nothing():
 
 
 def encoded(rows, length=None):
-    """Left-padded batches of one: ids, of which the last three are the targets."""
+    """A batch, padded on the left with an id like any other, of rows whose last three ids are the targets."""
     longest = length or max(map(len, rows))
-    ids, mask = torch.full((len(rows), longest), 2), torch.zeros(len(rows), longest, dtype=torch.long)
+    ids, mask = torch.full((len(rows), longest), 9), torch.zeros(len(rows), longest, dtype=torch.long)
     labels = torch.full((len(rows), longest), -100)
     for i, row in enumerate(rows):
         ids[i, longest - len(row) :], mask[i, longest - len(row) :] = torch.tensor(row), 1
