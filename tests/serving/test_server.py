@@ -1,6 +1,7 @@
 """What a batch of many adapters generates is what each of its requests generates alone."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -207,6 +208,20 @@ def test_an_adapter_that_is_removed_fails_its_request_alone(folder):
         with pytest.raises(KeyError, match="there is no adapter named 'a'"):
             server.step()
         assert [type(c) for c in server.run()] == [Completion]
+
+
+def test_requests_come_from_any_thread(folder):
+    model = models.llama()
+    with Server(model, pool_of(model, folder), max_batch=8) as server, ThreadPoolExecutor(4) as threads:
+        ask = lambda i: (server.submit([5, 6 + i], adapter="abcd"[i % 4], max_new=2), i)
+        asked = threads.map(ask, range(24))
+        done = {}
+        while len(done) < 24:
+            done |= {completion.number: completion.ids for completion in server.step()}
+        asked = dict(asked)
+    assert sorted(asked) == sorted(done) == list(range(1, 25))
+    want = alone(models.llama, folder, [([5, 6 + asked[n]], "abcd"[asked[n] % 4], 2) for n in (1, 2, 24)])
+    assert [done[n] for n in (1, 2, 24)] == want
 
 
 def test_prompts_of_one_pass_differ_by_two_at_most():
