@@ -13,6 +13,7 @@ running request has. *Prefetch*: while a step computes, a thread loads the adapt
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,8 +53,7 @@ class Server:
 
     Raises:
         TypeError: the model takes no positions, or no choice of logits.
-        ValueError: a limit is below 1; an adapter is attached; the pool has a layer that the model lacks; the model's
-            attention slides over fewer tokens than ``max_tokens``.
+        ValueError: a limit is too low; an adapter is attached; the pool has a layer that the model lacks.
     """
 
     def __init__(self, model: nn.Module, pool: AdapterPool, *, max_batch: int = 16, max_tokens: int = 16384,
@@ -76,7 +76,7 @@ class Server:
         self._replaced = _put(model, pool, rows)
         self.batch = Batch(model, rows, max_rows=max_batch, max_tokens=max_tokens)
         self._waiting: deque[Request] = deque()
-        self._count, self._ahead, self._asked = 0, prefetch, ()
+        self._numbers, self._ahead, self._asked = itertools.count(1), prefetch, ()
         self._loader = ThreadPoolExecutor(1, "peftops-prefetch")
         self._loading: Future | None = None
         self._was_training = model.training
@@ -109,7 +109,8 @@ class Server:
 
         Raises:
             KeyError: the pool has no such adapter.
-            ValueError: the prompt is empty or no ids of this model; it could never fit.
+            ValueError: the prompt is empty or no ids of this model; prompt and answer could never fit ``max_tokens``,
+                or the window of a model whose attention slides.
         """
         prompt = [int(i) for i in prompt]
         if not prompt or not all(0 <= i < self._vocabulary for i in prompt):
@@ -123,9 +124,9 @@ class Server:
             raise ValueError(f"Server: {len(prompt)} + {max_new} tokens are more than {why}, {most}")
         if adapter is not None:
             self.pool._find(adapter)
-        self._count += 1
-        self._waiting.append(Request(self._count, prompt, adapter, max_new))
-        return self._count
+        request = Request(next(self._numbers), prompt, adapter, max_new)
+        self._waiting.append(request)
+        return request.number
 
     @property
     def idle(self) -> bool:

@@ -80,6 +80,14 @@ def test_where_ekfac_is_exact_the_numbers_are_those_of_the_inverse():
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
 
+@pytest.mark.parametrize("config", [LoRAConfig(r=3, alpha=5), LoRAFAConfig(r=2), peftops.PiSSAConfig(r=2)], ids=repr)
+def test_gradients_are_those_of_autograd(config):
+    model, batch = regression(config), (normal(5, 6), normal(5, 4, seed=1))
+    got = of_squares(model)._gradients(batch, squares)
+    flat = torch.cat([got[m.name].flatten(1) for m in of_squares(model).matrices], 1)
+    torch.testing.assert_close(flat.double(), flat_gradients(model, batch), rtol=1e-4, atol=1e-4)
+
+
 def test_agrees_with_the_exact_inverse_of_a_small_network():
     """Two layers, A and B of each: EK-FAC's scores are almost those of the exact inverse of each matrix's own block of
     the Gauss-Newton matrix, and go with those of the whole of it."""
@@ -181,9 +189,9 @@ def test_an_a_whose_b_is_zero_says_nothing():
 
 
 def encoded(rows, length=None):
-    """Left-padded batches of one: ids, of which the last three are the targets."""
+    """A batch, padded on the left with an id like any other, of rows whose last three ids are the targets."""
     longest = length or max(map(len, rows))
-    ids, mask = torch.full((len(rows), longest), 2), torch.zeros(len(rows), longest, dtype=torch.long)
+    ids, mask = torch.full((len(rows), longest), 9), torch.zeros(len(rows), longest, dtype=torch.long)
     labels = torch.full((len(rows), longest), -100)
     for i, row in enumerate(rows):
         ids[i, longest - len(row) :], mask[i, longest - len(row) :] = torch.tensor(row), 1
@@ -260,6 +268,20 @@ def test_it_leaves_the_model_as_it_was(trained):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())
     model.eval()
+
+
+def test_dropout_is_off(trained):
+    _, rows = trained
+    results = []
+    for dropout, training in ((0.0, False), (0.5, True)):
+        model = peftops.attach(models.llama(), LoRAConfig(r=4, dropout=dropout)).train(training)
+        torch.manual_seed(3)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.1)
+        influence = Influence(model).fit([encoded(rows[:4])])
+        results.append(influence.self_influence([encoded(rows[:4])]))
+    assert torch.equal(*results)
 
 
 def test_on_four_bits(trained):

@@ -52,6 +52,26 @@ def allocated(folder, config, batch, length, checkpointing=False):
     return fixed, sum(p.nbytes for p in trained) + moments, ledger.peak
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_ledger_counts_what_lives(device):
+    floats = lambda n: torch.empty(n, device=device)
+    old, codes = floats(1000), peftops.nf4_quantize(torch.ones(64, 64, device=device))
+    with trace.Ledger([old, codes]) as ledger:
+        a = floats(100)
+        assert ledger.live == 400
+        b = a.view(10, 10)  # the same storage
+        b += old[:10]
+        assert ledger.live == 400
+        c = a + 1
+        assert ledger.live == 800 == ledger.peak
+        del a, b
+        assert ledger.live == 400 and ledger.peak == 800
+        del c
+        codes.detach(), old.view(10, 100)
+        d = floats(50)
+    assert ledger.live == d.nbytes == 200 and ledger.peak == 800
+
+
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_estimates_are_what_is_allocated(name, root):
     build = models.qwen2 if name == "bitfit" else models.llama

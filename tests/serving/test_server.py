@@ -1,6 +1,7 @@
 """What a batch of many adapters generates is what each of its requests generates alone."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 import models
 import peftops
 from peftops.serving import Completion, Server, add_adapter, pool_for
+from peftops.serving.batch import Request, alike
 from peftops.serving.cache import RowCache
 
 ADAPTERS = {"a": 4, "b": 2, "c": 7, "d": 1}
@@ -112,6 +114,20 @@ def test_eager_attention(folder):
     assert serve(model, pool_of(model, folder), asked) == alone(build, folder, asked)
 
 
+def test_layers_may_have_scalings_of_their_own(tmp_path):
+    config = peftops.LoRAConfig(r=2, alpha_pattern={"q_proj": 9.0, "mlp.down_proj": 1.0})
+    adapted = peftops.attach(models.llama(), config)
+    torch.manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    peftops.save(adapted, tmp_path / "a")
+    asked, model = [([5, 6, 7], "a", 9), ([8], "a", 9)], models.llama()
+    pool = pool_for(model)
+    add_adapter(pool, "a", tmp_path / "a")
+    assert serve(model, pool, asked) == alone(models.llama, tmp_path, asked)
+
+
 def test_the_order_of_requests_does_not_matter(folder):
     asked, model = requests(8, seed=6), models.llama()
     pool = pool_of(model, folder)
@@ -192,6 +208,27 @@ def test_an_adapter_that_is_removed_fails_its_request_alone(folder):
         with pytest.raises(KeyError, match="there is no adapter named 'a'"):
             server.step()
         assert [type(c) for c in server.run()] == [Completion]
+
+
+def test_requests_come_from_any_thread(folder):
+    model = models.llama()
+    with Server(model, pool_of(model, folder), max_batch=8) as server, ThreadPoolExecutor(4) as threads:
+        ask = lambda i: (server.submit([5, 6 + i], adapter="abcd"[i % 4], max_new=2), i)
+        asked = threads.map(ask, range(24))
+        done = {}
+        while len(done) < 24:
+            done |= {completion.number: completion.ids for completion in server.step()}
+        asked = dict(asked)
+    assert sorted(asked) == sorted(done) == list(range(1, 25))
+    want = alone(models.llama, folder, [([5, 6 + asked[n]], "abcd"[asked[n] % 4], 2) for n in (1, 2, 24)])
+    assert [done[n] for n in (1, 2, 24)] == want
+
+
+def test_prompts_of_one_pass_differ_by_two_at_most():
+    lengths = [9, 1, 2, 40, 5, 18, 3]
+    requests = [Request(i, [0] * n, None, 1) for i, n in enumerate(lengths)]
+    assert [[len(r.prompt) for r in group] for group in alike(requests)] == [[1, 2], [3, 5], [9, 18], [40]]
+    assert list(alike([])) == []
 
 
 def test_rows_that_move_keep_what_they_hold():
