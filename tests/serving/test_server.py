@@ -85,7 +85,7 @@ def test_answers_are_those_of_each_request_alone(folder):
     assert got == alone(models.llama, folder, asked)
     assert not any(type(m).__name__ == "PooledLinear" for m in model.modules())
     assert len({tuple(ids) for ids in got}) > 8  # the adapters do say different things
-    assert not any(pool._held.values()), "every pin was given back"
+    assert not any(pool._pins.values()) and not any(pool._uses.values()), "every pin was given back"
 
 
 def test_on_four_bits(folder):
@@ -189,9 +189,9 @@ def test_a_closed_server_lets_go(folder):
     server = Server(model, pool)
     server.submit([5, 6, 7], adapter="a")
     server.step()
-    assert not model.training and pool._held["a"] == 1
+    assert not model.training and pool._pins["a"] == 1
     server.close()
-    assert model.training and not pool._held["a"]
+    assert model.training and not pool._pins["a"]
     assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
     pool.remove("a")
 
