@@ -122,8 +122,11 @@ def choose(
         weight = dense_matrix(layer, layer.weight.dtype)
         importance = None if fisher is None else fisher[path].to(weight.device, torch.float32)
         choices.append([precision for precision in PRECISIONS if precision.fits(weight)])
-        costs.append(first_errors(weight, ranks[path], [p.quantize for p in choices[-1]], importance))
         sizes.append([p.size(weight.numel()) for p in choices[-1]])
+        if weight.is_meta:  # a model without numbers, in a plan: a bit halves the error
+            costs.append([4.0 ** -(size / weight.numel()) * weight.numel() for size in sizes[-1]])
+        else:
+            costs.append(first_errors(weight, ranks[path], [p.quantize for p in choices[-1]], importance))
     if not layers:
         return {}
     found = allocate(costs, sizes, bits * sum(layer.weight.numel() for layer in layers.values()))

@@ -112,8 +112,12 @@ class LQLoRA(LoRA):
         (importance,), r = self._importance, self.lora_A.shape[0]
         weight = dense_matrix(base, base.weight.dtype)
         importance = None if importance is None else importance.to(weight.device, torch.float32)
-        codes, left, right, self.errors = lq_decompose(weight, r, self.precision.quantize, iterations=self.iterations,
-                                                       importance=importance)  # fmt: skip
+        if weight.is_meta:  # a model without numbers, in a plan
+            codes, left = self.precision.quantize(weight), None
+        else:
+            codes, left, right, self.errors = lq_decompose(
+                weight, r, self.precision.quantize, iterations=self.iterations, importance=importance
+            )
         if left is not None:
             self.lora_A.copy_(right / self.scaling**0.5)
             self.lora_B.copy_(left / self.scaling**0.5)

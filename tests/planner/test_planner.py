@@ -13,7 +13,8 @@ from peftops.planner import TABLE, WANTS, Estimate, choose, estimate, estimate_a
 from peftops.planner.choose import TASKS
 
 NAMES = {adapter.__name__.lower(): config for config, adapter in METHODS.items()}
-CONFIGS = {"vera": {"r": 24}, "bottleneck": {"width": 8}, "llamaadapter": {"layers": 2}, "toplayers": {"layers": 1}}
+CONFIGS = {"vera": {"r": 24}, "bottleneck": {"width": 8}, "llamaadapter": {"layers": 2}, "toplayers": {"layers": 1},
+           "relora": {"r": 16}, "lqlora": {"r": 8}}  # fmt: skip
 
 
 def config_of(name):
