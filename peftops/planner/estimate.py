@@ -94,6 +94,10 @@ def estimate(
         attach(model, config)
     except (ValueError, TypeError) as error:
         return Estimate(name, why_not=str(error))
+    except RuntimeError as error:
+        if "meta tensors" not in str(error):
+            raise
+        return Estimate(name, why_not="what it makes of a layer depends on the weights, which a plan does not read")
     if checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
