@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import peftops
 from numerics import assert_sums
@@ -44,6 +44,12 @@ class Pool(RuleBasedStateMachine):
         super().__init__()
         self.pool = peftops.AdapterPool(LAYERS, pages=PAGES, slots=SLOTS, page_size=PAGE)
         self.known, self.order, self.pins, self.need, self.lent, self.trainable = {}, [], Counter(), {}, [], set()
+
+    @initialize(ranks=st.lists(st.integers(1, 3), min_size=4, max_size=4))
+    def begin(self, ranks):
+        """With more adapters than slots: few runs would get there by themselves."""
+        for i, (name, rank) in enumerate(zip("abcd", ranks, strict=True)):
+            self.add(name, rank, [["p"], ["q"]][i % 2], i, i == 0)
 
     def room(self, pages, slots, order, spare=()):
         """The order that is left once there is room, or None if there cannot be."""
