@@ -134,7 +134,7 @@ def multi_lora_linear(
         raise ValueError(f"multi_lora_linear: weight must have shape [{n}, {k}], not {list(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"multi_lora_linear: the last dim of x must be {k}, but its shape is {list(x.shape)}")
-    y = _base(weight)(x, weight, bias).contiguous()
+    y = _base(weight)(x, weight, bias)
     if torch.is_grad_enabled():
         wanted = []
         if pool_layer.trainable:

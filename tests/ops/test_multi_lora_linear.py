@@ -73,7 +73,7 @@ def test_matches_reference(device, n, k, rs, dtype, storage, layout, seed, rows,
     check(pool, factors, strided(x, layout), W, rows, strided(g, layout), normal((n,), dtype, 1) if bias else None)
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 2, 3])  # with three, one begins in the middle of a run of rows
 def test_rows_wider_than_what_one_thread_does_at_a_time(device, threads, count):
     """Columns in several parts, few rows: threads share rows, and each makes u for itself."""
     threads(count)
