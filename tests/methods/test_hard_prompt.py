@@ -48,9 +48,10 @@ def test_ids_are_those_of_the_text_put_together_by_hand():
 
 def test_context_and_continuation_are_encoded_together():
     tokenizer = spaced()
-    for context, continuation in [("Is:", " good"), ("Is: ", "good"), ("Is:  ", "bad"), ("", "good"), ("Is:", "x")]:
+    for context, continuation in [("Is:", " good"), ("Is: ", "good"), ("Is:  ", "bad"), ("", "good"), ("Is:", " x")]:
         made = joint(tokenizer, context, continuation)
-        assert made.ids[0] == 1 and 2 not in made.ids  # one beginning, and no end
+        assert made.ids == [1, *tokenizer(context + continuation, add_special_tokens=False)["input_ids"]]
+        assert 2 not in made.ids  # one beginning, and no end
         assert tokenizer.decode(made.ids[1:]) == context + continuation
         assert tokenizer.decode(made.ids[len(made.ids) - made.targets :]).strip() == continuation.strip()
     together, apart = joint(tokenizer, "Is: ", "good"), tokenizer("Is: ", add_special_tokens=False)["input_ids"]
