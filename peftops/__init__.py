@@ -11,7 +11,9 @@ from .methods import activate, attach, detach, disabled, merge, unmerge
 from .methods.bitfit import BitFitConfig
 from .methods.bottleneck import BottleneckConfig
 from .methods.dora import DoRAConfig
+from .methods.few_shot import Verbalizer, choice_scores, demonstrations
 from .methods.glora import GLoRAConfig
+from .methods.hard_prompt import HardPrompt
 from .methods.head_only import HeadOnlyConfig
 from .methods.ia3 import IA3Config
 from .methods.llama_adapter import LLaMAAdapterConfig
@@ -28,6 +30,7 @@ from .methods.olora import OLoRAConfig
 from .methods.optimizer_state import prune_state, relora_schedule
 from .methods.pissa import PiSSAConfig
 from .methods.prefix_tuning import PrefixTuningConfig
+from .methods.prompt_batch import prompt_per_row
 from .methods.prompt_tuning import PromptTuningConfig
 from .methods.qalora import QALoRAConfig
 from .methods.qlora import QLoRAConfig
@@ -61,13 +64,14 @@ if torch.version.cuda and find_spec("peftops._C_cuda"):
 
 __version__ = "0.1.0"
 __all__ = [
-    "AdapterPool", "BitFitConfig", "BottleneckConfig", "DoRAConfig", "GLoRAConfig", "GroupQuantTensor",
+    "AdapterPool", "BitFitConfig", "BottleneckConfig", "DoRAConfig", "GLoRAConfig", "GroupQuantTensor", "HardPrompt",
     "HeadOnlyConfig", "IA3Config", "Influence", "LLaMAAdapterConfig", "LQLoRAConfig", "LoRAConfig", "LoRAFAConfig",
     "LoftQConfig", "LongLoRAConfig", "MultiLoRAConfig", "NF4Tensor", "NormTuningConfig", "OLoRAConfig", "PiSSAConfig",
     "PrefixTuningConfig", "PromptTuningConfig", "QALoRAConfig", "QLoRAConfig", "ReLoRAConfig", "Server",
-    "SurgicalConfig", "TiedLoRAConfig", "TopLayersConfig", "VeRAConfig", "activate", "add_gated_prompt", "attach",
-    "auto_rgn", "auto_snr", "detach", "disabled", "fisher", "gated_prompt_attention", "gptq_quantize",
-    "group_dequantize", "group_linear", "group_quantize", "load", "load_model", "lora_linear", "loraplus_groups",
-    "merge", "multi_lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize", "prune_state", "qalora_linear",
-    "qalora_merge", "relora_schedule", "relora_step", "save", "summary", "unmerge", "weighted_groups",
+    "SurgicalConfig", "TiedLoRAConfig", "TopLayersConfig", "VeRAConfig", "Verbalizer", "activate", "add_gated_prompt",
+    "attach", "auto_rgn", "auto_snr", "choice_scores", "demonstrations", "detach", "disabled", "fisher",
+    "gated_prompt_attention", "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "load",
+    "load_model", "lora_linear", "loraplus_groups", "merge", "multi_lora_linear", "nf4_dequantize", "nf4_linear",
+    "nf4_quantize", "prompt_per_row", "prune_state", "qalora_linear", "qalora_merge", "relora_schedule",
+    "relora_step", "save", "summary", "unmerge", "weighted_groups",
 ]  # fmt: skip

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..methods.hard_prompt import HardPrompt
+
 IGNORE = -100  # the label of a position that has no target
 
 _PAIRS = (("instruction", "response"), ("instruction", "output"), ("prompt", "completion"), ("prompt", "response"))
@@ -28,6 +30,7 @@ class Row:
 
     messages: list[dict[str, str]] | None = None
     text: str | None = None
+    fields: dict[str, Any] | None = None  # what the line has for a template, if there is one
 
 
 @dataclass
@@ -38,8 +41,11 @@ class Example:
     targets: int
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a JSONL file, or of a plain text file (one row, cut up later)."""
+def read_rows(path: Path, prompt: HardPrompt | None = None) -> list[Row]:
+    """The rows of a JSONL file, or of a plain text file (one row, cut up later).
+
+    With a ``prompt``, a row may have any fields that its template needs.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -51,22 +57,26 @@ def read_rows(path: Path) -> list[Row]:
     if not text.strip():
         raise DataError(f"{path} is empty")
     if path.suffix not in (".jsonl", ".json"):
+        if prompt is not None:
+            raise DataError(f"a template needs rows of fields, and {path} is plain text; give it JSONL")
         return [Row(text=text)]
     rows = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
-                rows.append(_row(json.loads(line)))
+                rows.append(_row(json.loads(line), prompt))
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}") from None
-            except DataError as error:
+            except ValueError as error:
                 raise DataError(f"{path}, line {number}: {error}") from None
     return rows
 
 
-def _row(value: Any) -> Row:
+def _row(value: Any, prompt: HardPrompt | None) -> Row:
     if not isinstance(value, dict):
         raise DataError(f"expected an object with {_KEYS}, not {type(value).__name__}")
+    if prompt is not None:
+        return Row(messages=prompt.messages(value), fields=value)
     if isinstance(value.get("messages"), list):
         messages = value["messages"]
         if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
@@ -91,8 +101,9 @@ def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     return list(tokenizer(text)["input_ids"])
 
 
-def encode(rows: list[Row], tokenizer: Any, max_length: int) -> list[Example]:
-    """Token ids of the rows, with the answers as targets; longer ones lose their end, text is cut into pieces.
+def encode(rows: list[Row], tokenizer: Any, max_length: int, prompt: HardPrompt | None = None) -> list[Example]:
+    """Token ids of the rows, with the answers as targets; longer ones lose their end, text is cut into pieces. With
+    a ``prompt``, they lose demonstrations and what it may shorten, and must fit then.
 
     Raises:
         DataError: no row leaves room for an answer within ``max_length``.
@@ -100,12 +111,15 @@ def encode(rows: list[Row], tokenizer: Any, max_length: int) -> list[Example]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     examples = []
     for row in rows:
-        if row.messages is not None:
-            prompt = prompt_ids(tokenizer, row.messages[:-1])
+        if prompt is not None:
+            made = prompt.encode(tokenizer, row.fields, max_length)
+            examples.append(Example(made.ids, made.targets))
+        elif row.messages is not None:
+            asked = prompt_ids(tokenizer, row.messages[:-1])
             answer = tokenizer(row.messages[-1]["content"], add_special_tokens=False)["input_ids"] + end
-            answer = answer[: max(0, max_length - len(prompt))]
-            if prompt and answer:
-                examples.append(Example(prompt + answer, len(answer)))
+            answer = answer[: max(0, max_length - len(asked))]
+            if asked and answer:
+                examples.append(Example(asked + answer, len(answer)))
         else:
             ids = list(tokenizer(row.text)["input_ids"]) + end
             pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]

@@ -19,7 +19,11 @@ from torch import nn
 
 from ..integrations import save, summary
 from ..integrations.files import writable_directory
-from ..methods import METHODS, attach
+from ..methods import METHODS, attach, hosts
+from ..methods.few_shot import demonstrations
+from ..methods.hard_prompt import HardPrompt
+from ..methods.optimizer_state import relora_schedule
+from ..methods.relora import ReLoRAConfig, relora_step
 from . import report
 from .data import DataError, Example, Row, batches, encode, read_rows
 from .model import answer, device_and_dtype, load_base, load_tokenizer
@@ -39,7 +43,8 @@ CHECKPOINT = "checkpoint.pt"
 METHOD_NAMES = {adapter.__name__.lower(): config for config, adapter in METHODS.items()}
 # What must be the same for a run to be resumed.
 _SETTINGS = ("method", "r", "alpha", "dropout", "target", "batch", "accumulate", "steps", "epochs", "lr", "warmup",
-             "weight_decay", "max_length", "seed", "dtype", "block_size", "set")  # fmt: skip
+             "weight_decay", "max_length", "seed", "dtype", "block_size", "set", "template", "shots",
+             "every")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,13 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg("--eval-share", type=float, default=0.05, help="that part (default 0.05; 0: no evaluation)")
     arg("--eval-every", type=int, help="steps between evaluations (default: at the start and the end)")
     arg("--out", type=Path, required=True, help="directory for the adapter, the report and the plot")
-    arg("--method", choices=sorted(METHOD_NAMES), default="qlora")
+    arg("--method", choices=[*sorted(METHOD_NAMES), "none"], default="qlora", help="none: what the model does as it is")
+    arg("--template", help="of each row: text with {field}, and ||| before the answer; or a JSON file of HardPrompt")
+    arg("--shots", type=int, default=0, help="rows of the training data that every prompt shows first (default 0)")
     arg("--r", type=int, help="rank (default: the method's own, mostly 16)")
     arg("--alpha", type=float, help="numerator of the scaling (default 2 r)")
     arg("--dropout", type=float, default=0.0)
     arg("--target", default="all-linear", help="all-linear, names with commas, or re:EXPRESSION")
     arg("--block-size", type=int, default=64, help="of NF4 (default 64)")
     arg("--set", action="append", default=[], metavar="NAME=VALUE", help="another option of the method: tokens=50")
+    arg("--every", type=int, default=1000, help="of ReLoRA: steps between restarts (default 1000)")
     arg("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     arg("--steps", type=int, help="optimizer steps (default: as many as --epochs take)")
     arg("--epochs", type=float, default=1.0)
@@ -82,12 +90,19 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     folder = writable_directory(args.out, 64 << 20)
-    rows, held_out = _read_data(args)
+    prompt = parse_template(args.template)
+    rows, held_out = _read_data(args, prompt)
     print(f"reading {args.model}", flush=True)
     tokenizer = load_tokenizer(args.model)
-    examples = encode(rows, tokenizer, args.max_length)
-    evaluation = encode(held_out, tokenizer, args.max_length) if held_out else []
-    args.steps = args.steps or max(1, round(args.epochs * len(examples) / (args.batch * args.accumulate)))
+    if prompt is not None:
+        shown = demonstrations([row.fields for row in rows], args.shots, seed=args.seed) or prompt.demonstrations
+        rows = [row for row in rows if row.fields not in shown]  # or a row would be asked with its answer in sight
+        chat = bool(getattr(tokenizer, "chat_template", None))
+        prompt = dataclasses.replace(prompt, demonstrations=shown, chat=chat)
+    examples = encode(rows, tokenizer, args.max_length, prompt)
+    evaluation = encode(held_out, tokenizer, args.max_length, prompt) if held_out else []
+    steps = max(1, round(args.epochs * len(examples) / (args.batch * args.accumulate)))
+    args.steps = 0 if args.method == "none" else args.steps or steps
     args.warmup = args.steps // 10 if args.warmup is None else args.warmup
     settings = {key: getattr(args, key) for key in _SETTINGS} | {"data": _digest(args.train)}
     state = load_checkpoint(folder / CHECKPOINT, settings) if args.resume else None
@@ -95,7 +110,10 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     quantize = args.method == "qlora"
     model = load_base(args.model, args.dtype, quantize=quantize, block_size=args.block_size)
-    attach(model, _config(args))
+    config = _config(args)
+    if state and isinstance(config, ReLoRAConfig):
+        config = dataclasses.replace(config, restarts=state["step"] // config.every)
+    attach(model, config) if config else model.requires_grad_(False)
     if args.checkpointing:
         # Renamed in transformers 5.2x.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -110,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         job.restore(state)
         print(f"resuming after step {job.step}", flush=True)
     else:
-        job.start(_question(args.ask, held_out or rows))
+        job.start(_question(args.ask, held_out or rows, prompt))
     finished = job.train()
     if not finished:
         job.checkpoint()
@@ -128,7 +146,7 @@ class Job:
         self.examples, self.evaluation = examples, evaluation
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = optimizer_for(list(self.parameters.values()), args.weight_decay)
+        self.optimizer = optimizer_for(list(self.parameters.values()), args.weight_decay) if self.parameters else None
         self.step, self.tokens, self.seconds, self.peak = 0, 0, 0.0, 0
         self.losses: list[float] = []
         self.evaluations: list[tuple[int, float]] = []
@@ -184,14 +202,34 @@ class Job:
             self.tokens += sum(len(example.ids) for example in part)
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), args.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, args.steps, args.lr, args.warmup)
+            group["lr"] = self.learning_rate()
         self.optimizer.step()
+        if args.method == "relora":
+            relora_step(self.model, self.optimizer, self.step + 1)
         self.optimizer.zero_grad()
         return total / targets
 
+    def learning_rate(self) -> float:
+        args = self.args
+        if args.method != "relora":
+            return learning_rate(self.step, args.steps, args.lr, args.warmup)
+        every = args.every
+        total = -(-args.steps // every) * every
+        return args.lr * relora_schedule(self.step, total, every=every, warmup=min(args.warmup, every),
+                                         restart_warmup=min(100, every // 10))  # fmt: skip
+
+    def kept(self) -> dict[str, torch.Tensor]:
+        """What trains, and whatever of the base a method changes: the tensors themselves."""
+        base = {
+            f"{path}:{name}": tensor
+            for path, host in hosts(self.model) for adapter in host.adapters.values()
+            for name, tensor in adapter.stored().items() if name.startswith("base_")
+        }  # fmt: skip
+        return {name: p.detach() for name, p in self.parameters.items()} | base
+
     def checkpoint(self) -> None:
         save_checkpoint(self.folder / CHECKPOINT, {
-            "settings": self.settings, "adapter": {n: p.detach() for n, p in self.parameters.items()},
+            "settings": self.settings, "adapter": self.kept(),
             "optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state(),
             **{key: getattr(self, key) for key in self._PROGRESS},
         })  # fmt: skip
@@ -200,8 +238,8 @@ class Job:
 
     def restore(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state["adapter"][name])
+            for name, tensor in self.kept().items():
+                tensor.copy_(state["adapter"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
         for key in self._PROGRESS:
@@ -209,10 +247,12 @@ class Job:
 
     def finish(self, counts: Any) -> int:
         args = self.args
-        self.measure()
-        after = answer(self.model, self.tokenizer, self.question, 48)
-        save(self.model, self.folder)
-        has = len(self.evaluations) > 1
+        after = self.answer_before
+        if self.parameters:
+            self.measure()
+            after = answer(self.model, self.tokenizer, self.question, 48)
+            save(self.model, self.folder)
+        has = bool(self.evaluations)
         result = {
             "method": args.method, "trainable": counts.trainable, "total": counts.total,
             "frozen_bytes": counts.frozen_bytes, "dense_bytes": counts.dense_bytes, "peak_bytes": self.peak,
@@ -222,11 +262,12 @@ class Job:
             "evaluations": self.evaluations,
         }  # fmt: skip
         report.write(self.folder, result)
-        report.plot(self.folder / "loss.png", self.losses, self.evaluations, f"{args.method} of {args.model.name}")
+        if self.parameters:
+            report.plot(self.folder / "loss.png", self.losses, self.evaluations, f"{args.method} of {args.model.name}")
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
         print(f"\n{report.table([result])}\n")
         print(f"asked:  {self.question[-1]['content']}\nbefore: {self.answer_before}\nafter:  {after}\n")
-        print(f"adapter, report.json and loss.png are in {self.folder}")
+        print(f"{'adapter, report.json and loss.png are' if self.parameters else 'report.json is'} in {self.folder}")
         return 0
 
 
@@ -254,7 +295,17 @@ def parse_target(text: str) -> str | list[str]:
     return text if text == "all-linear" else [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _config(args: argparse.Namespace) -> object:
+def parse_template(text: str | None) -> HardPrompt | None:
+    if text is None:
+        return None
+    if text.endswith(".json"):
+        return HardPrompt.load(text)
+    return HardPrompt(text.replace("\\n", "\n"))
+
+
+def _config(args: argparse.Namespace) -> object | None:
+    if args.method == "none":
+        return None
     kind = METHOD_NAMES[args.method]
     names = [field.name for field in dataclasses.fields(kind)]
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
@@ -283,15 +334,17 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--eval-share must be in [0, 1), not {args.eval_share}")
     if args.lr <= 0 or args.epochs <= 0:
         raise ValueError("--lr and --epochs must be positive")
+    if args.shots < 0 or (args.shots and not args.template):
+        raise ValueError("--shots must be at least 0 and needs --template")
     if not args.model.exists():
         raise FileNotFoundError(f"no model at {args.model}")
     _config(args)  # raises for options that the method does not accept
 
 
-def _read_data(args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
-    rows = read_rows(args.train)
+def _read_data(args: argparse.Namespace, prompt: HardPrompt | None) -> tuple[list[Row], list[Row]]:
+    rows = read_rows(args.train, prompt)
     if args.eval:
-        return rows, read_rows(args.eval)
+        return rows, read_rows(args.eval, prompt)
     count = int(len(rows) * args.eval_share)
     if count == 0:
         return rows, []
@@ -302,10 +355,12 @@ def _read_data(args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
     return [r for i, r in enumerate(rows) if i not in held], [r for i, r in enumerate(rows) if i in held]
 
 
-def _question(ask: str | None, rows: list[Row]) -> list[dict[str, str]]:
+def _question(ask: str | None, rows: list[Row], prompt: HardPrompt | None) -> list[dict[str, str]]:
     if ask:
         return [{"role": "user", "content": ask}]
     first = rows[0]
+    if prompt is not None:
+        return prompt.messages(first.fields)[:-1]
     return first.messages[:-1] if first.messages else [{"role": "user", "content": first.text[:80]}]
 
 

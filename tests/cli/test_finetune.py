@@ -281,3 +281,91 @@ def test_left_padding():
 def test_a_file_that_is_not_there():
     with pytest.raises(DataError, match=r"no data file nowhere\.jsonl"):
         read_rows(Path("nowhere.jsonl"))
+
+
+@pytest.fixture
+def fields_file(tmp_path):
+    """Rows of fields that no convention knows."""
+    path = tmp_path / "fields.jsonl"
+    rows = [{"letter": c, "answer": c * 6} for c in "abcdefghij" for _ in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_without_a_method_the_model_is_measured_as_it_is(model_folder, fields_file, tmp_path, capsys):
+    """The baseline of hard prompts: nothing trains, and demonstrations change the loss."""
+    losses = {}
+    for shots in (0, 3):
+        out = tmp_path / str(shots)
+        more = ("--method", "none", "--template", r"repeat {letter}\n|||{answer}", "--shots", shots)
+        assert main(arguments(model_folder, fields_file, out, *more)) == 0
+        report = json.loads((out / "report.json").read_text())
+        assert report["trainable"] == report["steps"] == 0 and report["losses"] == []
+        assert report["loss_before"] == report["loss_after"]
+        assert [p.name for p in out.iterdir()] == ["report.json"]
+        losses[shots] = report["loss_before"]
+    text = capsys.readouterr().out
+    assert losses[0] != losses[3] and "report.json is in" in text and "asked:  repeat a" in text
+    prompt = peftops.HardPrompt("repeat {letter}\n|||{answer}", chat=True)
+    model = peftops.load_model(model_folder, quantize=False)
+    examples = encode(read_rows(fields_file, prompt)[::5], models.tokenizer(), 512, prompt)
+    with torch.no_grad():
+        loss = [answer_loss(model, batch, 2) for batch in in_order(examples, 4)]
+    assert sum(x.item() for x, _ in loss) / sum(n for _, n in loss) == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_template_is_the_data_side_of_a_method(model_folder, fields_file, train_file, tmp_path):
+    """With the template of the convention's own words, training is the same to the bit."""
+    peftops.HardPrompt("repeat {letter}|||{answer}").save(tmp_path / "prompt.json")
+    files = []
+    for name, file, more in (("a", fields_file, ("--template", tmp_path / "prompt.json")), ("b", train_file, ())):
+        assert main(arguments(model_folder, file, tmp_path / name, "--method", "lora", *more)) == 0
+        files.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("more, message", [
+    (("--template", "{letter}"), "exactly once"), (("--template", "{word}|||x"), "line 1: the template needs word"),
+    (("--shots", 2), "--shots must be at least 0 and needs --template"),
+    (("--template", "{letter}|||x", "--shots", 99), "k must be a whole number in"),
+])  # fmt: skip
+def test_bad_templates_get_a_sentence(model_folder, fields_file, tmp_path, capsys, more, message):
+    assert main(arguments(model_folder, fields_file, tmp_path / "out", *more)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_relora_restarts_and_is_saved_with_its_base(model_folder, train_file, tmp_path):
+    out = tmp_path / "out"
+    argv = arguments(model_folder, train_file, out, "--method", "relora", "--every", 4, "--save-every", 1000)
+    assert main(argv) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["loss_after"] < report["loss_before"] - 0.3
+    model = peftops.load(peftops.load_model(model_folder, quantize=False), out)
+    assert model._peftops.configs["default"].restarts == 3
+    rows = encode(read_rows(train_file)[::5], models.tokenizer(), 512)
+    with torch.no_grad():
+        loss = [answer_loss(model, batch, 2) for batch in in_order(rows, 4)]
+    assert sum(x.item() for x, _ in loss) / sum(n for _, n in loss) == pytest.approx(report["loss_after"], rel=1e-4)
+
+
+def test_relora_goes_on_after_restarts(model_folder, train_file, tmp_path, monkeypatch):
+    """A checkpoint has the base that restarts changed: cut in the middle, a run ends where it would have."""
+    from peftops.cli import finetune
+
+    argv = lambda out: arguments(model_folder, train_file, out, "--method", "relora", "--every", 4)
+    assert main(argv(tmp_path / "whole")) == 0
+    step = finetune.Job.one_step
+
+    def interrupted(job, parts):
+        if job.step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return step(job, parts)
+
+    monkeypatch.setattr(finetune.Job, "one_step", interrupted)
+    assert main(argv(tmp_path / "parts")) == 130
+    monkeypatch.setattr(finetune.Job, "one_step", step)
+    assert main([*argv(tmp_path / "parts"), "--resume"]) == 0
+    files = (tmp_path / name / "adapter_model.safetensors" for name in ("whole", "parts"))
+    whole, parts = map(peftops.integrations.peft_files.load_file, files)
+    assert whole.keys() == parts.keys() and any("base_weight" in key for key in whole)
+    assert all(torch.allclose(whole[key], parts[key], rtol=1e-4, atol=1e-6) for key in whole)

@@ -82,7 +82,9 @@ def test_estimates_are_what_is_allocated(name, root):
         pytest.skip(got.why_not)
     assert got.why_not is None and got.method == name
     weights, optimizer, peak = allocated(folder, config_of(name), 3, 40)
-    assert got.weights == weights and got.optimizer == optimizer
+    # (Which formats LQ-LoRA chooses depends on the weights; what they take together, on its budget.)
+    assert got.weights == pytest.approx(weights, rel=0.02 if name == "lqlora" else 0)
+    assert got.optimizer == optimizer
     assert got.activations == pytest.approx(peak, rel=0.03)
 
 
