@@ -1,11 +1,11 @@
 """LongLoRA's cost in training, forward and backward, against full attention: of the attention alone, and of a step."""
 
 import torch
-from harness import Case, parser, run
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import peftops
+from harness import Case, parser, run
 from peftops.nn.shifted_attention import ShiftedAttention
 
 

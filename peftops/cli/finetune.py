@@ -108,9 +108,9 @@ def run(args: argparse.Namespace) -> int:
     state = load_checkpoint(folder / CHECKPOINT, settings) if args.resume else None
 
     torch.manual_seed(args.seed)
-    quantize = args.method == "qlora"
-    model = load_base(args.model, args.dtype, quantize=quantize, block_size=args.block_size)
     config = _config(args)
+    codes = {"block_size": config.block_size, "double_quant": config.double_quant} if args.method == "qlora" else {}
+    model = load_base(args.model, args.dtype, quantize=bool(codes), **codes)
     if state and isinstance(config, ReLoRAConfig):
         config = dataclasses.replace(config, restarts=state["step"] // config.every)
     attach(model, config) if config else model.requires_grad_(False)

@@ -14,8 +14,11 @@ from torch import nn
 
 from ..nn import is_quantized, quantize_linears
 from . import adapted_layers, register
+from .config import check_choice
 from .lora import LoRA, LoRAConfig
 from .targets import ALL_LINEAR, find_targets
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class QLoRAConfig(LoRAConfig):
 
     block_size: int = 64
     double_quant: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("block_size", self.block_size, BLOCK_SIZES)
 
 
 def check_nothing_dense_is_adapted(method: str, model: nn.Module) -> None:

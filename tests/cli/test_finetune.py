@@ -171,6 +171,8 @@ def test_bad_options_are_sentences(model_folder, train_file, tmp_path, capsys):
         (["--out", str(tmp_path / "file")], "cannot write to directory"),
         (["--model", str(tmp_path / "no")], "no model at"),
         (["--max-length", "5"], "leaves room for an answer within 5 tokens"), (["--r", "65"], "r=65 is more than"),
+        (["--set", "tokens=5"], "--set tokens=5: qlora takes NAME=VALUE with NAME one of r, alpha"),
+        (["--set", "rslora"], "--set rslora: qlora takes NAME=VALUE"), (["--set", "block_size=48"], "block_size must"),
     ]  # fmt: skip
     for more, message in cases:
         assert main(arguments(model_folder, train_file, tmp_path / "out", *more)) == 2, more

@@ -33,7 +33,8 @@ every_model = pytest.mark.parametrize("build", ALL, ids=lambda b: b.__name__)
 CONFIGS = [
     LoRAConfig(r=4), DoRAConfig(r=4), QLoRAConfig(r=4), VeRAConfig(r=8), BottleneckConfig(placement="houlsby"),
     BottleneckConfig(placement="parallel"), NormTuningConfig(), TopLayersConfig(layers=1, head=True), HeadOnlyConfig(),
-    SurgicalConfig("last"), BitFitConfig(), ReLoRAConfig(r=4, dropout=0.0, rest=False), PromptTuningConfig(tokens=3), PrefixTuningConfig(tokens=3),
+    SurgicalConfig("last"), BitFitConfig(), ReLoRAConfig(r=4, dropout=0.0, rest=False), PromptTuningConfig(tokens=3),
+    PrefixTuningConfig(tokens=3),
 ]  # fmt: skip
 
 

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-import models
 import pytest
 import torch
 
+import models
 from peftops import HardPrompt, Verbalizer, choice_scores, demonstrations
 from peftops.methods.hard_prompt import joint
 

@@ -4,11 +4,11 @@ import itertools
 import json
 import sys
 
-import models
 import pytest
 import torch
 from torch import nn
 
+import models
 import peftops
 from peftops import LQLoRAConfig
 from peftops.methods import adapted_layers

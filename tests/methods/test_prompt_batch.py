@@ -1,9 +1,9 @@
 """Several soft prompts in one batch: each row computes what it would alone, trains its own, and generates."""
 
-import models
 import pytest
 import torch
 
+import models
 import peftops
 from peftops import LoRAConfig, PrefixTuningConfig, PromptTuningConfig, prompt_per_row
 

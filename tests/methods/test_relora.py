@@ -3,11 +3,11 @@
 import copy
 import io
 
-import models
 import pytest
 import torch
 from torch import nn
 
+import models
 import peftops
 from peftops import ReLoRAConfig, prune_state, relora_schedule, relora_step
 from peftops.methods import adapted_layers

@@ -101,11 +101,14 @@ def test_all_of_it_against_float64(device):
     for xi, yi, a in zip(x.reshape(60, 70), y.view(60, 65), rows, strict=True):
         A, B, s = factors[a] if a else (torch.zeros(1, 70), torch.zeros(65, 1), 1.0)
         values = [t.double() for t in (xi[None], W, b, A, B)]
-        assert_sums(yi[None], reference.linear(*values, s), reference.linear(*(t.abs() for t in values), s), 70 + 16 + 5)
+        assert_sums(
+            yi[None], reference.linear(*values, s), reference.linear(*(t.abs() for t in values), s), 70 + 16 + 5
+        )
 
 
 quantisers = pytest.mark.parametrize("quantise, base", [
-    (peftops.nf4_quantize, peftops.nf4_linear), (lambda w: peftops.group_quantize(w, bits=4, group_size=32), peftops.group_linear),
+    (peftops.nf4_quantize, peftops.nf4_linear),
+    (lambda w: peftops.group_quantize(w, bits=4, group_size=32), peftops.group_linear),
 ], ids=["nf4", "group"])  # fmt: skip
 
 
@@ -192,15 +195,21 @@ def raw(trainable=True):
     rows = ["a", None, "b", "b", "c"]
     layer = pool.layer("layer")
     index = torch.tensor([-1 if a is None else pool.load(a) for a in rows])
-    return normal((5, 65), torch.float32, 1), normal((5, 5), torch.float32, 2), normal((5, 70), torch.float32, 3), index, layer
+    return (
+        normal((5, 65), torch.float32, 1),
+        normal((5, 5), torch.float32, 2),
+        normal((5, 70), torch.float32, 3),
+        index,
+        layer,
+    )
 
 
 def test_opcheck(device):
     x, u, g, index, layer = raw()
     for kind in (torch.float32, torch.bfloat16):
         for y, into in ((g, x), (x, g)):
-            torch.library.opcheck(op.multi_lora_add_.default,
-                                  (y.to(kind), into.to(kind), index, layer.storage, *layer.slots, y is x, 5))  # fmt: skip
+            call = (y.to(kind), into.to(kind), index, layer.storage, *layer.slots, y is x, 5)
+            torch.library.opcheck(op.multi_lora_add_.default, call)
         torch.library.opcheck(op.multi_lora_gradient.default,
                               (u, x.to(kind), index, index[[0, 2]], *layer.slots, True, 8))  # fmt: skip
 
@@ -288,9 +297,15 @@ def test_bad_input_to_the_raw_operators():
         (lambda: add(slots=swap(2, layer.where[:3])), r"where must have shape \[256, 3\], not \[3, 3\]"),
         (lambda: add(slots=swap(3, layer.scaling[:3])), r"scaling must have shape \[256\], not \[3\]"),
         (lambda: add(slots=swap(3, layer.scaling.double())), "scaling must be float32"),
-        (lambda: op.multi_lora_gradient(u[:4], x, index, index[:1], *layer.slots, True, 3), r"u must have shape \[5, 5\]"),
+        (
+            lambda: op.multi_lora_gradient(u[:4], x, index, index[:1], *layer.slots, True, 3),
+            r"u must have shape \[5, 5\]",
+        ),
         (lambda: op.multi_lora_gradient(u, x, index, index[:1], *layer.slots, True, 4), "add up to 3, not 4"),
-        (lambda: op.multi_lora_gradient(u, x, index, index[:1] + 256, *layer.slots, True, 3), "evicted or changed between"),
+        (
+            lambda: op.multi_lora_gradient(u, x, index, index[:1] + 256, *layer.slots, True, 3),
+            "evicted or changed between",
+        ),
     ):
         with pytest.raises(RuntimeError, match=match):
             call()
