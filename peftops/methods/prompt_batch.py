@@ -3,7 +3,8 @@ prompt, on one frozen model.
 
     row i: model([E_i; X_i])    a shorter prompt is filled up, behind it, to the length of the longest
 
-What fills it up is masked, and positions go on from its own end: each row computes what it would alone. Gradients reach the prompts of a batch's rows.
+What fills it up is masked, and positions go on from its own end: each row computes what it would alone.
+Gradients reach the prompts of a batch's rows.
 """
 
 from __future__ import annotations

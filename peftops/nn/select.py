@@ -25,7 +25,8 @@ class Select(Adapter):
         for leaf in leaves:
             value = getattr(base, leaf)
             if isinstance(value, PackedTensor):
-                raise TypeError(f"{layer}.{leaf} is in {getattr(value, 'bits', 4)} bits, and codes cannot be trained; use a dense model")
+                bits = getattr(value, "bits", 4)  # NF4 has no other
+                raise TypeError(f"{layer}.{leaf} is in {bits} bits, and codes cannot be trained; use a dense model")
             self.register_parameter(leaf, nn.Parameter(value.detach().to(torch.float32, copy=True)))
         self.leaves = leaves
 
