@@ -83,6 +83,17 @@ def test_rows_wider_than_what_one_thread_does_at_a_time(device, threads, count):
     check(pool, factors, x, peftops.nf4_quantize(W), rows, g, base=peftops.nf4_linear)
 
 
+def test_frozen_adapters_beside_trainable_ones(device):
+    pool, factors = pool_of(70, 65, (3, 5, 4), 1, trainable=True)
+    A, B, scaling = factors["b"]
+    factors["b"] = A.detach(), B.detach(), scaling
+    pool.remove("b")
+    pool.add("b", {"layer": (A, B)}, scaling)
+    rows = ["a", "b", None, *["b"] * 17, "c", "a"]
+    x, W, g = (normal(s, torch.float32, i) for i, s in enumerate(((len(rows), 65), (70, 65), (len(rows), 70))))
+    check(pool, factors, x, W, rows, g)
+
+
 def test_a_high_rank(device):
     pool, factors = pool_of(3, 5, (1000,), 1, trainable=True)
     x, W, g = normal((18, 5), torch.float32, 2), normal((3, 5), torch.float32, 3), normal((18, 3), torch.float32, 4)
