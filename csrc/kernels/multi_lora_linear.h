@@ -19,6 +19,9 @@
 // elements: factor rows are padded with zeros to whole lines and pages are whole lines, so none is split.
 #pragma once
 #include "kernels/cpu/kernel.h"
+#ifdef PEFTOPS_CUDA
+#include "kernels/cuda/kernel.h"
+#endif
 #include "kernels/dtype.h"
 
 namespace peftops {
@@ -79,5 +82,12 @@ namespace avx2       { Kernel<MultiLoraShrink> multi_lora_shrink; Kernel<MultiLo
 namespace avx512     { Kernel<MultiLoraShrink> multi_lora_shrink; Kernel<MultiLoraExpand> multi_lora_expand; Kernel<MultiLoraGradient> multi_lora_gradient; }
 namespace avx512bf16 { Kernel<MultiLoraShrink> multi_lora_shrink; Kernel<MultiLoraExpand> multi_lora_expand; Kernel<MultiLoraGradient> multi_lora_gradient; }
 }  // namespace cpu
+
+#ifdef PEFTOPS_CUDA
+// Everything that a LoraSegments points to lies on the device, too. Shrink and expand want segments of no more than
+// kLoraPiece rows, a tile of the tensor cores: an adapter may have several.
+constexpr int64_t kLoraPiece = 16;
+namespace cuda { Kernel<MultiLoraShrink> multi_lora_shrink; Kernel<MultiLoraExpand> multi_lora_expand; Kernel<MultiLoraGradient> multi_lora_gradient; }
+#endif
 
 }  // namespace peftops

@@ -1,5 +1,6 @@
 #include "kernels/multi_lora_linear.h"
 #include "ops/bind.h"
+#include "ops/lora_plan.h"
 
 #include <vector>
 
@@ -58,7 +59,6 @@ struct Grouped {
       if (handle[i] != -1) order[next[handle[i] % at.slots]++] = i;
   }
 
-  LoraSegments view() const { return {order.data(), segments.data(), int64_t(segments.size())}; }
   int64_t work(int64_t k) const {
     int64_t sum = 0;
     for (const LoraSegment& s : segments) sum += (s.end - s.begin) * s.r * k;
@@ -77,9 +77,10 @@ LoraPool pool_of(const Tensor& storage) {
 }
 
 // u = s x F^T
-Tensor multi_lora_shrink_cpu(const Tensor& x_, const Tensor& index, const Tensor& storage, const Tensor& handles,
+Tensor shrink(const Tensor& x_, const Tensor& index, const Tensor& storage, const Tensor& handles,
                              const Tensor& pages, const Tensor& where, const Tensor& scaling, bool second, bool scaled,
                              int64_t max_rank) {
+  const OnDevice device(x_);
   const Tensor x = as_contiguous(x_);
   const int64_t m = rows_of(x), k = x.size(-1);
   const Slots slots(handles, pages, where, scaling);
@@ -87,17 +88,20 @@ Tensor multi_lora_shrink_cpu(const Tensor& x_, const Tensor& index, const Tensor
   for (const LoraSegment& s : rows.segments)
     STD_TORCH_CHECK(s.r <= max_rank, kOp, ": an adapter has rank ", s.r, ", more than max_rank ", max_rank);
   Tensor u = empty(x, {m, max_rank}, ScalarType::Float);
-  memset(u.mutable_data_ptr(), 0, m * max_rank * sizeof(float));
+  fill_with_zeros(u);
+  const LoraPool pool = pool_of(storage);
+  const LoraPlan plan(x, rows.order, rows.segments, &pool, k, kPlannedPiece);
   run(PEFTOPS_PICK(multi_lora_shrink),
-      MultiLoraShrink{x.const_data_ptr(), pool_of(storage), rows.view(), u.mutable_data_ptr<float>(), k, max_rank,
+      MultiLoraShrink{x.const_data_ptr(), pool, plan.view(), u.mutable_data_ptr<float>(), k, max_rank,
                       dtype_of(kOp, "x", x)},
       rows.work(k));
   return u;
 }
 
 // y += s u F
-void multi_lora_expand_cpu(Tensor y, const Tensor& u_, const Tensor& index, const Tensor& storage, const Tensor& handles,
+void expand(Tensor y, const Tensor& u_, const Tensor& index, const Tensor& storage, const Tensor& handles,
                            const Tensor& pages, const Tensor& where, const Tensor& scaling, bool second, bool scaled) {
+  const OnDevice device(y);
   STD_TORCH_CHECK(y.is_contiguous(), kOp, ": y must be contiguous");
   const Tensor u = as_contiguous(u_);
   const int64_t m = rows_of(y), k = y.size(-1), ldu = u.size(-1);
@@ -106,22 +110,25 @@ void multi_lora_expand_cpu(Tensor y, const Tensor& u_, const Tensor& index, cons
   const Grouped rows(index, m, slots, second, scaled);
   for (const LoraSegment& s : rows.segments)
     STD_TORCH_CHECK(s.r <= ldu, kOp, ": an adapter has rank ", s.r, ", but u has ", ldu, " columns");
+  const LoraPool pool = pool_of(storage);
+  const LoraPlan plan(y, rows.order, rows.segments, &pool, k, kPlannedPiece);
   run(PEFTOPS_PICK(multi_lora_expand),
-      MultiLoraExpand{y.mutable_data_ptr(), floats_of(kOp, "u", u), pool_of(storage), rows.view(), k, ldu, dtype_of(kOp, "y", y)},
+      MultiLoraExpand{y.mutable_data_ptr(), floats_of(kOp, "u", u), pool, plan.view(), k, ldu, dtype_of(kOp, "y", y)},
       rows.work(k));
 }
 
 // dF of the adapters `wanted`, one after the other: [r, k] each if by_rank, else [k, r]; `total` is the sum of ranks.
-Tensor multi_lora_gradient_cpu(const Tensor& u_, const Tensor& x_, const Tensor& index, const Tensor& wanted_,
+Tensor gradient(const Tensor& u_, const Tensor& x_, const Tensor& index, const Tensor& wanted_,
                                const Tensor& handles, const Tensor& pages, const Tensor& where, const Tensor& scaling,
                                bool by_rank, bool scaled, int64_t total) {
+  const OnDevice device(x_);
   const Tensor u = as_contiguous(u_), x = as_contiguous(x_), wanted = as_contiguous(wanted_);
   const int64_t m = rows_of(x), k = x.size(-1), ldu = u.size(-1);
   check_shape(kOp, "u", u, {m, ldu});
   const Slots slots(handles, pages, where, scaling);
   Grouped rows(index, m, slots, 0, scaled);
   Tensor d = empty(u, {total * k}, ScalarType::Float);
-  memset(d.mutable_data_ptr(), 0, total * k * sizeof(float));
+  fill_with_zeros(d);
   std::vector<int64_t> start(slots.slots, -1);
   int64_t ranks = 0;
   for (int64_t i = 0; i < wanted.numel(); ++i) {
@@ -137,8 +144,9 @@ Tensor multi_lora_gradient_cpu(const Tensor& u_, const Tensor& x_, const Tensor&
     if (s.start >= 0) kept.push_back(s);
   }
   rows.segments = std::move(kept);
+  const LoraPlan plan(x, rows.order, rows.segments, nullptr, k, 0);
   run(PEFTOPS_PICK(multi_lora_gradient),
-      MultiLoraGradient{floats_of(kOp, "u", u), x.const_data_ptr(), rows.view(), d.mutable_data_ptr<float>(), k, ldu, by_rank,
+      MultiLoraGradient{floats_of(kOp, "u", u), x.const_data_ptr(), plan.view(), d.mutable_data_ptr<float>(), k, ldu, by_rank,
                         dtype_of(kOp, "x", x)},
       rows.work(k));
   return d;
@@ -146,10 +154,10 @@ Tensor multi_lora_gradient_cpu(const Tensor& u_, const Tensor& x_, const Tensor&
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(peftops, CPU, m) {
-  m.impl("multi_lora_shrink", TORCH_BOX(&multi_lora_shrink_cpu));
-  m.impl("multi_lora_expand_", TORCH_BOX(&multi_lora_expand_cpu));
-  m.impl("multi_lora_gradient", TORCH_BOX(&multi_lora_gradient_cpu));
+PEFTOPS_IMPLEMENTATIONS(m) {
+  m.impl("multi_lora_shrink", TORCH_BOX(&shrink));
+  m.impl("multi_lora_expand_", TORCH_BOX(&expand));
+  m.impl("multi_lora_gradient", TORCH_BOX(&gradient));
 }
 
 }  // namespace peftops::ops

@@ -4,13 +4,16 @@
 // to registers once, the next chunk's while this one's are multiplied. All warps need all of x: cp.async brings 64
 // columns of it at a time, three stages ahead. A lane reads 32 contiguous bytes of a row; its neighbours of the next
 // row would meet it in the same banks, so odd rows have their 16-byte units swapped in pairs.
+//
+// The low-rank term is more depth, [x | scaling u] [W ; lora_B]^T, in tf32 (tf32.cuh): u and often lora_B are fp32.
 #pragma once
+#include "kernels/cuda/async.cuh"
 #include "kernels/cuda/nf4_rows.cuh"
+#include "kernels/cuda/tf32.cuh"
 
 namespace peftops::cuda {
 
 constexpr int kManyRows = 64, kManyTiles = kManyRows / 8;   // of x a block of threads
-constexpr int kStages = 4;
 constexpr int kUnits = kChunk / 8;                          // of 16 bytes in a chunk of a row
 
 template <class T> union ManyMemory {
@@ -21,17 +24,6 @@ template <class T> union ManyMemory {
   } in;
   float sums[kManyRows][16 * kRowsWarps + 4];   // afterwards, a stripe at a time
 };
-
-// 16 bytes; zeros if they do not exist.
-__device__ inline void copy_async(void* to, const void* from, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               :: "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "r"(exists ? 16 : 0) : "memory");
-}
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int Open>
-__device__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(Open) : "memory");
-}
 
 // Codes and absmax of a chunk, for rows g and g + 8 of each stripe.
 template <int Stripes> struct WeightChunk {
@@ -114,6 +106,30 @@ __device__ void multiply_many(const Nf4Linear& a, int log_block, ManyMemory<T>& 
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum[s][m][e] = __fmaf_rn(now.scale[s][e / 2], part[e], sum[s][m][e]);
       }
+    }
+  }
+  const bool b_exact = a.b_dtype != DType::f32;
+  const float u_factor = __fmul_rn(a.scaling, kCodeFactor<T>);   // as all sums have it
+#pragma unroll 1
+  for (int64_t j = t; j < a.r + t; j += 8) {   // steps j and j + 4 are this thread's
+    Left of_b[Stripes];
+#pragma unroll
+    for (int s = 0; s < Stripes; ++s)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t row = first_out + 16 * s + 8 * (i % 2) + g, step = j + i / 2 * 4;
+        of_b[s].set(i, row < n && step < a.r ? element(a.b, a.b_dtype, row * a.r + step) : 0.f, b_exact);
+      }
+#pragma unroll
+    for (int m = 0; m < kManyTiles; ++m) {
+      Right of_u;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int64_t row = first_row + 8 * m + g, step = j + 4 * i;
+        of_u.set(i, row < a.m && step < a.r ? __fmul_rn(u_factor, a.u[row * a.r + step]) : 0.f, false);
+      }
+#pragma unroll
+      for (int s = 0; s < Stripes; ++s) multiply(sum[s][m], of_b[s], b_exact, of_u, false);
     }
   }
 #pragma unroll
