@@ -30,4 +30,30 @@ __device__ inline void load_transposed(uint32_t (&r)[4], const void* row) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
 
+// Brings a panel of Rows rows and Units units of 16 bytes, a step along the rows at a time, to shared memory: by all
+// threads, whose addresses are worked out once. Swizzle(unit, row): where in its row a unit goes.
+template <class T, int Threads, int Rows, int Units, class Swizzle> struct PanelCopy {
+  static constexpr int kEach = Rows * Units / Threads, kApart = Threads / Units, kPerUnit = 16 / sizeof(T);
+  static_assert(Rows * Units % Threads == 0 && kApart % 8 == 0, "a thread has the same unit of every row, and swizzle");
+  const T* from;       // this thread's unit of its first row
+  int64_t stride;      // from row to row
+  int rows, columns;   // that exist from that row, and from that unit on
+
+  __device__ PanelCopy(const T* matrix, int64_t first_row, int64_t all_rows, int64_t all_columns)
+      : stride(all_columns) {
+    const int64_t row = first_row + threadIdx.x / Units, left = all_rows - row;
+    const int column = threadIdx.x % Units * kPerUnit;
+    from = matrix + (left > 0 ? row : 0) * stride + column;
+    rows = left < Rows ? int(left) : Rows, columns = int(all_columns) - column;
+  }
+  __device__ void operator()(uint4 (&to)[Rows][Units], int step) const {
+    const int row = threadIdx.x / Units, unit = Swizzle::of(threadIdx.x % Units, row), column = step * (Units * kPerUnit);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const bool exists = i * kApart < rows && column < columns;
+      copy_async(&to[row + i * kApart][unit], exists ? from + i * kApart * stride + column : from, exists);
+    }
+  }
+};
+
 }  // namespace peftops::cuda

@@ -13,16 +13,18 @@ struct DenseFactor {
   int64_t r, k;
 
   __device__ bool exact() const { return dtype != DType::f32; }
-  __device__ float one(int64_t j, int64_t col) const {
-    return j < r && col < k ? element(f, dtype, by_rank ? j * k + col : col * r + j) : 0.f;
+  __device__ FactorLine line(int64_t j, int64_t chunk) const {
+    return {by_rank ? j * k + chunk : chunk * r + j, j < r ? k - chunk : 0};
   }
-  __device__ Few<4> four(int64_t j, int64_t col) const {
+  __device__ float one(const FactorLine& line, int i) const {
+    return i < line.columns ? element(f, dtype, line.at + (by_rank ? i : i * r)) : 0.f;
+  }
+  __device__ Few<4> four(const FactorLine& line, int first) const {
     Few<4> result;
-    if (j >= r) return result;
-    if (by_rank) result.load(f, dtype, j * k + col, k - col, wide);
+    if (by_rank) result.load(f, dtype, line.at + first, line.columns - first, wide);
     else
 #pragma unroll
-      for (int i = 0; i < 4; ++i) result.at[i] = one(j, col + i);
+      for (int i = 0; i < 4; ++i) result.at[i] = one(line, first + i);
     return result;
   }
 };

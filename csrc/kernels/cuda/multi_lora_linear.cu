@@ -7,23 +7,26 @@
 namespace peftops::cuda {
 namespace {
 
+static_assert(kThinCols == kLoraLine, "a chunk is a line");
+
 struct PagedFactor {
   const LoraPool& pool;
   const LoraSegment& of;
   int64_t k;
 
   __device__ bool exact() const { return pool.dtype != DType::f32; }
-  // Where column `col` of row j lies, and its neighbours in the line: rows are padded to whole lines.
-  __device__ int64_t at(int64_t j, int64_t col) const {
-    const int64_t e = of.start + j * (ceil_div(k, kLoraLine) * kLoraLine) + col, page = int64_t(1) << pool.page_shift;
-    return int64_t(of.pages[e >> pool.page_shift]) << pool.page_shift | (e & (page - 1));
+  // A chunk of columns is a line of a page, padded with zeros; beyond the last page there is nothing to look up.
+  __device__ FactorLine line(int64_t j, int64_t chunk) const {
+    if (j >= of.r) return {0, 0};
+    const int64_t e = of.start + j * (ceil_div(k, kLoraLine) * kLoraLine) + chunk, page = int64_t(1) << pool.page_shift;
+    return {int64_t(of.pages[e >> pool.page_shift]) << pool.page_shift | (e & (page - 1)), kLoraLine};
   }
-  __device__ float one(int64_t j, int64_t col) const {
-    return j < of.r && col < k ? element(pool.storage, pool.dtype, at(j, col)) : 0.f;
+  __device__ float one(const FactorLine& line, int i) const {
+    return i < line.columns ? element(pool.storage, pool.dtype, line.at + i) : 0.f;
   }
-  __device__ Few<4> four(int64_t j, int64_t col) const {
+  __device__ Few<4> four(const FactorLine& line, int first) const {
     Few<4> result;
-    if (j < of.r) result.load(pool.storage, pool.dtype, at(j, col), 4, true);
+    result.load(pool.storage, pool.dtype, line.at + first, line.columns - first, true);
     return result;
   }
 };

@@ -32,6 +32,10 @@ template <int Rows> union BackwardMemory {
   uint32_t out[Rows][kBackCols / 2 + 4];   // afterwards: pairs, and 4 more so that a fragment's 32 lie in 32 banks
 };
 
+struct SwapRowPairs {   // rows of four units: two lie side by side in the banks
+  __device__ static int of(int unit, int row) { return unit ^ (row >> 1 & 3); }
+};
+
 template <class T> __device__ uint32_t pair_of(float low, float high) {
   const T pair[2] = {from_float<T>(low), from_float<T>(high)};
   return *reinterpret_cast<const uint32_t*>(pair);
@@ -46,42 +50,40 @@ __device__ void multiply_backward(const Nf4LinearBackward& a, const DropoutMask&
   const int64_t n = w.rows, k = w.cols, first_row = int64_t(blockIdx.y) * Rows, first_col = int64_t(blockIdx.x) * kBackCols;
   const int warp_row = warp % kWarpsDown * (Rows / kWarpsDown), across = warp / kWarpsDown;
   const int first_unit = across / 2 * 8 + across % 2;    // a warp's tiles are two units apart: one draw of dropout for all
-  const int64_t steps = ceil_div(n, kBackDepth);
+  const int steps = int(ceil_div(n, kBackDepth));
 
-  const auto fetch = [&](int64_t step) {   // g and codes into their stage; an empty group keeps the count
-    if (step < steps) {
-#pragma unroll
-      for (int e = thread; e < Rows * kDepthUnits; e += kBackThreads) {
-        const int row = e / kDepthUnits, unit = e % kDepthUnits;
-        const int64_t m = first_row + row, col = step * kBackDepth + 8 * unit;
-        const bool exists = m < a.m && col < n;
-        copy_async(&memory.in.g[step % kStages][row][unit ^ (row >> 1 & 3)],
-                   static_cast<const T*>(a.g) + (exists ? m * n + col : 0), exists);
-      }
-      if (thread < kBackDepth * kCodeUnits) {
-        const int row = thread / kCodeUnits, unit = thread % kCodeUnits;
-        const int64_t of_w = step * kBackDepth + row, col = first_col + 32 * unit;
-        const bool exists = of_w < n && col < k;
-        copy_async(&memory.in.codes[step % kStages][row][unit], w.packed + (exists ? of_w * k + col : 0) / 2, exists);
-      }
+  const PanelCopy<T, kBackThreads, Rows, kDepthUnits, SwapRowPairs> copy(static_cast<const T*>(a.g), first_row, a.m, n);
+  // Half of the threads bring a unit of codes each, of a row that advances with the steps.
+  const int code_row = thread / kCodeUnits, code_unit = thread % kCodeUnits;
+  const bool brings = thread < kBackDepth * kCodeUnits && first_col + 32 * code_unit < k;
+  const uint8_t* codes_from = w.packed + (code_row * k + first_col + 32 * code_unit) / 2;
+  const auto fetch = [&](int step) {   // g and codes into their stage; an empty group keeps the count
+    if (step < steps) copy(memory.in.g[step % kStages], step);
+    if (step < steps && thread < kBackDepth * kCodeUnits) {
+      const bool exists = brings && step * kBackDepth + code_row < n;
+      copy_async(&memory.in.codes[step % kStages][code_row][code_unit], exists ? codes_from : w.packed, exists);
+      codes_from += kBackDepth * k / 2;
     }
     commit_copies();
   };
   // This thread decodes eight columns of two rows. Rows and columns that do not exist are zeros, by their absmax.
   const int unit = thread % kBackUnits, row = thread / kBackUnits;
+  const int last = first_col + 8 * unit < k ? int(n) - row : 0;   // this thread's rows of W end before
+  const float offset = offset_of(w);
+  int64_t flat = row * k + first_col + 8 * unit;
   float scale[2];
-  const auto load_scales = [&](int64_t step) {
+  const auto load_scales = [&](int step) {   // step after step
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t of_w = step * kBackDepth + row + 16 * h, col = first_col + 8 * unit;
-      scale[h] = of_w < n && col < k ? absmax_of(w, (of_w * k + col) >> log_block, memory.in.map) : 0.f;
-    }
+    for (int h = 0; h < 2; ++h)
+      scale[h] = step * kBackDepth + 16 * h < last
+                     ? absmax_of(w, (flat + 16 * h * k) >> log_block, memory.in.map, offset) : 0.f;
+    flat += kBackDepth * k;
   };
-  const auto decode = [&](int64_t step) {
+  const auto decode = [&](int step) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const uint32_t codes = reinterpret_cast<const uint32_t*>(memory.in.codes[step % kStages][row + 16 * h])[unit];
-      const auto weight = [&](int i) { return __fmul_rn(memory.in.code(code_at(codes, i)), scale[h]); };
+      const auto weight = [&](int i) { return __fmul_rn(memory.in.code.element(codes, i), scale[h]); };
       memory.in.w[step % 2][row + 16 * h][unit ^ (row & 7)] =
           make_uint4(pair_of<T>(weight(0), weight(1)), pair_of<T>(weight(2), weight(3)),
                      pair_of<T>(weight(4), weight(5)), pair_of<T>(weight(6), weight(7)));
@@ -99,7 +101,7 @@ __device__ void multiply_backward(const Nf4LinearBackward& a, const DropoutMask&
 
   float sum[kTiles][kWarpTiles][4] = {};
 #pragma unroll 1
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int step = 0; step < steps; ++step) {
     wait_for_copies<kStages - 3>();
     __syncthreads();   // this step's g and tile of W and the next one's codes are here; those of the last are done with
     fetch(step + kStages - 1);
@@ -116,13 +118,12 @@ __device__ void multiply_backward(const Nf4LinearBackward& a, const DropoutMask&
       for (int i = 0; i < kTiles; ++i) {
         const int of_tile = warp_row + 16 * i + 8 * (q & 1) + r;
         uint32_t of_g[4];
-        load_matrices(of_g, &memory.in.g[step % kStages][of_tile][(2 * half + q / 2) ^ (of_tile >> 1 & 3)]);
+        load_matrices(of_g, &memory.in.g[step % kStages][of_tile][SwapRowPairs::of(2 * half + q / 2, of_tile)]);
 #pragma unroll
         for (int j = 0; j < kWarpTiles; ++j) multiply<T>(sum[i][j], of_g, of_w[j / 2][j % 2 * 2], of_w[j / 2][j % 2 * 2 + 1]);
       }
     }
   }
-  wait_for_copies<0>();
   __syncthreads();
 
 #pragma unroll

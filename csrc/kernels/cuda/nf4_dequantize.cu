@@ -9,7 +9,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPacks = 4;   // a thread's share: enough loads in flight, and the tables are filled once for 8192 codes
 
-// The codes of `count` elements from byte `p` on, as code_at() reads them. Wide: p is a multiple of the whole.
+// The codes of `count` elements from byte `p` on, as LaneTable reads them. Wide: p is a multiple of the whole.
 template <int N, bool Wide> __device__ uint32_t load_codes(const uint8_t* p, int count) {
   if (Wide && count == N) return N == 8 ? *reinterpret_cast<const uint32_t*>(p) : *reinterpret_cast<const uint16_t*>(p);
   uint32_t codes = 0;
@@ -44,7 +44,7 @@ template <class T, bool Wide> __global__ void __launch_bounds__(kThreads) dequan
     if (i >= n) break;
     Pack<T> out;
 #pragma unroll
-    for (int k = 0; k < N; ++k) out.at[k] = from_float<T>(code(code_at(codes[p], k)) * scale[p]);
+    for (int k = 0; k < N; ++k) out.at[k] = from_float<T>(code.element(codes[p], k) * scale[p]);
     T* to = static_cast<T*>(a.out) + i;
     if (Wide && n - i >= N) *reinterpret_cast<Pack<T>*>(to) = out;
     else

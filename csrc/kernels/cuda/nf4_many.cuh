@@ -27,21 +27,43 @@ template <class T> union ManyMemory {
 
 // Codes and absmax of a chunk, for rows g and g + 8 of each stripe.
 template <int Stripes> struct WeightChunk {
-  uint2 codes[Stripes][2] = {};
-  float scale[Stripes][2] = {};
+  uint2 codes[Stripes][2];
+  float scale[Stripes][2];
+};
 
-  __device__ void load(const Nf4Weight& w, int log_block, int64_t first, int chunk, const float* map) {
-    const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+// Reads them, chunk after chunk. In place of rows that do not exist it reads the last: nobody asks for their products.
+template <int Stripes> struct WeightReader {
+  const Nf4Weight& w;
+  const float* map;
+  int log_block;
+  float offset = offset_of(w);
+  int64_t flat[Stripes][2];   // where the next chunk begins
+
+  __device__ WeightReader(const Nf4Weight& weight, int log, int64_t first, const float* dynamic)
+      : w(weight), map(dynamic), log_block(log) {
 #pragma unroll
     for (int s = 0; s < Stripes; ++s)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t row = first + 16 * s + 8 * half + g, flat = row * w.cols + int64_t(chunk) * kChunk;
-        if (row >= w.rows) continue;
-        codes[s][half] = *reinterpret_cast<const uint2*>(w.packed + (flat + 16 * t) / 2);
-        scale[s][half] = absmax_of(w, flat >> log_block, map);
+        const int64_t row = first + 16 * s + 8 * half + threadIdx.x % kWarp / 4;
+        flat[s][half] = (row < w.rows ? row : w.rows - 1) * w.cols;
       }
   }
+  __device__ void read(WeightChunk<Stripes>& chunk) {
+#pragma unroll
+    for (int s = 0; s < Stripes; ++s)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int64_t& at = flat[s][half];
+        chunk.codes[s][half] = *reinterpret_cast<const uint2*>(w.packed + at / 2 + 8 * (threadIdx.x % 4));
+        chunk.scale[s][half] = absmax_of(w, at >> log_block, map, offset);
+        at += kChunk;
+      }
+  }
+};
+
+struct SwapOddRows {
+  __device__ static int of(int unit, int row) { return unit ^ (row & 1); }
 };
 
 // Calls f(row of x, row of W, sum) for every result.
@@ -53,15 +75,9 @@ __device__ void multiply_many(const Nf4Linear& a, int log_block, ManyMemory<T>& 
   const int64_t first_out = (int64_t(blockIdx.x) * kRowsWarps + warp) * (16 * Stripes);
   const int chunks = int(k / kChunk);
 
+  const PanelCopy<T, kRowsThreads, kManyRows, kUnits, SwapOddRows> copy(static_cast<const T*>(a.x), first_row, a.m, k);
   const auto fetch = [&](int chunk) {   // a chunk of x into its stage; an empty group keeps the count
-    if (chunk < chunks)
-#pragma unroll
-      for (int e = threadIdx.x; e < kManyRows * kUnits; e += kRowsThreads) {
-        const int row = e / kUnits, unit = e % kUnits;
-        const bool exists = first_row + row < a.m;
-        const T* from = static_cast<const T*>(a.x) + (exists ? first_row + row : 0) * k + chunk * kChunk + 8 * unit;
-        copy_async(&memory.in.x[chunk % kStages][row][unit ^ (row & 1)], from, exists);
-      }
+    if (chunk < chunks) copy(memory.in.x[chunk % kStages], chunk);
     commit_copies();
   };
   for (int c = 0; c < kStages - 1; ++c) fetch(c);
@@ -69,13 +85,14 @@ __device__ void multiply_many(const Nf4Linear& a, int log_block, ManyMemory<T>& 
   if (w.absmax_code) memory.in.map[threadIdx.x] = dynamic_map.at[threadIdx.x];
   __syncthreads();
 
+  WeightReader<Stripes> reader(w, log_block, first_out, memory.in.map);
   WeightChunk<Stripes> next;
-  next.load(w, log_block, first_out, 0, memory.in.map);
+  reader.read(next);
   float sum[Stripes][kManyTiles][4] = {};
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const WeightChunk<Stripes> now = next;
-    if (chunk + 1 < chunks) next.load(w, log_block, first_out, chunk + 1, memory.in.map);
+    if (chunk + 1 < chunks) reader.read(next);
     wait_for_copies<kStages - 2>();
     __syncthreads();   // this chunk of x is here, and all are done with the stage that is fetched into next
     fetch(chunk + kStages - 1);
@@ -87,9 +104,9 @@ __device__ void multiply_many(const Nf4Linear& a, int log_block, ManyMemory<T>& 
       for (int i = 0; i < 4; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const uint32_t bytes = (i < 2 ? now.codes[s][half].x : now.codes[s][half].y) >> 16 * (i % 2);
-          frag[s][i][half] = memory.in.pairs.at[bytes & 255][lane];
-          frag[s][i][half + 2] = memory.in.pairs.at[bytes >> 8 & 255][lane];
+          const uint32_t bytes = i < 2 ? now.codes[s][half].x : now.codes[s][half].y;
+          frag[s][i][half] = memory.in.pairs(bytes, i % 2 * 2);
+          frag[s][i][half + 2] = memory.in.pairs(bytes, i % 2 * 2 + 1);
         }
 #pragma unroll
     for (int m = 0; m < kManyTiles; ++m) {

@@ -44,6 +44,9 @@ template <class T> struct PairTable {
       at[byte][threadIdx.x % kWarp] = *reinterpret_cast<const uint32_t*>(pair);
     }
   }
+  __device__ uint32_t operator()(uint32_t bytes, int i) const {   // of the i-th of four bytes
+    return *static_cast<const uint32_t*>(lane_of(at, field_at(bytes, 8 * i, 255)));
+  }
 };
 
 template <class T> __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
@@ -80,6 +83,7 @@ __device__ void multiply_rows(const Nf4Linear& a, int log_block, RowsMemory<T>& 
   memory.in.pairs.fill();
   if (w.absmax_code) memory.in.map[threadIdx.x] = dynamic_map.at[threadIdx.x];
 
+  const float offset = offset_of(w);
   float sum[kStripes][Tiles][4] = {};   // of rows g and g + 8 of W, rows 2t and 2t + 1 of x
   for (int begin = 0; begin < chunks; begin += kScales) {
     __syncthreads();
@@ -87,7 +91,7 @@ __device__ void multiply_rows(const Nf4Linear& a, int log_block, RowsMemory<T>& 
       const int64_t row = first + e / kScales, chunk = begin + e % kScales;
       if (row < n && chunk < chunks)
         memory.in.scale[e / kScales][e % kScales] =
-            absmax_of(w, (row * k + chunk * kChunk) >> log_block, memory.in.map);
+            absmax_of(w, (row * k + chunk * kChunk) >> log_block, memory.in.map, offset);
     }
     __syncthreads();
     const int end = begin + kScales < chunks ? begin + kScales : chunks;
@@ -111,9 +115,9 @@ __device__ void multiply_rows(const Nf4Linear& a, int log_block, RowsMemory<T>& 
         float part[Tiles][4] = {};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {   // two bytes of each row, four columns
-          const uint32_t l = (i < 2 ? low.x : low.y) >> 16 * (i % 2), h = (i < 2 ? high.x : high.y) >> 16 * (i % 2);
-          const uint32_t frag[4] = {memory.in.pairs.at[l & 255][lane], memory.in.pairs.at[h & 255][lane],
-                                    memory.in.pairs.at[l >> 8 & 255][lane], memory.in.pairs.at[h >> 8 & 255][lane]};
+          const uint32_t l = i < 2 ? low.x : low.y, h = i < 2 ? high.x : high.y;
+          const uint32_t frag[4] = {memory.in.pairs(l, i % 2 * 2), memory.in.pairs(h, i % 2 * 2),
+                                    memory.in.pairs(l, i % 2 * 2 + 1), memory.in.pairs(h, i % 2 * 2 + 1)};
 #pragma unroll
           for (int m = 0; m < Tiles; ++m) {
             const uint4& v = x[m][i / 2];

@@ -19,14 +19,34 @@ constexpr int kThinThreads = 256, kThinWarps = kThinThreads / kWarp;
 constexpr int kThinRows = 16, kThinCols = 64;
 constexpr int kExpandCols = kThinCols * kThinWarps;   // of a block of threads
 
+// Words that one instruction moves. Stores are spelled out: the compiler merges parts of them with those of a tail.
+__device__ inline void move(uint32_t (&to)[1], const void* p) { to[0] = *static_cast<const uint32_t*>(p); }
+__device__ inline void move(uint32_t (&to)[2], const void* p) {
+  const uint2 v = *static_cast<const uint2*>(p);
+  to[0] = v.x, to[1] = v.y;
+}
+__device__ inline void move(uint32_t (&to)[4], const void* p) {
+  const uint4 v = *static_cast<const uint4*>(p);
+  to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+}
+__device__ inline void move(void* p, const uint32_t (&v)[2]) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(__cvta_generic_to_global(p)), "r"(v[0]), "r"(v[1]) : "memory");
+}
+__device__ inline void move(void* p, const uint32_t (&v)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :: "l"(__cvta_generic_to_global(p)), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+}
+
 // N elements that are neighbours, as far as there are so many; zeros after them. Wide: they are aligned to their size.
 template <int N> struct Few {
   float at[N] = {};
 
+  template <class T> union Whole { uint32_t words[N * sizeof(T) / 4]; T at[N]; __device__ Whole() {} };
+
   template <class T> __device__ void load(const T* p, int64_t count, bool wide) {
-    struct alignas(N * sizeof(T)) Whole { T at[N]; };
     if (wide && count >= N) {
-      const Whole whole = *reinterpret_cast<const Whole*>(p);
+      Whole<T> whole;
+      move(whole.words, p);
 #pragma unroll
       for (int i = 0; i < N; ++i) at[i] = to_float(whole.at[i]);
     } else {
@@ -36,12 +56,11 @@ template <int N> struct Few {
     }
   }
   template <class T> __device__ void store(T* p, int64_t count, bool wide) const {
-    struct alignas(N * sizeof(T)) Whole { T at[N]; };
     if (wide && count >= N) {
-      Whole whole;
+      Whole<T> whole;
 #pragma unroll
       for (int i = 0; i < N; ++i) whole.at[i] = from_float<T>(at[i]);
-      *reinterpret_cast<Whole*>(p) = whole;
+      move(p, whole.words);
     } else {
 #pragma unroll
       for (int i = 0; i < N; ++i)
@@ -60,6 +79,10 @@ template <int N> struct Few {
   }
 };
 
+// Where a row of a factor has a chunk of columns: its first element, and how many columns there are from it on; none if
+// the row is beyond the rank.
+struct FactorLine { int64_t at, columns; };
+
 template <class T> constexpr bool kExact = sizeof(T) == 2;
 
 struct ThinLane {
@@ -67,7 +90,7 @@ struct ThinLane {
 };
 
 // u = x F^T for 16 rows of x and 8 * Tiles ranks from `rank` on. row(i): the i-th row's place in x, or -1.
-// f.four(j, col): four elements of row j of F, zeros where there are none. Calls result(i, rank, sum).
+// f.four(line, i): elements i to i + 3 of a line of F, zeros where there are none. Calls result(i, rank, sum).
 template <int Tiles> struct ShrinkMemory { float2 sums[kThinWarps][kThinRows][4 * Tiles + 4]; };
 
 template <class X, int Tiles, class Row, class Factor, class Result>
@@ -80,6 +103,9 @@ __device__ void shrink_tile(const X* x, int64_t k, bool wide, const Row& row, co
   for (int64_t chunk = lane.warp * kThinCols; chunk < k; chunk += kThinWarps * kThinCols) {
     const int64_t first = chunk + 4 * lane.t;
     const uint32_t keep[2] = {mask.keeps<4>(rows[0], first), mask.keeps<4>(rows[1], first)};
+    FactorLine line[Tiles];
+#pragma unroll
+    for (int tile = 0; tile < Tiles; ++tile) line[tile] = f.line(rank + 8 * tile + lane.g, chunk);
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const int64_t col = first + 16 * q;
@@ -94,7 +120,7 @@ __device__ void shrink_tile(const X* x, int64_t k, bool wide, const Row& row, co
         for (int i = 0; i < 4; ++i) left[s].set(i, of_row[i % 2].at[2 * s + i / 2], kExact<X>);
 #pragma unroll
       for (int tile = 0; tile < Tiles; ++tile) {
-        const Few<4> of_factor = f.four(rank + 8 * tile + lane.g, col);
+        const Few<4> of_factor = f.four(line[tile], 16 * q + 4 * lane.t);
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
           Right right;
@@ -120,7 +146,7 @@ __device__ void shrink_tile(const X* x, int64_t k, bool wide, const Row& row, co
   }
 }
 
-// y += dropout(u F) for 16 rows and a warp's 64 columns. u(row, j) and f.one(j, col): zero where there is none.
+// y += dropout(u F) for 16 rows and a warp's 64 columns. u(row, j) and f.one(line, i): zero where there is none.
 template <class Y, class Row, class Intermediate, class Factor>
 __device__ void expand_tile(Y* y, int64_t k, bool wide, const Row& row, const Intermediate& u, int64_t r,
                             const Factor& f, const DropoutMask& mask) {
@@ -134,11 +160,12 @@ __device__ void expand_tile(Y* y, int64_t k, bool wide, const Row& row, const In
     Left left;
 #pragma unroll
     for (int i = 0; i < 4; ++i) left.set(i, rows[i % 2] < 0 ? 0.f : u(rows[i % 2], j + i / 2 * 4), false);
+    const FactorLine line[2] = {f.line(j, chunk), f.line(j + 4, chunk)};
 #pragma unroll
     for (int tile = 0; tile < 8; ++tile) {
-      const int64_t col = chunk + 16 * (tile / 2) + 2 * (tile % 2) + lane.g / 2 * 4 + lane.g % 2;
+      const int at = 16 * (tile / 2) + 2 * (tile % 2) + lane.g / 2 * 4 + lane.g % 2;
       Right right;
-      right.set(0, f.one(j, col), f.exact()), right.set(1, f.one(j + 4, col), f.exact());
+      right.set(0, f.one(line[0], at), f.exact()), right.set(1, f.one(line[1], at), f.exact());
       multiply(sum[tile], left, false, right, f.exact());
     }
   }
