@@ -46,9 +46,9 @@ def kernels(text: str) -> dict[str, tuple[list[str], list[tuple[int, int]]]]:
 
 
 def main_loop(opcodes: list[str], loops: list[tuple[int, int]], wanted: str = "HMMA.16816") -> list[str]:
-    """The smallest of the loops that have the most of ``wanted``."""
+    """The loop with the largest share of ``wanted``."""
     bodies = [opcodes[begin:end] for begin, end in loops]
-    return max(bodies, key=lambda body: (sum(op.startswith(wanted) for op in body), -len(body)), default=[])
+    return max(bodies, key=lambda body: sum(op.startswith(wanted) for op in body) / len(body), default=[])
 
 
 def histogram(opcodes: list[str]) -> collections.Counter:
