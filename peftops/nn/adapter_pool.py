@@ -31,15 +31,17 @@ class AdapterPool:
         page_size: elements per page, a power of two from 64.
         slots: how many adapters may be resident at once.
         dtype: float32, bfloat16 or float16, of the factors in the pool.
+        device: of the pages, and of the inputs that meet them. What is known of them stays with the host.
     """
 
     def __init__(self, layers: Mapping[str, tuple[int, int]], *, pages: int, page_size: int = 16384,
-                 slots: int = 256, dtype: torch.dtype = torch.float32):  # fmt: skip
+                 slots: int = 256, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str | None = None):  # fmt: skip
         if page_size < _LINE or page_size & (page_size - 1):
             raise ValueError(f"AdapterPool: page_size must be a power of two from {_LINE}, not {page_size}")
         if pages < 1 or slots < 1:
             raise ValueError(f"AdapterPool: pages and slots must be at least 1, not {pages} and {slots}")
-        self.storage = torch.zeros(pages, page_size, dtype=dtype)
+        self.storage = torch.zeros(pages, page_size, dtype=dtype, device=device)
         self._handles = torch.full((slots,), -1)
         self._table = torch.zeros(slots, pages, dtype=torch.int32)
         rank = [1]
@@ -124,7 +126,7 @@ class AdapterPool:
             if trainable:
                 self._flatten(host, {k: (A, B) for k, (A, B, _) in layers.items()})
             if pages:
-                self.storage[torch.tensor(pages)] = host
+                self.storage[torch.tensor(pages, device=self.storage.device)] = host.to(self.storage.device)
                 self._table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
             self._loads += 1
             handle, at = self._loads * len(self._handles) + slot, 0

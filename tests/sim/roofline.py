@@ -71,8 +71,8 @@ refute the column *expected*, in microseconds like the four limits before it.
 * **A100 and RTX 4090: no crossover forwards.** A dense weight saves issue and shared memory, which do not bind there;
   at 256 rows the A100 is within a tenth either way, for want of blocks that divide its 108 multiprocessors.
 * **H100: from about 1024 rows forwards, and from few backwards, dequantise + library is faster**, by up to 1.9:
-  `mma.sync`, and 64 to 128 rows for every decoded weight, are not enough for that chip. The remedy is to dequantise with
-  our kernel and call the library above a crossover for each architecture, in the torch binding.
+  `mma.sync`, and 64 to 128 rows for every decoded weight, are not enough for that chip. The remedy is to dequantise
+  with our kernel and call the library above a crossover for each architecture, in the torch binding.
 * **The crossover is decided, but not built**: its place rests on two assumptions (62%, 75%) that one run on an H100
   replaces by measurements; the library rounds x W^T before the low-rank term is added, a second rounding that the
   contract of nf4_linear excludes, so it has to return fp32 and a pass has to add the term; and backwards it needs the
