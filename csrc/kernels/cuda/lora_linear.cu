@@ -98,10 +98,11 @@ cudaError_t lora_shrink(const LoraShrink& a, cudaStream_t stream) {
     const auto launch = [&](auto* kernel, int tiles) {
       const dim3 grid(unsigned(ceil_div(a.m, kThinRows)), unsigned(ceil_div(a.r, 8 * tiles)));
       kernel<<<grid, kThinThreads, 0, stream>>>(a, DropoutMask(a.dropout), f, wide);
+      return cudaGetLastError();
     };
-    if (a.r <= 16) launch(shrink<X, 2>, 2);
-    else launch(shrink<X, 4>, 4);
-    return cudaGetLastError();
+    if constexpr (kExact<X>)   // fp32 numbers are three in tf32: their fragments leave no registers for more ranks
+      if (a.r > 16) return launch(shrink<X, 4>, 4);
+    return launch(shrink<X, 2>, 2);
   });
 }
 
