@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThinThreads) multi_shrink(MultiLoraAdd a, boo
                         });
 }
 
-template <class Y> __global__ void __launch_bounds__(kThinThreads) multi_expand(MultiLoraAdd a, bool wide) {
+template <class Y> __global__ void __launch_bounds__(kThinThreads, 2) multi_expand(MultiLoraAdd a, bool wide) {
   const LoraSegment s = a.segments.at[blockIdx.x];
   const auto u = [&](int64_t row, int64_t j) { return j < s.r ? __fmul_rn(s.scale, a.u[row * a.ldu + j]) : 0.f; };
   expand_tile(static_cast<Y*>(a.y), a.n, wide, rows_of(a.segments, s), u, s.r, PagedFactor{a.pool, s, s.second, a.n},
