@@ -19,6 +19,9 @@
 // elements: factor rows are padded with zeros to whole lines and pages are whole lines, so none is split.
 #pragma once
 #include "kernels/cpu/kernel.h"
+#ifdef PEFTOPS_CUDA
+#include "kernels/cuda/kernel.h"
+#endif
 #include "kernels/dtype.h"
 
 namespace peftops {
@@ -73,5 +76,12 @@ namespace avx2       { Kernel<MultiLoraAdd> multi_lora_add; Kernel<MultiLoraGrad
 namespace avx512     { Kernel<MultiLoraAdd> multi_lora_add; Kernel<MultiLoraGradient> multi_lora_gradient; }
 namespace avx512bf16 { Kernel<MultiLoraAdd> multi_lora_add; Kernel<MultiLoraGradient> multi_lora_gradient; }
 }  // namespace cpu
+
+#ifdef PEFTOPS_CUDA
+// Everything that a LoraSegments points to lies on the device, too. multi_lora_add wants segments of no more than
+// kLoraPiece rows, a tile of the tensor cores: an adapter may have several.
+constexpr int64_t kLoraPiece = 16;
+namespace cuda { Kernel<MultiLoraAdd> multi_lora_add; Kernel<MultiLoraGradient> multi_lora_gradient; }
+#endif
 
 }  // namespace peftops

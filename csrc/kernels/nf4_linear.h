@@ -6,7 +6,8 @@
 //
 // W is decoded in registers or a panel at a time; nothing of its size is ever written. Sums are fp32,
 // in an order that depends on the shapes alone. With 16-bit x or g, AVX-512 multiplies in int16 (see
-// cpu/product_int16.h for its error), other ISAs in fp32.
+// cpu/product_int16.h for its error), other ISAs in fp32. CUDA multiplies on tensor cores in the type of x or g: codes
+// are rounded to it forwards, elements of W backwards.
 #pragma once
 #include "kernels/cpu/kernel.h"
 #ifdef PEFTOPS_CUDA

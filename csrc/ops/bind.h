@@ -14,6 +14,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <cstring>
 #include <memory>
 #include <optional>
 
@@ -113,6 +114,14 @@ inline Tensor empty_with_last_dim(const Tensor& like, int64_t last) {
   std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
   shape.back() = last;
   return empty(like, shape.data(), int64_t(shape.size()), like.scalar_type());
+}
+
+inline void fill_with_zeros(Tensor& t) {
+#ifdef PEFTOPS_CUDA
+  torch::stable::zero_(t);
+#else
+  std::memset(t.mutable_data_ptr(), 0, size_t(t.numel()) * t.element_size());
+#endif
 }
 
 inline const float* floats_of(const char* op, const char* name, const Tensor& t) {

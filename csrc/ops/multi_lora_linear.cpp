@@ -1,5 +1,6 @@
 #include "kernels/multi_lora_linear.h"
 #include "ops/bind.h"
+#include "ops/lora_plan.h"
 
 #include <algorithm>
 #include <vector>
@@ -60,7 +61,6 @@ struct Grouped {
       if (handle[i] != -1) order[next[handle[i] % at.slots]++] = i;
   }
 
-  LoraSegments view() const { return {order.data(), segments.data(), int64_t(segments.size())}; }
   int64_t work(int64_t k) const {
     int64_t sum = 0;
     for (const LoraSegment& s : segments) sum += (s.end - s.begin) * s.r * k;
@@ -80,9 +80,10 @@ LoraPool pool_of(const Tensor& storage) {
 }
 
 // y += s u G, in place, with u = x F^T, which is returned: F is A and G is B^T, or if `transposed` the reverse.
-Tensor multi_lora_add_cpu(Tensor y, const Tensor& x_, const Tensor& index, const Tensor& storage, const Tensor& handles,
+Tensor add(Tensor y, const Tensor& x_, const Tensor& index, const Tensor& storage, const Tensor& handles,
                           const Tensor& pages, const Tensor& where, const Tensor& scaling, bool transposed,
                           int64_t max_rank) {
+  const OnDevice device(x_);
   STD_TORCH_CHECK(y.is_contiguous(), kOp, ": y must be contiguous");
   const Tensor x = as_contiguous(x_);
   const int64_t m = rows_of(x), k = x.size(-1), n = y.size(-1);
@@ -94,25 +95,28 @@ Tensor multi_lora_add_cpu(Tensor y, const Tensor& x_, const Tensor& index, const
     STD_TORCH_CHECK(s.r <= std::min(max_rank, kLoraMaxRank), kOp, ": an adapter has rank ", s.r, ", more than ",
                     std::min(max_rank, kLoraMaxRank));
   Tensor u = empty(x, {m, max_rank}, ScalarType::Float);
-  memset(u.mutable_data_ptr(), 0, m * max_rank * sizeof(float));
+  fill_with_zeros(u);
+  const LoraPool pool = pool_of(storage);
+  const LoraPlan plan(x, rows.order, rows.segments, &pool, k, n, kPlannedPiece);
   run(PEFTOPS_PICK(multi_lora_add),
-      MultiLoraAdd{x.const_data_ptr(), y.mutable_data_ptr(), u.mutable_data_ptr<float>(), pool_of(storage), rows.view(),
-                   k, n, max_rank, dtype_of(kOp, "x", x)},
+      MultiLoraAdd{x.const_data_ptr(), y.mutable_data_ptr(), u.mutable_data_ptr<float>(), pool, plan.view(), k, n,
+                    max_rank, dtype_of(kOp, "x", x)},
       rows.work(k + n));
   return u;
 }
 
 // dF of the adapters `wanted`, one after the other: [r, k] each if by_rank, else [k, r]; `total` is the sum of ranks.
-Tensor multi_lora_gradient_cpu(const Tensor& u_, const Tensor& x_, const Tensor& index, const Tensor& wanted_,
+Tensor gradient(const Tensor& u_, const Tensor& x_, const Tensor& index, const Tensor& wanted_,
                                const Tensor& handles, const Tensor& pages, const Tensor& where, const Tensor& scaling,
                                bool by_rank, int64_t total) {
+  const OnDevice device(x_);
   const Tensor u = as_contiguous(u_), x = as_contiguous(x_), wanted = as_contiguous(wanted_);
   const int64_t m = rows_of(x), k = x.size(-1), ldu = u.size(-1);
   check_shape(kOp, "u", u, {m, ldu});
   const Slots slots(handles, pages, where, scaling);
   Grouped rows(index, m, slots, false);
   Tensor d = empty(u, {total * k}, ScalarType::Float);
-  memset(d.mutable_data_ptr(), 0, total * k * sizeof(float));
+  fill_with_zeros(d);
   std::vector<int64_t> start(slots.slots, -1);
   int64_t ranks = 0;
   for (int64_t i = 0; i < wanted.numel(); ++i) {
@@ -129,8 +133,9 @@ Tensor multi_lora_gradient_cpu(const Tensor& u_, const Tensor& x_, const Tensor&
     if (s.first >= 0) kept.push_back(s);
   }
   rows.segments = std::move(kept);
+  const LoraPlan plan(x, rows.order, rows.segments, nullptr, 0, 0, 0);
   run(PEFTOPS_PICK(multi_lora_gradient),
-      MultiLoraGradient{floats_of(kOp, "u", u), x.const_data_ptr(), rows.view(), d.mutable_data_ptr<float>(), k, ldu,
+      MultiLoraGradient{floats_of(kOp, "u", u), x.const_data_ptr(), plan.view(), d.mutable_data_ptr<float>(), k, ldu,
                         by_rank, dtype_of(kOp, "x", x)},
       rows.work(k));
   return d;
@@ -138,9 +143,9 @@ Tensor multi_lora_gradient_cpu(const Tensor& u_, const Tensor& x_, const Tensor&
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(peftops, CPU, m) {
-  m.impl("multi_lora_add_", TORCH_BOX(&multi_lora_add_cpu));
-  m.impl("multi_lora_gradient", TORCH_BOX(&multi_lora_gradient_cpu));
+PEFTOPS_IMPLEMENTATIONS(m) {
+  m.impl("multi_lora_add_", TORCH_BOX(&add));
+  m.impl("multi_lora_gradient", TORCH_BOX(&gradient));
 }
 
 }  // namespace peftops::ops

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "sim"
+ARCH = os.environ.get("PEFTOPS_SIM_ARCH", "80")  # whose PTX is run
+BUILD = ROOT / "build" / ("sim" if ARCH == "80" else f"sim{ARCH}")
 KERNELS = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
 active = False  # whether torch.ops.peftops runs in the simulator at the moment
 
@@ -27,7 +29,8 @@ class Finding(Exception):
 def cmake(target: str, *options: str) -> None:
     """Builds a target of CMakeLists.txt into build/sim; seconds where nothing changed."""
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    configure = ["cmake", "-S", ROOT, "-B", BUILD, *generator, "-DPEFTOPS_SIM=ON", *options]
+    options = "-DPEFTOPS_SIM=ON", f"-DPEFTOPS_SIM_ARCH={ARCH}", *options
+    configure = ["cmake", "-S", ROOT, "-B", BUILD, *generator, *options]
     for command in (configure, ["cmake", "--build", BUILD, "--target", target, "--parallel", "2"]):
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
         if done.returncode:

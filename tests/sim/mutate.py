@@ -107,6 +107,26 @@ def prompts(dtype, shapes, backward):
 
 PROMPTS = ((2, 4, 2, 35, 10, 40, 33, False), (2, 2, 2, 3, 16, 16, 150, True), (1, 2, 2, 1, 1, 1, 1, False))
 
+
+def backward(dtype, shapes):
+    for m, n, k, block_size, r, p in shapes:
+        gen = torch.Generator().manual_seed(m)
+        g, v, lora_A = (torch.randn(*s, generator=gen) for s in ((m, n), (m, r), (r, k)))
+        v[:1, :1] = float("inf")  # makes infinities, but no NaN of what is infinite
+        low_rank = (v, lora_A.to(BF16 if p else FP32), p, torch.tensor(m)) if r else (None, None, 0.0, None)
+        dx = torch.ops.peftops.nf4_linear_backward(g.to(dtype), *weights(n, k, block_size, m % 2 == 1), k, *low_rank)
+        yield dx.nan_to_num(nan=0.5)
+
+
+def shrink(dtype, shapes):
+    for m, k, r, factor, by_rank, p in shapes:
+        gen = torch.Generator().manual_seed(m)
+        x, f = torch.randn(m, k, generator=gen).to(dtype), torch.randn(r, k, generator=gen).to(factor)
+        x[:1, :1] = float("inf")
+        f = f if by_rank else f.t().contiguous()
+        yield torch.ops.peftops.lora_shrink(x, f, by_rank, 0.5, p, torch.tensor(m)).nan_to_num(nan=0.5)
+
+
 # The kernels, by a part of their mangled names, and the operator calls that reach them.
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CASES = {
@@ -124,6 +144,21 @@ CASES = {
     ),
     "9many_rowsI6__halfLi1": functools.partial(
         linear, FP16, [(65, 140, 64 * 6, 64, 2, FP32), (17, 130, 64 * 2, 128, 0, None), (31, 3, 64 * 5, 64, 1, BF16)]
+    ),
+    "9many_backI13__nv_bfloat16Li64": functools.partial(
+        backward,
+        BF16,
+        [(67, 104, 160, 64, 11, 0.3), (9, 72, 288, 32, 3, 0.0), (64, 200, 32, 64, 0, 0.0), (33, 8, 64, 1024, 8, 0.5)],
+    ),
+    "6shrinkI13__nv_bfloat16Li2": functools.partial(
+        shrink,
+        BF16,
+        [
+            (19, 600, 13, FP32, True, 0.3),
+            (16, 1030, 5, BF16, True, 0.0),
+            (3, 70, 16, FP16, False, 0.5),
+            (33, 8, 1, FP32, True, 0.0),
+        ],
     ),
     "8any_rowsIfE": functools.partial(
         linear,
@@ -194,12 +229,13 @@ def mutants(body, count, seed, covered):
 
 
 def observe(f):
-    """The results, and what they cost in sectors and in passes over the banks: test_budgets.py checks both."""
+    """The results, and what they cost in sectors, passes over the banks and mma: test_budgets.py checks all three."""
     device = sim.simulator()
     device.forget()
     results = list(f())
     memory = ("global_read", "global_write", "shared_load", "shared_store")
-    return results, [[list(report[kind].values()) for kind in memory] for report in device.reports()]
+    cost = [[report["mma"], *(list(report[kind].values()) for kind in memory)] for report in device.reports()]
+    return results, cost
 
 
 def judge(f, want):

@@ -1,5 +1,6 @@
 // ldmatrix, mma.sync and cp.async.
 #include <algorithm>
+#include <type_traits>
 
 #include "ops.h"
 
@@ -32,30 +33,33 @@ void load_matrix(Warp& w, const Inst& i, u32) {
   }
 }
 
+// An element of a tf32 operand: a register, whose low bits do not count.
+struct Tf32 {
+  static float get(u64 v) { return as<float>(u32(v) & ~0x1fffu); }
+};
+
 // D [16, 8] = A [16, K] B [K, 8] + C, K = 8 or 16. With g = lane / 4 and t = lane % 4, register n of a lane holds
 //   A: rows g (n even) or g + 8 (n odd), columns 2t and 2t + 1, plus 8 for n >= 2
 //   B: rows 2t and 2t + 1, plus 8 n; column g
 //   C, D in fp32: row g (n < 2) or g + 8, column 2t + n % 2; in fp16 two columns share a register
+// A register holds one tf32 element alone: column or row t, plus 4.
 template <class T, bool HalfSum> void multiply_matrices(Warp& w, const Inst& i, u32) {
   const Operand &D = i.operands[0], &A = i.operands[1], &B = i.operands[2], &C = i.operands[3];
   const bool perturb = w.block.launch.device.options.perturb;
   double a[16][16], b[16][8];
   float sum[16][8];
-  const auto low = [](u64 v) { return double(T::get(v & 0xffff)); };
-  const auto high = [](u64 v) { return double(T::get(v >> 16 & 0xffff)); };
-  for (int n = 0; n < i.k / 4; ++n) {
+  constexpr int kElements = std::is_same_v<T, Tf32> ? 1 : 2;   // of a register
+  const auto get = [](u64 v, int e) { return double(T::get(kElements == 1 ? v : v >> 16 * e & 0xffff)); };
+  for (int n = 0; n < i.k / (2 * kElements); ++n) {
     const u64* r = w.slot(part(A, n));
-    for (int l = 0; l < kLanes; ++l) {
-      double* at = &a[l / 4 + 8 * (n % 2)][2 * (l % 4) + 8 * (n / 2)];
-      at[0] = low(r[l]), at[1] = high(r[l]);
-    }
+    for (int l = 0; l < kLanes; ++l)
+      for (int e = 0; e < kElements; ++e)
+        a[l / 4 + 8 * (n % 2)][kElements * (l % 4 + 4 * (n / 2)) + e] = get(r[l], e);
   }
-  for (int n = 0; n < i.k / 8; ++n) {
+  for (int n = 0; n < i.k / (4 * kElements); ++n) {
     const u64* r = w.slot(part(B, n));
-    for (int l = 0; l < kLanes; ++l) {
-      const int row = 2 * (l % 4) + 8 * n;
-      b[row][l / 4] = low(r[l]), b[row + 1][l / 4] = high(r[l]);
-    }
+    for (int l = 0; l < kLanes; ++l)
+      for (int e = 0; e < kElements; ++e) b[kElements * (l % 4 + 4 * n) + e][l / 4] = get(r[l], e);
   }
   constexpr int kSums = HalfSum ? 2 : 4;
   const auto place = [&](int n, int l) {
@@ -158,9 +162,10 @@ Handler decode_matrix(Inst& i, Modifiers& m) {
     i.flow = Flow::Converge, i.counted = Class::Mma;
     if (i.type == Type::F16) return i.type2 == Type::F16 ? multiply_matrices<Half<>, true> : nullptr;
     if (i.type != Type::F32) return nullptr;
-    return i.type2 == Type::F16    ? multiply_matrices<Half<>, false>
-           : i.type2 == Type::BF16 ? multiply_matrices<Bfloat<>, false>
-                                   : nullptr;
+    return i.type2 == Type::F16                ? multiply_matrices<Half<>, false>
+           : i.type2 == Type::BF16             ? multiply_matrices<Bfloat<>, false>
+           : i.type2 == Type::TF32 && i.k == 8 ? multiply_matrices<Tf32, false>
+                                               : nullptr;
   }
   return nullptr;
 }

@@ -18,7 +18,8 @@ LIMITS = {
     "100": (64, 32, 228 << 10), "120": (48, 24, 100 << 10),
 }  # fmt: skip
 WARPS_PER_BLOCK = 8  # all kernels of this package launch 256 threads
-DYNAMIC_SHARED = {"many_rows": 65 << 10}  # which ptxas does not see: sizeof(ManyMemory)
+# Which ptxas does not see: sizeof(ManyMemory), and sizeof(BackwardMemory) of 64 or 128 rows.
+DYNAMIC_SHARED = {"many_rows<": 65 << 10, "many_back<.*, 64>": 43 << 10, "many_back<.*, 128>": 59 << 10}
 REGISTERS, REGISTERS_AT_A_TIME, RESERVED_SHARED = 65536, 256, 1024
 
 REASONS = """Every kernel is launched with 256 threads, which is its `__launch_bounds__`: eight warps divide a table of
@@ -26,7 +27,8 @@ REASONS = """Every kernel is launched with 256 threads, which is its `__launch_b
 `add_prompt` and `prompt_gradients` alone, two of them: left to itself, ptxas aims at more than their sums leave
 registers for, and spills. `few_rows` and `many_rows` are held to few blocks by 32 KB of tables and by registers that
 hold what is under way: loads in flight, not warps, hide the memory's latency there. `many_rows` with two stripes has
-one block of 8 warps."""
+one block of 8 warps, and so has `many_back` with 128 rows: 64 sums a thread, and tensor cores are kept busy by 32 mma a
+step and warp. `any_rows` and `any_back` are the fp32 tiles for shapes and dtypes that tensor cores do not take."""
 
 
 def compile_kernels(build: Path) -> str:
@@ -50,7 +52,8 @@ def parse(log: str) -> list[dict]:
         entry = {key: int(found[key]) for key in ("stack", "stores", "loads", "registers")}
         shared = re.search(r"(\d+) bytes smem", found["rest"])
         name = re.sub(r"peftops::(cuda::)?|\(anonymous namespace\)::|^void ", "", found["name"]).split("(")[0]
-        entry["shared"] = (int(shared[1]) if shared else 0) + DYNAMIC_SHARED.get(name.split("<")[0], 0)
+        dynamic = sum(size for pattern, size in DYNAMIC_SHARED.items() if re.match(pattern, name))
+        entry["shared"] = (int(shared[1]) if shared else 0) + dynamic
         entries.append({"name": name, "arch": found["arch"], **entry})
     return sorted(entries, key=lambda e: (e["name"], int(e["arch"])))
 

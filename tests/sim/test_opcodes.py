@@ -527,6 +527,29 @@ def test_mma(device, kind, k, sums):
     assert report["mma"] == 1
 
 
+def test_mma_of_tf32(device):
+    """One element a register, of which eleven bits count."""
+    gen = torch.Generator().manual_seed(8)
+    a, b, c = (torch.randn(*shape, generator=gen) for shape in ((16, 8), (8, 8), (16, 8)))
+    lanes = [(lane >> 2, lane & 3) for lane in range(LANES)]
+    fa = np.array([[a[g + 8 * (i % 2), t + i // 2 * 4] for i in range(4)] for g, t in lanes], "f4")
+    fb = np.array([[b[t + 4 * i, g] for i in range(2)] for g, t in lanes], "f4")
+    fc = np.array([[c[g + i // 2 * 8, 2 * t + i % 2] for i in range(4)] for g, t in lanes], "f4")
+    load = lambda name, n, first: f"ld.param.u64 %d1, [{name}]; mad.wide.u32 %d1, %r1, {4 * n}, %d1; " + " ".join(
+        f"ld.global.u32 %r{first + i}, [%d1+{4 * i}];" for i in range(n))  # fmt: skip
+    body = f"""mov.u32 %r1, %tid.x; {load("a", 4, 10)} {load("b", 2, 20)} {load("c", 4, 30)}
+        mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{%r30, %r31, %r32, %r33}}, {{%r10, %r11, %r12, %r13}}, {{%r20, %r21}}, {{%r30, %r31, %r32, %r33}};
+        {" ".join(f"st.global.u32 [%d1+{4 * i}], %r{30 + i};" for i in range(4))} ret;"""
+    for array in (fa, fb, fc):
+        device.allow(array)
+    report = device.launch(device.load(sim.kernel(body, "u64 a, u64 b, u64 c")), "k", (1,), (LANES,), [fa, fb, fc])
+    cut = lambda t: (t.view(torch.int32) & ~0x1FFF).view(torch.float32).double()
+    want = cut(a) @ cut(b) + c.double()
+    got = torch.tensor([[float(v) for v in row] for row in fc])
+    assert all(abs(got[lane, i] - want[g + i // 2 * 8, 2 * t + i % 2]) < 1e-6 for lane, (g, t) in enumerate(lanes) for i in range(4))
+    assert report["mma"] == 1
+
+
 def test_cp_async(device):
     source = np.concatenate([integers("u4", s) for s in range(4)])
     got = execute(device, """mov.u32 %r2, smem; mad.lo.u32 %r3, %r1, 16, %r2; mad.wide.u32 %d3, %r1, 16, 0; ld.param.u64 %d4, [in0]; add.s64 %d3, %d3, %d4;

@@ -14,8 +14,17 @@ constexpr Nf4Codes make_nf4_codes() {
 static __constant__ Nf4Codes nf4_codes = make_nf4_codes();
 static __constant__ DynamicMap dynamic_map = kDynamicMap;
 
+// The field of `word` that begins at `bit`, times 128.
+__device__ inline uint32_t field_at(uint32_t word, int bit, uint32_t mask) {
+  return (bit < 7 ? word << (7 - bit) : word >> (bit - 7)) & mask << 7;
+}
+__device__ inline const void* lane_of(const void* table, uint32_t row) {
+  return static_cast<const char*>(table) + (row | threadIdx.x % kWarp * 4);
+}
+
 // A look-up of 16 floats that never serialises: each lane has a copy of the table in a bank of its own. One 4-byte
 // load per code; byte permutes, which need no memory, take six instructions per code for the four bytes of a float.
+// Where a row of 128 bytes begins is a shift and a mask of the codes, and the lane is or'ed in.
 struct LaneTable {
   float at[16][kWarp];
 
@@ -27,12 +36,21 @@ struct LaneTable {
     }
   }
   __device__ float operator()(uint32_t code) const { return at[code][threadIdx.x % kWarp]; }
+  // That of element i of eight codes in a word: bytes run upwards, and the high nibble comes first.
+  __device__ float element(uint32_t codes, int i) const {
+    return *static_cast<const float*>(lane_of(at, field_at(codes, i / 2 * 8 + (i % 2 ? 0 : 4), 15)));
+  }
 };
 
-// The absmax of a block; of a double-quantised one with two roundings, like bitsandbytes. `map`: the dynamic map.
-__device__ inline float absmax_of(const Nf4Weight& w, int64_t block, const float* map) {
+// The absmax of a block; of a double-quantised one with two roundings, like bitsandbytes. `map`: the dynamic map;
+// `offset`: absmax_offset, which a loop reads once.
+__device__ inline float offset_of(const Nf4Weight& w) { return w.absmax ? 0.f : *w.absmax_offset; }
+__device__ inline float absmax_of(const Nf4Weight& w, int64_t block, const float* map, float offset) {
   if (w.absmax) return w.absmax[block];
-  return __fadd_rn(__fmul_rn(map[w.absmax_code[block]], w.absmax_scale[block / kAbsmaxBlock]), *w.absmax_offset);
+  return __fadd_rn(__fmul_rn(map[w.absmax_code[block]], w.absmax_scale[uint64_t(block) / kAbsmaxBlock]), offset);
+}
+__device__ inline float absmax_of(const Nf4Weight& w, int64_t block, const float* map) {
+  return absmax_of(w, block, map, offset_of(w));
 }
 
 // Any element of a weight.
@@ -40,8 +58,5 @@ __device__ inline float weight_at(const Nf4Weight& w, int log_block, int64_t fla
   const uint32_t byte = w.packed[flat / 2];
   return __fmul_rn(nf4_codes.at[flat % 2 ? byte & 15 : byte >> 4], absmax_of(w, flat >> log_block, map));
 }
-
-// Element i of eight codes in a word: bytes run upwards, and the high nibble comes first.
-__device__ constexpr uint32_t code_at(uint32_t codes, int i) { return codes >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15; }
 
 }  // namespace peftops::cuda

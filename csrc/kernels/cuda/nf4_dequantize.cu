@@ -6,7 +6,7 @@
 namespace peftops::cuda {
 namespace {
 
-// The codes of `count` elements from byte `p` on, as code_at() reads them. Wide: p is a multiple of the whole.
+// The codes of `count` elements from byte `p` on, as LaneTable reads them. Wide: p is a multiple of the whole.
 template <int N, bool Wide> __device__ uint32_t load_codes(const uint8_t* p, int count) {
   if (Wide && count == N) return N == 8 ? *reinterpret_cast<const uint32_t*>(p) : *reinterpret_cast<const uint16_t*>(p);
   uint32_t codes = 0;
@@ -26,7 +26,7 @@ template <int N, bool Wide> struct Nf4Elements {
   __device__ Held load(int64_t i, int count) const {
     return {load_codes<N, Wide>(w.packed + i / 2, count), absmax_of(w, i >> log_block, map)};
   }
-  __device__ float value(const Held& held, int k) const { return code(code_at(held.codes, k)) * held.scale; }
+  __device__ float value(const Held& held, int k) const { return code.element(held.codes, k) * held.scale; }
 };
 
 template <class T, bool Wide>

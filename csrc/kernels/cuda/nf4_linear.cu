@@ -1,9 +1,10 @@
 // Three ways to a product with an NF4 weight. With 16-bit x, rows of whole chunks go through tensor cores: up to 16
-// rows of x stream the weight (nf4_rows.cuh), more share it (nf4_many.cuh). Everything else is multiplied in fp32, tile
-// by tile (tile.cuh). The low-rank term joins the fp32 sums before the one rounding: result by result, or in tiles as
-// more depth, [x | scaling * u] [W^T ; B^T].
+// rows of x stream the weight (nf4_rows.cuh), more share it (nf4_many.cuh); and so does a backward product with 16-bit g
+// (nf4_backward.cuh). Everything else is multiplied in fp32, tile by tile (tile.cuh). The low-rank term joins the fp32
+// sums before the one rounding: for few rows result by result, else as more depth, [x | scaling * u] [W^T ; B^T].
 #include "kernels/cuda/dropout.cuh"
 #include "kernels/cuda/linear.cuh"
+#include "kernels/cuda/nf4_backward.cuh"
 #include "kernels/cuda/nf4_many.cuh"
 
 namespace peftops::cuda {
@@ -16,7 +17,7 @@ template <class T, int Tiles> __global__ void __launch_bounds__(kRowsThreads) fe
 
 template <class T, int Stripes> __global__ void __launch_bounds__(kRowsThreads) many_rows(Nf4Linear a, int log_block) {
   extern __shared__ uint4 dynamic[];   // more than 48 KB
-  multiply_many<T, Stripes>(a, log_block, *reinterpret_cast<ManyMemory<T>*>(dynamic), Finish<T, Nf4Linear>{a, a.r});
+  multiply_many<T, Stripes>(a, log_block, *reinterpret_cast<ManyMemory<T>*>(dynamic), Finish<T, Nf4Linear>{a, 0});
 }
 
 template <class T> __global__ void __launch_bounds__(kTileThreads) any_rows(Nf4Linear a, int log_block) {
@@ -26,8 +27,15 @@ template <class T> __global__ void __launch_bounds__(kTileThreads) any_rows(Nf4L
   multiply_any<T>(a, [&](int64_t flat) { return weight_at(a.weight, log_block, flat, map); }, memory);
 }
 
+template <class T, int Rows>
+__global__ void __launch_bounds__(kBackThreads) many_back(Nf4LinearBackward a, DropoutMask mask, int log_block) {
+  extern __shared__ uint4 dynamic[];
+  mask.begin();
+  multiply_backward<T, Rows>(a, mask, log_block, *reinterpret_cast<BackwardMemory<Rows>*>(dynamic));
+}
+
 template <class T>
-__global__ void __launch_bounds__(kTileThreads) backward(Nf4LinearBackward a, DropoutMask mask, int log_block) {
+__global__ void __launch_bounds__(kTileThreads) any_back(Nf4LinearBackward a, DropoutMask mask, int log_block) {
   __shared__ TileMemory memory;
   mask.begin();
   __shared__ float map[256];
@@ -55,19 +63,37 @@ template <class T> cudaError_t launch_few_rows(const Nf4Linear& a, cudaStream_t 
   return cudaGetLastError();
 }
 
+// More than 48 KB of shared memory has to be asked for.
+template <class Memory, class F> cudaError_t allow(F* kernel) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Memory));
+}
+
 template <class T, int Stripes> cudaError_t launch_many_rows(const Nf4Linear& a, cudaStream_t stream) {
-  const cudaError_t status = cudaFuncSetAttribute(
-      many_rows<T, Stripes>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(ManyMemory<T>));
+  const cudaError_t status = allow<ManyMemory<T>>(many_rows<T, Stripes>);
   if (status != cudaSuccess) return status;
   const dim3 grid(unsigned(ceil_div(a.weight.rows, 16 * Stripes * kRowsWarps)), unsigned(ceil_div(a.m, kManyRows)));
   many_rows<T, Stripes><<<grid, kRowsThreads, sizeof(ManyMemory<T>), stream>>>(a, log_block_of(a.weight));
   return cudaGetLastError();
 }
 
-// Two stripes a warp read x from shared memory half as often, one makes twice as many blocks: enough for every
-// multiprocessor (108 to 148 on large GPUs) comes first.
+template <class T, int Rows> cudaError_t launch_many_back(const Nf4LinearBackward& a, cudaStream_t stream) {
+  const cudaError_t status = allow<BackwardMemory<Rows>>(many_back<T, Rows>);
+  if (status != cudaSuccess) return status;
+  const dim3 grid(unsigned(ceil_div(a.weight.cols, kBackCols)), unsigned(ceil_div(a.m, Rows)));
+  many_back<T, Rows><<<grid, kBackThreads, sizeof(BackwardMemory<Rows>), stream>>>(a, DropoutMask(a.dropout),
+                                                                                   log_block_of(a.weight));
+  return cudaGetLastError();
+}
+
+constexpr int64_t kEnough = 128;   // blocks of threads, for every multiprocessor: large GPUs have 108 to 148
+
+// Large tiles read what they share less often, small ones make twice as many blocks: enough of them come first.
+template <class T> cudaError_t launch_units(const Nf4LinearBackward& a, cudaStream_t stream) {
+  const int64_t blocks = ceil_div(a.weight.cols, kBackCols) * ceil_div(a.m, 128);
+  return blocks >= kEnough ? launch_many_back<T, 128>(a, stream) : launch_many_back<T, 64>(a, stream);
+}
+
 template <class T> cudaError_t launch_chunks(const Nf4Linear& a, cudaStream_t stream) {
-  constexpr int64_t kEnough = 128;
   if (a.m <= kFewRows) return launch_few_rows<T>(a, stream);
   const int64_t blocks = ceil_div(a.weight.rows, 32 * kRowsWarps) * ceil_div(a.m, kManyRows);
   return blocks >= kEnough ? launch_many_rows<T, 2>(a, stream) : launch_many_rows<T, 1>(a, stream);
@@ -87,8 +113,10 @@ cudaError_t nf4_linear(const Nf4Linear& a, cudaStream_t stream) {
 
 cudaError_t nf4_linear_backward(const Nf4LinearBackward& a, cudaStream_t stream) {
   if (a.m == 0 || a.weight.cols == 0) return cudaSuccess;
+  if (has_units(a))
+    return a.dtype == DType::bf16 ? launch_units<__nv_bfloat16>(a, stream) : launch_units<__half>(a, stream);
   return with_type(a.dtype, [&](auto t) {
-    backward<decltype(t)><<<tiles_of(a.m, a.weight.cols), kTileThreads, 0, stream>>>(a, DropoutMask(a.dropout),
+    any_back<decltype(t)><<<tiles_of(a.m, a.weight.cols), kTileThreads, 0, stream>>>(a, DropoutMask(a.dropout),
                                                                                     log_block_of(a.weight));
     return cudaGetLastError();
   });

@@ -4,13 +4,16 @@
 // to registers once, the next chunk's while this one's are multiplied. All warps need all of x: cp.async brings 64
 // columns of it at a time, three stages ahead. A lane reads 32 contiguous bytes of a row; its neighbours of the next
 // row would meet it in the same banks, so odd rows have their 16-byte units swapped in pairs.
+//
+// The low-rank term is more depth, [x | scaling u] [W ; lora_B]^T, in tf32 (tf32.cuh): u and often lora_B are fp32.
 #pragma once
+#include "kernels/cuda/async.cuh"
 #include "kernels/cuda/nf4_rows.cuh"
+#include "kernels/cuda/tf32.cuh"
 
 namespace peftops::cuda {
 
 constexpr int kManyRows = 64, kManyTiles = kManyRows / 8;   // of x a block of threads
-constexpr int kStages = 4;
 constexpr int kUnits = kChunk / 8;                          // of 16 bytes in a chunk of a row
 
 template <class T> union ManyMemory {
@@ -22,34 +25,45 @@ template <class T> union ManyMemory {
   float sums[kManyRows][16 * kRowsWarps + 4];   // afterwards, a stripe at a time
 };
 
-// 16 bytes; zeros if they do not exist.
-__device__ inline void copy_async(void* to, const void* from, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               :: "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "r"(exists ? 16 : 0) : "memory");
-}
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int Open>
-__device__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(Open) : "memory");
-}
-
 // Codes and absmax of a chunk, for rows g and g + 8 of each stripe.
 template <int Stripes> struct WeightChunk {
-  uint2 codes[Stripes][2] = {};
-  float scale[Stripes][2] = {};
+  uint2 codes[Stripes][2];
+  float scale[Stripes][2];
+};
 
-  __device__ void load(const Nf4Weight& w, int log_block, int64_t first, int chunk, const float* map) {
-    const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+// Reads them, chunk after chunk. In place of rows that do not exist it reads the last: nobody asks for their products.
+template <int Stripes> struct WeightReader {
+  const Nf4Weight& w;
+  const float* map;
+  int log_block;
+  float offset = offset_of(w);
+  int64_t flat[Stripes][2];   // where the next chunk begins
+
+  __device__ WeightReader(const Nf4Weight& weight, int log, int64_t first, const float* dynamic)
+      : w(weight), map(dynamic), log_block(log) {
 #pragma unroll
     for (int s = 0; s < Stripes; ++s)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t row = first + 16 * s + 8 * half + g, flat = row * w.cols + int64_t(chunk) * kChunk;
-        if (row >= w.rows) continue;
-        codes[s][half] = *reinterpret_cast<const uint2*>(w.packed + (flat + 16 * t) / 2);
-        scale[s][half] = absmax_of(w, flat >> log_block, map);
+        const int64_t row = first + 16 * s + 8 * half + threadIdx.x % kWarp / 4;
+        flat[s][half] = (row < w.rows ? row : w.rows - 1) * w.cols;
       }
   }
+  __device__ void read(WeightChunk<Stripes>& chunk) {
+#pragma unroll
+    for (int s = 0; s < Stripes; ++s)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int64_t& at = flat[s][half];
+        chunk.codes[s][half] = *reinterpret_cast<const uint2*>(w.packed + at / 2 + 8 * (threadIdx.x % 4));
+        chunk.scale[s][half] = absmax_of(w, at >> log_block, map, offset);
+        at += kChunk;
+      }
+  }
+};
+
+struct SwapOddRows {
+  __device__ static int of(int unit, int row) { return unit ^ (row & 1); }
 };
 
 // Calls f(row of x, row of W, sum) for every result.
@@ -61,15 +75,9 @@ __device__ void multiply_many(const Nf4Linear& a, int log_block, ManyMemory<T>& 
   const int64_t first_out = (int64_t(blockIdx.x) * kRowsWarps + warp) * (16 * Stripes);
   const int chunks = int(k / kChunk);
 
+  const PanelCopy<T, kRowsThreads, kManyRows, kUnits, SwapOddRows> copy(static_cast<const T*>(a.x), first_row, a.m, k);
   const auto fetch = [&](int chunk) {   // a chunk of x into its stage; an empty group keeps the count
-    if (chunk < chunks)
-#pragma unroll
-      for (int e = threadIdx.x; e < kManyRows * kUnits; e += kRowsThreads) {
-        const int row = e / kUnits, unit = e % kUnits;
-        const bool exists = first_row + row < a.m;
-        const T* from = static_cast<const T*>(a.x) + (exists ? first_row + row : 0) * k + chunk * kChunk + 8 * unit;
-        copy_async(&memory.in.x[chunk % kStages][row][unit ^ (row & 1)], from, exists);
-      }
+    if (chunk < chunks) copy(memory.in.x[chunk % kStages], chunk);
     commit_copies();
   };
   for (int c = 0; c < kStages - 1; ++c) fetch(c);
@@ -77,13 +85,14 @@ __device__ void multiply_many(const Nf4Linear& a, int log_block, ManyMemory<T>& 
   if (w.absmax_code) memory.in.map[threadIdx.x] = dynamic_map.at[threadIdx.x];
   __syncthreads();
 
+  WeightReader<Stripes> reader(w, log_block, first_out, memory.in.map);
   WeightChunk<Stripes> next;
-  next.load(w, log_block, first_out, 0, memory.in.map);
+  reader.read(next);
   float sum[Stripes][kManyTiles][4] = {};
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const WeightChunk<Stripes> now = next;
-    if (chunk + 1 < chunks) next.load(w, log_block, first_out, chunk + 1, memory.in.map);
+    if (chunk + 1 < chunks) reader.read(next);
     wait_for_copies<kStages - 2>();
     __syncthreads();   // this chunk of x is here, and all are done with the stage that is fetched into next
     fetch(chunk + kStages - 1);
@@ -95,9 +104,9 @@ __device__ void multiply_many(const Nf4Linear& a, int log_block, ManyMemory<T>& 
       for (int i = 0; i < 4; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const uint32_t bytes = (i < 2 ? now.codes[s][half].x : now.codes[s][half].y) >> 16 * (i % 2);
-          frag[s][i][half] = memory.in.pairs.at[bytes & 255][lane];
-          frag[s][i][half + 2] = memory.in.pairs.at[bytes >> 8 & 255][lane];
+          const uint32_t bytes = i < 2 ? now.codes[s][half].x : now.codes[s][half].y;
+          frag[s][i][half] = memory.in.pairs(bytes, i % 2 * 2);
+          frag[s][i][half + 2] = memory.in.pairs(bytes, i % 2 * 2 + 1);
         }
 #pragma unroll
     for (int m = 0; m < kManyTiles; ++m) {
@@ -114,6 +123,30 @@ __device__ void multiply_many(const Nf4Linear& a, int log_block, ManyMemory<T>& 
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum[s][m][e] = __fmaf_rn(now.scale[s][e / 2], part[e], sum[s][m][e]);
       }
+    }
+  }
+  const bool b_exact = a.b_dtype != DType::f32;
+  const float u_factor = __fmul_rn(a.scaling, kCodeFactor<T>);   // as all sums have it
+#pragma unroll 1
+  for (int64_t j = t; j < a.r + t; j += 8) {   // steps j and j + 4 are this thread's
+    Left of_b[Stripes];
+#pragma unroll
+    for (int s = 0; s < Stripes; ++s)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t row = first_out + 16 * s + 8 * (i % 2) + g, step = j + i / 2 * 4;
+        of_b[s].set(i, row < n && step < a.r ? element(a.b, a.b_dtype, row * a.r + step) : 0.f, b_exact);
+      }
+#pragma unroll
+    for (int m = 0; m < kManyTiles; ++m) {
+      Right of_u;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int64_t row = first_row + 8 * m + g, step = j + 4 * i;
+        of_u.set(i, row < a.m && step < a.r ? __fmul_rn(u_factor, a.u[row * a.r + step]) : 0.f, false);
+      }
+#pragma unroll
+      for (int s = 0; s < Stripes; ++s) multiply(sum[s][m], of_b[s], b_exact, of_u, false);
     }
   }
 #pragma unroll

@@ -30,6 +30,9 @@ template <class T> struct PairTable {
       at[byte][threadIdx.x % kWarp] = *reinterpret_cast<const uint32_t*>(pair);
     }
   }
+  __device__ uint32_t operator()(uint32_t bytes, int i) const {   // of the i-th of four bytes
+    return *static_cast<const uint32_t*>(lane_of(at, field_at(bytes, 8 * i, 255)));
+  }
 };
 
 template <class T> struct Nf4Stream {
@@ -51,18 +54,18 @@ template <class T> struct Nf4Stream {
   __device__ static constexpr int staged() { return kScales; }
   __device__ static constexpr int parts() { return 1; }
   __device__ void stage(Memory& memory, int64_t first, int begin) const {
+    const float offset = offset_of(w);
     for (int e = threadIdx.x; e < kOuts * kScales; e += kRowsThreads) {
       const int64_t row = first + e / kScales, column = (begin + int64_t(e % kScales)) * kChunk;
       const bool exists = row < w.rows && column < w.cols;
       memory.scale[e / kScales][e % kScales] =
-          exists ? absmax_of(w, (row * w.cols + column) >> log_block, memory.map) : 0.f;
+          exists ? absmax_of(w, (row * w.cols + column) >> log_block, memory.map, offset) : 0.f;
     }
   }
   // Two bytes, four columns.
   __device__ void decode(const Memory& memory, const uint2 (&codes)[1], int i, uint32_t& low, uint32_t& high) const {
-    const uint32_t bytes = (i < 2 ? codes[0].x : codes[0].y) >> 16 * (i % 2);
-    const int lane = threadIdx.x % kWarp;
-    low = memory.pairs.at[bytes & 255][lane], high = memory.pairs.at[bytes >> 8 & 255][lane];
+    const uint32_t bytes = i < 2 ? codes[0].x : codes[0].y;
+    low = memory.pairs(bytes, i % 2 * 2), high = memory.pairs(bytes, i % 2 * 2 + 1);
   }
   __device__ Affine affine(const Memory& memory, int row, int begin, int chunk, int) const {
     return {memory.scale[row][chunk - begin], 0.f};

@@ -1,0 +1,256 @@
+// The thin products of low-rank adapters, a tile of 16 rows or of 64 columns a block of threads, on tensor cores with
+// the precision of fp32 (tf32.cuh). Operands go from memory straight into fragments. Limit: reading x, or y and writing
+// it; with a rank of up to 32 each is read once.
+//
+// All of them cut columns into chunks of 64, of which thread t of a quad has the columns 16 q + 4 t + i (q and i < 4):
+// a quad then moves whole sectors, and one draw of Philox decides on four of a thread's columns. In which order columns
+// are summed, or which column of a fragment they are, does not matter as long as both operands agree.
+//
+// The warps of a block of threads share what is summed, and their sums are added in order: the same bits every time.
+// The grid counts rows, or what a gradient has for columns, along x, which is the long one.
+// The caller tells where rows and factors lie: dense, or in the pages of many adapters.
+#pragma once
+#include "kernels/cuda/dropout.cuh"
+#include "kernels/cuda/tf32.cuh"
+
+namespace peftops::cuda {
+
+constexpr int kThinThreads = 256, kThinWarps = kThinThreads / kWarp;
+constexpr int kThinRows = 16, kThinCols = 64;
+constexpr int kExpandCols = kThinCols * kThinWarps;   // of a block of threads
+
+// Words that one instruction moves. Stores are spelled out: the compiler merges parts of them with those of a tail.
+__device__ inline void move(uint32_t (&to)[1], const void* p) { to[0] = *static_cast<const uint32_t*>(p); }
+__device__ inline void move(uint32_t (&to)[2], const void* p) {
+  const uint2 v = *static_cast<const uint2*>(p);
+  to[0] = v.x, to[1] = v.y;
+}
+__device__ inline void move(uint32_t (&to)[4], const void* p) {
+  const uint4 v = *static_cast<const uint4*>(p);
+  to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+}
+__device__ inline void move(void* p, const uint32_t (&v)[2]) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(__cvta_generic_to_global(p)), "r"(v[0]), "r"(v[1]) : "memory");
+}
+__device__ inline void move(void* p, const uint32_t (&v)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :: "l"(__cvta_generic_to_global(p)), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+}
+
+// N elements that are neighbours, as far as there are so many; zeros after them. Wide: they are aligned to their size.
+template <int N> struct Few {
+  float at[N] = {};
+
+  template <class T> union Whole { uint32_t words[N * sizeof(T) / 4]; T at[N]; __device__ Whole() {} };
+
+  template <class T> __device__ void load(const T* p, int64_t count, bool wide) {
+    if (wide && count >= N) {
+      Whole<T> whole;
+      move(whole.words, p);
+#pragma unroll
+      for (int i = 0; i < N; ++i) at[i] = to_float(whole.at[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        if (i < count) at[i] = to_float(p[i]);
+    }
+  }
+  template <class T> __device__ void store(T* p, int64_t count, bool wide) const {
+    if (wide && count >= N) {
+      Whole<T> whole;
+#pragma unroll
+      for (int i = 0; i < N; ++i) whole.at[i] = from_float<T>(at[i]);
+      move(p, whole.words);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        if (i < count) p[i] = from_float<T>(at[i]);
+    }
+  }
+  __device__ void load(const void* p, DType dtype, int64_t i, int64_t count, bool wide) {
+    if (dtype == DType::f32) load(static_cast<const float*>(p) + i, count, wide);
+    else if (dtype == DType::bf16) load(static_cast<const __nv_bfloat16*>(p) + i, count, wide);
+    else load(static_cast<const __half*>(p) + i, count, wide);
+  }
+  __device__ void keep(uint32_t bits) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (!(bits >> i & 1)) at[i] = 0.f;
+  }
+};
+
+// Where a row of a factor has a chunk of columns: its first element, and how many columns there are from it on; none if
+// the row is beyond the rank.
+struct FactorLine { int64_t at, columns; };
+
+template <class T> constexpr bool kExact = sizeof(T) == 2;
+
+struct ThinLane {
+  int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+};
+
+// u = x F^T for 16 rows of x and 8 * Tiles ranks from `rank` on. row(i): the i-th row's place in x, or -1.
+// f.four(line, i): elements i to i + 3 of a line of F, zeros where there are none. Calls result(i, rank, sum).
+template <int Tiles> struct ShrinkMemory { float2 sums[kThinWarps][kThinRows][4 * Tiles + 4]; };
+
+template <class X, int Tiles, class Row, class Factor, class Result>
+__device__ void shrink_tile(const X* x, int64_t k, bool wide, const Row& row, const Factor& f, int64_t rank,
+                            const DropoutMask& mask, ShrinkMemory<Tiles>& memory, const Result& result) {
+  const ThinLane lane;
+  const int64_t rows[2] = {row(lane.g), row(lane.g + 8)};
+  float sum[Tiles][4] = {};
+#pragma unroll 1
+  for (int64_t chunk = lane.warp * kThinCols; chunk < k; chunk += kThinWarps * kThinCols) {
+    const int64_t first = chunk + 4 * lane.t;
+    const uint32_t keep[2] = {mask.keeps<4>(rows[0], first), mask.keeps<4>(rows[1], first)};
+    FactorLine line[Tiles];
+#pragma unroll
+    for (int tile = 0; tile < Tiles; ++tile) line[tile] = f.line(rank + 8 * tile + lane.g, chunk);
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const int64_t col = first + 16 * q;
+      Few<4> of_row[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        if (rows[h] >= 0) of_row[h].load(x + rows[h] * k + col, k - col, wide), of_row[h].keep(keep[h] >> 4 * q);
+      Left left[2];
+#pragma unroll
+      for (int s = 0; s < 2; ++s)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) left[s].set(i, of_row[i % 2].at[2 * s + i / 2], kExact<X>);
+#pragma unroll
+      for (int tile = 0; tile < Tiles; ++tile) {
+        const Few<4> of_factor = f.four(line[tile], 16 * q + 4 * lane.t);
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          Right right;
+          right.set(0, of_factor.at[2 * s], f.exact()), right.set(1, of_factor.at[2 * s + 1], f.exact());
+          multiply(sum[tile], left[s], kExact<X>, right, f.exact());
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int tile = 0; tile < Tiles; ++tile)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      memory.sums[lane.warp][lane.g + 8 * h][4 * tile + lane.t] = make_float2(sum[tile][2 * h], sum[tile][2 * h + 1]);
+  __syncthreads();
+  for (int e = threadIdx.x; e < kThinRows * 8 * Tiles; e += kThinThreads) {
+    const int i = e / (8 * Tiles), j = e % (8 * Tiles);
+    if (row(i) < 0) continue;
+    float total = 0.f;
+#pragma unroll
+    for (const auto& of_warp : memory.sums) total += reinterpret_cast<const float*>(of_warp[i])[j];
+    result(i, rank + j, total);
+  }
+}
+
+// y += dropout(u F) for 16 rows and a warp's 64 columns. u(row, j) and f.one(line, i): zero where there is none.
+template <class Y, class Row, class Intermediate, class Factor>
+__device__ void expand_tile(Y* y, int64_t k, bool wide, const Row& row, const Intermediate& u, int64_t r,
+                            const Factor& f, const DropoutMask& mask) {
+  const ThinLane lane;
+  const int64_t chunk = (int64_t(blockIdx.y) * kThinWarps + lane.warp) * kThinCols;
+  if (chunk >= k) return;
+  const int64_t rows[2] = {row(lane.g), row(lane.g + 8)};
+  float sum[8][4] = {};
+#pragma unroll 1
+  for (int64_t j = lane.t; j < r + lane.t; j += 8) {
+    Left left;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) left.set(i, rows[i % 2] < 0 ? 0.f : u(rows[i % 2], j + i / 2 * 4), false);
+    const FactorLine line[2] = {f.line(j, chunk), f.line(j + 4, chunk)};
+#pragma unroll
+    for (int tile = 0; tile < 8; ++tile) {
+      const int at = 16 * (tile / 2) + 2 * (tile % 2) + lane.g / 2 * 4 + lane.g % 2;
+      Right right;
+      right.set(0, f.one(line[0], at), f.exact()), right.set(1, f.one(line[1], at), f.exact());
+      multiply(sum[tile], left, false, right, f.exact());
+    }
+  }
+  const int64_t first = chunk + 4 * lane.t;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (rows[h] < 0) continue;
+    const uint32_t keep = mask.keeps<4>(rows[h], first);
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const int64_t col = first + 16 * q;
+      if (col >= k) break;
+      Few<4> value;
+      value.load(y + rows[h] * k + col, k - col, wide);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float add = sum[2 * q + i / 2][2 * h + i % 2];
+        if (keep >> (4 * q + i) & 1) value.at[i] += mask.threshold ? __fmul_rn(add, mask.factor) : add;
+      }
+      value.store(y + rows[h] * k + col, k - col, wide);
+    }
+  }
+}
+
+// d = u^T dropout(x) over `count` rows, without dropout's factor, for 64 columns and 16 * Tiles ranks from `rank` on.
+// Calls result(rank, col, sum) for four neighbouring columns at a time.
+struct GradientMemory { float4 sums[kThinWarps][16][kThinCols / 4 + 4]; };
+
+template <class X, int Tiles, class Row, class Intermediate, class Result>
+__device__ void gradient_tile(const X* x, int64_t k, bool wide, const Row& row, int64_t count, const Intermediate& u,
+                              int64_t rank, const DropoutMask& mask, GradientMemory& memory, const Result& result) {
+  const ThinLane lane;
+  const int64_t chunk = int64_t(blockIdx.x) * kThinCols, first = chunk + 2 * lane.g;
+  float sum[Tiles][8][4] = {};
+#pragma unroll 1
+  for (int64_t i = 8 * lane.warp; i < count; i += 8 * kThinWarps) {
+    int64_t rows[2];
+    Few<2> value[2][4];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t at = i + lane.t + 4 * h;
+      rows[h] = at < count ? row(at) : -1;
+      if (rows[h] < 0) continue;
+      const uint32_t keep = mask.keeps<2>(rows[h], first);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const int64_t col = first + 16 * q;
+        value[h][q].load(x + rows[h] * k + col, k - col, wide), value[h][q].keep(keep >> 2 * q);
+      }
+    }
+    Left left[Tiles];
+#pragma unroll
+    for (int tile = 0; tile < Tiles; ++tile)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        left[tile].set(e, rows[e / 2] < 0 ? 0.f : u(rows[e / 2], rank + 16 * tile + lane.g + 8 * (e % 2)), false);
+#pragma unroll
+    for (int part = 0; part < 8; ++part) {
+      Right right;
+      right.set(0, value[0][part / 2].at[part % 2], kExact<X>), right.set(1, value[1][part / 2].at[part % 2], kExact<X>);
+#pragma unroll
+      for (int tile = 0; tile < Tiles; ++tile) multiply(sum[tile][part], left[tile], false, right, kExact<X>);
+    }
+  }
+#pragma unroll
+  for (int tile = 0; tile < Tiles; ++tile) {
+    __syncthreads();
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const float(&even)[4] = sum[tile][2 * q], (&odd)[4] = sum[tile][2 * q + 1];
+        memory.sums[lane.warp][lane.g + 8 * h][4 * q + lane.t] =
+            make_float4(even[2 * h], odd[2 * h], even[2 * h + 1], odd[2 * h + 1]);
+      }
+    __syncthreads();
+    const int j = threadIdx.x / 16, unit = threadIdx.x % 16;
+    Few<4> total;
+#pragma unroll
+    for (const auto& of_warp : memory.sums) {
+      const float4& s = of_warp[j][unit];
+      total.at[0] += s.x, total.at[1] += s.y, total.at[2] += s.z, total.at[3] += s.w;
+    }
+    result(rank + 16 * tile + j, chunk + 4 * unit, total);
+  }
+}
+
+}  // namespace peftops::cuda
