@@ -180,11 +180,11 @@ __global__ void __launch_bounds__(kPromptThreads) reduce_prompt(GatedPromptReduc
   a.dgate[i] = sum;
 }
 
-// f(T(), Bits..) with the tokens a thread takes: four, or eight of a prompt of more than sixteen.
+// f(T(), PerThread<...>()) with the tokens a thread takes at a time.
 template <int Per> struct PerThread { static constexpr int value = Per; };
 template <class F> cudaError_t with_tile(const GatedPrompt& in, const F& f) {
   return with_type(in.dtype, [&](auto t) {
-    return in.tokens <= kParts * 4 ? f(t, PerThread<4>()) : f(t, PerThread<8>());
+    return in.tokens <= kShortPrompt ? f(t, PerThread<4>()) : f(t, PerThread<8>());
   });
 }
 
