@@ -85,7 +85,8 @@ __device__ void sum_queries(const Tile& tile, const QueryRows& rows, const typen
 
 __host__ __device__ constexpr int64_t padded(int64_t n) { return ceil_div(n, kPromptPad) * kPromptPad; }
 
-template <class T, int Per> __global__ void __launch_bounds__(kPromptThreads, 2) prompt_gradients(GatedPromptBackward a) {
+template <class T, int Per>
+__global__ void __launch_bounds__(kPromptThreads, 2) prompt_gradients(GatedPromptBackward a) {
   using Tile = PromptTile<T, Per>;
   __shared__ typename Tile::Memory memory;
   __shared__ typename Tile::Weights p, e;   // of g in dvalue; of query in dkey and of key in dquery
