@@ -8,7 +8,8 @@
 //
 // W is decoded in registers or a panel at a time; nothing of its size is ever written. Sums are fp32, in an
 // order that depends on the shapes alone. With 16-bit x or g, AVX-512 multiplies in int16 (see
-// cpu/product_int16.h for its error) or bf16, other ISAs in fp32.
+// cpu/product_int16.h for its error) or bf16, other ISAs in fp32. CUDA multiplies codes, which are exact in the type
+// of a 16-bit x, on tensor cores.
 #pragma once
 #include "kernels/cpu/kernel.h"
 #ifdef PEFTOPS_CUDA

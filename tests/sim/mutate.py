@@ -64,9 +64,9 @@ def linear(dtype, shapes):
 
 def group_quantize(bits, dtype):
     # Groups of a part of a warp and of several tiles; ends of a warp's tile; constant groups; narrower ranges.
-    for n, k, group, symmetric, narrower in ((5, 416, 32, False, 0), (3, 72, 8, True, 2), (2, 2048, 1024, False, 1)):
+    for n, k, group, symmetric, narrower in ((5, 416, 32, False, 0), (3, 72, 8, True, 2), (2, 2048, 1024, False, 9)):
         weight = torch.randn(n, k, generator=torch.Generator().manual_seed(k)).to(dtype)
-        weight[0, :group], weight[-1, -group:] = 2.5, 0
+        weight[0, :group], weight[-1, -group:], weight[1, 900 % k] = 2.5, 0, 40  # the last in a group's fourth tile
         yield from torch.ops.peftops.group_quantize(weight, bits, group, symmetric, narrower)
 
 
@@ -105,7 +105,13 @@ def prompts(dtype, shapes, backward):
             yield torch.ops.peftops.gated_prompt_add(out, *prompt)
 
 
-PROMPTS = ((2, 4, 2, 35, 10, 40, 33, False), (2, 2, 2, 3, 16, 16, 150, True), (1, 2, 2, 1, 1, 1, 1, False))
+PROMPTS = (
+    (2, 4, 2, 35, 10, 40, 33, False),
+    (2, 2, 2, 3, 16, 16, 150, True),
+    (1, 2, 2, 20, 1, 1, 1, False),
+    (1, 2, 1, 40, 7, 33, 140, False),
+)
+LONG_PROMPTS = ((1, 2, 1, 33, 40, 20, 33, False), (2, 1, 1, 3, 19, 70, 9, True))
 
 
 def backward(dtype, shapes):
@@ -171,7 +177,7 @@ CASES = {
         group_linear, BF16, 4, [(9, 33, 192, 32, 3, BF16), (15, 34, 64 * 34, 16, 2, FP32), (12, 8, 128, 128, 0, None)]
     ),
     "10add_promptIfLi4E": functools.partial(prompts, FP32, PROMPTS, False),
-    "16prompt_gradientsIfLi4E": functools.partial(prompts, FP32, PROMPTS, True),
+    "16prompt_gradientsIfLi8E": functools.partial(prompts, FP32, LONG_PROMPTS, True),
 }
 
 ENTRY = re.compile(r"\.entry\s+(\w+)\(")

@@ -85,7 +85,8 @@ __device__ void sum_queries(const Tile& tile, const QueryRows& rows, const typen
 
 __host__ __device__ constexpr int64_t padded(int64_t n) { return ceil_div(n, kPromptPad) * kPromptPad; }
 
-template <class T, int Per> __global__ void __launch_bounds__(kPromptThreads, 2) prompt_gradients(GatedPromptBackward a) {
+template <class T, int Per>
+__global__ void __launch_bounds__(kPromptThreads, 2) prompt_gradients(GatedPromptBackward a) {
   using Tile = PromptTile<T, Per>;
   __shared__ typename Tile::Memory memory;
   __shared__ typename Tile::Weights p, e;   // of g in dvalue; of query in dkey and of key in dquery
@@ -180,11 +181,11 @@ __global__ void __launch_bounds__(kPromptThreads) reduce_prompt(GatedPromptReduc
   a.dgate[i] = sum;
 }
 
-// f(T(), Bits..) with the tokens a thread takes: four, or eight of a prompt of more than sixteen.
+// f(T(), PerThread<...>()) with the tokens a thread takes at a time.
 template <int Per> struct PerThread { static constexpr int value = Per; };
 template <class F> cudaError_t with_tile(const GatedPrompt& in, const F& f) {
   return with_type(in.dtype, [&](auto t) {
-    return in.tokens <= kParts * 4 ? f(t, PerThread<4>()) : f(t, PerThread<8>());
+    return in.tokens <= kShortPrompt ? f(t, PerThread<4>()) : f(t, PerThread<8>());
   });
 }
 

@@ -64,8 +64,8 @@ template <int B, int N> struct LaneCodes {
       const int64_t begin = i - lane * N;
       if (begin + kWarp * N <= n) {
         const uint32_t mine = lane < kBits ? reinterpret_cast<const uint32_t*>(packed + begin / 8 * B)[lane] : 0;
-        const int at = lane * kBits, next = at / 32 + 1 < kBits ? at / 32 + 1 : kBits - 1;
-        const uint32_t low = __shfl_sync(~0u, mine, at / 32), high = __shfl_sync(~0u, mine, next);
+        const int at = lane * kBits;
+        const uint32_t low = __shfl_sync(~0u, mine, at / 32), high = __shfl_sync(~0u, mine, at / 32 + 1);
         word[0] = __funnelshift_r(low, high, at % 32);
         return;
       }

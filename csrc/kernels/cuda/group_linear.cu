@@ -1,5 +1,5 @@
 // Two ways to a product with a group-quantised weight. With 16-bit x, rows of whole chunks stream through tensor cores,
-// again for every 16 or 32 rows of x (group_rows.cuh). Everything else, and the backward product, is multiplied in
+// again for every 8 to 32 rows of x (group_rows.cuh). Everything else, and the backward product, is multiplied in
 // fp32, tile by tile (tile.cuh), with the low-rank term as more depth.
 #include "kernels/cuda/group_rows.cuh"
 #include "kernels/cuda/linear.cuh"
@@ -26,7 +26,7 @@ template <class T> struct GroupFinish {
 };
 
 template <class T, int B, int Tiles>
-__global__ void __launch_bounds__(kRowsThreads) group_rows(GroupLinear a, int log_group) {
+__global__ void __launch_bounds__(kRowsThreads, 1) group_rows(GroupLinear a, int log_group) {
   __shared__ RowsMemory<GroupStream<T, B>, Tiles> memory;
   multiply_rows<T>(a, GroupStream<T, B>{a.weight, log_group}, memory, GroupFinish<T>{a, log_group});
 }
@@ -66,11 +66,13 @@ template <class T, int B, int Tiles> cudaError_t launch_tiles(const GroupLinear&
   return cudaGetLastError();
 }
 
-// More rows of x at a time decode the weight less often.
+// More rows of x at a time decode the weight less often. The shorter the codes, the more columns of a row a thread has,
+// and the fewer tiles keep their sums and what is under way in registers.
 template <class T, int B> cudaError_t launch_rows(const GroupLinear& a, cudaStream_t stream) {
+  constexpr int kMost = B == 3 ? 1 : B == 2 ? 2 : 4;
   if (a.m <= 8) return launch_tiles<T, B, 1>(a, stream);
-  if (a.m <= kFewRows) return launch_tiles<T, B, 2>(a, stream);
-  return launch_tiles<T, B, 4>(a, stream);
+  if (a.m <= kFewRows) return launch_tiles<T, B, kMost < 2 ? kMost : 2>(a, stream);
+  return launch_tiles<T, B, kMost>(a, stream);
 }
 
 }  // namespace

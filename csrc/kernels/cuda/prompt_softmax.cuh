@@ -28,10 +28,13 @@ struct TokenRows {
   int64_t width;
 };
 
-// Per: tokens a thread has of a chunk.
+// Per: tokens a thread has of a chunk. Four are for prompts of one chunk, which most are.
+constexpr int kShortPrompt = kParts * 4;
+
 template <class T, int Per> struct PromptTile {
   static constexpr int kTokens = kParts * Per;
-  static constexpr int kWide = (Per > 4 ? 2 : 4) * kSlice;   // columns of a result that are summed at a time
+  static constexpr bool kShort = kTokens == kShortPrompt;
+  static constexpr int kWide = (kShort ? 4 : 2) * kSlice;   // columns of a result that are summed at a time
   using Weights = float[kTokens][kQueries];   // of a chunk's tokens in the queries' sums
 
   struct Memory {
@@ -58,7 +61,7 @@ template <class T, int Per> struct PromptTile {
   __device__ QueryRows query_rows() const { return {in.query, memory.at[0], in.d}; }
   __device__ TokenRows keys() const { return {in.key, in.key_at, in.d}; }
   __device__ TokenRows values() const { return {in.value, in.value_at, in.dv}; }
-  __device__ bool whole() const { return in.tokens <= kTokens; }   // one chunk
+  __device__ bool whole() const { return kShort || in.tokens <= kTokens; }   // one chunk
 
   // Takes queries begin to end, kQueries at most, which two other tensors have at `second` and `third`. Whether any of
   // their gates is open.
@@ -103,9 +106,14 @@ template <class T, int Per> struct PromptTile {
   }
 
   template <class F> __device__ void each_chunk(const F& f) {
-    for (first = 0; first < in.tokens; first += kTokens) {
-      count = int(in.tokens - first < kTokens ? in.tokens - first : kTokens);
+    if constexpr (kShort) {
+      count = int(in.tokens);
       f();
+    } else {
+      for (first = 0; first < in.tokens; first += kTokens) {
+        count = int(in.tokens - first < kTokens ? in.tokens - first : kTokens);
+        f();
+      }
     }
   }
 
