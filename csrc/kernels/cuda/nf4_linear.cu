@@ -10,7 +10,7 @@
 namespace peftops::cuda {
 namespace {
 
-template <class T, int Tiles> __global__ void __launch_bounds__(kRowsThreads) few_rows(Nf4Linear a, int log_block) {
+template <class T, int Tiles> __global__ void __launch_bounds__(kRowsThreads, 1) few_rows(Nf4Linear a, int log_block) {
   __shared__ RowsMemory<Nf4Stream<T>, Tiles> memory;
   multiply_rows<T>(a, Nf4Stream<T>{a.weight, log_block}, memory, Finish<T, Nf4Linear>{a, a.r});
 }
