@@ -24,7 +24,7 @@ sanitize: $(VENV)/.dev
 	    --build-temp build/sanitize/temp --build-lib $(SANITIZED)
 	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$(foreach lib,asan stdc++,$(shell $${CXX:-g++} -print-file-name=lib$(lib).so))" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(BIN)/pytest tests/ops --capture=sys --hypothesis-profile=sanitize -m 'not slow' $(ARGS)
+	    $(BIN)/pytest tests/ops --capture=sys --hypothesis-profile=sanitize -m 'not slow' -k 'not cuda' $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
