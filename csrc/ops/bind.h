@@ -120,7 +120,7 @@ inline void fill_with_zeros(Tensor& t) {
 #ifdef PEFTOPS_CUDA
   torch::stable::zero_(t);
 #else
-  std::memset(t.mutable_data_ptr(), 0, size_t(t.numel()) * t.element_size());
+  if (t.numel() > 0) std::memset(t.mutable_data_ptr(), 0, size_t(t.numel()) * t.element_size());   // else it has no memory
 #endif
 }
 

@@ -52,10 +52,20 @@ def dequantize(dtype):
         yield torch.ops.peftops.nf4_dequantize(*weights(n, k, block_size, double_quant), n, k, dtype)
 
 
+def layer(m, n, k, r, gen):
+    x, bias, u, lora_B = (torch.randn(*s, generator=gen) for s in ((m, k), (n,), (m, r), (n, r)))
+    if r > 1:  # small parts of a number that is split show where the large ones cancel
+        x[m // 2 :], bias[: n // 2] = 0, 0
+        u[m // 2 :, 1] = u[m // 2 :, 0] * (1 + torch.rand(m - m // 2, generator=gen) / 4096)
+        lora_B[: n // 2, 1] = -lora_B[: n // 2, 0]
+        u[m // 2 : m // 2 + 3, 2:] = 0
+    return x, bias, u, lora_B
+
+
 def linear(dtype, shapes):
     for m, n, k, block_size, r, factor in shapes:
         gen = torch.Generator().manual_seed(m)
-        x, bias, u, lora_B = (torch.randn(*s, generator=gen) for s in ((m, k), (n,), (m, r), (n, r)))
+        x, bias, u, lora_B = layer(m, n, k, r, gen)
         bias, low_rank = (bias.to(factor), (u, lora_B.to(factor))) if r else (None, (None, None))
         yield torch.ops.peftops.nf4_linear(
             x.to(dtype), *weights(n, k, block_size, m % 2 == 1), n, k, bias, *low_rank, 0.5
@@ -85,7 +95,7 @@ def group_dequantize(bits, dtype):
 def group_linear(dtype, bits, shapes):
     for m, n, k, group, r, factor in shapes:
         gen = torch.Generator().manual_seed(m)
-        x, bias, u, lora_B = (torch.randn(*s, generator=gen) for s in ((m, k), (n,), (m, r), (n, r)))
+        x, bias, u, lora_B = layer(m, n, k, r, gen)
         bias, low_rank = (bias.to(factor), (u, lora_B.to(factor))) if r else (None, (None, None))
         weight = group_weights(n, k, group, bits)
         yield torch.ops.peftops.group_linear(x.to(dtype), *weight, bias, *low_rank, 0.5, False)
@@ -149,7 +159,7 @@ CASES = {
         ],
     ),
     "9many_rowsI6__halfLi1": functools.partial(
-        linear, FP16, [(65, 140, 64 * 6, 64, 2, FP32), (17, 130, 64 * 2, 128, 0, None), (31, 3, 64 * 5, 64, 1, BF16)]
+        linear, FP16, [(65, 140, 64 * 6, 64, 13, FP32), (17, 130, 64 * 2, 128, 0, None), (31, 3, 64 * 5, 64, 6, BF16)]
     ),
     "9many_backI13__nv_bfloat16Li64": functools.partial(
         backward,

@@ -45,7 +45,7 @@ __device__ SegmentRows rows_of(const LoraSegments& all, const LoraSegment& s) {
 template <class T> bool is_wide(const void* p, int64_t k, int64_t n) { return k % n == 0 && aligned(p, n * sizeof(T)); }
 
 template <class X, int Tiles>
-__global__ void __launch_bounds__(kThinThreads) multi_shrink(MultiLoraAdd a, bool wide) {
+__global__ void __launch_bounds__(kThinThreads, 1) multi_shrink(MultiLoraAdd a, bool wide) {
   __shared__ ShrinkMemory<Tiles> memory;
   const LoraSegment s = a.segments.at[blockIdx.x];
   const int64_t rank = int64_t(blockIdx.y) * 8 * Tiles;
