@@ -4,8 +4,8 @@
     python examples/compare_methods.py --out comparison lora qlora vera  # some
 
 Each method is one run of ``peftops finetune`` in a process of its own, so that peak memory is that of the method.
-Learning rates differ, as they must: a prompt moves by tenths, a weight by thousandths. They were chosen by trying
-three of each; nothing else was tuned. Prints the table (also to OUT/table.md) and draws OUT/comparison.png.
+Learning rates differ, as they must: a prompt moves by hundredths, a weight by thousandths. They are rules of thumb;
+nothing was tuned. Prints the table (also to OUT/table.md) and draws OUT/comparison.png.
 """
 
 import argparse
@@ -25,7 +25,10 @@ METHODS = {
     "pissa": "--lr 3e-4",
     "olora": "--lr 3e-4",
     "loftq": "--lr 1e-3",
+    "lqlora": "--lr 1e-3",
     "lorafa": "--lr 3e-3",
+    "relora": "--lr 1e-3 --every 10",
+    "longlora": "--lr 5e-4",
     "multilora": "--lr 1e-3",
     "tiedlora": "--lr 3e-3",
     "vera": "--lr 1e-2",
