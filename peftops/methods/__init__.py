@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..nn import AdaptedLayer, Adapter, MergeError, Prompt, Prompted, Stored, Switch
-from ..ops.packed_tensor import PackedTensor
+from ..nn import AdaptedLayer, Adapter, MergeError, Prompt, Prompted, Stored, Switch, is_quantized
 from .targets import base_of, find_targets
 
 METHODS: dict[type, type[Stored]] = {}  # config class -> class of its adapters
@@ -161,7 +160,7 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
     if not state.configs:
         trainable = set(state.trainable_before)
         for path, parameter in model.named_parameters():
-            parameter.requires_grad_(path in trainable and not isinstance(parameter, PackedTensor))
+            parameter.requires_grad_(path in trainable and not is_quantized(parameter))
         del model._peftops
     return model
 

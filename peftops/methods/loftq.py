@@ -15,9 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import LINEAR, NF4Linear, dense_matrix, quantize_linears, shell_of
+from ..nn import LINEAR, NF4Linear, dense_matrix, is_quantized, quantize_linears, shell_of
 from ..ops import NF4Tensor, nf4_dequantize, nf4_quantize
-from ..ops.packed_tensor import PackedTensor
 from . import register
 from .config import check_range
 from .lora import LoRA
@@ -85,7 +84,7 @@ class LoftQ(LoRA):
 
     @torch.no_grad()
     def begin(self, base: nn.Module) -> nn.Module:
-        if isinstance(base.weight, PackedTensor):
+        if is_quantized(base.weight):
             return base
         c, r = self.config, self.lora_A.shape[0]
         weight = dense_matrix(base, base.weight.dtype)

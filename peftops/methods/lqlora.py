@@ -19,9 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import LINEAR, GroupLinear, NF4Linear, dense_matrix, shell_of, sizes
+from ..nn import LINEAR, GroupLinear, NF4Linear, dense_matrix, is_quantized, shell_of, sizes
 from ..ops import NF4Tensor
-from ..ops.packed_tensor import PackedTensor
 from . import each_target, register
 from .config import Config, check_range
 from .lora import LoRA, LoRAConfig
@@ -76,7 +75,7 @@ class LQLoRA(LoRA):
         check_nothing_dense_is_adapted("LQ-LoRA", model)
         bases = each_target(LQLoRA, model, config)
         adapters = {path: LQLoRA(base, config, path) for path, base in bases.items()}
-        dense = {path: base for path, base in bases.items() if not isinstance(base.weight, PackedTensor)}
+        dense = {path: base for path, base in bases.items() if not is_quantized(base.weight)}
         for path in dense:
             shape = list(sizes(bases[path])[::-1])
             if config.fisher is not None and list(getattr(config.fisher.get(path), "shape", [])) != shape:
@@ -97,7 +96,7 @@ class LQLoRA(LoRA):
         super().__init__(base, config, layer)
         if self.scaling <= 0:
             raise ValueError(f"LQ-LoRA needs a scaling above 0, not alpha={config.alpha}")
-        self._base, self.given = [base], isinstance(base.weight, PackedTensor)
+        self._base, self.given = [base], is_quantized(base.weight)
         self.iterations, self.errors = config.iterations, []  # relative: of plain codes, then of each iterate
         self._importance = [None if config.fisher is None else config.fisher.get(layer)]
         self.precision: Precision | None = Precision.of(base.weight) if self.given else None

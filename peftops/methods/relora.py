@@ -22,8 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import LINEAR, Adapter, MergeError, Select, low_rank
-from ..ops.packed_tensor import PackedTensor
+from ..nn import LINEAR, Adapter, MergeError, Select, is_quantized, low_rank
 from . import MergeReport, attachment, each_target, hosts, register
 from .config import Config, check_choice, check_range
 from .lora import LoRA, LoRAConfig
@@ -82,7 +81,7 @@ class ReLoRA(LoRA):
             found[path] = ReLoRA(base, config, path)
         if config.restarts and getattr(model, "_peftops", None):
             raise ValueError("these restarts changed the base, which this model's other adapters stand on")
-        other = lambda path, layer, leaf: path not in found and not isinstance(getattr(layer, leaf), PackedTensor)
+        other = lambda path, layer, leaf: path not in found and not is_quantized(getattr(layer, leaf))
         return found | copies(Select, model, other, None) if config.rest else found
 
     def __init__(self, base: nn.Module, config: ReLoRAConfig, layer: str):
