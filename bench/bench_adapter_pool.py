@@ -11,6 +11,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import harness
 import peftops
 from peftops.nn import quantize_linears
+from peftops.nn.prompt import cache_name
 
 R, PROMPT = 16, 16
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")  # as in S-LoRA
@@ -65,7 +66,8 @@ class Server:
         cache, ids = DynamicCache(), torch.randint(0, 49152, (len(names), PROMPT))
         with self.pool.use(names) as self.batch["index"]:
             for _ in range(self.args.tokens):
-                logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                logits = self.model(input_ids=ids, use_cache=True, logits_to_keep=1,
+                                    **{cache_name(self.model): cache}).logits  # fmt: skip
                 ids = logits[:, -1:].argmax(-1)
 
     def many(self):

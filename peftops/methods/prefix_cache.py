@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.prompt import cache_name
+
 
 class PrefixCache:
     """A cache that holds a prefix and forgets what it is given, for calls that nothing continues.
@@ -56,7 +58,7 @@ def prefilled(model: nn.Module, ids: Tensor) -> list[Tensor]:
     try:
         if state is not None:
             state.switch.active = None
-        cache = model.base_model(ids, use_cache=True).past_key_values
+        cache = getattr(model.base_model(ids, use_cache=True), cache_name(model.base_model))
     finally:
         model.train(training)
         if state is not None:

@@ -122,24 +122,25 @@ class PrefixTuning(Prompt):
         given = arguments.get("inputs_embeds") if arguments.get("input_ids") is None else arguments["input_ids"]
         dtype = body.get_input_embeddings().weight.dtype
         pairs = self.prefix.to(dtype).view(self.shape).permute(1, 2, 0, 3)[:, None].expand(-1, len(given), -1, -1, -1)
-        cache = arguments.get("past_key_values")
+        cache = arguments.get("cache")
         wanted = arguments.get("use_cache")
         goes_on = (body.config.use_cache if wanted is None else wanted) and not body.training
         if cache is None and not goes_on:
             keeping_the_cache(body, True)
-            return {**arguments, "past_key_values": PrefixCache(pairs)}
+            return {**arguments, "cache": PrefixCache(pairs)}
         if cache is None:
             from transformers import DynamicCache
 
             cache = DynamicCache(config=body.config)
         for layer in range(len(pairs) // 2):
             cache.update(pairs[2 * layer], pairs[2 * layer + 1], layer)
-        return {**arguments, "past_key_values": cache}
+        return {**arguments, "cache": cache}
 
     def after(self, body: nn.Module, output: Any) -> Any:
         keeping_the_cache(body, False)
-        if isinstance(getattr(output, "past_key_values", None), PrefixCache):
-            output.past_key_values = None
+        name = "cache" if hasattr(output, "cache") else "past_key_values"
+        if isinstance(getattr(output, name, None), PrefixCache):
+            setattr(output, name, None)
         return output
 
     def extra_repr(self) -> str:

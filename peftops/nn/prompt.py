@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ class Prompt(Stored):
     """
 
     def before(self, body: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that the body is called with, in place of ``arguments``."""
+        """The arguments that the body is called with, in place of ``arguments``; a cache is called ``cache`` there."""
         raise NotImplementedError
 
     def after(self, body: nn.Module, output: Any) -> Any:
@@ -39,6 +40,7 @@ class Prompted(nn.Module):
         self.adapters = nn.ModuleDict()
         self.switch = switch
         self.is_merged = False  # whether the layers do without it
+        self.cache_name = cache_name(body)
         self._hooks = [
             body.register_forward_pre_hook(self._before, with_kwargs=True),
             body.register_forward_hook(self._after),
@@ -78,16 +80,22 @@ class Prompted(nn.Module):
             kwargs = {body.main_input_name if hasattr(body, "main_input_name") else "input_ids": args[0], **kwargs}
         if len(args) > 1:
             raise TypeError(f"{type(prompt).__name__} needs the arguments of {type(body).__name__} by their names")
-        return (), prompt.before(body, kwargs)
+        changed = prompt.before(body, {"cache" if name == self.cache_name else name: kwargs[name] for name in kwargs})
+        return (), {self.cache_name if name == "cache" else name: changed[name] for name in changed}
 
     def _after(self, body: nn.Module, args: tuple, output: Any) -> Any:
         prompt = self._active()
         return None if prompt is None else prompt.after(body, output)
 
 
+def cache_name(model: nn.Module) -> str:
+    """What ``model`` calls the cache that it takes and returns: "cache" since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def cached(arguments: dict[str, Any]) -> int:
     """How many positions the cache of a call holds already."""
-    cache = arguments.get("past_key_values")
+    cache = arguments.get("cache")
     return 0 if cache is None else int(cache.get_seq_length())
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import AdapterPool, matrix
+from ..nn.prompt import cache_name
 from ..ops import multi_lora_linear
 from .cache import RowCache
 
@@ -75,6 +76,7 @@ class Batch:
         self.model, self.rows, self.max_rows, self.max_tokens = model, rows, max_rows, max_tokens
         self.running: list[Request] = []
         self.cache = RowCache(model.config.get_text_config().num_hidden_layers)
+        self.cache_name = cache_name(model)
 
     def join(self, requests: list[Request]) -> None:
         """Run the prompts of new requests, each from position 0, up to the first token of the answers."""
@@ -115,8 +117,8 @@ class Batch:
         adapters = torch.tensor([r.index for r in requests])
         self.rows.index = adapters.repeat_interleave(ids.shape[1]) if (adapters != BASE).any() else None
         try:
-            return self.model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=self.cache,
-                              use_cache=True, logits_to_keep=keep).logits  # fmt: skip
+            return self.model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True,
+                              logits_to_keep=keep, **{self.cache_name: self.cache}).logits  # fmt: skip
         finally:
             self.rows.index = None
 

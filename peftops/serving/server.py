@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from ..nn import AdapterPool
+from ..nn.prompt import cache_name
 from .batch import Batch, PooledLinear, Request, Rows
 
 
@@ -64,7 +65,8 @@ class Server:
                 raise ValueError(f"Server: {name} must be at least {least}, not {value}")
         if hasattr(model, "_peftops"):
             raise ValueError("Server: the model has an adapter attached; detach it, or merge and detach it")
-        lacks = {"position_ids", "logits_to_keep", "past_key_values"} - set(inspect.signature(model.forward).parameters)
+        needs = {"position_ids", "logits_to_keep", cache_name(model)}
+        lacks = needs - set(inspect.signature(model.forward).parameters)
         if lacks:
             raise TypeError(f"Server: {type(model).__name__} takes no {', '.join(sorted(lacks))}")
         self.model, self.pool, self.max_batch, self.max_tokens = model, pool, max_batch, max_tokens

@@ -12,6 +12,7 @@ import models
 import reference
 from peftops import LoRAConfig, attach
 from peftops.nn.gated_prompt import GatedPrompt, check_attention, is_attention
+from peftops.nn.prompt import cache_name
 
 SMALL = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 2}  # fmt: skip
@@ -120,7 +121,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(kind):
     cache = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
         want = model(ids).logits
-        steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(ids.shape[1])]
+        steps = [model(ids[:, i : i + 1], **{cache_name(model): cache}).logits for i in range(ids.shape[1])]
     torch.testing.assert_close(torch.cat(steps, 1), want, rtol=1e-4, atol=1e-5)
 
 
