@@ -89,11 +89,11 @@ def nf4_linear(
         raise TypeError(
             f"nf4_linear: weight must be an NF4Tensor (see peftops.nf4_quantize), not a {type(weight).__name__}"
         )
-    if weight.dim() != 2:
-        raise ValueError(f"nf4_linear: weight must have two dims, [out, in], not shape {list(weight.shape)}")
+    if len(shape := weight.shape) != 2:
+        raise ValueError(f"nf4_linear: weight must have two dims, [out, in], not shape {list(shape)}")
     if x.device != weight.device:
         raise ValueError(f"nf4_linear: x is on {x.device}, weight on {weight.device}")
-    n, k = weight.shape
+    n, k = shape
     x = autocast(x)
     if lora_A is None and lora_B is None:
         dropout_p, seed = 0.0, None

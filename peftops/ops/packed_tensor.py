@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,10 @@ class PackedTensor(Tensor):
     _LAYOUT: ClassVar[tuple[str, ...]]  # what two of them must share for one to be copied to the other
     _NAME: ClassVar[str]  # in a sentence, with its article
     _INSTEAD: ClassVar[str]  # what to do instead of an operation that it does not have
+    _arguments: property  # the weight as the operators take it: parts and settings
+
+    def __init_subclass__(cls) -> None:
+        cls._arguments = property(attrgetter(*cls._PARTS, *cls._SETTINGS))  # a loop takes a microsecond
 
     @classmethod
     def _make(cls, parts: tuple, settings: tuple, shape: torch.Size, dtype: torch.dtype) -> Any:
@@ -38,11 +43,6 @@ class PackedTensor(Tensor):
     def nbytes(self) -> int:
         """Bytes of memory that it takes, scales and all."""
         return sum(part.nbytes for part in self._parts().values())
-
-    @property
-    def _arguments(self) -> tuple:
-        """The weight as the operators take it."""
-        return tuple(getattr(self, name) for name in self._PARTS + self._SETTINGS)
 
     def _parts(self) -> dict[str, Tensor]:
         return {name: part for name in self._PARTS if (part := getattr(self, name)) is not None}

@@ -149,6 +149,20 @@ def test_matches_reference_beyond_one_block(device, dtype, shape):
     Layer(device, n, k, (m,), dtype, 7, r=24, bias=True, adapter=torch.float32).check()
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("block_size", [32, 64, 256])
+@pytest.mark.parametrize("n", [2, 33, 46, 288])
+@pytest.mark.parametrize("k", [64, 96, 192, 576, 4032, 4160])
+def test_one_row_against_rows_in_pairs(device, n, k, block_size, double_quant):
+    """Rows of the weight that end in the middle of a strip are read two at a time, if there are two."""
+    layer = Layer(device, n, k, (1,), torch.float32, n + k, block_size=block_size, double_quant=double_quant, bias=True)
+    layer.check()
+    for column in (0, k - 1):  # no lane of another row multiplies an infinity by nothing
+        with torch.no_grad():
+            layer.x.zero_()[0, column] = torch.inf
+        assert torch.equal(layer().double().nan_to_num(nan=7.0), layer.reference()[0].nan_to_num(nan=7.0))
+
+
 @given(n=outs, k=ins, m=rows, dtype=dtypes, r=ranks, p=st.sampled_from([0.05, 0.5, 0.9]), seed=seeds)
 def test_dropout_matches_reference(device, n, k, m, dtype, r, p, seed):
     layer = Layer(device, n, k, (m,), dtype, seed, r=r, bias=True)

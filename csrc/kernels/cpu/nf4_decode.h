@@ -15,12 +15,13 @@ inline float absmax_of(const Nf4Weight& w, int64_t block) {
 // The same for n blocks in a row.
 inline void decode_absmax(const Nf4Weight& w, int64_t block, int64_t n, float* out) {
   if (w.absmax) return void(memcpy(out, w.absmax + block, n * sizeof(float)));
+  const Table256 table(kDynamicMap.at);
   const Vec offset = set(*w.absmax_offset);
   for (int64_t i = 0; i < n;) {
     const int64_t group = (block + i) / kAbsmaxBlock, stop = at_most(n, (group + 1) * kAbsmaxBlock - block);
     const Vec scale = set(w.absmax_scale[group]);
     for (; i + kLanes <= stop; i += kLanes)
-      store(out + i, gather(kDynamicMap.at, load_bytes(w.absmax_code + block + i)) * scale + offset);
+      store(out + i, table(load_bytes(w.absmax_code + block + i)) * scale + offset);
     for (; i < stop; ++i) out[i] = absmax_of(w, block + i);
   }
 }

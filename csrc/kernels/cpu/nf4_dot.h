@@ -115,14 +115,15 @@ bool pack_dot16(const T* x, int64_t rows, int64_t ld, int64_t cols, int16_t* out
 struct Strips {
   const Nf4Weight& w;
   int64_t k, cols, segment, segments, per_strip, whole, rest;
-  Int which, inside;   // each lane's segment in a strip; lanes of the broken strip inside the row
+  Int which, inside, low;   // each lane's segment in a strip; lanes of the broken strip inside the row; the lower half
 
   Strips(const Nf4Weight& w, int64_t k, int64_t cols)
       : w(w), k(k), cols(cols), segment(segment_of(w)), segments(cols / segment), per_strip(kStrip / segment),
         whole(cols / kStrip), rest(cols % kStrip / 8) {
-    int32_t lane[2][kLanes];
-    for (int i = 0; i < kLanes; ++i) lane[0][i] = int32_t(i * 8 / segment), lane[1][i] = i < rest ? -1 : 0;
-    which = load_int(lane[0]), inside = load_int(lane[1]);
+    int32_t lane[3][kLanes];
+    for (int i = 0; i < kLanes; ++i)
+      lane[0][i] = int32_t(i * 8 / segment), lane[1][i] = i < rest ? -1 : 0, lane[2][i] = i < kLanes / 2 ? -1 : 0;
+    which = load_int(lane[0]), inside = load_int(lane[1]), low = load_int(lane[2]);
   }
   const uint8_t* packed(int64_t row) const { return w.packed + (row * w.cols + k) / 2; }
 
@@ -189,15 +190,65 @@ template <int M, class Dot> void dot_lanes(const Strips& strips, const Dot& dot,
   add_lanes(partial, c);
 }
 
+// Rows that end in mid-strip are read two at a time, as one row of twice the columns, so that no lane is idle: the
+// strip in the middle has the end of the first and the start of the second. For one row of x, which is packed twice.
+inline bool has_pairs(const Nf4Weight& w) {
+  return w.cols % kStrip == kStrip / 2 && w.rows % 2 == 0 && 2 * w.cols <= kDotCols;
+}
+inline Nf4Weight in_pairs(Nf4Weight w) {
+  w.rows /= 2, w.cols *= 2;
+  return w;
+}
+
+// c[i] += x . weight[2 * pair + i] for kLanes rows of the weight; `pair` and `strips` count in pairs.
+inline void dot_pairs(const Strips& strips, const Dot32& dot, int64_t pair, float* c) {
+  const int64_t pairs = at_most(kLanes / 2, strips.w.rows - pair);
+  float scales[kLanes * kDotCols / 32 + 16];
+  strips.absmax(pair, pairs, scales);
+  memset(scales + pairs * strips.segments, 0, 16 * sizeof(float));
+
+  Int partial[1][kLanes];
+  for (int i = 0; i < kLanes; i += 2) {
+    const int64_t at = at_most(i / 2, pairs - 1), middle = strips.whole / 2;
+    const uint8_t* p = strips.packed(pair + at);
+    const float* scale_of = scales + at * strips.segments;
+    const auto add = [&](int64_t from, int64_t to, Vec sum) {
+      Vec total[1][1] = {{sum}};
+      for (int64_t s = from; s < to; ++s)
+        dot.add<1, 1>({load_int(p + s * kStrip / 2)}, s,
+                               {Table16(scale_of + s * strips.per_strip)(strips.which)}, total);
+      return total[0][0];
+    };
+    const Int both = as_int(add(middle, middle + 1, zero()));
+    partial[0][i] = as_int(add(0, middle, as_float(both & strips.low)));
+    partial[0][i + 1] = as_int(add(middle + 1, strips.whole, as_float(both & ~strips.low)));
+  }
+  add_lanes(partial, c);
+}
+
 // Adds x W^T to a block of C that has kDotRows rows at most.
 template <class T> void accumulate_dot(const Block& b, const Nf4Weight& w, const T* x, const Scratch& s) {
+  const auto each_column = [&](const auto& f) {   // of C, kLanes at a time
+    for (int64_t col = b.col, j = 0; j < b.panels * 2 && col < w.rows; ++j, col += kLanes) f(col, s.c + j * kLanes);
+  };
+  if constexpr (sizeof(T) == sizeof(float))   // Dot16 has a range per strip: the ends of x have nothing in common
+    if (b.rows == 1 && has_pairs(w)) {
+      T twice[kDotCols];
+      for (int i = 0; i < 2; ++i) memcpy(twice + i * w.cols, x + b.row * w.cols, w.cols * sizeof(T));
+      const Nf4Weight pairs = in_pairs(w);
+      pack_dot(twice, 1, pairs.cols, pairs.cols, s.panels);
+      const Strips strips(pairs, 0, pairs.cols);
+      const Dot32 dot{s.panels};
+      return each_column([&](int64_t col, float* c) { dot_pairs(strips, dot, col / 2, c); });
+    }
   const int64_t chunk = kDotCols / b.rows / kStrip * kStrip;
   for (int64_t k = 0; k < w.cols; k += chunk) {
     const Strips strips(w, k, at_most(chunk, w.cols - k));
     const T* from = x + b.row * w.cols + k;
     const auto run = [&](const auto& dot) {
-      for (int64_t col = b.col, j = 0; j < b.panels * 2 && col < w.rows; ++j, col += kLanes)
-        with_dot_rows(b.rows, [&](auto m) { dot_lanes<decltype(m)::value>(strips, dot, col, s.c + j * kLanes); });
+      each_column([&](int64_t col, float* c) {
+        with_dot_rows(b.rows, [&](auto m) { dot_lanes<decltype(m)::value>(strips, dot, col, c); });
+      });
     };
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 2) {

@@ -96,6 +96,26 @@ struct Table16 {
   Vec operator()(Int codes) const { return _mm512_permutexvar_ps(codes, values); }
 };
 
+// 256 values, looked up by a byte in each lane: out of registers, in half the time of a gather.
+struct Table256 {
+  Vec values[16];
+  explicit Table256(const float* at) {
+    for (int i = 0; i < 16; ++i) values[i] = load(at + i * kLanes);
+  }
+  Vec operator()(Int codes) const {
+    Vec v[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) v[i] = _mm512_permutex2var_ps(values[2 * i], codes, values[2 * i + 1]);
+#pragma GCC unroll 3
+    for (int bit = 5; bit < 8; ++bit) {   // each halves what is left to choose from
+      const __mmask16 set = _mm512_test_epi32_mask(codes, set_int(1 << bit));
+#pragma GCC unroll 4
+      for (int i = 0; i < 128 >> bit; ++i) v[i] = _mm512_mask_blend_ps(set, v[2 * i], v[2 * i + 1]);
+    }
+    return v[0];
+  }
+};
+
 // c + (a > b ? step : 0) in each lane; false where either is a NaN.
 inline Int add_if_greater(Vec a, Vec b, Int c, int step) {
   return _mm512_mask_add_epi32(c, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), c, _mm512_set1_epi32(step));

@@ -107,6 +107,12 @@ struct Table16 {
   }
 };
 
+struct Table256 {
+  const float* at;
+  explicit Table256(const float* values) : at(values) {}
+  Vec operator()(Int bytes) const { return gather(at, bytes); }
+};
+
 // c + (a > b ? step : 0) in each lane; false where either is a NaN.
 inline Int add_if_greater(Vec a, Vec b, Int c, int step) { return c + ((a > b) & step); }
 
