@@ -31,6 +31,8 @@ VERSION = 1  # of peftops.json and of what it says about the tensors
 def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = None) -> None:
     """Write an attached adapter so that HF PEFT, and :func:`load`, can read it.
 
+    If FSDP2 has sharded it, all ranks must call this: the shards are gathered, and rank 0 writes.
+
     Args:
         directory: made if it is not there; files of another adapter in it are replaced, each at once.
         name: which adapter; by default the active one.
@@ -45,11 +47,14 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
         raise ValueError(f"the model has no adapter named {name!r}; it has {', '.join(state.configs)}")
     adapters = {path: host.adapters[name] for path, host in hosts(model) if name in host.adapters}
     config = state.configs[name].as_built(adapters)
-    tensors = {
-        adapter.file_key(key, path): tensor.detach().cpu().contiguous()
-        for path, adapter in adapters.items()
-        for key, tensor in adapter.stored().items()
-    }
+    tensors, rank = {}, 0
+    for path, adapter in adapters.items():
+        for key, tensor in adapter.stored().items():
+            if hasattr(tensor, "full_tensor"):  # a DTensor
+                rank, tensor = tensor.device_mesh.get_rank(), tensor.full_tensor()
+            tensors[adapter.file_key(key, path)] = tensor.detach().cpu().contiguous()
+    if rank != 0:
+        return
     targets = {"target_modules": suffixes_or_names(model, list(adapters))} if _target_field(config) else {}
     fields = {
         **config.to_peft(),

@@ -126,6 +126,9 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     state.configs[name] = config
     state.switch.active = name
     model._peftops = state
+    # DistributedDataParallel makes all ranks alike by sending every parameter as one flat tensor, which codes are not.
+    # They come from the same file by the same arithmetic on every rank: tell it to leave them alone.
+    model._ddp_params_and_buffers_to_ignore = [n for n, p in model.named_parameters() if is_quantized(p)]
     return model
 
 
@@ -161,7 +164,7 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
         trainable = set(state.trainable_before)
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(path in trainable and not is_quantized(parameter))
-        del model._peftops
+        del model._peftops, model._ddp_params_and_buffers_to_ignore
     return model
 
 

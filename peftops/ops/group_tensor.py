@@ -27,6 +27,7 @@ class GroupQuantTensor(PackedTensor):
 
     _PARTS = ("packed", "scales", "zeros")
     _SETTINGS = ("bits", "group_size")
+    _BY_ROW = _PARTS
     _LAYOUT = ("shape", "bits", "group_size")
     _NAME = "a GroupQuantTensor"
     _INSTEAD = (

@@ -25,6 +25,7 @@ class NF4Tensor(PackedTensor):
 
     _PARTS = ("packed", "_absmax", "_absmax_scale", "_absmax_offset")
     _SETTINGS = ("block_size",)
+    _BY_ROW = ("packed", "_absmax")
     _LAYOUT = ("shape", "block_size", "double_quant")
     _NAME = "an NF4Tensor"
     _INSTEAD = (
@@ -54,6 +55,10 @@ class NF4Tensor(PackedTensor):
     def double_quant(self) -> bool:
         """Whether the absmax values are quantised themselves, to 8 bits."""
         return self._absmax_scale is not None
+
+    @property
+    def _is_ragged(self) -> bool:
+        return self.numel() % self.block_size != 0
 
     @property
     def absmax(self) -> Tensor:

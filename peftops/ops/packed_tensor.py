@@ -8,15 +8,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .row_shards import RowShards, on_rows
+
 _aten = torch.ops.aten
 
 
-class PackedTensor(Tensor):
+class PackedTensor(RowShards, Tensor):
     """A frozen weight that is stored as something else. A subclass names its parts and its settings.
 
     ``shape``, ``dtype`` and ``device`` are those of the weight that it stands for. It can be a (frozen)
     parameter, be copied, moved, pickled and saved; ``.to(dtype)`` changes the dtype it stands for and leaves
-    the parts alone. Any other operation raises: nothing dequantises it behind your back.
+    the parts alone; FSDP2 can shard it. Any other operation raises: nothing dequantises it behind your back.
     """
 
     _PARTS: ClassVar[tuple[str, ...]]  # attributes that hold its tensors, or None where it has no such part
@@ -102,6 +104,8 @@ class PackedTensor(Tensor):
             return args[0]._arguments[0].is_pinned()
         if func is _aten._pin_memory.default:
             return args[0]._like(Tensor.pin_memory)
+        if (done := on_rows(func, args)) is not NotImplemented:
+            return done
         raise NotImplementedError(f"{func} does not work on {cls._NAME}. {cls._INSTEAD}")
 
     @classmethod

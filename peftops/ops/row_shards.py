@@ -1,0 +1,83 @@
+"""Rows of a packed weight: how FSDP2 (``torch.distributed.fsdp.fully_shard``) shards it and puts it together again."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+class RowShards:
+    """What a packed weight can do with its rows. A rank keeps an equal share of them and, around a product, is given
+    the rows of all; in codes, so that what travels is a seventh of a float32 weight.
+
+    A part that does not go row by row (the scales of double quantisation, two thousandths of the weight) stays whole
+    on every rank. A share alone is for keeping: where it would mean something else, the operators refuse it.
+    """
+
+    _BY_ROW: ClassVar[tuple[str, ...]]  # parts that hold equally much of every row
+
+    def _place(self, name: str, row: int) -> int:
+        """Where a row begins in a part."""
+        size, rows = getattr(self, name).shape[0], self.shape[0]
+        if rows == 0 or row * size % rows or self._is_ragged:
+            raise ValueError(
+                f"{self._NAME} of shape {list(self.shape)} cannot be cut before row {row}: no block begins there"
+            )
+        return row * size // rows
+
+    @property
+    def _is_ragged(self) -> bool:
+        """Whether the last block has fewer elements than the others."""
+        return False
+
+    def _rows(self, start: int, stop: int) -> Any:
+        cut = lambda name: getattr(self, name)[self._place(name, start) : self._place(name, stop)]
+        return self._with({name: cut(name) for name in self._BY_ROW}, (stop - start, *self.shape[1:]))
+
+    def _zeros(self, rows: int) -> Any:
+        zeros = lambda part, size: part.new_zeros((size, *part.shape[1:]))
+        new = {name: zeros(getattr(self, name), self._place(name, rows)) for name in self._BY_ROW}
+        return self._with(new, (rows, *self.shape[1:]))
+
+    def _with(self, parts: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Any:
+        """The same settings, with some of the parts in another shape."""
+        every = tuple(parts.get(name, getattr(self, name)) for name in self._PARTS)
+        settings = tuple(getattr(self, name) for name in self._SETTINGS)
+        return self._make(every, settings, torch.Size(shape), dtype or self.dtype)
+
+    def fsdp_pre_all_gather(
+        self, mesh: Any, outer_size: torch.Size, outer_stride: tuple, module: Any, mp_policy: Any
+    ) -> tuple[tuple[Tensor, ...], torch.Size]:
+        """What is gathered from all ranks, and what :meth:`fsdp_post_all_gather` must know."""
+        return tuple(getattr(self, name) for name in self._BY_ROW), outer_size
+
+    def fsdp_post_all_gather(
+        self, gathered: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype, *, out: Any = None
+    ) -> tuple[Any, tuple] | None:
+        """The whole weight; or nothing to do, for ``out`` has what is gathered into the same memory."""
+        if out is not None:
+            return None
+        return self._with(dict(zip(self._BY_ROW, gathered, strict=True)), shape, dtype), ()
+
+
+def on_rows(func: Any, args: tuple) -> Any:
+    """What ``fully_shard`` asks of a parameter, or NotImplemented if ``func`` is something else."""
+    weight, *rest = args
+    if func is _aten.split.Tensor and rest[1:] in ([], [0]):
+        rows, each = weight.shape[0], rest[0]
+        if rows % each:
+            raise ValueError(f"{weight._NAME} of {rows} rows cannot be sharded evenly, {each} rows each")
+        return [weight._rows(start, start + each) for start in range(0, rows, each)]
+    if func is _aten.slice.Tensor and rest[0] == 0 and len(rest) == 3:
+        return weight._rows(rest[1], min(rest[2], weight.shape[0]))
+    if func is _aten.new_zeros.default and tuple(rest[0][1:]) == weight.shape[1:]:
+        return weight._zeros(rest[0][0])
+    if func is _aten.view.default and list(rest[0]) in ([-1], [weight.numel()], list(weight.shape)):
+        return weight._with({}, weight.shape if list(rest[0]) == list(weight.shape) else (weight.numel(),))
+    if func is _aten.as_strided.default and (tuple(rest[0]), tuple(rest[1])) == (weight.shape, weight.stride()):
+        return weight._with({}, weight.shape)
+    return NotImplemented
