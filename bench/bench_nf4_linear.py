@@ -1,4 +1,5 @@
-"""nf4_linear, forward without and backward with an adapter, against the dense layer and bitsandbytes."""
+"""nf4_linear, forward without and backward with an adapter, against the dense layer and bitsandbytes; and forward
+with compute="int8" against that with "float"."""
 
 import bitsandbytes as bnb
 import torch
@@ -36,6 +37,17 @@ def cases():
                     bytes=quantised.nbytes if m <= 4 else 0,
                     want=dict(zip(("dense", "bitsandbytes"), wants[which], strict=True)),
                 )
+                if m >= 16:
+                    yield harness.Case(
+                        f"int8 {n}x{k} {str(dtype)[6:]} M={m}",
+                        no_grad(
+                            peftops=lambda x=x, w=quantised: peftops.nf4_linear(x, w, compute="int8"),
+                            dense=lambda x=x, weight=weight: F.linear(x, weight),
+                            float=lambda x=x, w=quantised: peftops.nf4_linear(x, w),
+                        ),
+                        flops=2.0 * m * n * k,
+                        want={"dense": 2, "float": 1.3} if dtype == torch.float32 else {"float": 1},
+                    )
             yield backward(256, n, k, dtype, weight, quantised, (packed, state), BACKWARD[which])
 
 

@@ -40,6 +40,17 @@ def assert_sums(got, want, magnitude, terms, extra=0.0):
     )
 
 
+def assert_rounded(got, want, magnitude, terms, extra=0.0, then=lambda t: t):
+    """The same, where only what comes before the last roundings may be off. Those are known: one to the dtype of
+    ``got``, and what ``then`` does in that dtype, which must not fall where its argument rises. So ``got`` lies between
+    what they make of the least and of the most that is allowed, and in 16 bits these are mostly one number."""
+    before = terms * FP32 * magnitude + extra
+    low, high = (then(end.float().to(got.dtype)) for end in (want - before, want + before))
+    assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    outside = ~((low <= got) & (got <= high))
+    assert not outside.any(), f"{got[outside][0]} is not between {low[outside][0]} and {high[outside][0]}"
+
+
 def on_cuda(x):
     """Whether CUDA kernels compute with ``x``: on a GPU, or in the simulator."""
     return x.device.type == "cuda" or sim.active

@@ -1,46 +1,24 @@
-// Linear layers over an NF4 weight W [n, k], low-rank term included: the contract between the kernels
-// and everyone above them.
+// Linear layers over an NF4 weight: the contract between the kernels and everyone above them.
 //
-//   nf4_linear           y  = x W^T + bias + scaling * u B^T      u from lora_shrink (kernels/lora_linear.h)
-//   nf4_linear_backward  dx = g W + dropout'(v A)                 v likewise
+//   nf4_linear           y  = x W^T + bias + scaling * u B^T      see kernels/linear.h
+//   nf4_linear_backward  dx = g W + dropout'(v A)
 //
-// W is decoded in registers or a panel at a time; nothing of its size is ever written. Sums are fp32,
-// in an order that depends on the shapes alone. With 16-bit x or g, AVX-512 multiplies in int16 (see
-// cpu/product_int16.h for its error), other ISAs in fp32. CUDA multiplies on tensor cores in the type of x or g: codes
-// are rounded to it forwards, elements of W backwards.
+// With 16-bit x or g, AVX-512 multiplies in int16 (see cpu/product_int16.h for its error) or bf16, other ISAs in fp32.
+// CUDA multiplies on tensor cores in the type of x or g: codes are rounded to it forwards, elements of W backwards.
 #pragma once
 #include "kernels/cpu/kernel.h"
 #ifdef PEFTOPS_CUDA
 #include "kernels/cuda/kernel.h"
 #endif
 #include "kernels/dropout.h"
-#include "kernels/dtype.h"
+#include "kernels/linear.h"
 #include "kernels/nf4.h"
 
 namespace peftops {
 
-struct Nf4Linear {
-  Nf4Weight weight;      // rows = n, cols = k
-  const void* x;         // [m, k]
-  const void* bias;      // [n] of bias_dtype, or null
-  const float* u;        // [m, r], or null when r is 0
-  const void* b;         // lora_B [n, r] of b_dtype
-  void* y;               // [m, n]
-  int64_t m, r;
-  float scaling;
-  DType dtype;           // of x and y
-  DType bias_dtype, b_dtype;
-};
+using Nf4Linear = Linear<Nf4Weight>;
 
-struct Nf4LinearBackward {
-  Nf4Weight weight;      // rows = n, cols = k
-  const void* g;         // [m, n]
-  const float* v;        // [m, r], or null when r is 0
-  const void* a;         // lora_A [r, k] of a_dtype
-  void* dx;              // [m, k]
-  int64_t m, r;
-  DType dtype;           // of g and dx
-  DType a_dtype;
+struct Nf4LinearBackward : LinearBackward<Nf4Weight> {
   Dropout dropout;       // of the low-rank term
 };
 

@@ -20,7 +20,7 @@ STABLE_TORCH_LIBRARY(peftops, m) {
   m.def("nf4_absmax(Tensor absmax, Tensor absmax_scale, Tensor absmax_offset) -> Tensor");
   m.def("nf4_dequantize(" NF4_WEIGHT ", int rows, int cols, ScalarType dtype) -> Tensor");
   m.def("nf4_linear(Tensor x, " NF4_WEIGHT ", int out_features, int in_features, Tensor? bias, Tensor? u,"
-        " Tensor? lora_B, float scaling) -> Tensor");
+        " Tensor? lora_B, float scaling, bool int8=False) -> Tensor");
   m.def("nf4_linear_backward(Tensor g, " NF4_WEIGHT ", int in_features, Tensor? v, Tensor? lora_A,"
         " float dropout_p, Tensor? seed) -> Tensor");
   m.def("lora_shrink(Tensor x, Tensor factor, bool by_rank, float scale, float dropout_p, Tensor? seed) -> Tensor");
@@ -31,7 +31,7 @@ STABLE_TORCH_LIBRARY(peftops, m) {
   m.def("group_quantize(Tensor weight, int bits, int group_size, bool symmetric, int narrower)"
         " -> (Tensor packed, Tensor scales, Tensor zeros)");
   m.def("group_dequantize(" GROUP_WEIGHT ", ScalarType dtype) -> Tensor");
-  m.def("group_linear(Tensor x, " GROUP_WEIGHT ", Tensor? bias, Tensor? u, Tensor? lora_B, float scaling, bool int8)"
+  m.def("group_linear(Tensor x, " GROUP_WEIGHT ", Tensor? bias, Tensor? u, Tensor? lora_B, float scaling, bool int8=False)"
         " -> Tensor");
   m.def("group_linear_backward(Tensor g, " GROUP_WEIGHT ", Tensor? v, Tensor? lora_A) -> Tensor");
   m.def("qalora_shrink(Tensor x, Tensor lora_A, int group_size) -> (Tensor pooled, Tensor u)");

@@ -64,7 +64,7 @@ class _Host:
 class _Resident:
     slot: int
     pages: list[int]
-    version: tuple[int, ...] = ()
+    version: tuple[int, ...] | None = None  # of what the pages hold; None after a load that failed
     loading: bool = True  # by one thread, while the lock is free
 
 
@@ -211,7 +211,11 @@ class AdapterPool:
         return self._load(name)
 
     def pin(self, name: str) -> int:
-        """Load an adapter and keep it resident until :meth:`unpin`, as often as it was pinned."""
+        """Load an adapter and keep it resident until :meth:`unpin`, as often as it was pinned.
+
+        A pin that raises is none. An earlier one outlives a trainable adapter's failure to be read again: the pages
+        stay its own, there is no index to them, and the next load tries once more.
+        """
         return self._load(name, self._pins)
 
     def unpin(self, name: str) -> None:
@@ -320,7 +324,10 @@ class AdapterPool:
             self.storage.index_copy_(0, pages, host.flat)
         except BaseException:
             with self._lock:
-                self._drop(name)
+                if self._pins[name]:  # was there before, and its pages stay: a pin is what keeps them
+                    now.version, now.loading = None, False
+                else:
+                    self._drop(name)
                 self._lock.notify_all()
             raise
         with self._lock:

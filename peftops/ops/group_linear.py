@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .group_tensor import GroupQuantTensor
-from .lora_linear import LoRATerm, autocast, check_lora, draw_seed, sum_rows
-
-Compute = Literal["float", "int8"]
+from .packed_linear import Compute, check_weight, packed_linear
 
 _linear = torch.ops.peftops.group_linear.default
-_backward = torch.ops.peftops.group_linear_backward.default
+_base_gradient = torch.ops.peftops.group_linear_backward.default
 
 
 @torch.library.register_fake("peftops::group_linear")
-def _(x, packed, scales, zeros, bits, group_size, bias, u, lora_B, scaling, int8):
+def _(x, packed, scales, zeros, bits, group_size, bias, u, lora_B, scaling, int8=False):
     k = scales.shape[1] * group_size
     torch._check(x.shape[-1] == k, lambda: f"group_linear: the last dim of x must be {k}")
     return x.new_empty((*x.shape[:-1], scales.shape[0]))
@@ -29,47 +24,18 @@ def _(g, packed, scales, zeros, bits, group_size, v, lora_A):
     return g.new_empty((*g.shape[:-1], scales.shape[1] * group_size))
 
 
-def check_group_weight(op: str, x: Tensor, weight: GroupQuantTensor) -> None:
-    """Raise a sentence unless ``weight`` is one that ``op`` can multiply x with."""
-    if not isinstance(weight, GroupQuantTensor):
-        raise TypeError(
-            f"{op}: weight must be a GroupQuantTensor (see peftops.group_quantize), not a {type(weight).__name__}"
-        )
-    if x.device != weight.device:
-        raise ValueError(f"{op}: x is on {x.device}, weight on {weight.device}")
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{op}: weight requires a gradient, but codes cannot have one; freeze it")
+def _forward(x, weight, *rest):
+    return _linear(x, *weight, *rest)
 
 
-class _GroupLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, bias, lora_A, lora_B, weight, int8, scaling, dropout_p, seed):
-        u = None if lora_A is None else LoRATerm(lora_A, lora_B, scaling, dropout_p, seed).shrink(x)
-        # x is needed for the gradient of lora_A alone.
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, u, lora_A, lora_B, seed, *weight[:3])
-        ctx.settings, ctx.scaling, ctx.dropout_p = weight[3:], scaling, dropout_p
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return _linear(x, *weight, bias, u, lora_B, scaling, int8)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        x, u, lora_A, lora_B, seed, *weight = ctx.saved_tensors
-        need_x, need_bias, need_A, need_B = ctx.needs_input_grad[:4]
-        v = dx = dbias = dA = dB = None
-        if u is not None:
-            term = LoRATerm(lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed)
-            v = term.shrink_gradient(g)
-            dA = term.gradient_A(x, v) if need_A else None
-            dB = term.gradient_B(g, u) if need_B else None
-        if need_x and ctx.dropout_p > 0:
-            dx = _backward(g, *weight, *ctx.settings, None, None)
-            term.expand_gradient_(dx, v)
-        elif need_x:
-            dx = _backward(g, *weight, *ctx.settings, v, lora_A)
-        if need_bias:
-            dbias = sum_rows(g, ctx.bias_dtype)
-        return dx, dbias, dA, dB, None, None, None, None, None
+def _backward(g, weight, term, v):
+    if term is None:
+        return _base_gradient(g, *weight, None, None)
+    if not term.dropout[0]:
+        return _base_gradient(g, *weight, v, term.A)
+    dx = _base_gradient(g, *weight, None, None)
+    term.expand_gradient_(dx, v)
+    return dx
 
 
 def group_linear(
@@ -116,16 +82,6 @@ def group_linear(
             unknown; or shapes of the factors do not fit together.
         RuntimeError: shapes do not fit, or a dtype is none of the three.
     """
-    check_group_weight("group_linear", x, weight)
-    if compute not in get_args(Compute):
-        raise ValueError(f"group_linear: compute must be 'float' or 'int8', not {compute!r}")
-    x, int8 = autocast(x), compute == "int8"
-    if lora_A is None and lora_B is None:
-        dropout_p, seed = 0.0, None
-    else:
-        check_lora("group_linear", *weight.shape, lora_A, lora_B, dropout_p)
-        dropout_p, seed = draw_seed(x, dropout_p, training)
-    if torch.is_grad_enabled():
-        return _GroupLinear.apply(x, bias, lora_A, lora_B, weight._arguments, int8, scaling, dropout_p, seed)
-    u = None if lora_A is None else LoRATerm(lora_A, lora_B, scaling, dropout_p, seed).shrink(x)
-    return _linear(x, *weight._arguments, bias, u, lora_B, scaling, int8)
+    shape = check_weight("group_linear", x, weight, GroupQuantTensor, "group_quantize")
+    return packed_linear("group_linear", _forward, _backward, weight._arguments, shape, x, bias, lora_A, lora_B,
+                         scaling, dropout_p, training, compute)  # fmt: skip

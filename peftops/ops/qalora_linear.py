@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .group_linear import check_group_weight
 from .group_tensor import GroupQuantTensor
 from .lora_linear import autocast, check_lora, sum_rows
+from .packed_linear import check_weight
 
 Pool = Literal["sum", "mean", "peft"]
 
@@ -102,7 +102,7 @@ def qalora_linear(
             devices do not fit together.
         RuntimeError: x or bias has another shape, or a dtype is none of the three.
     """
-    check_group_weight("qalora_linear", x, weight)
+    check_weight("qalora_linear", x, weight, GroupQuantTensor, "group_quantize")
     check_lora("qalora_linear", weight.shape[0], weight.scales.shape[1], lora_A, lora_B, 0.0)
     factor = scaling * pool_factor("qalora_linear", pool, weight)
     x = autocast(x)

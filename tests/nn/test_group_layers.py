@@ -1,9 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 import peftops
-from peftops.nn import GroupConv2d, GroupLinear
+from peftops.nn import GroupConv2d, GroupLinear, NF4Linear
+from peftops.nn.quantized import linear_op
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -22,10 +25,18 @@ def test_a_linear_layer_computes_with_the_weight_it_stands_for(bias):
     assert torch.equal(other(x), layer(x))
 
 
-def test_int8_is_asked_for():
-    layer = GroupLinear(peftops.group_quantize(torch.randn(40, 256), group_size=128), compute="int8")
-    x = torch.randn(9, 256)
-    assert torch.equal(layer(x), peftops.group_linear(x, layer.weight, compute="int8"))
+@pytest.mark.parametrize("kind, quantise, op", [
+    (GroupLinear, partial(peftops.group_quantize, group_size=128), peftops.group_linear),
+    (NF4Linear, peftops.nf4_quantize, peftops.nf4_linear),
+], ids=["group", "nf4"])  # fmt: skip
+def test_int8_is_asked_for(kind, quantise, op):
+    layer = kind(quantise(torch.randn(40, 256)), compute="int8")
+    x, A, B = torch.randn(9, 256), torch.randn(2, 256), torch.randn(40, 2)
+    want = op(x, layer.weight, compute="int8")
+    assert torch.equal(layer(x), want)
+    assert torch.equal(layer.with_codes(layer.weight, None)(x), want)  # an option of the layer, not of its codes
+    assert torch.equal(linear_op(layer)(x, layer.weight, lora_A=A, lora_B=B),
+                       op(x, layer.weight, lora_A=A, lora_B=B, compute="int8"))  # fmt: skip
 
 
 @pytest.mark.parametrize("kernel", [{"kernel_size": 1}, {"kernel_size": 1, "stride": 2},

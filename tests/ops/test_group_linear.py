@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,10 +9,15 @@ import peftops
 import reference
 from group_layer import FEW, GroupLayer
 from numerics import FP32, assert_sums, on_cuda, segment_max
+from packed_linear_tests import Int8Tests, PackedLinearTests, check_what_is_not_finite
 from peftops import _C
 from strategies import bit_widths, dtypes, grouped_ins, layouts, normal, outs, ranks, rows, seeds, strided
 
 leads = st.one_of(rows.map(lambda m: (m,)), st.sampled_from([(), (2, 3), (1, 0, 4), (2, 1, 9)]))
+
+
+class TestGroupLinear(PackedLinearTests, Int8Tests):
+    name, layer = "group_linear", partial(GroupLayer, pool=None)
 
 
 @given(n=outs, group_k=grouped_ins(), lead=leads, bits=bit_widths, dtype=dtypes, bias=st.booleans(), layout=layouts,
@@ -59,52 +66,13 @@ def test_whole_chunks_of_every_width(device, bits, group, k, m, dtype):
     GroupLayer(device, 37, k, (m,), dtype, 3, bits=bits, group=group, bias=True, offset=2.0).check()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_products_have_no_bias(device, dtype):
-    """Roundings average out over many results; a wrong factor would not."""
-    bound = 1e-4 if _C.isa() == "avx512bf16" and dtype == torch.bfloat16 else 2e-5
-    layer = GroupLayer(device, 512, 1024, (64,), dtype, 11)
-    y = layer()
-    (dx,) = torch.autograd.grad(y, layer.x, layer.g)
-    want_y, want = layer.reference()
-    for got, ref in ((y, want_y), (dx, want["x"])):
-        gain = ((got.detach().double() * ref).sum() / ref.square().sum()).item()
-        assert abs(gain - 1) < bound
-
-
 @pytest.mark.parametrize("m", [1, 3, 9, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("k, group", [(320, 8), (104, 8), (320, 32)])
 def test_what_is_not_finite_comes_through(device, m, dtype, bad, k, group):
-    """In the rows that hold it, as plain arithmetic has it, and nowhere else."""
-    layer = GroupLayer(device, 64, k, (m,), dtype, 5, group=group)
-    with torch.no_grad():
-        layer.x[m - 1, 70] = bad
-        layer.g[m - 1, 50] = bad
-    y = layer()
-    (dx,) = torch.autograd.grad(y, layer.x, layer.g)
-    dense = peftops.group_dequantize(layer.weight, dtype=torch.float32).double()  # an exact 0 there is 0 here
-    for got, ref in ((y, layer.x.double() @ dense.T), (dx, layer.g.double() @ dense)):
-        assert got[: m - 1].isfinite().all()
-        assert torch.equal(got[m - 1].isnan(), ref[m - 1].isnan())
-        assert torch.equal(got[m - 1].isinf(), ref[m - 1].isinf())
-        infinite = ref[m - 1].isinf()
-        assert torch.equal(got[m - 1][infinite].sign().double(), ref[m - 1][infinite].sign())
-
-
-@pytest.mark.parametrize("m", [2, 24])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_tiny_and_huge_activations_keep_their_precision(device, m, dtype):
-    info = torch.finfo(dtype)
-    for factor in (info.tiny, info.smallest_normal * 64, info.max / 1024):
-        layer = GroupLayer(device, 64, 256, (m,), dtype, 5)
-        with torch.no_grad():
-            layer.x.mul_(factor)
-        want, _ = layer.reference()
-        size, _ = layer.magnitudes()
-        if want.abs().max() < info.max:
-            assert_sums(layer(), want, size, 264, layer.narrow_forward())
+    layer = GroupLayer(device, 64, k, (m,), dtype, 5, group=group, r=4, pool=None, adapter=torch.float32)
+    check_what_is_not_finite(layer, bad, peftops.group_dequantize(layer.weight, dtype=torch.float32).double())
 
 
 def test_a_nan_group_spoils_its_row_and_columns_only(device):
@@ -117,45 +85,6 @@ def test_a_nan_group_spoils_its_row_and_columns_only(device):
             assert y[:, 20].isnan().all() and y.isnan().sum() == m
             dx = torch.ops.peftops.group_linear_backward(x, packed, scales, zeros, bits, group, None, None)
             assert dx[:, 32:].isnan().all() and dx[:, :32].isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_bits_for_any_number_of_threads(device, threads, dtype):
-    for m, n, k in ((1, 700, 320), (37, 333, 1024), (300, 640, 576)):
-        layer = GroupLayer(device, n, k, (m,), dtype, 1, bias=True)
-        runs = []
-        for count in (1, 2, 3, 5):
-            threads(count)
-            y = layer()
-            runs.append((y, *torch.autograd.grad(y, layer.x, layer.g)))
-        assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
-
-
-def test_a_row_does_not_depend_on_its_neighbours(device):
-    """Among more than a few rows: the tile that a row falls into changes nothing."""
-    layer = GroupLayer(device, 96, 320, (40,), torch.float32, 1)
-    whole = peftops.group_linear(layer.x, layer.weight)
-    for begin, end in ((0, FEW + 1), (7, 20), (20, 40)):
-        assert torch.equal(peftops.group_linear(layer.x[begin:end], layer.weight), whole[begin:end])
-
-
-def test_inputs_are_left_alone_and_x_is_not_kept(device):
-    layer = GroupLayer(device, 64, 96, (20,), torch.float32, 1, bias=True)
-    before = [t.detach().clone() for t in (layer.x, layer.bias, layer.g, *layer.weight._parts().values())]
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = layer()
-    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in layer.weight._parts().values()}
-    torch.autograd.grad(y, (layer.x, layer.bias), layer.g)
-    after = (layer.x, layer.bias, layer.g, *layer.weight._parts().values())
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-def test_second_derivative_raises_instead_of_being_wrong(device):
-    layer = GroupLayer(device, 32, 32, (4,), torch.float32, 1)
-    (dx,) = torch.autograd.grad(layer().square().sum(), layer.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
 
 
 @pytest.mark.parametrize("layout", ["plain", "transposed"])
@@ -171,74 +100,13 @@ def test_registration(device, layout):
     torch.library.opcheck(op.group_linear_backward.default, (g, *weight, v, A))
 
 
-def test_compiles_without_a_graph_break(device):
-    layer = GroupLayer(device, 64, 96, (20,), torch.float32, 1, bias=True)
-    call = lambda x: peftops.group_linear(x, layer.weight, layer.bias)
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    y, want = compiled(layer.x), call(layer.x)
-    assert torch.equal(y, want)
-    leaves = (layer.x, layer.bias)
-    grads, wants = (torch.autograd.grad(t, leaves, layer.g) for t in (y, want))
-    assert all(torch.equal(a, b) for a, b in zip(grads, wants, strict=True))
-
-
-def test_autocast_casts_x_and_nothing_else(device):
-    layer = GroupLayer(device, 64, 96, (20,), torch.float32, 1, bias=True)
-    with torch.autocast(device, torch.bfloat16):
-        y = layer()
-    want = peftops.group_linear(layer.x.bfloat16(), layer.weight, layer.bias)
-    assert y.dtype == torch.bfloat16 and torch.equal(y, want)
-    (dx,) = torch.autograd.grad(y, layer.x, layer.g.bfloat16())
-    assert dx.dtype == torch.float32
-
-
 def test_bad_input(device):
     weight = peftops.group_quantize(torch.randn(64, 96, device=device))
-    x = torch.randn(5, 96, device=device)
-    call = peftops.group_linear
-    A, B = torch.zeros(4, 96, device=device), torch.zeros(64, 4, device=device)
-    with pytest.raises(ValueError, match="group_linear: lora_A and lora_B belong together, but lora_B is None"):
-        call(x, weight, lora_A=A)
-    with pytest.raises(ValueError, match=r"group_linear: lora_A must have shape \[r, 96\], not \[4, 3\]"):
-        call(x, weight, lora_A=A[:, :3], lora_B=B)
-    with pytest.raises(ValueError, match=r"group_linear: dropout_p must be in \[0, 1\), not 1.0"):
-        call(x, weight, lora_A=A, lora_B=B, dropout_p=1.0)
-    with pytest.raises(TypeError, match=r"group_linear: weight must be a GroupQuantTensor \(.*\), not a Tensor"):
-        call(x, torch.randn(64, 96))
-    with pytest.raises(RuntimeError, match=r"the last dim of x must be 96, but its shape is \[5, 95\]"):
-        call(x[:, 1:], weight)
-    with pytest.raises(RuntimeError, match=r"the last dim of x must be 96, but its shape is \[\]"):
-        call(torch.tensor(1.0, device=device), weight)
-    for dtype, name in ((torch.float64, "Double"), (torch.int64, "Long")):
-        with pytest.raises(RuntimeError, match=f"x must be float32, bfloat16 or float16, not {name}"):
-            call(x.to(dtype), weight)
-    with pytest.raises(ValueError, match="x is on meta, weight on"):
-        call(x.to("meta"), weight)
-    with pytest.raises(RuntimeError, match=r"bias must have shape \[64\], not \[63\]"):
-        call(x, weight, torch.zeros(63, device=device))
-    with pytest.raises(ValueError, match="weight requires a gradient"):
-        call(x, torch.nn.Parameter(weight))
-    with pytest.raises(ValueError, match="group_linear: compute must be 'float' or 'int8', not 'int4'"):
-        call(x, weight, compute="int4")
     v, A = torch.randn(7, 4, device=device), torch.randn(4, 5, device=device)
     with pytest.raises(RuntimeError, match=r"lora_A must have shape \[4, groups\] with groups a divisor of 96"):
         torch.ops.peftops.group_linear_backward(torch.randn(7, 64, device=device), *weight._arguments, v, A)
     with pytest.raises(RuntimeError, match=r"the last dim of g must be 64, but its shape is \[7, 63\]"):
         torch.ops.peftops.group_linear_backward(torch.randn(7, 63, device=device), *weight._arguments, None, None)
-
-
-def test_every_isa_agrees_closely():
-    layer = GroupLayer("cpu", 96, 320, (40,), torch.float32, 1)
-    old, results = _C.isa_limit(), []
-    try:
-        for isa in ("scalar", "avx2", "avx512", "avx512bf16"):
-            _C.set_isa_limit(isa)
-            results.append(layer().detach().double())
-    finally:
-        _C.set_isa_limit(old)
-    size, _ = layer.magnitudes()
-    for other in results[1:]:
-        assert ((other - results[0]).abs() <= 2 * 328 * FP32 * size).all()
 
 
 @given(m=rows, n=outs, group_k=grouped_ins(), bits=bit_widths, dtype=dtypes, seed=seeds)
@@ -272,8 +140,6 @@ def test_int8_matches_reference(device, n, group_k, m, bits, dtype, bias, layout
     want, _ = layer.reference()
     size, _ = layer.magnitudes()
     assert_sums(y, want, size, k + 8, int8_error(layer, m))
-    dx, dx_float = (torch.autograd.grad(t, layer.x, layer.g)[0] for t in (y, layer()))
-    assert torch.equal(dx, dx_float)
 
 
 @given(n=st.sampled_from([1, 33, 96]), group_k=grouped_ins(), bits=bit_widths, seed=seeds)
@@ -297,27 +163,3 @@ def test_int8_error_is_what_the_docstring_says(device, group):
         assert error < 1e-5
     else:
         assert 0.003 < error < (0.0055 if group == 32 else 0.0075)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e-38])
-def test_int8_leaves_what_it_cannot_hold_to_fp32(device, dtype, bad):
-    layer = GroupLayer(device, 64, 320, (9,), dtype, 5)
-    with torch.no_grad():
-        layer.x[8] = 0
-        layer.x[8, 70] = bad
-    y, want = layer(compute="int8"), layer()
-    assert torch.allclose(y[:8].float(), want[:8].float(), rtol=0, atol=0.1 * float(want[:8].detach().abs().max()))
-    assert torch.equal(y[8].isnan(), want[8].isnan()) and torch.equal(y[8].isinf(), want[8].isinf())
-    assert_sums(
-        y[8].nan_to_num(0, 0, 0), want[8].double().nan_to_num(0, 0, 0), want[8].double().abs().nan_to_num(0, 0, 0), 8
-    )
-
-
-def test_int8_same_bits_for_any_number_of_threads(device, threads):
-    layer = GroupLayer(device, 333, 1024, (300,), torch.float32, 1)
-    runs = []
-    for count in (1, 2, 3):
-        threads(count)
-        runs.append(layer(compute="int8"))
-    assert all(torch.equal(runs[0], run) for run in runs)

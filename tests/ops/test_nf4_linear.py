@@ -18,80 +18,30 @@ from numerics import (
     product_of,
     segment_max,
 )
+from packed_layer import PackedLayer
+from packed_linear_tests import Int8Tests, PackedLinearTests, check_what_is_not_finite
 from peftops import _C
 from strategies import block_sizes, dtypes, ins, layouts, normal, outs, ranks, rows, seeds, strided
 
+CODE8 = 124.115  # the factor of codes in 8 bits, as in csrc/kernels/cpu/nf4_columns.h
 TINY = torch.finfo(torch.bfloat16).tiny  # bf16 products take what is smaller for zero
 
 leads = st.one_of(rows.map(lambda m: (m,)), st.sampled_from([(), (2, 3), (1, 0, 4), (2, 1, 9)]))
 
 
-class Layer:
-    """A quantised weight, everything that can go with it, and float64 copies for the reference."""
+class Layer(PackedLayer):
+    """A layer over an NF4 weight."""
 
-    def __init__(self, device, n, k, lead, dtype, seed, *, block_size=64, double_quant=True, r=0, adapter=None,
-                 bias=False, layout="plain"):  # fmt: skip
+    def __init__(self, device, n, k, lead, dtype, seed, *, block_size=64, double_quant=True, **kw):
         weight = normal((n, k), dtype, seed, device)
-        self.weight = peftops.nf4_quantize(weight, block_size=block_size, double_quant=double_quant)
-        leaf = lambda shape, dtype, i, how="plain": strided(
-            normal(shape, dtype, seed + i, device), how
-        ).requires_grad_()
-        self.x = leaf((*lead, k), dtype, 1, layout)
-        self.g = strided(normal((*lead, n), dtype, seed + 2, device), layout)
-        adapter = adapter or dtype
-        self.lora_A = leaf((r, k), adapter, 3) if r else None
-        self.lora_B = leaf((n, r), adapter, 4) if r else None
-        self.bias = leaf((n,), adapter, 5) if bias else None
-        self.scaling = 0.375 if r else 1.0
+        weight = peftops.nf4_quantize(weight, block_size=block_size, double_quant=double_quant)
+        super().__init__(weight, device, lead, dtype, seed, lora_columns=k, **kw)
         self.dense = peftops.nf4_dequantize(self.weight, dtype=torch.float32).double()
+        self.size = self.dense.abs()
         self.absmax = self.weight.absmax.double().repeat_interleave(block_size)[: n * k].view(n, k)
 
-    def __call__(self, **kw):
-        return peftops.nf4_linear(self.x, self.weight, self.bias, lora_A=self.lora_A, lora_B=self.lora_B,
-                                  scaling=self.scaling, **kw)  # fmt: skip
-
-    def leaves(self):
-        return {name: t for name in ("x", "bias", "lora_A", "lora_B") if (t := getattr(self, name)) is not None}
-
-    def reference(self, keep=None):
-        """y and the gradients in float64."""
-        leaves = {name: t.detach().double().requires_grad_() for name, t in self.leaves().items()}
-        y = reference.linear(leaves["x"], self.dense, leaves.get("bias"), leaves.get("lora_A"), leaves.get("lora_B"),
-                             self.scaling, keep)  # fmt: skip
-        return y, dict(zip(leaves, torch.autograd.grad(y, leaves.values(), self.g.double()), strict=True))
-
-    def magnitudes(self, keep=None):
-        """The same with every factor replaced by its magnitude."""
-        size = lambda t: None if t is None else t.detach().double().abs()
-        x, g, A, B = size(self.x), size(self.g), size(self.lora_A), size(self.lora_B)
-        y = reference.linear(x, self.dense.abs(), size(self.bias), A, B, self.scaling, keep)
-        kept = x if keep is None else x * keep
-        flat = lambda t: t.reshape(-1, t.shape[-1])
-        result = {"x": g @ self.dense.abs(), "bias": flat(g).sum(0)}
-        if A is not None:
-            v = self.scaling * g @ B
-            result["x"] = result["x"] + (v @ A) * (1 if keep is None else keep)
-            result["lora_A"] = flat(v).T @ flat(kept)
-            result["lora_B"] = self.scaling * flat(g).T @ flat(kept @ A.T)
-        return y, result
-
-    def check(self, keep=None, **kw):
-        y = self(**kw)
-        grads = dict(zip(self.leaves(), torch.autograd.grad(y, self.leaves().values(), self.g), strict=True))
-        want_y, want = self.reference(keep)
-        size_y, size = self.magnitudes(keep)
-        n, k = self.weight.shape
-        m = max(1, self.x.numel() // k)
-        r = 0 if self.lora_A is None else self.lora_A.shape[0]
-
-        assert y.dtype == self.x.dtype and y.is_contiguous()
-        assert_sums(y, want_y, size_y, k + r + 4, self.narrow_forward())
-        assert_sums(grads.pop("x"), want.pop("x"), size["x"], n + r + 4, self.narrow_backward())
-        for name, grad in grads.items():  # a sum over the rows, of products of which u or v is a sum itself
-            assert grad.dtype == self.leaves()[name].dtype
-            terms = {"bias": m, "lora_A": m + n + 2, "lora_B": m + k + 2}[name]
-            # torch sums 16-bit rows of a bias gradient in fp32, too, but in its own order
-            assert_sums(grad, want[name], size[name], terms)
+    def op(self, *args, **kw):
+        return peftops.nf4_linear(*args, **kw)
 
     def narrow_forward(self):
         """What multiplying in 16 bits adds to the error of y. In int16: the rounding of x to 1/16384 of the largest
@@ -109,7 +59,7 @@ class Layer:
         x_error = HALF_STEP_X * segment_max(x, -1, 128)
         return x_error @ self.dense.abs().T + (x.abs() + x_error) @ (CODE16 * self.absmax.abs()).T
 
-    def narrow_backward(self):
+    def narrow_backward(self, keep=None):
         """The same for dx, where int16 scales the rows of the weight to the largest absmax of 64 at most."""
         n, k = self.weight.shape
         if on_cuda(self.g):  # 16-bit g meets the weight rounded to its dtype, where both move in units of 16 bytes
@@ -130,6 +80,10 @@ class Layer:
         g_error = HALF_STEP_X * segment_max(g, -1, 64)
         w_error = HALF_STEP_CODE * segment_max(self.absmax, 0, 64)
         return g_error @ self.dense.abs() + (g.abs() + g_error) @ w_error
+
+
+class TestNF4Linear(PackedLinearTests, Int8Tests):
+    name, layer, rounded_on_cuda, ragged = "nf4_linear", Layer, True, 1000
 
 
 @given(data=st.data(), n=outs, k=ins, lead=leads, dtype=dtypes, block_size=block_sizes, double_quant=st.booleans(),
@@ -189,55 +143,12 @@ def test_dropout_is_off_in_evaluation_and_drops_the_right_share(device):
     assert_exact(kept[kept != 0], torch.tensor(1 / 0.7).expand(int((kept != 0).sum())).to(device))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_products_have_no_bias(device, dtype):
-    """Roundings average out over many results; a wrong factor would not. 2e-5 is a third of one step of int16.
-    A weight rounded to bf16 has few distinct values, whose errors average out less."""
-    layer = Layer(device, 512, 1024, (64,), dtype, 11)
-    narrow = _C.isa() == "avx512bf16" or on_cuda(layer.x)
-    bound = 1e-4 if narrow and dtype == torch.bfloat16 else 2e-5
-    y = layer()
-    (dx,) = torch.autograd.grad(y, layer.x, layer.g)
-    want_y, want = layer.reference()
-    for got, ref in ((y, want_y), (dx, want["x"])):
-        gain = ((got.detach().double() * ref).sum() / ref.square().sum()).item()
-        assert abs(gain - 1) < bound
-
-
 @pytest.mark.parametrize("m", [1, 3, 9, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("k", [320, 100])
 def test_what_is_not_finite_comes_through(device, m, dtype, bad, k):
-    """In the rows that hold it, as plain arithmetic has it, and nowhere else."""
-    layer = Layer(device, 64, k, (m,), dtype, 5, r=4, adapter=torch.float32)
-    with torch.no_grad():
-        layer.x[m - 1, 70] = bad
-        layer.g[m - 1, 50] = bad
-    y = layer()
-    (dx,) = torch.autograd.grad(y, layer.x, layer.g)
-    want_y, want = layer.reference()
-    for got, ref in ((y, want_y), (dx, want["x"])):
-        assert got[: m - 1].isfinite().all()
-        assert torch.equal(got[m - 1].isnan(), ref[m - 1].isnan())
-        assert torch.equal(got[m - 1].isinf(), ref[m - 1].isinf())
-        infinite = ref[m - 1].isinf()
-        assert torch.equal(got[m - 1][infinite].sign().double(), ref[m - 1][infinite].sign())
-
-
-@pytest.mark.parametrize("m", [2, 24])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tiny_and_huge_activations_keep_their_precision(device, m, dtype):
-    """int16 scales by the largest of a segment; where that has no reciprocal in range, fp32 takes over."""
-    info = torch.finfo(dtype)
-    for factor in (info.tiny, info.smallest_normal * 64, info.max / 1024):
-        layer = Layer(device, 64, 256, (m,), dtype, 5)
-        with torch.no_grad():
-            layer.x.mul_(factor)
-        want, _ = layer.reference()
-        size, _ = layer.magnitudes()
-        if want.abs().max() < info.max:
-            assert_sums(layer(), want, size, 260, layer.narrow_forward())
+    check_what_is_not_finite(Layer(device, 64, k, (m,), dtype, 5, r=4, adapter=torch.float32), bad)
 
 
 def test_a_nan_block_spoils_its_rows_and_columns_only(device):
@@ -254,30 +165,6 @@ def test_a_nan_block_spoils_its_rows_and_columns_only(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_bits_for_any_number_of_threads(device, threads, dtype):
-    for m, n, k in ((1, 700, 320), (37, 333, 1000), (300, 640, 576)):
-        layer = Layer(device, n, k, (m,), dtype, 1, r=16, bias=True)
-        runs = []
-        for count in (1, 2, 3, 5):
-            threads(count)
-            torch.manual_seed(0)
-            y = layer(dropout_p=0.1, training=True)
-            runs.append((y, *torch.autograd.grad(y, layer.leaves().values(), layer.g)))
-        for run in runs[1:]:
-            # the bias gradient is torch's own sum
-            assert all(torch.equal(a, b) for i, (a, b) in enumerate(zip(runs[0], run, strict=True)) if i != 2)
-
-
-def test_inputs_are_left_alone(device):
-    layer = Layer(device, 64, 96, (20,), torch.float32, 1, r=4, bias=True)
-    before = {name: t.detach().clone() for name, t in layer.leaves().items()}
-    codes, g = layer.weight.packed.clone(), layer.g.clone()
-    torch.autograd.grad(layer(dropout_p=0.5, training=True), layer.leaves().values(), layer.g)
-    assert all(torch.equal(before[name], t) for name, t in layer.leaves().items())
-    assert torch.equal(codes, layer.weight.packed) and torch.equal(g, layer.g)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_keeps_x_itself_and_a_thin_product(device, dtype):
     """Saved: x (the tensor, no copy), u = x A^T in float32, a seed. Nothing of the size of the weight."""
     layer = Layer(device, 256, 128, (100,), dtype, 1, r=8, bias=True, adapter=torch.float32)
@@ -288,27 +175,6 @@ def test_backward_keeps_x_itself_and_a_thin_product(device, dtype):
     extra = [t for t in saved if not any(t.data_ptr() == i.data_ptr() for i in inputs)]
     assert any(t.data_ptr() == layer.x.data_ptr() for t in saved)
     assert sorted(tuple(t.shape) for t in extra) == [(), (100, 8)]
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        saved.clear()
-        peftops.nf4_linear(layer.x, layer.weight)
-    assert not any(t.data_ptr() == layer.x.data_ptr() for t in saved)  # not even x without an adapter
-
-
-def test_only_the_gradients_that_are_needed(device):
-    layer = Layer(device, 64, 96, (20,), torch.float32, 1, r=4, bias=True)
-    full = dict(zip(layer.leaves(), torch.autograd.grad(layer(), layer.leaves().values(), layer.g), strict=True))
-    for name, leaf in layer.leaves().items():
-        for other in layer.leaves().values():
-            other.requires_grad_(other is leaf)
-        (grad,) = torch.autograd.grad(layer(), leaf, layer.g)
-        assert torch.equal(grad, full[name])
-
-
-def test_second_derivative_raises_instead_of_being_wrong(device):
-    layer = Layer(device, 32, 32, (4,), torch.float32, 1, r=2)
-    (dx,) = torch.autograd.grad(layer().square().sum(), layer.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
 
 
 @pytest.mark.parametrize("layout", ["plain", "transposed"])
@@ -325,78 +191,37 @@ def test_registration(device, layout):
     torch.library.opcheck(op.nf4_linear_backward.default, (g, *weight, 96, v, A, 0.5, seed))
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_compiles_without_a_graph_break(device, training):
-    layer = Layer(device, 64, 96, (20,), torch.float32, 1, r=4, bias=True)
-    call = lambda x: peftops.nf4_linear(x, layer.weight, layer.bias, lora_A=layer.lora_A, lora_B=layer.lora_B,
-                                        scaling=0.5, dropout_p=0.3, training=training)  # fmt: skip
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    y = compiled(layer.x)
-    grads = torch.autograd.grad(y, layer.leaves().values(), layer.g)
-    if not training:  # the seed of a compiled graph is drawn at another moment
-        want = call(layer.x)
-        assert torch.equal(y, want)
-        wants = torch.autograd.grad(want, layer.leaves().values(), layer.g)
-        assert all(torch.equal(a, b) for a, b in zip(grads, wants, strict=True))
+def takes_int8(layer):
+    return "avx512" in _C.isa() and not on_cuda(layer.x) and len(layer.x) > 4 and layer.weight.shape[1] % 32 == 0
 
 
-def test_autocast_casts_x_and_nothing_else(device):
-    layer = Layer(device, 64, 96, (20,), torch.float32, 1, r=4, bias=True)
-    with torch.autocast(device, torch.bfloat16):
-        y = layer()
-    want = peftops.nf4_linear(layer.x.bfloat16(), layer.weight, layer.bias, lora_A=layer.lora_A, lora_B=layer.lora_B,
-                              scaling=layer.scaling)  # fmt: skip
-    assert y.dtype == torch.bfloat16 and torch.equal(y, want)
-    dx, dA = torch.autograd.grad(y, (layer.x, layer.lora_A), layer.g.bfloat16())
-    assert dx.dtype == dA.dtype == torch.float32
+@given(n=outs, k=ins, m=rows, dtype=dtypes, block_size=block_sizes, double_quant=st.booleans(), bias=st.booleans(),
+       r=st.one_of(st.just(0), ranks), layout=layouts, seed=seeds)  # fmt: skip
+def test_int8_matches_reference(device, n, k, m, dtype, block_size, double_quant, bias, r, layout, seed):
+    """Codes are rounded to a table of 8 bits, from which the reference is made; what is rounded of x, to half a step of
+    the largest in as many columns as share an absmax in every row."""
+    layer = Layer(device, n, k, (m,), dtype, seed, block_size=block_size, double_quant=double_quant, r=r, bias=bias,
+                  layout=layout, adapter=torch.float32)  # fmt: skip
+    y, narrow = layer(compute="int8"), layer.narrow_forward()
+    if takes_int8(layer):
+        packed = layer.weight.packed
+        codes = torch.stack([packed >> 4, packed & 15], -1).flatten()[: n * k].view(n, k).long()
+        layer.dense = (reference.NF4.double() * CODE8).round().to(device)[codes] / CODE8 * layer.absmax
+        segment = min(block_size, 128, k & -k)
+        step = segment_max(layer.x.detach().double(), -1, segment) / 127
+        narrow = (step / 2 * (1 + 4 * FP32)) @ layer.dense.abs().T
+    assert_sums(y, layer.reference()[0], layer.magnitudes()[0], k + r + 8, narrow)
+
+
+def test_int8_error_is_what_the_docstring_says(device):
+    layer = Layer(device, 512, 2048, (64,), torch.float32, 3)
+    with torch.no_grad():
+        want = layer.x.double() @ layer.dense.T
+        error = ((layer(compute="int8").double() - want).norm() / want.norm()).item()
+    assert 0.007 < error < 0.0085 if takes_int8(layer) else error < 1e-5
 
 
 def test_bad_input(device):
-    weight = peftops.nf4_quantize(torch.randn(64, 96, device=device))
-    x, A, B = (torch.randn(*shape, device=device) for shape in ((5, 96), (4, 96), (64, 4)))
-    call = peftops.nf4_linear
-    with pytest.raises(TypeError, match="weight must be an NF4Tensor .*, not a Tensor"):
-        call(x, torch.randn(64, 96))
+    x, weight = torch.randn(5, 96, device=device), peftops.nf4_quantize(torch.randn(96, device=device))
     with pytest.raises(ValueError, match=r"weight must have two dims, \[out, in\], not shape \[96\]"):
-        call(x, peftops.nf4_quantize(torch.randn(96, device=device)))
-    with pytest.raises(RuntimeError, match=r"the last dim of x must be 96, but its shape is \[5, 95\]"):
-        call(x[:, 1:], weight)
-    with pytest.raises(RuntimeError, match=r"the last dim of x must be 96, but its shape is \[\]"):
-        call(torch.tensor(1.0, device=device), weight)
-    for dtype, name in ((torch.float64, "Double"), (torch.int64, "Long")):
-        with pytest.raises(RuntimeError, match=f"x must be float32, bfloat16 or float16, not {name}"):
-            call(x.to(dtype), weight)
-    with pytest.raises(ValueError, match="x is on meta, weight on"):
-        call(x.to("meta"), weight)
-    with pytest.raises(RuntimeError, match=r"bias must have shape \[64\], not \[63\]"):
-        call(x, weight, torch.zeros(63, device=device))
-    with pytest.raises(ValueError, match="lora_A and lora_B belong together, but lora_B is None"):
-        call(x, weight, lora_A=A)
-    with pytest.raises(ValueError, match=r"lora_A must have shape \[r, 96\], not \[4, 95\]"):
-        call(x, weight, lora_A=A[:, 1:], lora_B=B)
-    with pytest.raises(ValueError, match=r"lora_A must have shape \[r, 96\], not \[0, 96\]"):
-        call(x, weight, lora_A=A[:0], lora_B=B[:, :0])
-    with pytest.raises(ValueError, match=r"lora_B must have shape \[64, 4\], not \[64, 3\]"):
-        call(x, weight, lora_A=A, lora_B=B[:, 1:])
-    with pytest.raises(RuntimeError, match="the factor must be float32, bfloat16 or float16, not Double"):
-        call(x, weight, lora_A=A.double(), lora_B=B)
-    for p in (1.0, -0.1, float("nan")):
-        with pytest.raises(ValueError, match=r"dropout_p must be in \[0, 1\)"):
-            call(x, weight, lora_A=A, lora_B=B, dropout_p=p)
-    with pytest.raises(ValueError, match="weight requires a gradient"):
-        call(x, torch.nn.Parameter(weight))
-
-
-def test_every_isa_agrees_closely():
-    """Three builds of one source: they may differ in the order of sums, and by int16, not by more."""
-    layer = Layer("cpu", 96, 320, (40,), torch.float32, 1, r=8)
-    old, results = _C.isa_limit(), []
-    try:
-        for isa in ("scalar", "avx2", "avx512", "avx512bf16"):
-            _C.set_isa_limit(isa)
-            results.append(layer().detach().double())
-    finally:
-        _C.set_isa_limit(old)
-    size, _ = layer.magnitudes()
-    for other in results[1:]:
-        assert ((other - results[0]).abs() <= 2 * 340 * FP32 * size).all()
+        peftops.nf4_linear(x, weight)

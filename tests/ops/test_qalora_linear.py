@@ -7,10 +7,15 @@ import peftops
 import reference
 from group_layer import GroupLayer
 from numerics import assert_sums
+from packed_linear_tests import PackedLinearTests
 from strategies import bit_widths, dtypes, grouped_ins, layouts, normal, outs, ranks, rows, seeds, strided
 
 leads = st.one_of(rows.map(lambda m: (m,)), st.sampled_from([(), (2, 3), (1, 0, 4), (2, 1, 9)]))
 pools = st.sampled_from(["sum", "mean", "peft"])
+
+
+class TestQALoRALinear(PackedLinearTests):
+    name, layer, drop = "qalora_linear", GroupLayer, {}
 
 
 @given(data=st.data(), n=outs, group_k=grouped_ins(), lead=leads, bits=bit_widths, dtype=dtypes, r=ranks, pool=pools,
@@ -78,43 +83,6 @@ def test_backward_keeps_what_is_pooled_and_a_thin_product(device, dtype):
     assert sorted((tuple(t.shape), t.dtype) for t in extra) == [((100, 4), torch.float32), ((100, 8), torch.float32)]
 
 
-def test_only_the_gradients_that_are_needed(device):
-    layer = GroupLayer(device, 64, 96, (20,), torch.float32, 1, r=4, bias=True)
-    full = dict(zip(layer.leaves(), torch.autograd.grad(layer(), layer.leaves().values(), layer.g), strict=True))
-    for name, leaf in layer.leaves().items():
-        for other in layer.leaves().values():
-            other.requires_grad_(other is leaf)
-        (grad,) = torch.autograd.grad(layer(), leaf, layer.g)
-        assert torch.equal(grad, full[name])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_bits_for_any_number_of_threads(device, threads, dtype):
-    for m, n, k in ((1, 700, 320), (37, 333, 1024), (300, 640, 576)):
-        layer = GroupLayer(device, n, k, (m,), dtype, 1, r=16)
-        runs = []
-        for count in (1, 2, 3, 5):
-            threads(count)
-            y = layer()
-            runs.append((y, *torch.autograd.grad(y, layer.leaves().values(), layer.g)))
-        assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
-
-
-def test_inputs_are_left_alone(device):
-    layer = GroupLayer(device, 64, 96, (20,), torch.float32, 1, r=4, bias=True)
-    tensors = lambda: (*layer.leaves().values(), layer.g, *layer.weight._parts().values())
-    before = [t.detach().clone() for t in tensors()]
-    torch.autograd.grad(layer(), layer.leaves().values(), layer.g)
-    assert all(torch.equal(a, b) for a, b in zip(before, tensors(), strict=True))
-
-
-def test_second_derivative_raises_instead_of_being_wrong(device):
-    layer = GroupLayer(device, 32, 32, (4,), torch.float32, 1, r=2)
-    (dx,) = torch.autograd.grad(layer().square().sum(), layer.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 @pytest.mark.parametrize("layout", ["plain", "transposed"])
 def test_registration(device, layout):
     x = strided(torch.randn(20, 96, device=device), layout)
@@ -122,49 +90,10 @@ def test_registration(device, layout):
     torch.library.opcheck(torch.ops.peftops.qalora_shrink.default, (x[None], torch.randn(40, 12, device=device), 8))
 
 
-def test_compiles_without_a_graph_break(device):
-    layer = GroupLayer(device, 64, 96, (20,), torch.float32, 1, r=4, bias=True)
-    compiled = torch.compile(lambda x: layer_call(layer, x), fullgraph=True, backend="aot_eager")
-    y, want = compiled(layer.x), layer_call(layer, layer.x)
-    assert torch.equal(y, want)
-    grads, wants = (torch.autograd.grad(t, layer.leaves().values(), layer.g) for t in (y, want))
-    assert all(torch.equal(a, b) for a, b in zip(grads, wants, strict=True))
-
-
-def layer_call(layer, x):
-    return peftops.qalora_linear(x, layer.weight, layer.bias, lora_A=layer.lora_A, lora_B=layer.lora_B, scaling=0.5)
-
-
-def test_autocast_casts_x_and_nothing_else(device):
-    layer = GroupLayer(device, 64, 96, (20,), torch.float32, 1, r=4, bias=True)
-    with torch.autocast(device, torch.bfloat16):
-        y = layer_call(layer, layer.x)
-    assert y.dtype == torch.bfloat16 and torch.equal(y, layer_call(layer, layer.x.bfloat16()))
-    dx, dA = torch.autograd.grad(y, (layer.x, layer.lora_A), layer.g.bfloat16())
-    assert dx.dtype == dA.dtype == torch.float32
-
-
 def test_bad_input(device):
     weight = peftops.group_quantize(torch.randn(64, 96, device=device))
     x, A, B = (torch.randn(*shape, device=device) for shape in ((5, 96), (4, 3), (64, 4)))
-    call = peftops.qalora_linear
-    with pytest.raises(TypeError, match="qalora_linear: weight must be a GroupQuantTensor"):
-        call(x, torch.randn(64, 96), lora_A=A, lora_B=B)
     with pytest.raises(ValueError, match="qalora_linear: pool must be one of 'sum', 'mean', 'peft', not 'max'"):
-        call(x, weight, lora_A=A, lora_B=B, pool="max")
-    with pytest.raises(ValueError, match=r"lora_A must have shape \[r, 3\], not \[4, 96\]"):
-        call(x, weight, lora_A=torch.randn(4, 96, device=device), lora_B=B)
-    with pytest.raises(ValueError, match=r"lora_B must have shape \[64, 4\], not \[64, 3\]"):
-        call(x, weight, lora_A=A, lora_B=B[:, 1:])
-    with pytest.raises(RuntimeError, match=r"the last dim of x must be 96, but its shape is \[5, 95\]"):
-        call(x[:, 1:], weight, lora_A=A, lora_B=B)
-    with pytest.raises(RuntimeError, match=r"bias must have shape \[64\], not \[63\]"):
-        call(x, weight, torch.zeros(63, device=device), lora_A=A, lora_B=B)
-    with pytest.raises(RuntimeError, match="lora_A must be float32, bfloat16 or float16, not Double"):
-        call(x, weight, lora_A=A.double(), lora_B=B)
-    with pytest.raises(ValueError, match="x is on meta, weight on"):
-        call(x.to("meta"), weight, lora_A=A, lora_B=B)
-    with pytest.raises(ValueError, match="weight requires a gradient"):
-        call(x, torch.nn.Parameter(weight), lora_A=A, lora_B=B)
+        peftops.qalora_linear(x, weight, lora_A=A, lora_B=B, pool="max")
     with pytest.raises(RuntimeError, match="group_size must be a power of two from 8 to 4096, not 24"):
         torch.ops.peftops.qalora_shrink(x, A, 24)

@@ -1,58 +1,20 @@
-// The product of product.h with a group-quantised weight, in int8: the codes as they are, the activations
-// rounded to round(127 x / max |x|), with a maximum for every row and segment of columns. Of each segment,
-//
-//   y += x_scale * scale * (sum of code * x - zero * sum of x)
-//
-// with the first sum in int32 and the second exact, too: x is rounded and nothing else. One instruction
-// multiplies and adds four pairs (vpdpbusd, AVX-512 VNNI) or two (vpmaddwd on int16, AVX2: vpmaddubsw would
-// saturate). Eight columns are two quadruples, the even and the odd ones, or four pairs i and i + 4: what a
-// shift and a mask make of eight codes of four bits.
+// The codes of a group-quantised weight for the product of product_int8.h. Eight of four bits are two quadruples, the
+// even and the odd ones, or four pairs i and i + 4: what a shift and a mask make of them.
 #pragma once
 #include "kernels/cpu/group_columns.h"
+#include "kernels/cpu/product_int8.h"
 
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
-constexpr float kInt8Factor = 127.f;
-constexpr float kRound = 0x1.8p23f;         // added to a small float, leaves its whole part in the low bits
-constexpr int64_t kMostInt8Segment = 128;   // columns that share a maximum; longer groups are cut
-
-#if defined(__AVX512F__)
-constexpr int kTileRows8 = 6, kPerDword = 4;
-constexpr int64_t kLeastInt8Group = kMinGroup;
-inline Int dot_add(Int sum, Int codes, Int x) { return _mm512_dpbusd_epi32(sum, codes, x); }
-#elif defined(__AVX2__)
-constexpr int kTileRows8 = 3, kPerDword = 2;
+#if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr int64_t kLeastInt8Group = 128;   // in shorter groups the scales cost what vpmaddwd saves: fp32 is faster
-inline Int dot_add(Int sum, Int codes, Int x) { return _mm256_add_epi32(sum, _mm256_madd_epi16(codes, x)); }
 #else
-constexpr int kTileRows8 = 2, kPerDword = 4;
 constexpr int64_t kLeastInt8Group = kMinGroup;
-inline Int dot_add(Int sum, Int codes, Int x) {
-  for (int i = 0; i < 32; i += 8) sum += (shift_right(codes, i) & 255) * (shift_left(x, 24 - i) >> 24);
-  return sum;
-}
 #endif
-constexpr int kDwords = 8 / kPerDword;      // for eight columns
-constexpr int64_t kStride8 = kDepth / kPerDword + kLanes, kSegments8 = kDepth / kMinGroup;
+static_assert(kLeastInt8Segment <= kMinGroup);
 
-// Views into the scratch of the fp32 product.
-struct Scratch8 {
-  float* c;               // [kRowBlock][kCols]
-  int32_t* panels;        // [kPanels][kDepth / kPerDword][2 * kLanes]
-  float *scales, *zeros;  // [kPanels][kSegments8][2 * kLanes]; zeros with the sign turned
-  int32_t* left;          // [kTileRows8][kStride8]
-  float *left_scales, *left_sums;   // [kTileRows8][kSegments8]
-
-  explicit Scratch8(const Scratch& s)
-      : c(s.c), panels(reinterpret_cast<int32_t*>(s.panels)), scales(s.panels + kDepth / kPerDword * Scratch::kCols),
-        zeros(scales + kSegments8 * Scratch::kCols), left(reinterpret_cast<int32_t*>(s.left)),
-        left_scales(s.left + kTileRows8 * kStride8), left_sums(left_scales + kTileRows8 * kSegments8) {}
-};
-static_assert(kDepth / kPerDword + 2 * kSegments8 <= kDepth);
-static_assert(kTileRows8 * (kStride8 + 2 * kSegments8) <= kTileRows * kLeftStride);
-
-// Codes of kLanes rows in dwords: dword d of eight columns holds column d + kDwords i at its i-th place.
+// Dword d of the codes of kLanes rows.
 template <int B> Int pack_codes8(const Int* units, int d) {
   constexpr int kWidth = 32 / kPerDword;
   if constexpr (B == 4) return shift_right(units[0], 4 * d) & set_int(kPerDword == 4 ? 0x0f0f0f0f : 0x000f000f);
@@ -65,161 +27,24 @@ template <int B> Int pack_codes8(const Int* units, int d) {
   return all;
 }
 
-template <int B>
-void pack_panel8(const GroupWeight& w, int64_t col, int64_t t, int64_t steps, int64_t segment, int32_t* out, float* scales,
-                 float* zeros) {
-  for (int v = 0; v < 2; ++v) {
-    const LaneRows<B> rows(w, col + v * kLanes);
-    for (int64_t s = 0; s < steps / segment; ++s) {
-      store(scales + (2 * s + v) * kLanes, rows.scales(t + s * segment));
-      store(zeros + (2 * s + v) * kLanes, zero() - rows.zeros(t + s * segment));
-    }
-    rows.each_octet(t, steps, [&](int64_t k, const Int* units) {
-      for (int d = 0; d < kDwords; ++d)
-        store_int(out + ((k / kPerDword + d) * 2 + v) * kLanes, pack_codes8<B>(units, d));
-    });
-  }
-}
+template <int B> struct GroupInt8 {
+  const GroupWeight& w;
+  int64_t segment = at_most(w.group, kMostInt8Segment);   // longer groups are cut
 
-// Rounded activations, whole numbers in the low bits, as dwords in the order of pack_codes8.
-inline void pack_left8(const int32_t* whole, int64_t n, int32_t* out) {
-#if defined(__AVX512F__)
-  const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-  for (int64_t i = 0; i < n; i += kLanes)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i / kPerDword),
-                     _mm_shuffle_epi8(_mm512_cvtepi32_epi8(load_int(whole + i)), order));
-#elif defined(__AVX2__)
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Int all = load_int(whole + i);
-    const __m128i high = _mm_slli_epi32(_mm256_extracti128_si256(all, 1), 16);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i / kPerDword),
-                     _mm_blend_epi16(_mm256_castsi256_si128(all), high, 0xaa));
-  }
-#else
-  for (int64_t i = 0; i < n; i += 2 * kLanes)
-    for (int d = 0; d < kDwords; ++d) {
-      uint32_t all = 0;
-      for (int j = 0; j < kPerDword; ++j) all |= (uint32_t(whole[i + d + kDwords * j]) & 0xff) << 8 * j;
-      out[i / kPerDword + d] = int32_t(all);
-    }
-#endif
-}
-
-// A tile of A, kLanes segments at a time, so that their maxima and sums are found side by side. `fits` becomes
-// false for a row that int8 cannot hold: with a NaN, an infinity, or so small that 1 / max overflows.
-template <class T>
-void pack_tile8(const T* x, int64_t ldx, int64_t rows, int64_t steps, int64_t segment, const Scratch8& to, bool* fits) {
-  int32_t whole[kTileRows8][kDepth + kLanes];
-  const int64_t segments = steps / segment, count = rows * segments;
-  for (int64_t first = 0; first < count; first += kLanes) {
-    const int64_t n = at_most(kLanes, count - first);
-    Int most[kLanes] = {}, sum[kLanes] = {};
-    const auto each = [&](const auto& f) {
-      for (int64_t i = 0; i < n; ++i) f(i, (first + i) / segments, (first + i) % segments);
-    };
-    each([&](int64_t i, int64_t row, int64_t s) {
-      Int all = as_int(zero());   // as integers, so that a NaN is the largest
-      each_vector(segment, [&](int64_t k, int64_t m) {
-        all = max_int(all, as_int(abs(load_upto(x + row * ldx + s * segment + k, m))));
-      });
-      most[i] = all;
-    });
-    transpose(most);   // so that a lane is a segment
-    for (int i = 1; i < kLanes; ++i) most[0] = max_int(most[0], most[i]);
-    float largest[kLanes];
-    store(largest, as_float(most[0]));
-    each([&](int64_t i, int64_t row, int64_t s) {
-      const bool usable = largest[i] > 1e-30f && largest[i] <= __FLT_MAX__;
-      fits[row] &= usable || largest[i] == 0;
-      to.left_scales[row * kSegments8 + s] = largest[i] / kInt8Factor;
-      const Vec inverse = set(usable ? kInt8Factor / largest[i] : 0.f);
-      Vec total = zero();
-      each_vector(segment, [&](int64_t k, int64_t m) {
-        const Vec rounded = load_upto(x + row * ldx + s * segment + k, m) * inverse + set(kRound);
-        store_int(&whole[row][s * segment + k], as_int(rounded));
-        total = total + (rounded - set(kRound));   // lanes past m hold zeros
-      });
-      sum[i] = as_int(total);
-    });
-    transpose(sum);
-    Vec total = as_float(sum[0]);
-    for (int i = 1; i < kLanes; ++i) total = total + as_float(sum[i]);
-    store(largest, total);
-    each([&](int64_t i, int64_t row, int64_t s) { to.left_sums[row * kSegments8 + s] = largest[i]; });
-  }
-  for (int64_t i = 0; i < rows; ++i) pack_left8(whole[i], steps, to.left + i * kStride8);
-}
-
-template <int R>
-void tile8(const int32_t* a, const float* a_scales, const float* a_sums, const int32_t* p, const float* p_scales,
-           const float* p_zeros, int64_t segments, int64_t dwords, float* c) {
-  Vec sum[R][2];
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = zero();
-  for (int64_t s = 0; s < segments; ++s, a += dwords, p_scales += 2 * kLanes, p_zeros += 2 * kLanes) {
-    Int dot[R][2];
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) dot[i][0] = dot[i][1] = as_int(zero());
-    for (int64_t t = 0; t < dwords; t += kDwords, p += kDwords * 2 * kLanes)
-#pragma GCC unroll 4
-      for (int d = 0; d < kDwords; ++d) {
-        const Int b0 = load_int(p + d * 2 * kLanes), b1 = load_int(p + (d * 2 + 1) * kLanes);
-#pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) {
-          const Int x = set_int(a[i * kStride8 + t + d]);
-          dot[i][0] = dot_add(dot[i][0], b0, x), dot[i][1] = dot_add(dot[i][1], b1, x);
-        }
-      }
-    const Vec s0 = load(p_scales), s1 = load(p_scales + kLanes), z0 = load(p_zeros), z1 = load(p_zeros + kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const Vec x_scale = set(a_scales[i * kSegments8 + s]), x_sum = set(a_sums[i * kSegments8 + s]);
-      sum[i][0] = fma(fma(z0, x_sum, to_float(dot[i][0])) * s0, x_scale, sum[i][0]);
-      sum[i][1] = fma(fma(z1, x_sum, to_float(dot[i][1])) * s1, x_scale, sum[i][1]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i)
+  void pack8(int64_t col, int64_t t, int64_t steps, int32_t* out, float* scales, float* zeros) const {
     for (int v = 0; v < 2; ++v) {
-      float* at = c + i * Scratch::kCols + v * kLanes;
-      store(at, sum[i][v] + load(at));
+      const LaneRows<B> rows(w, col + v * kLanes);
+      for (int64_t s = 0; s < steps / segment; ++s) {
+        store(scales + (2 * s + v) * kLanes, rows.scales(t + s * segment));
+        store(zeros + (2 * s + v) * kLanes, zero() - rows.zeros(t + s * segment));
+      }
+      rows.each_octet(t, steps, [&](int64_t k, const Int* units) {
+        for (int d = 0; d < kDwords; ++d)
+          store_int(out + ((k / kPerDword + d) * 2 + v) * kLanes, pack_codes8<B>(units, d));
+      });
     }
-}
-
-template <int R = kTileRows8, class... Args> void tile8_of(int64_t rows, const Args&... args) {
-  if (rows == R) return tile8<R>(args...);
-  if constexpr (R > 1) tile8_of<R - 1>(rows, args...);
-}
-
-// Adds x W^T to a block of C. Rows of x that do not fit are done over: redo(row, scratch), with a zeroed C.
-template <int B, class T, class Redo>
-void accumulate_int8(const Block& b, const GroupWeight& w, const T* x, const Scratch& scratch, const Redo& redo) {
-  constexpr int64_t kWidth = 2 * kLanes;
-  const Scratch8 s(scratch);
-  const int64_t segment = at_most(w.group, kMostInt8Segment);
-  bool fits[kRowBlock];
-  memset(fits, true, sizeof fits);
-  for (int64_t t = 0; t < w.cols; t += kDepth) {
-    const int64_t steps = at_most(kDepth, w.cols - t);
-    for (int64_t j = 0; j < b.panels; ++j)
-      pack_panel8<B>(w, b.col + j * kWidth, t, steps, segment, s.panels + j * kDepth / kPerDword * kWidth,
-                     s.scales + j * kSegments8 * kWidth, s.zeros + j * kSegments8 * kWidth);
-    each_tile(b.rows, kTileRows8, [&](int64_t row, int64_t rows) {
-      pack_tile8(x + (b.row + row) * w.cols + t, w.cols, rows, steps, segment, s, fits + row);
-      for (int64_t j = 0; j < b.panels; ++j)
-        tile8_of(rows, s.left, s.left_scales, s.left_sums, s.panels + j * kDepth / kPerDword * kWidth,
-                 s.scales + j * kSegments8 * kWidth, s.zeros + j * kSegments8 * kWidth, steps / segment,
-                 segment / kPerDword, s.c + row * Scratch::kCols + j * kWidth);
-    });
   }
-  for (int64_t i = 0; i < b.rows; ++i) {
-    if (fits[i]) continue;
-    Scratch at = scratch;
-    at.c += i * Scratch::kCols;
-    memset(at.c, 0, Scratch::kCols * sizeof(float));
-    redo(Block{b.row + i, 1, b.col, b.panels}, at);
-  }
-}
+};
 
 }  // namespace
 }  // namespace peftops::cpu::PEFTOPS_ISA

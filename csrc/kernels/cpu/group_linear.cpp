@@ -35,8 +35,10 @@ void multiply(const GroupLinear& a, const Block& b, const Scratch& s, bool narro
   const bool few = a.m <= kDotRows;
   if (few && is_moderate(x, a.m * w.cols)) return accumulate_dot<B>(b, w, x, s);
   const auto exactly = [&](const Block& row, const Scratch& at) { multiply<T, B>(a, row, at, false); };
-  if (a.int8 && narrow && !few && w.group >= kLeastInt8Group)
-    return accumulate_int8<B>(b, w, x, s, exactly);
+  if (a.int8 && narrow && !few && w.group >= kLeastInt8Group) {
+    const GroupInt8<B> codes{w};
+    return accumulate_int8(b, w.cols, codes.segment, x, codes, s, exactly);
+  }
 #if defined(__AVX512BF16__)
   if constexpr (is_bf16<T>)
     if (!few) return accumulate_bf16(b, w.cols, x, w.cols, AsBf16<2, GroupColumns<2, B>>{columns}, s);

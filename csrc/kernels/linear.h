@@ -1,0 +1,41 @@
+// A linear layer over a packed weight W [n, k], low-rank term included: what the contracts of every format share
+// (nf4_linear.h, group_linear.h).
+//
+//   forward   y  = x W^T + bias + scaling * u B^T      u from lora_shrink or qalora_shrink
+//   backward  dx = g W + v A                           v likewise
+//
+// W is decoded in registers or a panel at a time; nothing of its size is ever written. Sums are fp32, in an
+// order that depends on the shapes alone.
+#pragma once
+#include <cstdint>
+
+#include "kernels/dtype.h"
+
+namespace peftops {
+
+template <class Weight> struct Linear {
+  Weight weight;         // rows = n, cols = k
+  const void* x;         // [m, k]
+  const void* bias;      // [n] of bias_dtype, or null
+  const float* u;        // [m, r], or null when r is 0
+  const void* b;         // lora_B [n, r] of b_dtype
+  void* y;               // [m, n]
+  int64_t m, r;
+  float scaling;
+  bool int8;             // x may be rounded to int8, see cpu/product_int8.h
+  DType dtype;           // of x and y
+  DType bias_dtype, b_dtype;
+};
+
+template <class Weight> struct LinearBackward {
+  Weight weight;         // rows = n, cols = k
+  const void* g;         // [m, n]
+  const float* v;        // [m, r], or null when r is 0
+  const void* a;         // lora_A [r, k] of a_dtype
+  void* dx;              // [m, k]
+  int64_t m, r;
+  DType dtype;           // of g and dx
+  DType a_dtype;
+};
+
+}  // namespace peftops
