@@ -1,5 +1,6 @@
 #include "kernels/nf4_linear.h"
 #include "ops/nf4.h"
+#include "ops/nf4_library.h"
 
 namespace peftops::ops {
 namespace {
@@ -39,7 +40,7 @@ Tensor linear(const Tensor& x_, const Tensor& packed, const Tensor& absmax, cons
     args.b_dtype = dtype_of(kOp, "lora_B", b);
     args.scaling = float(scaling);
   }
-  run(PEFTOPS_PICK(nf4_linear), args, m * n * k);
+  if (!nf4_linear_by_library(kOp, args, x, y)) run(PEFTOPS_PICK(nf4_linear), args, m * n * k);
   return y;
 }
 

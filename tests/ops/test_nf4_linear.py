@@ -5,6 +5,8 @@ from hypothesis import strategies as st
 
 import peftops
 import reference
+import sim
+from conftest import CUDA_DEVICES
 from numerics import (
     BF16,
     CODE16,
@@ -43,6 +45,7 @@ class Layer:
         self.lora_B = leaf((n, r), adapter, 4) if r else None
         self.bias = leaf((n,), adapter, 5) if bias else None
         self.scaling = 0.375 if r else 1.0
+        self.by_library = False  # whether torch multiplies the decoded weight, on CUDA
         self.dense = peftops.nf4_dequantize(self.weight, dtype=torch.float32).double()
         self.absmax = self.weight.absmax.double().repeat_interleave(block_size)[: n * k].view(n, k)
 
@@ -85,7 +88,7 @@ class Layer:
         r = 0 if self.lora_A is None else self.lora_A.shape[0]
 
         assert y.dtype == self.x.dtype and y.is_contiguous()
-        assert_sums(y, want_y, size_y, k + r + 4, self.narrow_forward())
+        assert_sums(y, want_y, size_y, k + (3 * r + 8 if self.by_library else r + 4), self.narrow_forward())
         assert_sums(grads.pop("x"), want.pop("x"), size["x"], n + r + 4, self.narrow_backward())
         for name, grad in grads.items():  # a sum over the rows, of products of which u or v is a sum itself
             assert grad.dtype == self.leaves()[name].dtype
@@ -97,6 +100,8 @@ class Layer:
         """What multiplying in 16 bits adds to the error of y. In int16: the rounding of x to 1/16384 of the largest
         in 128 columns at most, and that of the codes. In bf16: the rounding of the weight."""
         x, k = self.x.detach(), self.weight.shape[1]
+        if self.by_library:
+            return self.narrow_operands(x)
         if on_cuda(x):  # 16-bit x meets the codes rounded to its dtype, where chunks of 64 columns share an absmax
             chunks = x.dtype != torch.float32 and k % 64 == 0 and self.weight.block_size >= 64
             return code_error(x.dtype) * x.double().abs() @ self.dense.abs().T if chunks else 0.0
@@ -108,6 +113,19 @@ class Layer:
             return (BF16 * x.abs() + TINY) @ self.dense.abs().T
         x_error = HALF_STEP_X * segment_max(x, -1, 128)
         return x_error @ self.dense.abs().T + (x.abs() + x_error) @ (CODE16 * self.absmax.abs()).T
+
+    def narrow_operands(self, x):
+        """A library's operands hold the weight rounded to the dtype of x, and in bf16 two parts of u, lora_B and bias.
+        What is left of a number has half a step of half a step; products of two such rests are left out."""
+        if x.dtype == torch.float32:
+            return 0.0
+        info, size = torch.finfo(x.dtype), lambda t: t.detach().double().abs()
+        error = size(x) @ (info.eps / 2 * self.dense.abs() + info.smallest_normal * info.eps / 2).T
+        rest = (info.eps / 2) ** 2
+        if self.lora_A is not None:
+            parts = 1 if self.lora_B.dtype == x.dtype else 3
+            error = error + parts * rest * self.scaling * size(x) @ size(self.lora_A).T @ size(self.lora_B).T
+        return error if self.bias is None else error + rest * size(self.bias)
 
     def narrow_backward(self):
         """The same for dx, where int16 scales the rows of the weight to the largest absmax of 64 at most."""
@@ -386,3 +404,120 @@ def test_every_isa_agrees_closely():
     size, _ = layer.magnitudes()
     for other in results[1:]:
         assert ((other - results[0]).abs() <= 2 * 340 * FP32 * size).all()
+
+
+on_any_cuda = pytest.mark.parametrize("device", CUDA_DEVICES, indirect=True)
+
+
+def kernels_of(call):
+    """What was launched for it, in the simulator; it cannot be told elsewhere."""
+    device = sim.simulator()
+    device.forget()
+    result = call()
+    names = " ".join(report["kernel"] for report in device.reports()) if sim.active else None
+    return result, names
+
+
+def check_by_library(layer, **kw):
+    """The library's product, and no kernel of ours but the one for its operands; fp16 has none for every factor."""
+    layer.by_library = layer.x.dtype != torch.float16 or layer.lora_A is None and (
+        layer.bias is None or layer.bias.dtype == torch.float16
+    )
+    with sim.nf4_library("always"):
+        with torch.no_grad():
+            y, names = kernels_of(layer)
+        layer.check(**kw)
+    if names is not None and y.numel():
+        multiplied = any(name in names for name in ("few_rows", "many_rows", "any_rows"))
+        assert multiplied != layer.by_library and ("operands" in names) == layer.by_library, names
+
+
+@on_any_cuda
+@given(data=st.data(), n=outs, k=ins, lead=leads, dtype=dtypes, block_size=block_sizes, double_quant=st.booleans(),
+       bias=st.booleans(), layout=layouts, seed=seeds)  # fmt: skip
+def test_by_library_matches_reference(device, data, n, k, lead, dtype, block_size, double_quant, bias, layout, seed):
+    r = data.draw(st.one_of(st.just(0), ranks), label="r")
+    adapter = data.draw(st.sampled_from([dtype, torch.float32, torch.float16]), label="adapter dtype")
+    check_by_library(Layer(device, n, k, lead, dtype, seed, block_size=block_size, double_quant=double_quant, r=r,
+                           adapter=adapter, bias=bias, layout=layout))  # fmt: skip
+
+
+@on_any_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(70, 320, 2112), (270, 33, 1100), (3, 40, 8232)])
+@pytest.mark.parametrize("r", [0, 24])
+def test_by_library_beyond_one_block(device, dtype, shape, r):
+    """More packs than a lane decodes at a time, in rows of whole packs and in ragged ones."""
+    m, n, k = shape
+    check_by_library(Layer(device, n, k, (m,), dtype, 7, r=r, bias=r > 0, adapter=torch.float32))
+
+
+@on_any_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_by_library_what_is_not_finite_comes_through(device, dtype, bad):
+    """In x, u, lora_B and the bias: numbers in parts make no NaN of what is infinite."""
+    n, k, m, r = 24, 64, 6, 3
+    packed, absmax = torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8), torch.rand(n) + 0.5
+    tensors = {"x": torch.randn(m, k).to(dtype), "u": torch.randn(m, r), "lora_B": torch.randn(n, r), "bias": torch.rand(n)}
+    dense = reference.nf4_dequantize(packed, absmax, 64, torch.Size([n, k])).double()
+    for name, at in (("x", (4, 7)), ("u", (4, 1)), ("lora_B", (4, 1)), ("bias", (4,))):
+        x, u, lora_B, bias = ({**tensors, name: tensors[name].index_put(tuple(map(torch.tensor, at)), torch.tensor(
+            bad, dtype=tensors[name].dtype))}[key] for key in tensors)  # fmt: skip
+        want = x.double() @ dense.T + bias.double() + 0.5 * u.double() @ lora_B.double().T
+        arguments = (x, packed, absmax, None, None, 64, n, k, bias, u, lora_B, 0.5)
+        with sim.nf4_library("always"):
+            y = torch.ops.peftops.nf4_linear(*(t.to(device) if torch.is_tensor(t) else t for t in arguments)).cpu()
+        assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y.isinf(), want.isinf()), name
+        assert torch.equal(y[want.isinf()].sign().double(), want[want.isinf()].sign())
+
+
+@on_any_cuda
+def test_by_library_fits_in(device):
+    """Registration, autocast, empty products; the switch; and no autograd of torch's own product."""
+    layer = Layer(device, 40, 64, (20,), torch.bfloat16, 1, r=4, adapter=torch.float32, bias=True)
+    u, B = torch.randn(20, 4, device=device), torch.randn(40, 4, device=device)
+    op = torch.ops.peftops.nf4_linear.default
+    with sim.nf4_library("always"):
+        torch.library.opcheck(op, (layer.x.detach(), *layer.weight._arguments, 40, 64, None, u, B, 0.5))
+        y = op(layer.x, *layer.weight._arguments, 40, 64, layer.bias, u, B, 0.5)
+        assert not y.requires_grad and y.is_contiguous()
+        with torch.autocast(device, torch.float16):
+            assert torch.equal(y, op(layer.x, *layer.weight._arguments, 40, 64, layer.bias, u, B, 0.5))
+        for m, n, k in ((0, 8, 64), (3, 0, 64), (3, 8, 0)):
+            empty = peftops.nf4_quantize(torch.randn(n, k, device=device))
+            assert peftops.nf4_linear(torch.randn(m, k, device=device), empty).abs().sum() == 0
+    with sim.nf4_library("sometimes"), pytest.raises(RuntimeError, match="nf4_linear: PEFTOPS_NF4_LIBRARY must be auto, "):
+        layer()
+
+
+def test_the_shorter_way_is_taken():
+    """As csrc/kernels/cuda/nf4_crossover.cuh reckons it, for one multiprocessor of several GPUs."""
+    if isinstance(sim.cuda_ops(), str):
+        pytest.skip(sim.cuda_ops())
+    gpus = {"A100": (80, 1), "H100": (90, 1), "B200": (100, 1), "RTX 5090": (120, 1)}
+    BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+    cases = [  # rows, dtype, low-rank, and who calls the library
+        (512, 512, BF16, 0, {"H100", "B200"}),  # tensor cores that mma.sync does not exhaust
+        (64, 512, BF16, 0, set()),  # too few rows to write the weight for
+        (16, 512, BF16, 0, set()),
+        (512, 512, FP16, 4, set()),  # fp16 does not hold every factor
+        (1, 512, FP32, 0, set(gpus)),  # fp32 tiles of 64 rows
+        (1, 100, BF16, 0, set(gpus)),  # as are those of ragged chunks
+    ]
+    with sim.on_cpu_tensors(library="auto") as device:
+        try:
+            for m, k, dtype, r, wants in cases:
+                layer = Layer("cpu", 256, k, (m,), dtype, 3, r=r)
+                for name, gpu in gpus.items():
+                    device.pretend(*gpu)
+                    with torch.no_grad():
+                        _, names = kernels_of(layer)
+                    assert ("operands" in names) == (name in wants), (name, m, k, dtype)
+            # 1024 outputs are too few blocks of threads for a whole GPU, not for a small one.
+            layer = Layer("cpu", 1024, 64 * 20, (32,), BF16, 3)
+            for multiprocessors, library in ((8, False), (108, True)):
+                device.pretend(80, multiprocessors)
+                assert ("operands" in kernels_of(lambda: layer(training=False))[1]) == library
+        finally:
+            device.pretend()
