@@ -72,6 +72,23 @@ def linear(dtype, shapes):
         )
 
 
+def by_library(dtype, shapes):
+    for m, n, k, block_size, r, factor in shapes:
+        gen = torch.Generator().manual_seed(m)
+        x, bias, u, lora_B = (torch.randn(*s, generator=gen) for s in ((m, k), (n,), (m, r), (n, r)))
+        if r > 1:  # the second parts of u, of lora_B and of the bias show where the first ones cancel
+            x[2:], u[2:, 2:], bias[n // 2 :] = 0, 0, 0
+            nearly = lambda size: 1 + torch.rand(size, generator=gen) / 4096
+            u[2:, 1] = u[2:, 0] * torch.where(torch.arange(m - 2) % 2 == 0, nearly(m - 2), 1)
+            lora_B[:, 1] = -lora_B[:, 0] * torch.where(torch.arange(n) % 2 == 0, nearly(n), 1)
+            u[2, :2], lora_B[: n // 2, 0] = torch.tensor([2.0, 0]), -bias[: n // 2].to(dtype).float()
+            u[1, 0], lora_B[n - 1, 0], bias[n - 2] = float("inf"), float("inf"), float("inf")
+        low_rank = (bias.to(factor), u, lora_B.to(factor)) if r else (None, None, None)
+        arguments = (x.to(dtype), *weights(n, k, block_size, m % 2 == 1), n, k, *low_rank, 0.5)
+        with sim.nf4_library("always"):
+            yield torch.ops.peftops.nf4_linear(*arguments).nan_to_num(nan=0.5)
+
+
 def group_quantize(bits, dtype):
     # Groups of a part of a warp and of several tiles; ends of a warp's tile; constant groups; narrower ranges.
     for n, k, group, symmetric, narrower in ((5, 416, 32, False, 0), (3, 72, 8, True, 2), (2, 2048, 1024, False, 9)):
@@ -175,6 +192,11 @@ CASES = {
             (3, 70, 16, FP16, False, 0.5),
             (33, 8, 1, FP32, True, 0.0),
         ],
+    ),
+    "8operandsI13__nv_bfloat16Lb1E": functools.partial(
+        by_library,
+        BF16,
+        [(9, 33, 64 * 3, 64, 3, BF16), (15, 11, 64 * 40, 128, 5, FP32), (40, 8, 72, 32, 19, FP16), (3, 5, 96, 64, 0, None)],
     ),
     "8any_rowsIfE": functools.partial(
         linear,

@@ -29,9 +29,8 @@ constexpr GpuRates kGpuRates[] = {
     {120, {2409, 4818}, 192, 96, 3.7},    // consumer Blackwell, which has no tcgen05
 };
 constexpr double kLaunch = 5000;      // clocks from one kernel's end to the next one's full speed: 3 us
-constexpr double kAnyStep = 100;      // clocks in which any_rows does a step of 64 x 64: 64 to read shared memory, and decoding
+constexpr double kAnyStep = 100;      // clocks for a step of a tile of any_rows: 64 to read shared memory, and decoding
 constexpr double kDecodeBytes = 0.52; // read for each element of W
-constexpr double kMargin = 1.1;       // estimates, and a temporary of W's size: a tenth is the least that is worth them
 
 constexpr int64_t kEnoughBlocks = 128;   // of threads, for every multiprocessor: large GPUs have 108 to 148
 
@@ -67,7 +66,7 @@ inline bool library_is_faster(const Nf4Linear& a, const Gpu& gpu, bool chunks, b
   const double decode = n * k * (size + kDecodeBytes) / (is.bytes * all);
   const double copy = left ? 2 * m * k * size / (is.bytes * all) : 0;
   const double moved = size * (n * k + m * (n + k)) / (is.bytes * all), multiplied = m * n * k / (rate * all);
-  return (decode + copy + (moved > multiplied ? moved : multiplied) + kLaunch) * kMargin < fused;
+  return decode + copy + (moved > multiplied ? moved : multiplied) + kLaunch < fused;
 }
 
 }  // namespace peftops::cuda
