@@ -33,7 +33,8 @@ def cases():
                         bitsandbytes=lambda x=x, packed=packed, state=state: bnb.matmul_4bit(x, packed.t(), state),
                     ),
                     flops=2.0 * m * n * k,
-                    bytes=quantised.nbytes if m <= 4 else 0,
+                    dtype=dtype,
+                    bytes=quantised.nbytes if m <= 16 else 0,
                     want=dict(zip(("dense", "bitsandbytes"), wants[which], strict=True)),
                 )
             yield backward(256, n, k, dtype, weight, quantised, (packed, state), BACKWARD[which])
@@ -65,6 +66,7 @@ def backward(m, n, k, dtype, weight, quantised, theirs, wants):
             name: lambda y=y: torch.autograd.grad(y, (x, A, B), g, retain_graph=True) for name, y in outputs.items()
         },
         flops=2.0 * m * n * k + 8.0 * m * R * (n + k) / 2,
+        dtype=dtype,
         want=dict(zip(("dense", "bitsandbytes"), wants, strict=True)),
     )
 

@@ -272,6 +272,17 @@ def test_same_bits_for_any_number_of_threads(device, threads, dtype):
             assert all(torch.equal(a, b) for i, (a, b) in enumerate(zip(runs[0], run, strict=True)) if i != 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_without_rows_or_columns(device, dtype):
+    """Nothing of it is read, and what is left is the low-rank term."""
+    op, nothing = torch.ops.peftops, (torch.zeros(0, dtype=torch.uint8, device=device), torch.zeros(0, device=device))
+    thin, wide = torch.randn(20, 3, device=device), torch.randn(3, 64, device=device)
+    dx = op.nf4_linear_backward(thin.new_zeros(20, 0, dtype=dtype), *nothing, None, None, 64, 64, thin, wide, 0.0, None)
+    y = op.nf4_linear(thin.new_zeros(20, 0, dtype=dtype), *nothing, None, None, 64, 64, 0, None, thin, wide.T, 1.0)
+    for got in (dx, y):
+        assert_sums(got, thin.double() @ wide.double(), thin.double().abs() @ wide.double().abs(), 4)
+
+
 def test_inputs_are_left_alone(device):
     layer = Layer(device, 64, 96, (20,), torch.float32, 1, r=4, bias=True)
     before = {name: t.detach().clone() for name, t in layer.leaves().items()}
