@@ -62,9 +62,7 @@ def backward(m, n, k, dtype, weight, quantised, theirs, wants):
     }
     return harness.Case(
         f"backward {n}x{k} {str(dtype)[6:]} M={m} r={R}",
-        {
-            name: lambda y=y: torch.autograd.grad(y, (x, A, B), g, retain_graph=True) for name, y in outputs.items()
-        },
+        {name: lambda y=y: torch.autograd.grad(y, (x, A, B), g, retain_graph=True) for name, y in outputs.items()},
         flops=2.0 * m * n * k + 8.0 * m * R * (n + k) / 2,
         dtype=dtype,
         want=dict(zip(("dense", "bitsandbytes"), wants, strict=True)),

@@ -36,7 +36,7 @@ class Case:
     providers: dict[str, Callable[[], object]]
     flops: float = 0.0  # operations that any provider has to do, two per multiply-add
     bytes: float = 0.0  # bytes that ours has to move, at least
-    want: dict[str, float] = field(default_factory=dict)  # how many times faster than each peer it should be, on the CPU
+    want: dict[str, float] = field(default_factory=dict)  # how many times faster than each peer it should be on a CPU
     dtype: torch.dtype = torch.float32  # of the activations: which peak of a GPU the operations are a share of
 
 
@@ -134,10 +134,12 @@ def cpu_peaks(args: argparse.Namespace) -> tuple[str, Callable[[torch.dtype], fl
 
 def cuda_peaks(args: argparse.Namespace) -> tuple[str, Callable[[torch.dtype], float], float]:
     if not torch.cuda.is_available() or not hasattr(peftops, "_C_cuda"):
-        raise SystemExit("--device cuda needs a GPU, a torch with CUDA, and peftops built with it; see python -m peftops info")
+        raise SystemExit(
+            "--device cuda needs a GPU, torch with CUDA, and peftops built with it: python -m peftops info"
+        )
     peak, bandwidth = functools.partial(matmul_peak, device="cuda"), copy_bandwidth(0, "cuda")
     words = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}; "
-    words += ", ".join(f"{peak(dtype) / 1e12:.0f} TFLOP/s {str(dtype)[6:]}" for dtype in (torch.bfloat16, torch.float32))
+    words += ", ".join(f"{peak(kind) / 1e12:.0f} TFLOP/s {str(kind)[6:]}" for kind in (torch.bfloat16, torch.float32))
     return f"{words}, {bandwidth / 1e9:.0f} GB/s copy", peak, bandwidth
 
 

@@ -431,9 +431,8 @@ def kernels_of(call):
 
 def check_by_library(layer, **kw):
     """The library's product, and no kernel of ours but the one for its operands; fp16 has none for every factor."""
-    layer.by_library = layer.x.dtype != torch.float16 or layer.lora_A is None and (
-        layer.bias is None or layer.bias.dtype == torch.float16
-    )
+    exact = layer.lora_A is None and (layer.bias is None or layer.bias.dtype == torch.float16)
+    layer.by_library = layer.x.dtype != torch.float16 or exact
     with sim.nf4_library("always"):
         with torch.no_grad():
             y, names = kernels_of(layer)
@@ -470,7 +469,8 @@ def test_by_library_what_is_not_finite_comes_through(device, dtype, bad):
     """In x, u, lora_B and the bias: numbers in parts make no NaN of what is infinite."""
     n, k, m, r = 24, 64, 6, 3
     packed, absmax = torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8), torch.rand(n) + 0.5
-    tensors = {"x": torch.randn(m, k).to(dtype), "u": torch.randn(m, r), "lora_B": torch.randn(n, r), "bias": torch.rand(n)}
+    shapes = {"x": (m, k), "u": (m, r), "lora_B": (n, r), "bias": (n,)}
+    tensors = {name: torch.randn(*shape).to(dtype if name == "x" else torch.float32) for name, shape in shapes.items()}
     dense = reference.nf4_dequantize(packed, absmax, 64, torch.Size([n, k])).double()
     for name, at in (("x", (4, 7)), ("u", (4, 1)), ("lora_B", (4, 1)), ("bias", (4,))):
         x, u, lora_B, bias = ({**tensors, name: tensors[name].index_put(tuple(map(torch.tensor, at)), torch.tensor(
@@ -496,7 +496,8 @@ def test_by_library_fits_in(device):
         with torch.autocast(device, torch.float16):  # x has been cast already, and is not once more
             assert torch.equal(y, op(*arguments))
         assert peftops.nf4_linear(layer.x[:0], layer.weight).shape == (0, 40)
-    with sim.nf4_library("sometimes"), pytest.raises(RuntimeError, match="nf4_linear: PEFTOPS_NF4_LIBRARY must be auto, "):
+    sentence = "nf4_linear: PEFTOPS_NF4_LIBRARY must be auto, always or never, not sometimes"
+    with sim.nf4_library("sometimes"), pytest.raises(RuntimeError, match=sentence):
         layer()
 
 

@@ -29,7 +29,7 @@ at more than their sums leave registers for, and spills. `few_rows` and `many_ro
 tables and by registers that hold what is under way: loads in flight, not warps, hide the memory's latency there.
 `many_rows` with two stripes has one block of 8 warps, and so has `many_back` with 128 rows: 64 sums a thread, and
 tensor cores are kept busy by 32 mma a step and warp. `any_rows` and `any_back` are the fp32 tiles for what tensor
-cores do not take."""
+cores do not take; `operands` writes what a library multiplies in their place."""
 
 
 def compile_kernels(build: Path) -> str:

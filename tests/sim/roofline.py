@@ -75,11 +75,11 @@ count of multiprocessors; `PEFTOPS_NF4_LIBRARY=always` or `never` decides otherw
 faster than bitsandbytes' way that should be:
 
 {ways}
-* **One rounding either way.** A library that adds the low-rank term in a second call, or a bias, rounds in between. Here
-  they are more depth of the one product, [x | scaling u | 1] [W | lora_B | bias]^T, in fp32 sums; what bf16 cannot hold
-  is two or three columns. It costs a copy of x, 4 m k bytes: half of what an fp32 result costs that another pass adds to
-  and rounds (8 m n), and as much as the term in 16 bits that the product accumulates onto (4 m n), which rounds twice.
-  fp16 holds neither every factor nor their small parts, so with a low-rank term it keeps to the kernels.
+* **One rounding either way.** A library that adds the low-rank term or a bias in a second call rounds in between. Here
+  they are more depth of the one product, [x | scaling u | 1] [W | lora_B | bias]^T, in fp32 sums; what bf16 cannot
+  hold is two or three columns. It costs a copy of x, 4 m k bytes: half of what an fp32 result costs that another pass
+  adds to and rounds (8 m n), and as much as the term in 16 bits that the product accumulates onto (4 m n), which rounds
+  twice. fp16 holds neither every factor nor their small parts, so with a low-rank term it keeps to the kernels.
 * **H100**: forwards from some hundred rows `mma.sync`, and 64 rows for every decoded weight, are not enough for that
   chip. **Few outputs** (1024: keys and values of grouped heads): too few blocks of threads for any large GPU.
 * fp32 x, and rows that are not whole chunks of 64, take 64 x 64 tiles of plain multiply-adds, which read eight words of
@@ -221,7 +221,8 @@ def ways(loops: dict[str, dict[str, list[str]]]) -> str:
                 fused = max(limits(gpu, work, loops[gpu.arch][work.kernel]).values()) / REACHED + LAUNCH
                 by_library = Crossover.of(int(gpu.arch)).prefers_library(gpu.multiprocessors, m, n, k)
                 ours = library(gpu, m, n, k, REACHED) if by_library else fused
-                text += f" {'library' if by_library else 'kernels'}, {library(gpu, m, n, k, BNB_DEQUANTIZE) / ours:.2f} |"
+                ratio = library(gpu, m, n, k, BNB_DEQUANTIZE) / ours
+                text += f" {'library' if by_library else 'kernels'}, {ratio:.2f} |"
             text += "\n"
     return text
 

@@ -1,7 +1,7 @@
 // The operands of a library's product, y = left right^T: W decoded and rounded to the type of x, and as more depth what
 // else a sum has, [x | scaling u | 1] [W | lora_B | bias]^T, so that the library rounds once, like the kernels.
 //
-// A number that bf16 cannot hold is the sum of two, high and low, to 2^-17 of it. A product of two such is three columns:
+// A number that bf16 cannot hold is the sum of two, high and low, to 2^-16 of it. A product of two such is three columns:
 // high high, low high and high low. One that is not finite has no rest and must meet none, or infinity times zero would
 // make NaN of what is infinite: zero stands in for it there.
 //
