@@ -68,6 +68,10 @@ def nf4_linear(
     result. The result has the same bits for any number of threads. Backward keeps ``x`` itself (only if
     ``lora_A`` needs a gradient), ``x A^T`` (float32) and a seed.
 
+    CUDA is the exception: where that is reckoned faster, many rows on an H100 for instance, forward decodes the weight
+    into a temporary of ``x``'s dtype and has torch multiply. ``PEFTOPS_NF4_LIBRARY=never`` in the environment keeps to
+    the kernels, ``always`` to torch but for float16 with an adapter; docs/cuda_roofline.md has the reasons.
+
     Args:
         x: float32, bfloat16 or float16, ``[..., in]``; any strides.
         weight: ``[out, in]``, frozen.

@@ -143,7 +143,8 @@ cudaError_t nf4_by_library(const Nf4Linear& a, Way wanted, bool* result) {
   ask(&minor, cudaDevAttrComputeCapabilityMinor);
   ask(&multiprocessors, cudaDevAttrMultiProcessorCount);
   const bool copied = nf4_operands_depth(a) != a.weight.cols;
-  if (status == cudaSuccess) *result = library_is_faster(a, {10 * major + minor, multiprocessors}, has_chunks(a), copied);
+  const Gpu gpu = {10 * major + minor, multiprocessors};
+  if (status == cudaSuccess) *result = library_is_faster(a, gpu, has_chunks(a), copied);
   return status;
 }
 

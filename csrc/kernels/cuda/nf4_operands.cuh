@@ -77,7 +77,8 @@ operands(Nf4Operands o, ExtraColumns extra, int log_block, bool wide_x) {
     T* const to = static_cast<T*>(o.left) + row * o.depth;
     if (wide_x) {
 #pragma unroll 4
-      for (int64_t i = lane; i < k / N; i += kWarp) reinterpret_cast<uint4*>(to)[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
+      for (int64_t i = lane; i < k / N; i += kWarp)   // __ldg: the stores before do not hold a load up
+        reinterpret_cast<uint4*>(to)[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
     } else {
       for (int64_t i = lane; i < k; i += kWarp) to[i] = from[i];
     }
