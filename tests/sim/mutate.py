@@ -161,6 +161,8 @@ def backward(dtype, shapes):
             lora_A[2:4, 1::2] = tf32_parts(lora_A[0])[0][1::2]
             for row in range(0, m // 2, 4):  # infinities in each place of a fragment, and no NaN in place of one
                 v[row, row // 4 % 2 * 4 :][:1] = float("inf")
+            if not p:
+                lora_A[2, 3::16] = lora_A[-1, 4::16] = float("inf")
         v[:1, :1] = float("inf")
         low_rank = (v, lora_A.to(BF16 if p else FP32), p, torch.tensor(m)) if r else (None, None, 0.0, None)
         dx = torch.ops.peftops.nf4_linear_backward(g.to(dtype), *weights(n, k, block_size, m % 2 == 1), k, *low_rank)
