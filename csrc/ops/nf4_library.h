@@ -2,7 +2,9 @@
 // where it is the faster (kernels/cuda/nf4_crossover.cuh); PEFTOPS_NF4_LIBRARY=always or never in the environment decides
 // otherwise. The temporary has the size of W in the type of x, comes from torch's allocator and goes back at once.
 #pragma once
+#include <array>
 #include <cstdlib>
+#include <string>
 
 #include "kernels/nf4_linear.h"
 #include "ops/bind.h"
