@@ -51,7 +51,6 @@ __device__ void multiply_backward(const Nf4LinearBackward& a, const DropoutMask&
   const int warp_row = warp % kWarpsDown * (Rows / kWarpsDown), across = warp / kWarpsDown;
   const int first_unit = across / 2 * 8 + across % 2;    // a warp's tiles are two units apart: one draw of dropout for all
   const int steps = int(ceil_div(n, kBackDepth));
-  __builtin_assume(steps > 0);   // see has_units
 
   const PanelCopy<T, kBackThreads, Rows, kDepthUnits, SwapRowPairs> copy(static_cast<const T*>(a.g), first_row, a.m, n);
   // Half of the threads bring a unit of codes each, of a row that advances with the steps.
@@ -97,7 +96,7 @@ __device__ void multiply_backward(const Nf4LinearBackward& a, const DropoutMask&
   wait_for_copies<kStages - 2>();
   __syncthreads();
   load_scales(0);
-  decode(0);
+  if (steps) decode(0);
   load_scales(1);
 
   float sum[kTiles][kWarpTiles][4] = {};
