@@ -51,7 +51,7 @@ template <class T> __device__ float extra_right(const Nf4Linear& a, const ExtraC
 }
 
 template <class T, bool Wide>
-__global__ void __launch_bounds__(kOperandThreads)
+__global__ void __launch_bounds__(kOperandThreads, 1)
 operands(Nf4Operands o, ExtraColumns extra, int log_block, bool wide_x) {
   constexpr int N = Pack<T>::kSize;
   __shared__ LaneTable code;
