@@ -28,7 +28,7 @@ def composed(query, key, value, *prompt):
 def eager(query, key, value, *prompt):
     scores = query @ key.mT * D**-0.5
     rows, keys = scores.shape[-2:]
-    mask = torch.full((rows, keys), -torch.inf, dtype=query.dtype).triu(1 + keys - rows)
+    mask = torch.full((rows, keys), -torch.inf, dtype=query.dtype, device=query.device).triu(1 + keys - rows)
     p = torch.softmax(scores + mask, -1, dtype=torch.float32).to(query.dtype)
     return p @ value + prompt_part(query, *prompt)
 

@@ -41,6 +41,8 @@ def seen(model, tokenizer, file):
 
 def main():
     arguments = harness.parser().parse_args()
+    if arguments.device != "cpu":
+        raise SystemExit("gptq_quantize: timed on the CPU alone")
     torch.set_num_threads(arguments.threads)
     model, tokenizer = peftops.load_model(smollm2(), quantize=False), load_tokenizer(smollm2())
     calibration, held_out = (seen(model, tokenizer, f"wordnet_nouns_{part}.jsonl") for part in ("train", "eval"))

@@ -28,6 +28,7 @@ def cases():
                             "dense": torch.no_grad()(lambda x=x, w=dense: F.linear(x, w)),
                         },
                         flops=2.0 * m * n * k,
+                        dtype=dtype,
                         bytes=weight.nbytes if m <= 4 else 0,
                         want={"dense": want[which]},
                     )
@@ -42,6 +43,7 @@ def cases():
                                 "float": torch.no_grad()(lambda x=x, w=weight: peftops.group_linear(x, w)),
                             },
                             flops=2.0 * m * n * k,
+                            dtype=dtype,
                             want={"dense": 2} if dtype == torch.float32 and m >= 64 else {},
                         )
                 x, g = torch.randn(256, k).to(dtype).requires_grad_(), torch.randn(256, n).to(dtype)
@@ -53,6 +55,7 @@ def cases():
                         for name, y in outputs.items()
                     },
                     flops=2.0 * 256 * n * k,
+                    dtype=dtype,
                     want={"dense": 0.95},
                 )
 

@@ -32,6 +32,7 @@ def cases():
                     f"step {n}x{k} {str(dtype)[6:]} M={m} r={R}",
                     {"peftops": ours, "composed": composed},
                     flops=4.0 * m * n * k,
+                    dtype=dtype,
                     want={"composed": 1},
                 )
 

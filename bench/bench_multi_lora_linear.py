@@ -39,7 +39,7 @@ def dense(weight):
 def in_4bit(weight):
     layer = bnb.nn.Linear4bit(*weight.T.shape, bias=False, compute_dtype=weight.dtype, quant_type="nf4")
     layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
-    return layer.to("cpu")  # moving it is what quantises
+    return layer.to(torch.get_default_device())  # moving it is what quantises
 
 
 def case(n, k, dtype, stored):

@@ -34,7 +34,8 @@ def cases():
                         bitsandbytes=lambda x=x, packed=packed, state=state: bnb.matmul_4bit(x, packed.t(), state),
                     ),
                     flops=2.0 * m * n * k,
-                    bytes=quantised.nbytes if m <= 4 else 0,
+                    dtype=dtype,
+                    bytes=quantised.nbytes if m <= 16 else 0,
                     want=dict(zip(("dense", "bitsandbytes"), wants[which], strict=True)),
                 )
                 if m >= 16:
@@ -73,10 +74,9 @@ def backward(m, n, k, dtype, weight, quantised, theirs, wants):
     }
     return harness.Case(
         f"backward {n}x{k} {str(dtype)[6:]} M={m} r={R}",
-        {
-            name: lambda y=y: torch.autograd.grad(y, (x, A, B), g, retain_graph=True) for name, y in outputs.items()
-        },
+        {name: lambda y=y: torch.autograd.grad(y, (x, A, B), g, retain_graph=True) for name, y in outputs.items()},
         flops=2.0 * m * n * k + 8.0 * m * R * (n + k) / 2,
+        dtype=dtype,
         want=dict(zip(("dense", "bitsandbytes"), wants, strict=True)),
     )
 

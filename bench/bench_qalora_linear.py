@@ -49,6 +49,7 @@ def cases():
                     f"step {n}x{k} {str(dtype)[6:]} M={m} r={R}",
                     {"peftops": ours, "dense LoRA": dense_lora, "eager": eager, "dequantised": dequantised},
                     flops=4.0 * m * n * k,
+                    dtype=dtype,
                     want={"dense LoRA": 1, "eager": 1.3},
                 )
 

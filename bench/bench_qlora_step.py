@@ -42,7 +42,7 @@ def with_bitsandbytes(model: nn.Module) -> nn.Module:
             size, dtype = (dense.in_features, dense.out_features), dense.weight.dtype
             layer = bnb.nn.Linear4bit(*size, bias=False, compute_dtype=dtype, **kind)
             layer.weight = bnb.nn.Params4bit(dense.weight.data, requires_grad=False, **kind)
-            model.model.set_submodule(name, layer.to("cpu"))  # moving it is what quantises
+            model.model.set_submodule(name, layer.to(torch.get_default_device()))  # moving it is what quantises
     model.is_loaded_in_4bit = True  # what PEFT asks
     return with_peft(model)
 
@@ -51,7 +51,8 @@ def step_of(model: nn.Module):
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
-    ids = torch.randint(0, 1024, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 1024, (1, TOKENS), generator=draw, device="cpu").to(torch.get_default_device())
 
     def step():
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -96,7 +97,7 @@ def cases():
             adapted = sum(p.numel() for name, p in models["dense"].named_parameters() if "base_layer" in name)
             # Forward and the gradient of x; the frozen weights need none.
             want = {"dense": 1 / 0.95, "bitsandbytes": 1 / 0.75}
-            yield harness.Case(label, steps, flops=4.0 * TOKENS * adapted, want=want)
+            yield harness.Case(label, steps, flops=4.0 * TOKENS * adapted, want=want, dtype=dtype)
 
 
 if __name__ == "__main__":

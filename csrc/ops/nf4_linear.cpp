@@ -1,6 +1,7 @@
 #include "kernels/nf4_linear.h"
 #include "ops/linear.h"
 #include "ops/nf4.h"
+#include "ops/nf4_library.h"
 
 namespace peftops::ops {
 namespace {
@@ -15,7 +16,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, const
   const Nf4Parts w(kOp, packed, absmax, scale, offset, block_size, n, k);
   LinearOperands<Nf4Linear> o(kOp, w.weight, x, bias, u, b, scaling);
   o.args.int8 = int8;
-  run(PEFTOPS_PICK(nf4_linear), o.args, o.work());
+  if (!nf4_linear_by_library(kOp, o.args, o.x, o.y)) run(PEFTOPS_PICK(nf4_linear), o.args, o.work());
   return o.y;
 }
 

@@ -111,6 +111,11 @@ def multi_lora_linear(
     The base product is that of all rows together; the terms are added to it, summed in float32. Rows are grouped
     by adapter inside the op, and factors are read from the pool's pages. Adapters may have any ranks and scalings.
 
+    On CUDA the host plans a batch: it groups the rows, looks up pages, and copies both to the GPU with each call,
+    without waiting. A CUDA graph keeps that plan, so it replays the adapters it was captured with, whatever
+    ``adapter_index`` holds later; call this op between graphs, or capture one per batch of adapters and drop it once
+    one of them is evicted.
+
     Args:
         x: float32, bfloat16 or float16, ``[..., in]``.
         weight: ``[out, in]``, dense of x's dtype, an :class:`~peftops.NF4Tensor` or a

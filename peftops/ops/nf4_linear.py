@@ -56,6 +56,10 @@ def nf4_linear(
     It is done where it is faster: with AVX-512, from five rows on, where in_features is a multiple of 32. The gradient
     is that of ``compute="float"``.
 
+    CUDA is the exception: where that is reckoned faster, many rows on an H100 for instance, forward decodes the weight
+    into a temporary of ``x``'s dtype and has torch multiply. ``PEFTOPS_NF4_LIBRARY=never`` in the environment keeps to
+    the kernels, ``always`` to torch but for float16 with an adapter; docs/cuda_roofline.md has the reasons.
+
     Args:
         x: float32, bfloat16 or float16, ``[..., in]``; any strides.
         weight: ``[out, in]``, frozen.

@@ -5,6 +5,8 @@ from hypothesis import strategies as st
 
 import peftops
 import reference
+import sim
+from conftest import CUDA_DEVICES
 from numerics import (
     BF16,
     CODE16,
@@ -36,6 +38,7 @@ class Layer(PackedLayer):
         weight = normal((n, k), dtype, seed, device)
         weight = peftops.nf4_quantize(weight, block_size=block_size, double_quant=double_quant)
         super().__init__(weight, device, lead, dtype, seed, lora_columns=k, **kw)
+        self.by_library = False  # whether torch multiplies the decoded weight, on CUDA
         self.dense = peftops.nf4_dequantize(self.weight, dtype=torch.float32).double()
         self.size = self.dense.abs()
         self.absmax = self.weight.absmax.double().repeat_interleave(block_size)[: n * k].view(n, k)
@@ -43,10 +46,16 @@ class Layer(PackedLayer):
     def op(self, *args, **kw):
         return peftops.nf4_linear(*args, **kw)
 
+    def terms(self):
+        terms, r = super().terms(), 0 if self.lora_A is None else self.lora_A.shape[0]
+        return {**terms, "y": self.weight.shape[1] + 3 * r + 8} if self.by_library else terms
+
     def narrow_forward(self):
         """What multiplying in 16 bits adds to the error of y. In int16: the rounding of x to 1/16384 of the largest
         in 128 columns at most, and that of the codes. In bf16: the rounding of the weight."""
         x, k = self.x.detach(), self.weight.shape[1]
+        if self.by_library:
+            return self.narrow_operands(x)
         if on_cuda(x):  # 16-bit x meets the codes rounded to its dtype, where chunks of 64 columns share an absmax
             chunks = x.dtype != torch.float32 and k % 64 == 0 and self.weight.block_size >= 64
             return code_error(x.dtype) * x.double().abs() @ self.dense.abs().T if chunks else 0.0
@@ -58,6 +67,19 @@ class Layer(PackedLayer):
             return (BF16 * x.abs() + TINY) @ self.dense.abs().T
         x_error = HALF_STEP_X * segment_max(x, -1, 128)
         return x_error @ self.dense.abs().T + (x.abs() + x_error) @ (CODE16 * self.absmax.abs()).T
+
+    def narrow_operands(self, x):
+        """A library's operands hold the weight rounded to the dtype of x, and in bf16 two parts of u, lora_B and bias.
+        What is left of a number has half a step of half a step; products of two such rests are left out."""
+        if x.dtype == torch.float32:
+            return 0.0
+        info, size = torch.finfo(x.dtype), lambda t: t.detach().double().abs()
+        error = size(x) @ (info.eps / 2 * self.dense.abs() + info.smallest_normal * info.eps / 2).T
+        rest = (info.eps / 2) ** 2
+        if self.lora_A is not None:
+            parts = 1 if self.lora_B.dtype == x.dtype else 3
+            error = error + parts * rest * self.scaling * size(x) @ size(self.lora_A).T @ size(self.lora_B).T
+        return error if self.bias is None else error + rest * size(self.bias)
 
     def narrow_backward(self, keep=None):
         """The same for dx, where int16 scales the rows of the weight to the largest absmax of 64 at most."""
@@ -165,6 +187,17 @@ def test_a_nan_block_spoils_its_rows_and_columns_only(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_without_rows_or_columns(device, dtype):
+    """Nothing of it is read, and what is left is the low-rank term."""
+    op, nothing = torch.ops.peftops, (torch.zeros(0, dtype=torch.uint8, device=device), torch.zeros(0, device=device))
+    thin, wide = torch.randn(20, 3, device=device), torch.randn(3, 64, device=device)
+    dx = op.nf4_linear_backward(thin.new_zeros(20, 0, dtype=dtype), *nothing, None, None, 64, 64, thin, wide, 0.0, None)
+    y = op.nf4_linear(thin.new_zeros(20, 0, dtype=dtype), *nothing, None, None, 64, 64, 0, None, thin, wide.T, 1.0)
+    for got in (dx, y):
+        assert_sums(got, thin.double() @ wide.double(), thin.double().abs() @ wide.double().abs(), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_keeps_x_itself_and_a_thin_product(device, dtype):
     """Saved: x (the tensor, no copy), u = x A^T in float32, a seed. Nothing of the size of the weight."""
     layer = Layer(device, 256, 128, (100,), dtype, 1, r=8, bias=True, adapter=torch.float32)
@@ -225,3 +258,119 @@ def test_bad_input(device):
     x, weight = torch.randn(5, 96, device=device), peftops.nf4_quantize(torch.randn(96, device=device))
     with pytest.raises(ValueError, match=r"weight must have two dims, \[out, in\], not shape \[96\]"):
         peftops.nf4_linear(x, weight)
+
+
+on_any_cuda = pytest.mark.parametrize("device", CUDA_DEVICES, indirect=True)
+
+
+def kernels_of(call):
+    """What was launched for it, in the simulator; it cannot be told elsewhere."""
+    device = sim.simulator()
+    device.forget()
+    result = call()
+    names = " ".join(report["kernel"] for report in device.reports()) if sim.active else None
+    return result, names
+
+
+def check_by_library(layer, **kw):
+    """The library's product, and no kernel of ours but the one for its operands; fp16 has none for every factor."""
+    exact = layer.lora_A is None and (layer.bias is None or layer.bias.dtype == torch.float16)
+    layer.by_library = layer.x.dtype != torch.float16 or exact
+    with sim.nf4_library("always"):
+        with torch.no_grad():
+            y, names = kernels_of(layer)
+        layer.check(**kw)
+    if names is not None and y.numel():
+        multiplied = any(name in names for name in ("few_rows", "many_rows", "any_rows"))
+        assert multiplied != layer.by_library and ("operands" in names) == layer.by_library, names
+
+
+@on_any_cuda
+@given(data=st.data(), n=outs, k=ins, lead=leads, dtype=dtypes, block_size=block_sizes, double_quant=st.booleans(),
+       bias=st.booleans(), layout=layouts, seed=seeds)  # fmt: skip
+def test_by_library_matches_reference(device, data, n, k, lead, dtype, block_size, double_quant, bias, layout, seed):
+    r = data.draw(st.one_of(st.just(0), ranks), label="r")
+    adapter = data.draw(st.sampled_from([dtype, torch.float32, torch.float16]), label="adapter dtype")
+    check_by_library(Layer(device, n, k, lead, dtype, seed, block_size=block_size, double_quant=double_quant, r=r,
+                           adapter=adapter, bias=bias, layout=layout))  # fmt: skip
+
+
+@on_any_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(70, 320, 2112), (270, 33, 1100), (3, 40, 8232)])
+@pytest.mark.parametrize("r", [0, 24])
+def test_by_library_beyond_one_block(device, dtype, shape, r):
+    """More packs than a lane decodes at a time, in rows of whole packs and in ragged ones."""
+    m, n, k = shape
+    check_by_library(Layer(device, n, k, (m,), dtype, 7, r=r, bias=r > 0, adapter=torch.float32))
+
+
+@on_any_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_by_library_what_is_not_finite_comes_through(device, dtype, bad):
+    """In x, u, lora_B and the bias: numbers in parts make no NaN of what is infinite."""
+    n, k, m, r = 24, 64, 6, 3
+    packed, absmax = torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8), torch.rand(n) + 0.5
+    shapes = {"x": (m, k), "u": (m, r), "lora_B": (n, r), "bias": (n,)}
+    tensors = {name: torch.randn(*shape).to(dtype if name == "x" else torch.float32) for name, shape in shapes.items()}
+    dense = reference.nf4_dequantize(packed, absmax, 64, torch.Size([n, k])).double()
+    for name, at in (("x", (4, 7)), ("u", (4, 1)), ("lora_B", (4, 1)), ("bias", (4,))):
+        x, u, lora_B, bias = ({**tensors, name: tensors[name].index_put(tuple(map(torch.tensor, at)), torch.tensor(
+            bad, dtype=tensors[name].dtype))}[key] for key in tensors)  # fmt: skip
+        want = x.double() @ dense.T + bias.double() + 0.5 * u.double() @ lora_B.double().T
+        arguments = (x, packed, absmax, None, None, 64, n, k, bias, u, lora_B, 0.5)
+        with sim.nf4_library("always"):
+            y = torch.ops.peftops.nf4_linear(*(t.to(device) if torch.is_tensor(t) else t for t in arguments)).cpu()
+        assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y.isinf(), want.isinf()), name
+        assert torch.equal(y[want.isinf()].sign().double(), want[want.isinf()].sign())
+
+
+@on_any_cuda
+def test_by_library_fits_in(device):
+    """Registration, autocast, empty products, and the switch."""
+    layer = Layer(device, 40, 64, (20,), torch.bfloat16, 1, r=4, adapter=torch.float32, bias=True)
+    u, B = torch.randn(20, 4, device=device), torch.randn(40, 4, device=device)
+    op = torch.ops.peftops.nf4_linear.default
+    with sim.nf4_library("always"):
+        arguments = (layer.x.detach(), *layer.weight._arguments, 40, 64, layer.bias.detach(), u, B, 0.5)
+        torch.library.opcheck(op, arguments)
+        y = op(*arguments)
+        with torch.autocast(device, torch.float16):  # x has been cast already, and is not once more
+            assert torch.equal(y, op(*arguments))
+        assert peftops.nf4_linear(layer.x[:0], layer.weight).shape == (0, 40)
+    sentence = "nf4_linear: PEFTOPS_NF4_LIBRARY must be auto, always or never, not sometimes"
+    with sim.nf4_library("sometimes"), pytest.raises(RuntimeError, match=sentence):
+        layer()
+
+
+def test_the_shorter_way_is_taken():
+    """As csrc/kernels/cuda/nf4_crossover.cuh reckons it, for one multiprocessor of several GPUs."""
+    if isinstance(sim.cuda_ops(), str):
+        pytest.skip(sim.cuda_ops())
+    gpus = {"A100": (80, 1), "H100": (90, 1), "B200": (100, 1), "RTX 5090": (120, 1)}
+    BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+    cases = [  # rows, columns, dtype, ranks, and who calls the library
+        (1024, 512, BF16, 0, {"H100", "B200"}),  # tensor cores that mma.sync does not exhaust
+        (64, 512, BF16, 0, set()),  # too few rows to write the weight for
+        (16, 512, BF16, 0, set()),
+        (1, 512, FP32, 0, {"A100", "H100", "B200"}),  # fp32 tiles of 64 rows, where memory is fast
+        (1, 100, BF16, 4, set(gpus)),  # as are those of ragged chunks
+        (1, 100, FP16, 4, set()),  # fp16 does not hold every factor
+    ]
+    with sim.on_cpu_tensors(library="auto") as device:
+        try:
+            for m, k, dtype, r, wants in cases:
+                layer = Layer("cpu", 512, k, (m,), dtype, 3, r=r)
+                for name, gpu in gpus.items():
+                    device.pretend(*gpu)
+                    with torch.no_grad():
+                        _, names = kernels_of(layer)
+                    assert ("operands" in names) == (name in wants), (name, m, k, dtype)
+            # 1024 outputs are too few blocks of threads for a whole GPU, not for a small one.
+            layer = Layer("cpu", 1024, 64 * 20, (32,), BF16, 3)
+            for multiprocessors, library in ((8, False), (108, True)):
+                device.pretend(80, multiprocessors)
+                assert ("operands" in kernels_of(lambda: layer(training=False))[1]) == library
+        finally:
+            device.pretend()

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ARCH = os.environ.get("PEFTOPS_SIM_ARCH", "80")  # whose PTX is run
 BUILD = ROOT / "build" / ("sim" if ARCH == "80" else f"sim{ARCH}")
 KERNELS = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
+LIBRARY_SWITCH = "PEFTOPS_NF4_LIBRARY"  # see csrc/ops/nf4_library.h
 active = False  # whether torch.ops.peftops runs in the simulator at the moment
 
 
@@ -81,6 +82,10 @@ class Simulator:
         if status:
             raise Finding(self.error())
         return self.reports()[0]
+
+    def pretend(self, capability: int = 80, multiprocessors: int = 108) -> None:
+        """To be another GPU, for launchers that ask; without arguments an A100."""
+        self.lib.sim_pretend(capability, multiprocessors)
 
     def forget(self) -> None:
         self.lib.sim_forget()
@@ -173,20 +178,34 @@ def cuda_ops() -> list[str] | str:
 
 
 @contextlib.contextmanager
-def on_cpu_tensors(**options):
+def nf4_library(way: str):
+    """Meanwhile nf4_linear on CUDA takes its kernels ("never"), torch's product ("always") or the faster ("auto")."""
+    old = os.environ.get(LIBRARY_SWITCH)
+    os.environ[LIBRARY_SWITCH] = way
+    try:
+        yield
+    finally:
+        os.environ.pop(LIBRARY_SWITCH)
+        if old is not None:
+            os.environ[LIBRARY_SWITCH] = old
+
+
+@contextlib.contextmanager
+def on_cpu_tensors(library: str = "never", **options):
     """Meanwhile torch.ops.peftops runs the CUDA kernels, in the simulator, wherever it is given CPU tensors."""
     import torch
 
     global active
     simulator().options(**options)
-    library = torch.library.Library("peftops", "IMPL")
+    operators = torch.library.Library("peftops", "IMPL")
     try:
         active = True
         for name in cuda_ops():
             warnings.filterwarnings("ignore", "Warning only once for all operators", module="torch.library")
-            library.impl(name, getattr(torch.ops.peftops_sim, name).default, "CPU", allow_override=True)
-        yield simulator()
+            operators.impl(name, getattr(torch.ops.peftops_sim, name).default, "CPU", allow_override=True)
+        with nf4_library(library):
+            yield simulator()
     finally:
         active = False
-        library._destroy()
+        operators._destroy()
         simulator().options()

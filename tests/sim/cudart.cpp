@@ -25,6 +25,7 @@ constexpr int kInvalidValue = 1, kNotSupported = 801, kInvalidFunction = 98, kIn
 std::unordered_map<const void*, Kernel> kernels;
 std::vector<Configuration> configurations;
 void* last_stream;
+int capability = 80, multiprocessors = 108;
 
 template <class T> T at(const u8* p, size_t offset) {
   T v;
@@ -116,11 +117,11 @@ const char* cudaGetErrorName(int status) { return status ? "cudaErrorSimulated" 
 int cudaGetDevice(int* device) { return *device = 0, 0; }
 int cudaSetDevice(int) { return 0; }
 int cudaGetDeviceCount(int* n) { return *n = 1, 0; }
-int cudaDeviceGetAttribute(int* value, int attribute, int) {   // an A100's
+int cudaDeviceGetAttribute(int* value, int attribute, int) {   // an A100's, but for what sim_pretend says
   switch (attribute) {
-    case 16: return *value = 108, 0;                   // multiprocessors
-    case 75: return *value = 8, 0;                     // compute capability
-    case 76: return *value = 0, 0;
+    case 16: return *value = multiprocessors, 0;
+    case 75: return *value = capability / 10, 0;
+    case 76: return *value = capability % 10, 0;
     case 97: return *value = 163 * 1024, 0;            // shared memory per block, opted in
     case 81: return *value = 164 * 1024, 0;            // shared memory per multiprocessor
     default: return runtime().fail(kNotSupported, "cudaDeviceGetAttribute: " + std::to_string(attribute));
@@ -133,5 +134,6 @@ int cudaStreamSynchronize(void*) { return 0; }
 int cudaDeviceSynchronize() { return 0; }
 
 void* sim_last_stream() { return last_stream; }
+void sim_pretend(int of_capability, int count) { capability = of_capability, multiprocessors = count; }
 
 }  // extern "C"

@@ -72,6 +72,23 @@ def linear(dtype, shapes):
         )
 
 
+def by_library(dtype, shapes):
+    for m, n, k, block_size, r, factor in shapes:
+        gen = torch.Generator().manual_seed(m)
+        x, bias, u, lora_B = (torch.randn(*s, generator=gen) for s in ((m, k), (n,), (m, r), (n, r)))
+        if r > 1:  # the second parts of u, of lora_B and of the bias show where the first ones cancel
+            x[2:], u[2:, 2:], bias[n // 2 :] = 0, 0, 0
+            nearly = 1 + torch.rand(max(m, n), generator=gen) * (torch.arange(max(m, n)) % 2) / 4096
+            u[2:, 1] = u[2:, 0] * nearly[2:m]
+            lora_B[:, 1] = -lora_B[:, 0] * nearly[:n]
+            u[2, :2], lora_B[: n // 2, 0] = torch.tensor([2.0, 0]), -bias[: n // 2].to(dtype).float()
+            u[1, 0], lora_B[n - 1, 0], bias[n - 2] = float("inf"), float("inf"), float("inf")
+        low_rank = (bias.to(factor), u, lora_B.to(factor)) if r else (None, None, None)
+        arguments = (x.to(dtype), *weights(n, k, block_size, m % 2 == 1), n, k, *low_rank, 0.5)
+        with sim.nf4_library("always"):
+            yield torch.ops.peftops.nf4_linear(*arguments).nan_to_num(nan=0.5)
+
+
 def group_quantize(bits, dtype):
     # Groups of a part of a warp and of several tiles; ends of a warp's tile; constant groups; narrower ranges.
     for n, k, group, symmetric, narrower in ((5, 416, 32, False, 0), (3, 72, 8, True, 2), (2, 2048, 1024, False, 9)):
@@ -124,11 +141,29 @@ PROMPTS = (
 LONG_PROMPTS = ((1, 2, 1, 33, 40, 20, 33, False), (2, 1, 1, 3, 19, 70, 9, True))
 
 
+def tf32_parts(v):
+    """The three that csrc/kernels/cuda/tf32.cuh makes of an fp32 number."""
+    rounded = lambda t: ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    whole = rounded(v)
+    return whole, rounded(v - whole), v - whole - rounded(v - whole)
+
+
 def backward(dtype, shapes):
     for m, n, k, block_size, r, p in shapes:
         gen = torch.Generator().manual_seed(m)
         g, v, lora_A = (torch.randn(*s, generator=gen) for s in ((m, n), (m, r), (r, k)))
-        v[:1, :1] = float("inf")  # makes infinities, but no NaN of what is infinite
+        if r >= 4:  # in half of the rows only products of small parts are left: all others cancel
+            low = slice(m // 2, None)
+            g[low], v[low] = 0, 0
+            whole, rest, last = tf32_parts(normal := torch.randn(m - m // 2, generator=gen))
+            v[low, :4] = torch.stack([normal, -whole, -rest, -last], 1)
+            lora_A[1:4] = lora_A[0]
+            lora_A[2:4, 1::2] = tf32_parts(lora_A[0])[0][1::2]
+            for row in range(0, m // 2, 4):  # infinities in each place of a fragment, and no NaN in place of one
+                v[row, row // 4 % 2 * 4 :][:1] = float("inf")
+            if not p:
+                lora_A[2, 3::16] = lora_A[-1, 4::16] = float("inf")
+        v[:1, :1] = float("inf")
         low_rank = (v, lora_A.to(BF16 if p else FP32), p, torch.tensor(m)) if r else (None, None, 0.0, None)
         dx = torch.ops.peftops.nf4_linear_backward(g.to(dtype), *weights(n, k, block_size, m % 2 == 1), k, *low_rank)
         yield dx.nan_to_num(nan=0.5)
@@ -164,7 +199,7 @@ CASES = {
     "9many_backI13__nv_bfloat16Li64": functools.partial(
         backward,
         BF16,
-        [(67, 104, 160, 64, 11, 0.3), (9, 72, 288, 32, 3, 0.0), (64, 200, 32, 64, 0, 0.0), (33, 8, 64, 1024, 8, 0.5)],
+        [(67, 104, 160, 64, 11, 0.3), (61, 72, 288, 32, 7, 0.0), (64, 40, 128, 64, 0, 0.0), (50, 8, 64, 1024, 8, 0.5)],
     ),
     "6shrinkI13__nv_bfloat16Li2": functools.partial(
         shrink,
@@ -175,6 +210,11 @@ CASES = {
             (3, 70, 16, FP16, False, 0.5),
             (33, 8, 1, FP32, True, 0.0),
         ],
+    ),
+    "8operandsI13__nv_bfloat16Lb1E": functools.partial(
+        by_library,
+        BF16,
+        [(9, 33, 192, 64, 3, BF16), (15, 11, 2560, 128, 5, FP32), (40, 8, 72, 32, 19, FP16), (3, 5, 96, 64, 0, None)],
     ),
     "8any_rowsIfE": functools.partial(
         linear,

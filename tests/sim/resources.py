@@ -24,12 +24,12 @@ REGISTERS, REGISTERS_AT_A_TIME, RESERVED_SHARED = 65536, 256, 1024
 
 REASONS = """Every kernel is launched with 256 threads, which is its `__launch_bounds__`: eight warps divide a table
 of 16 or 256 rows evenly, and up to eight such blocks fill a multiprocessor. A minimum of blocks is given for
-`add_prompt` and `prompt_gradients`, two, `few_rows`, `group_rows` and `multi_shrink`, one: left to itself, ptxas aims
-at more than their sums leave registers for, and spills. `few_rows` and `many_rows` are held to few blocks by 32 KB of
-tables and by registers that hold what is under way: loads in flight, not warps, hide the memory's latency there.
-`many_rows` with two stripes has one block of 8 warps, and so has `many_back` with 128 rows: 64 sums a thread, and
-tensor cores are kept busy by 32 mma a step and warp. `any_rows` and `any_back` are the fp32 tiles for what tensor
-cores do not take."""
+`add_prompt` and `prompt_gradients`, two, `few_rows`, `group_rows`, `multi_shrink` and `operands`, one: left to
+itself, ptxas aims at more than they have registers for, and spills. `few_rows` and `many_rows` are held to few blocks
+by 32 KB of tables and by registers that hold what is under way: loads in flight, not warps, hide the memory's latency
+there. `many_rows` with two stripes has one block of 8 warps, and so has `many_back` with 128 rows: 64 sums a thread,
+and tensor cores are kept busy by 32 mma a step and warp. `any_rows` and `any_back` are the fp32 tiles for what tensor
+cores do not take; `operands` writes what a library multiplies in their place."""
 
 
 def compile_kernels(build: Path) -> str:

@@ -4,6 +4,7 @@ python tests/sim/roofline.py     writes docs/cuda_roofline.md
 """
 
 import math
+import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)  # codes, nested absmax, its sc
 MMA_FLOPS = 2 * 16 * 8 * 16
 
 LAYERS = ((4096, 4096), (11008, 4096), (4096, 11008))
+FEW_OUTS = (1024, 4096)
 ROWS = (1, 16, 64, 256, 1024, 4096)
 
 
@@ -64,20 +66,33 @@ refute the column *expected*, in microseconds like the four limits before it.
   with ours, at 85%. Above 1 the fused kernel is the faster.
 * No low-rank term: forwards, eight ranks take three mma (lora_B in 16 bits) or six (fp32), where 4096 columns take 256.
 
+## Two ways forwards
+
+`nf4_linear` has its kernels, and beside them W decoded into memory and torch's product, which pays for its trip through
+memory with a library's freedom: to divide a small product among all multiprocessors, and to use `wgmma`. Before every
+product `csrc/kernels/cuda/nf4_crossover.cuh` reckons which is the shorter, from this model's numbers and the GPU's own
+count of multiprocessors; `PEFTOPS_NF4_LIBRARY=always` or `never` decides otherwise. What it takes, and how many times
+faster than bitsandbytes' way that should be:
+
+{ways}
+* **One rounding either way.** A library that adds the low-rank term or a bias in a second call rounds in between. Here
+  they are more depth of the one product, [x | scaling u | 1] [W | lora_B | bias]^T, in fp32 sums; what bf16 cannot
+  hold is two or three columns. It costs a copy of x, 4 m k bytes: half of what an fp32 result costs that another pass
+  adds to and rounds (8 m n), and as much as the term in 16 bits that the product accumulates onto (4 m n), which rounds
+  twice. fp16 holds neither every factor nor their small parts, so with a low-rank term it keeps to the kernels.
+* **H100**: forwards from some hundred rows `mma.sync`, and 64 rows for every decoded weight, are not enough for that
+  chip. **Few outputs** (1024: keys and values of grouped heads): too few blocks of threads for any large GPU.
+* fp32 x, and rows that are not whole chunks of 64, take 64 x 64 tiles of plain multiply-adds, which read eight words of
+  shared memory for sixteen of them: about a third of a library's rate, and even one row is a tile of 64.
+* **Backwards the kernels are taken always**, although the tables below favour the library on an H100: dropout of the
+  low-rank term falls on the sums themselves, which no more columns can say, and a gradient needs no temporary of two
+  bytes a weight. The remedy there is a better kernel: wgmma, and splitting the sum over n for small grids.
+
 ## What follows
 
-* **Up to 256 rows the fused forward product is faster than bitsandbytes' way on all three**, most of all where memory
-  is the limit. With few rows, issue on an A100 is as near a limit as memory: fewer instructions would show.
-* **A100 and RTX 4090: no crossover forwards.** A dense weight saves issue and shared memory, which do not bind there;
-  at 256 rows the A100 is within a tenth either way, for want of blocks that divide its 108 multiprocessors.
-* **H100: from about 1024 rows forwards, and from few backwards, dequantise + library is faster**, by up to 1.9:
-  `mma.sync`, and 64 to 128 rows for every decoded weight, are not enough for that chip. The remedy is to dequantise
-  with our kernel and call the library above a crossover for each architecture, in the torch binding.
-* **The crossover is decided, but not built**: its place rests on two assumptions (62%, 75%) that one run on an H100
-  replaces by measurements; the library rounds x W^T before the low-rank term is added, a second rounding that the
-  contract of nf4_linear excludes, so it has to return fp32 and a pass has to add the term; and backwards it needs the
-  very temporary, two bytes a weight, that the kernels exist to avoid. Until then `F.linear` on
-  `peftops.nf4_dequantize(weight)` is the faster choice on an H100 for a thousand rows and more.
+* **Up to 256 rows the fused forward product is faster than bitsandbytes' way on all three** where there are outputs
+  enough, most of all where memory is the limit; and since theirs is never the faster library, none of the ways taken is
+  slower. With few rows, issue on an A100 is as near a limit as memory: fewer instructions would show.
 * Backwards with 64-row tiles few rows share what is decoded, so a grid too small for 128-row tiles is bound by issue.
   Splitting the sum over n, with a second pass in order, would let small grids have large tiles.
 * x is read by every block of threads. In 32 rows of W a block, that is an eighth of the weight's own traffic for each
@@ -135,6 +150,38 @@ def limits(gpu: Gpu, work: Work, loop: list[str]) -> dict[str, float]:
     }
 
 
+def chunk_clocks(gpu: Gpu, stripes: int, loop: list[str]) -> float:
+    """In which a multiprocessor does 64 columns of many_rows, a block of threads."""
+    one = limits(gpu, Work("", 1, 8 * 8 * stripes * 4, 4 / 8 + 8 / 4 / stripes, 0), loop)
+    return max(one.values()) / REACHED * gpu.clock
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """csrc/kernels/cuda/nf4_crossover.cuh, whose numbers are read from there, for 16-bit x and no extra columns."""
+
+    chunk: tuple[float, float]
+    multiply: float
+    fp32: float
+    bytes: float
+
+    @staticmethod
+    def of(capability: int) -> "Crossover":
+        text = (sass.ROOT / "csrc/kernels/cuda/nf4_crossover.cuh").read_text()
+        rows = re.findall(r"\{(\d+), \{([\d.]+), ([\d.]+)\}, ([\d.]+), ([\d.]+), ([\d.]+)\}", text)
+        fit = [row for row in rows if int(row[0]) <= capability][-1]
+        return Crossover((float(fit[1]), float(fit[2])), *map(float, fit[3:]))
+
+    def prefers_library(self, multiprocessors: int, m: int, n: int, k: int) -> bool:
+        if m <= 16:
+            return False
+        work = forward(m, n, k)
+        fused = -(-work.blocks // multiprocessors) * k / 64 * self.chunk["2>" in work.kernel]
+        moved = n * k * 2.52 / self.bytes, 2 * (n * k + m * (n + k)) / self.bytes
+        clocks = (moved[0] + max(moved[1], m * n * k / self.multiply)) / multiprocessors + 5000
+        return clocks < fused
+
+
 def library(gpu: Gpu, m: int, n: int, k: int, dequantize: float) -> float:
     """Seconds for a kernel that dequantises at this share of the bandwidth, and the library's product."""
     decode = n * k * (2 + BYTES_PER_WEIGHT) / (gpu.bandwidth * dequantize)
@@ -151,7 +198,7 @@ def main_loops() -> dict[str, dict[str, list[str]]]:
     return loops
 
 
-def row(gpu: Gpu, shape: tuple[int, int, int], work: Work, loop: list[str]) -> tuple[str, float, float]:
+def row(gpu: Gpu, shape: tuple[int, int, int], work: Work, loop: list[str]) -> str:
     m, n, k = shape
     of = limits(gpu, work, loop)
     binding = max(of, key=of.get)
@@ -161,29 +208,36 @@ def row(gpu: Gpu, shape: tuple[int, int, int], work: Work, loop: list[str]) -> t
     cells = [f"{m}", f"{work.bytes / 1e6:.1f}", f"{2e-9 * m * n * k:.2f}", f"`{work.kernel.split('<')[0]}`",
              *(f"{of[name] * 1e6:.1f}" for name in of), binding, f"{ours * 1e6:.0f}", f"{theirs / ours:.2f}",
              f"{best / ours:.2f}"]  # fmt: skip
-    return "| " + " | ".join(cells) + " |", ours, best
+    return "| " + " | ".join(cells) + " |"
+
+
+def ways(loops: dict[str, dict[str, list[str]]]) -> str:
+    text = "| GPU | W |" + "".join(f" {m} rows |" for m in ROWS[2:]) + "\n|---|---|" + "---|" * len(ROWS[2:]) + "\n"
+    for gpu in GPUS:
+        for n, k in (*LAYERS, FEW_OUTS):
+            text += f"| {gpu.name} | [{n}, {k}] |"
+            for m in ROWS[2:]:
+                work = forward(m, n, k)
+                fused = max(limits(gpu, work, loops[gpu.arch][work.kernel]).values()) / REACHED + LAUNCH
+                by_library = Crossover.of(int(gpu.arch)).prefers_library(gpu.multiprocessors, m, n, k)
+                ours = library(gpu, m, n, k, REACHED) if by_library else fused
+                ratio = library(gpu, m, n, k, BNB_DEQUANTIZE) / ours
+                text += f" {'library' if by_library else 'kernels'}, {ratio:.2f} |"
+            text += "\n"
+    return text
 
 
 def table(loops: dict[str, dict[str, list[str]]]) -> str:
-    text = TEXT
-    parts, crossings = [], []
+    parts = [TEXT.replace("{ways}", ways(loops))]
     for gpu in GPUS:
         parts.append(f"\n## {gpu.name}\n")
         for name, work_of in (("forward", forward), ("backward, dx", backward)):
-            first = []  # by layer, the fewest rows for which the library is the faster
             for n, k in LAYERS:
-                parts.append(f"\n{name}, W [{n}, {k}]:\n\n{HEADER}\n")
+                parts.append(f"\n{name}, W [{n}, {k}], by the kernels:\n\n{HEADER}\n")
                 for m in ROWS[2:] if work_of is backward else ROWS:
                     work = work_of(m, n, k)
-                    line, ours, best = row(gpu, (m, n, k), work, loops[gpu.arch][work.kernel])
-                    parts.append(line + "\n")
-                    if best < ours:
-                        first.append(m)
-            crossings.append((gpu.name, name, min(first, default=None)))
-    text += "\n## Where the library wins\n\n| GPU | product | from rows |\n|---|---|---:|\n"
-    for gpu, name, m in crossings:
-        text += f"| {gpu} | {name} | {m or 'never'} |\n"
-    return text + "".join(parts)
+                    parts.append(row(gpu, (m, n, k), work, loops[gpu.arch][work.kernel]) + "\n")
+    return "".join(parts)
 
 
 def main() -> None:

@@ -144,6 +144,30 @@ def test_nf4_linear_of_many_rows(device, m, n, k, stripes, dtype):
     assert_sums(y, want, size, 2 * k + r + 4, code_error(dtype) * x.double().abs() @ dense.abs().T)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("r", [0, 16])
+def test_nf4_operands(device, dtype, r):
+    """What a library multiplies: W decoded, and x only where it has more columns than k; both written once."""
+    m, n, k = 24, 64, 512
+    weight = peftops.nf4_quantize(torch.randn(n, k, dtype=dtype))
+    x, u, lora_B = torch.randn(m, k, dtype=dtype), torch.randn(m, r), torch.randn(n, r).to(dtype)
+    low_rank = (u, lora_B) if r else (None, None)
+    op = torch.ops.peftops.nf4_linear
+    with sim.nf4_library("always"):
+        _, (report,) = launches(device, lambda: op(x, *weight._arguments, n, k, None, *low_rank, 0.5))
+    depth = k + r * (1 if dtype == torch.float32 else 2)
+    written, read = report["global_write"], report["global_read"]
+    assert written["sectors"] == written["unique"] == (n + (m if r else 0)) * depth * x.element_size() // SECTOR
+    parts = sum(-(-t.nbytes // SECTOR) + 1 for t in weight._arguments[1:4] if t is not None)  # and where they lie
+    once = weight.packed.nbytes // SECTOR + parts + ((x.nbytes + u.nbytes + lora_B.nbytes) // SECTOR if r else 0)
+    assert read["unique"] <= once
+    extras = 3 * (u.nbytes + lora_B.nbytes) // SECTOR  # by each of their parts
+    assert read["sectors"] <= 1.02 * read["ideal"] + extras
+    within(report["shared_load"], "waves", 1.05)
+    within(report["shared_store"], "waves", 1.05)
+    assert report["local"] == report["mma"] == 0
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_group_quantize(device, dtype, bits):

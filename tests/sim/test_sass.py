@@ -25,6 +25,7 @@ WHOLE = {
     "gradient<float": ("HMMA.1688.F32.TF32", "LDS.128", "STS.128"),
     "multi_shrink<float": ("HMMA.1688.F32.TF32", "LDG.E.128"),
     "dequantize<__half, true>": ("STG.E.128",),
+    "operands<__half, true>": ("LDG.E.128", "STG.E.128"),
     "quantize<__half, true>": ("LDG.E.128",),
 }
 

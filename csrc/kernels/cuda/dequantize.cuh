@@ -9,20 +9,20 @@ constexpr int kDequantizeThreads = 256;
 constexpr int kPacks = 4;   // a thread's share: enough loads in flight, and a table is filled once for 8192 elements
 
 // The weight's load(i, count) fetches what describes elements i to i + count, one pack at most, and its value(held, k)
-// is the k-th of them. Wide: whole packs of `out` are aligned.
-template <class T, bool Wide, class Weight> __device__ void dequantize_packs(const Weight& weight, T* out, int64_t n) {
+// is the k-th of them. Wide: whole packs of `out` are aligned. This thread's packs are `first` and three more, so far apart.
+template <class T, bool Wide, class Weight>
+__device__ void dequantize_four(const Weight& weight, T* out, int64_t n, int64_t first, int apart) {
   constexpr int N = Pack<T>::kSize;
-  const int64_t first = int64_t(blockIdx.x) * (kDequantizeThreads * kPacks) + threadIdx.x;
   decltype(weight.load(first, N)) held[kPacks];
 #pragma unroll
   for (int p = 0; p < kPacks; ++p) {   // all loads before the first is used
-    const int64_t i = (first + p * kDequantizeThreads) * N;
+    const int64_t i = (first + p * apart) * N;
     if (i >= n) break;
     held[p] = weight.load(i, n - i < N ? int(n - i) : N);
   }
 #pragma unroll
   for (int p = 0; p < kPacks; ++p) {
-    const int64_t i = (first + p * kDequantizeThreads) * N;
+    const int64_t i = (first + p * apart) * N;
     if (i >= n) break;
     Pack<T> pack;
 #pragma unroll
@@ -33,6 +33,12 @@ template <class T, bool Wide, class Weight> __device__ void dequantize_packs(con
       for (int k = 0; k < N; ++k)
         if (i + k < n) out[i + k] = pack.at[k];
   }
+}
+
+// All n elements, by blocks of threads as many as dequantize_blocks says.
+template <class T, bool Wide, class Weight> __device__ void dequantize_packs(const Weight& weight, T* out, int64_t n) {
+  const int64_t first = int64_t(blockIdx.x) * (kDequantizeThreads * kPacks) + threadIdx.x;
+  dequantize_four<T, Wide>(weight, out, n, first, kDequantizeThreads);
 }
 
 template <class T> unsigned dequantize_blocks(int64_t n) {

@@ -175,10 +175,10 @@ __device__ void multiply_backward(const Nf4LinearBackward& a, const DropoutMask&
   }
 }
 
-// Whether g, W and dx can be moved in units.
+// Whether there are g, W and dx, and they can be moved in units.
 inline bool has_units(const Nf4LinearBackward& a) {
-  return a.dtype != DType::f32 && a.weight.cols % 32 == 0 && a.weight.rows % 8 == 0 && aligned(a.weight.packed, 16) &&
-         aligned(a.g, 16) && aligned(a.dx, 16);
+  return a.weight.rows > 0 && a.dtype != DType::f32 && a.weight.cols % 32 == 0 && a.weight.rows % 8 == 0 &&
+         aligned(a.weight.packed, 16) && aligned(a.g, 16) && aligned(a.dx, 16);
 }
 
 }  // namespace peftops::cuda

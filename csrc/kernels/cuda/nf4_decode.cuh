@@ -59,4 +59,30 @@ __device__ inline float weight_at(const Nf4Weight& w, int log_block, int64_t fla
   return __fmul_rn(nf4_codes.at[flat % 2 ? byte & 15 : byte >> 4], absmax_of(w, flat >> log_block, map));
 }
 
+// The codes of `count` elements from byte `p` on, as LaneTable reads them. Wide: p is a multiple of the whole.
+template <int N, bool Wide> __device__ uint32_t load_codes(const uint8_t* p, int count) {
+  if (Wide && count == N) return N == 8 ? *reinterpret_cast<const uint32_t*>(p) : *reinterpret_cast<const uint16_t*>(p);
+  uint32_t codes = 0;
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i)
+    if (2 * i < count) codes |= uint32_t(p[i]) << 8 * i;
+  return codes;
+}
+
+// A weight for dequantize.cuh, from element `begin` on, a whole pack's first.
+template <int N, bool Wide> struct Nf4Elements {
+  struct Held { uint32_t codes; float scale; };
+  const Nf4Weight& w;
+  const LaneTable& code;
+  const float* map;
+  int log_block;
+  int64_t begin;
+
+  __device__ Held load(int64_t i, int count) const {
+    i += begin;
+    return {load_codes<N, Wide>(w.packed + i / 2, count), absmax_of(w, i >> log_block, map)};
+  }
+  __device__ float value(const Held& held, int k) const { return code.element(held.codes, k) * held.scale; }
+};
+
 }  // namespace peftops::cuda

@@ -6,29 +6,6 @@
 namespace peftops::cuda {
 namespace {
 
-// The codes of `count` elements from byte `p` on, as LaneTable reads them. Wide: p is a multiple of the whole.
-template <int N, bool Wide> __device__ uint32_t load_codes(const uint8_t* p, int count) {
-  if (Wide && count == N) return N == 8 ? *reinterpret_cast<const uint32_t*>(p) : *reinterpret_cast<const uint16_t*>(p);
-  uint32_t codes = 0;
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i)
-    if (2 * i < count) codes |= uint32_t(p[i]) << 8 * i;
-  return codes;
-}
-
-template <int N, bool Wide> struct Nf4Elements {
-  struct Held { uint32_t codes; float scale; };
-  const Nf4Weight& w;
-  const LaneTable& code;
-  const float* map;
-  int log_block;
-
-  __device__ Held load(int64_t i, int count) const {
-    return {load_codes<N, Wide>(w.packed + i / 2, count), absmax_of(w, i >> log_block, map)};
-  }
-  __device__ float value(const Held& held, int k) const { return code.element(held.codes, k) * held.scale; }
-};
-
 template <class T, bool Wide>
 __global__ void __launch_bounds__(kDequantizeThreads) dequantize(Nf4Dequantize a, int log_block) {
   __shared__ LaneTable code;
@@ -36,7 +13,7 @@ __global__ void __launch_bounds__(kDequantizeThreads) dequantize(Nf4Dequantize a
   code.fill<kDequantizeThreads>(nf4_codes.at);
   if (a.weight.absmax_code) map[threadIdx.x] = dynamic_map.at[threadIdx.x];
   __syncthreads();
-  const Nf4Elements<Pack<T>::kSize, Wide> elements{a.weight, code, map, log_block};
+  const Nf4Elements<Pack<T>::kSize, Wide> elements{a.weight, code, map, log_block, 0};
   dequantize_packs<T, Wide>(elements, static_cast<T*>(a.out), a.weight.rows * a.weight.cols);
 }
 

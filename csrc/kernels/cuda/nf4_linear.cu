@@ -5,7 +5,9 @@
 #include "kernels/cuda/dropout.cuh"
 #include "kernels/cuda/linear.cuh"
 #include "kernels/cuda/nf4_backward.cuh"
+#include "kernels/cuda/nf4_crossover.cuh"
 #include "kernels/cuda/nf4_many.cuh"
+#include "kernels/cuda/nf4_operands.cuh"
 
 namespace peftops::cuda {
 namespace {
@@ -85,18 +87,27 @@ template <class T, int Rows> cudaError_t launch_many_back(const Nf4LinearBackwar
   return cudaGetLastError();
 }
 
-constexpr int64_t kEnough = 128;   // blocks of threads, for every multiprocessor: large GPUs have 108 to 148
-
 // Large tiles read what they share less often, small ones make twice as many blocks: enough of them come first.
 template <class T> cudaError_t launch_units(const Nf4LinearBackward& a, cudaStream_t stream) {
   const int64_t blocks = ceil_div(a.weight.cols, kBackCols) * ceil_div(a.m, 128);
-  return blocks >= kEnough ? launch_many_back<T, 128>(a, stream) : launch_many_back<T, 64>(a, stream);
+  return blocks >= kEnoughBlocks ? launch_many_back<T, 128>(a, stream) : launch_many_back<T, 64>(a, stream);
 }
 
 template <class T> cudaError_t launch_chunks(const Nf4Linear& a, cudaStream_t stream) {
   if (a.m <= kFewRows) return launch_few_rows<T>(a, stream);
-  const int64_t blocks = ceil_div(a.weight.rows, 32 * kRowsWarps) * ceil_div(a.m, kManyRows);
-  return blocks >= kEnough ? launch_many_rows<T, 2>(a, stream) : launch_many_rows<T, 1>(a, stream);
+  return stripes_of(a) == 2 ? launch_many_rows<T, 2>(a, stream) : launch_many_rows<T, 1>(a, stream);
+}
+
+template <class T> cudaError_t launch_operands(const Nf4Operands& o, cudaStream_t stream) {
+  constexpr int N = Pack<T>::kSize;
+  const Nf4Linear& a = o.of;
+  const int64_t k = a.weight.cols, rows = a.weight.rows + (o.left ? a.m : 0);
+  const bool wide = k % N == 0 && aligned(a.weight.packed, N / 2) && aligned(o.right, 16);
+  const bool wide_x = k % N == 0 && aligned(a.x, 16) && aligned(o.left, 16);
+  auto* kernel = wide ? operands<T, true> : operands<T, false>;
+  kernel<<<unsigned(ceil_div(rows, kOperandRows)), kOperandThreads, 0, stream>>>(o, ExtraColumns(a),
+                                                                                log_block_of(a.weight), wide_x);
+  return cudaGetLastError();
 }
 
 }  // namespace
@@ -109,6 +120,32 @@ cudaError_t nf4_linear(const Nf4Linear& a, cudaStream_t stream) {
     any_rows<decltype(t)><<<tiles_of(a.m, a.weight.rows), kTileThreads, 0, stream>>>(a, log_block_of(a.weight));
     return cudaGetLastError();
   });
+}
+
+int64_t nf4_operands_depth(const Nf4Linear& a) {
+  constexpr int64_t kUnit = 8;   // elements of 16 bits in 16 bytes
+  return ceil_div(a.weight.cols + ExtraColumns(a).count(a.r), kUnit) * kUnit;
+}
+
+cudaError_t nf4_operands(const Nf4Operands& o, cudaStream_t stream) {
+  return with_type(o.of.dtype, [&](auto t) { return launch_operands<decltype(t)>(o, stream); });
+}
+
+cudaError_t nf4_by_library(const Nf4Linear& a, Way wanted, bool* result) {
+  *result = wanted == Way::library && has_operands(a);
+  if (wanted != Way::faster || !has_operands(a)) return cudaSuccess;
+  int device = 0, major = 0, minor = 0, multiprocessors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  const auto ask = [&](int* value, cudaDeviceAttr attribute) {
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(value, attribute, device);
+  };
+  ask(&major, cudaDevAttrComputeCapabilityMajor);
+  ask(&minor, cudaDevAttrComputeCapabilityMinor);
+  ask(&multiprocessors, cudaDevAttrMultiProcessorCount);
+  const bool copied = nf4_operands_depth(a) != a.weight.cols;
+  const Gpu gpu = {10 * major + minor, multiprocessors};
+  if (status == cudaSuccess) *result = library_is_faster(a, gpu, has_chunks(a), copied);
+  return status;
 }
 
 cudaError_t nf4_linear_backward(const Nf4LinearBackward& a, cudaStream_t stream) {

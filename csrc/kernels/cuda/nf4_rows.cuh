@@ -72,10 +72,10 @@ template <class T> struct Nf4Stream {
   }
 };
 
-// Whether W and x can be read in such chunks.
+// Whether there are W and x, and they can be read in such chunks.
 inline bool has_chunks(const Nf4Linear& a) {
-  return a.dtype != DType::f32 && a.weight.cols % kChunk == 0 && a.weight.block_size % kChunk == 0 &&
-         aligned(a.weight.packed, 8) && aligned(a.x, 16);
+  return a.weight.cols > 0 && a.dtype != DType::f32 && a.weight.cols % kChunk == 0 &&
+         a.weight.block_size % kChunk == 0 && aligned(a.weight.packed, 8) && aligned(a.x, 16);
 }
 
 }  // namespace peftops::cuda
