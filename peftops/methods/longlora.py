@@ -78,7 +78,7 @@ class LongLoRA(LoRA):
             check_attention(base_of(attention), path)
             kind = type(base_of(attention))
             if "position_bias" in inspect.signature(kind.forward).parameters:
-                raise TypeError(f"LongLoRA needs attentions without position biases, and {path}, a {kind.__name__}, has")
+                raise TypeError(f"LongLoRA needs attentions without position biases, not {path}, a {kind.__name__}")
         for heads in ("num_attention_heads", "num_key_value_heads"):
             if getattr(model.config, heads, 0) % 2:
                 raise TypeError(f"LongLoRA splits heads into halves, and {heads} is {getattr(model.config, heads)}")
