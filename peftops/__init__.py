@@ -57,7 +57,7 @@ from .ops import (
     qalora_linear,
     qalora_merge,
 )
-from .serving import Server
+from .serving import Sampling, Server
 
 if torch.version.cuda and find_spec("peftops._C_cuda"):
     from . import _C_cuda  # noqa: F401  (linked with libtorch_cuda, so it loads only where torch has CUDA)
@@ -67,7 +67,7 @@ __all__ = [
     "AdapterPool", "BitFitConfig", "BottleneckConfig", "DoRAConfig", "GLoRAConfig", "GroupQuantTensor", "HardPrompt",
     "HeadOnlyConfig", "IA3Config", "Influence", "LLaMAAdapterConfig", "LQLoRAConfig", "LoRAConfig", "LoRAFAConfig",
     "LoftQConfig", "LongLoRAConfig", "MultiLoRAConfig", "NF4Tensor", "NormTuningConfig", "OLoRAConfig", "PiSSAConfig",
-    "PrefixTuningConfig", "PromptTuningConfig", "QALoRAConfig", "QLoRAConfig", "ReLoRAConfig", "Server",
+    "PrefixTuningConfig", "PromptTuningConfig", "QALoRAConfig", "QLoRAConfig", "ReLoRAConfig", "Sampling", "Server",
     "SurgicalConfig", "TiedLoRAConfig", "TopLayersConfig", "VeRAConfig", "Verbalizer", "activate", "add_gated_prompt",
     "attach", "auto_rgn", "auto_snr", "choice_scores", "demonstrations", "detach", "disabled", "fisher",
     "gated_prompt_attention", "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "load",

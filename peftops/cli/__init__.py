@@ -1,4 +1,5 @@
-"""The command line: ``peftops finetune``, ``generate``, ``merge``, ``influence``, ``plan``, ``report``, ``info``."""
+"""The command line: ``peftops finetune``, ``generate``, ``serve``, ``merge``, ``influence``, ``plan``, ``report``,
+``info``."""
 
 from __future__ import annotations
 
@@ -52,6 +53,8 @@ def _run(args: argparse.Namespace) -> int:
         from .influence import run
     elif args.command == "plan":
         from .plan import run
+    elif args.command == "serve":
+        from .serve import run
     else:
         from .commands import merge as run
     return run(args)
@@ -115,6 +118,12 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
 
 
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    from .serve import add_arguments
+
+    add_arguments(parser)
+
+
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="output directories of peftops finetune")
 
@@ -122,6 +131,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 _COMMANDS = {
     "finetune": ("Train an adapter of a causal language model.", _finetune_arguments),
     "generate": ("Let a model answer, with an adapter or without.", _generate_arguments),
+    "serve": ("Answer a file of requests, each with an adapter of its own, in one batch.", _serve_arguments),
     "merge": ("Fold an adapter into a dense model and save that.", _merge_arguments),
     "influence": ("Tell which training rows made a model say something.", _influence_arguments),
     "plan": ("Tell which methods fit in memory, and which one to choose.", _plan_arguments),

@@ -178,11 +178,11 @@ def _config(fields: dict, own: dict, quantize: bool | None) -> Any:
     if version > VERSION:
         raise ValueError(f"{OWN} is of version {version}, made by a newer peftops; this one reads up to {VERSION}")
     kind = fields.get("peft_type")
-    family = [config for config in METHODS if getattr(config, "peft_type", None) == kind]
+    family = [config for config in METHODS if getattr(config, "peft_type", None) == kind or config.claims(fields)]
     if kind is None or not family:
         known = sorted({config.peft_type for config in METHODS if hasattr(config, "peft_type")})
         raise ValueError(f"peft_type {kind!r} is not supported; {', '.join(known)} are")
-    main = next(config for config in family if "peft_type" in vars(config))
+    main = next((config for config in family if vars(config).get("peft_type") == kind), family[0])
     chosen = next((config for config in family if config.__name__ == own.get("method")), None)
     chosen = chosen or next((config for config in family if config.claims(fields)), main)
     if quantize is not None and quantize != chosen.quantizes:

@@ -29,7 +29,7 @@ class DoRAConfig(LoRAConfig):
 
     @classmethod
     def claims(cls, fields: dict[str, Any]) -> bool:
-        return bool(fields.get("use_dora"))
+        return fields.get("peft_type") == cls.peft_type and bool(fields.get("use_dora"))
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> DoRAConfig:

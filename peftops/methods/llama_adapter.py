@@ -5,25 +5,26 @@
 The two softmaxes are apart; q is rotated, W_k P is not, and no mask hides a prompt from a word. g = tanh(z), as
 the authors' training has it, or z itself, as the paper and their inference have it. P in R^(K x hidden) starts
 normal and z at 0: the model starts as it was, bit for bit, and at first the gates alone learn. What softmax makes
-of P depends on the input, so nothing can be merged. (HF PEFT's variant, ADAPTION_PROMPT, has one raw gate a layer;
-its files are not read.)
+of P depends on the input, so nothing can be merged. HF PEFT's variant, ADAPTION_PROMPT, has one raw gate a layer:
+``gate="peft"`` is that, and reads and writes its files.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..nn import Adapter, GatedPrompt, Stored
+from ..nn import PREFIX, Adapter, GatedPrompt, Stored
 from ..nn.gated_prompt import check_attention, is_attention
 from . import register
-from .config import Config, check_choice, check_range
+from .config import Config, check_choice, check_range, needs, refuse
 from .targets import base_of
 from .targets import layers as modules_of
 
-_ACTIVATIONS = {"tanh": "tanh", "raw": "none"}
+PEFT_TYPE = "ADAPTION_PROMPT"
+_ACTIVATIONS = {"tanh": "tanh", "raw": "none", "peft": "none"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class LLaMAAdapterConfig(Config):
     Args:
         tokens: K, the length of each layer's prompt.
         layers: how many attentions get one, counted from the top; None for all but the lowest two.
-        gate: "tanh" or "raw".
+        gate: "tanh" or "raw", one per head; or "peft", a raw one per layer.
     """
 
     peft_type: ClassVar[str] = "LLAMA_ADAPTER"
@@ -47,6 +48,27 @@ class LLaMAAdapterConfig(Config):
         check_choice("gate", self.gate, tuple(_ACTIVATIONS))
         if self.layers is not None:
             check_range("layers", self.layers, 1, whole=True)
+
+    def as_built(self, adapters: dict[str, Any]) -> LLaMAAdapterConfig:
+        return replace(self, layers=len(adapters))
+
+    def to_peft(self) -> dict[str, Any]:
+        if self.gate != "peft":
+            return super().to_peft()
+        return {"peft_type": PEFT_TYPE, "adapter_len": self.tokens, "adapter_layers": self.layers,
+                "target_modules": "self_attn"}  # fmt: skip
+
+    @classmethod
+    def claims(cls, fields: dict[str, Any]) -> bool:
+        return fields.get("peft_type") == PEFT_TYPE
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any], **own: Any) -> LLaMAAdapterConfig:
+        if not cls.claims(fields):
+            return super().from_peft(fields, **own)
+        needs(fields, "adapter_len", "adapter_layers")
+        refuse(fields, target_modules="self_attn")
+        return cls(tokens=fields["adapter_len"], layers=fields["adapter_layers"], gate="peft")
 
 
 @register(LLaMAAdapterConfig)
@@ -66,11 +88,15 @@ class LLaMAAdapter(Adapter):
         chosen = list(found.items())[-count:]
         for path, attention in chosen:
             check_attention(attention, path)
+            if config.gate == "peft":
+                check_output(attention, path)
         return {path: LLaMAAdapter(attention, config) for path, attention in chosen}
 
     def __init__(self, attention: nn.Module, config: LLaMAAdapterConfig):
         super().__init__()
-        self.gated = GatedPrompt(attention, config.tokens, _ACTIVATIONS[config.gate])
+        self.config = config
+        per_head = config.gate != "peft"
+        self.gated = GatedPrompt(attention, config.tokens, _ACTIVATIONS[config.gate], gate_per_head=per_head)
 
     @property
     def prompt(self) -> nn.Parameter:
@@ -82,3 +108,18 @@ class LLaMAAdapter(Adapter):
 
     def adapt(self, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.gated.attend(base, *args, **kwargs)
+
+    def file_key(self, name: str, layer: str) -> str:
+        return f"{PREFIX}{layer}.adaption_{name}" if self.config.gate == "peft" else super().file_key(name, layer)
+
+    def stored(self) -> dict[str, Tensor]:
+        prompt = self.prompt[None] if self.config.gate == "peft" else self.prompt  # PEFT has a batch of one
+        return {"prompt": prompt, "gate": self.gate}
+
+
+def check_output(attention: nn.Module, name: str) -> None:
+    """Raise a sentence where PEFT's variant is not ours: it adds the output projection's bias a second time, and
+    leaves out a projection of another name than LLaMA's."""
+    projection = getattr(attention, "o_proj", None)
+    if projection is None or getattr(projection, "bias", None) is not None:
+        raise TypeError(f"gate='peft' needs attentions with an o_proj without bias, which {name} has not")

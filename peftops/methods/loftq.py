@@ -2,9 +2,9 @@
 
     minimise || W - Q - s B A ||    Q_t = nf4(W - s B A),  s B A = the first r singular vectors of W - Q_t,  t = 1 .. T
 
-The last is an SVD, so the factors fit their Q. The error need not fall from one iterate to the next: the best is
-kept. (HF PEFT leaves the division by s out, so that its start is right for s = 1 alone.) A layer that is in 4 bits
-already has lost its W, and starts as in QLoRA.
+The last step is the vectors', so the factors fit their Q; they come from :mod:`~peftops.methods.singular`. The error
+need not fall from one iterate to the next: the best is kept. (HF PEFT leaves the division by s out, so that its start
+is right for s = 1 alone.) A layer that is in 4 bits already has lost its W, and starts as in QLoRA.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..ops import NF4Tensor, nf4_dequantize, nf4_quantize
 from . import register
 from .config import check_range
 from .lora import LoRA
-from .pissa import main_factors
 from .qlora import QLoRAConfig, check_nothing_dense_is_adapted
+from .singular import leading, shared
 from .targets import ALL_LINEAR, find_targets
 
 
@@ -56,7 +56,7 @@ def loftq(
         lost = want - nf4_dequantize(codes, dtype=torch.float32)
         if not errors:
             errors.append((lost.norm() / size).item())
-        A, B = main_factors(lost, r, scaling)
+        A, B = shared(*leading(lost, r), scaling)
         rest = want - scaling * B @ A
         errors.append(((lost - scaling * B @ A).norm() / size).item())
         if best is None or errors[-1] < min(errors[1:-1], default=float("inf")):

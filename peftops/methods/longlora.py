@@ -11,6 +11,7 @@ leak nothing, and need no length that g divides.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -75,6 +76,9 @@ class LongLoRA(LoRA):
             raise TypeError(f"LongLoRA needs a model of transformers that decodes, not a {type(model).__name__}")
         for path, attention in found.items():
             check_attention(base_of(attention), path)
+            kind = type(base_of(attention))
+            if "position_bias" in inspect.signature(kind.forward).parameters:
+                raise TypeError(f"LongLoRA needs attentions without position biases, not {path}, a {kind.__name__}")
         for heads in ("num_attention_heads", "num_key_value_heads"):
             if getattr(model.config, heads, 0) % 2:
                 raise TypeError(f"LongLoRA splits heads into halves, and {heads} is {getattr(model.config, heads)}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..nn.layers import as_matrix, dequantized
 from ..ops.packed_tensor import PackedTensor
-from .pissa import main_factors
+from .singular import leading, shared
 from .targets import ALL_LINEAR, Target, find_targets
 
 
@@ -81,9 +81,9 @@ class Weighing:
     def factors(self, weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
         """``L1 [out, r]`` and ``L2 [r, in]`` whose product is closest to ``weight``."""
         if self.rows is None:
-            right, left = main_factors(weight, r, 1.0)
+            right, left = shared(*leading(weight, r), 1.0)
             return left, right
-        right, left = main_factors(self.rows * weight * self.columns, r, 1.0)
+        right, left = shared(*leading(self.rows * weight * self.columns, r), 1.0)
         return left / self.rows, right / self.columns
 
 

@@ -20,6 +20,7 @@ from ..nn import LINEAR, dense_matrix
 from . import register
 from .config import check_range
 from .lora import LoRA, LoRAConfig
+from .singular import shared
 
 
 @dataclass(frozen=True)
@@ -91,5 +92,4 @@ def main_factors(weight: Tensor, r: int, scaling: float, iterations: int | None 
     else:
         u, s, v = torch.svd_lowrank(weight, min(2 * r, *weight.shape), iterations)
         vt = v.t()
-    root = (s[:r] / scaling).sqrt()
-    return root[:, None] * vt[:r], u[:, :r] * root
+    return shared(u[:, :r], s[:r], vt[:r], scaling)

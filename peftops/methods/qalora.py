@@ -6,15 +6,15 @@ A in R^(r x in/group) starts random (Kaiming uniform), B in R^(out x r) at 0: th
 base. Being constant in a group, the change merges into the zeros: codes and scales stay, and nothing is rounded
 but float32 zeros. The base is quantised as the adapter is attached, the layers of the target alone.
 
-Files are of our own kind: a model that PEFT quantised otherwise would be another base (its LoRA files with
-``use_qalora`` are refused by LoRA).
+HF PEFT has it for GPTQ models, without merging, and pools otherwise: ``pool="peft"`` reads and writes its files
+(LoRA's with ``use_qalora``), the paper's sum and its authors' mean are files of our own.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ..nn import Adapter, GroupLinear, MergeError, sizes, with_matrix
 from ..ops import GroupQuantTensor, group_dequantize, qalora_linear, qalora_merge
 from . import each_target, register
-from .config import Config, check_choice, check_range, check_target
-from .lora import check_rank
+from .config import Config, check_choice, check_range, check_target, refuse
+from .lora import LoRAConfig, check_rank
 from .targets import ALL_LINEAR, Target
 
 
@@ -34,7 +34,7 @@ class QALoRAConfig(Config):
     Args:
         r: rank.
         alpha: numerator of the scaling; by default 2 r.
-        bits: of a code, 2, 3, 4 or 8.
+        bits: of a code, 2, 3, 4 or 8; None for those of a base that is quantised already, as a file of PEFT's needs it.
         group_size: columns of a weight that share a scale and a zero, a power of two from 8 to 4096.
         pool: "sum" as in the paper, "mean" as in its authors' code, or "peft", see :func:`peftops.qalora_linear`.
         target: as for :class:`LoRAConfig`.
@@ -44,17 +44,40 @@ class QALoRAConfig(Config):
 
     r: int = 16
     alpha: float | None = None
-    bits: int = 4
+    bits: int | None = 4
     group_size: int = 32
     pool: str = "sum"
     target: Target = ALL_LINEAR
 
     def __post_init__(self) -> None:
         check_range("r", self.r, 1, whole=True)
-        check_choice("bits", self.bits, (2, 3, 4, 8))
+        check_choice("bits", self.bits, (2, 3, 4, 8, None))
         check_choice("group_size", self.group_size, tuple(2**n for n in range(3, 13)))
         check_choice("pool", self.pool, ("sum", "mean", "peft"))
         check_target(self.target)
+
+    @property
+    def scaling(self) -> float:
+        return (2.0 * self.r if self.alpha is None else self.alpha) / self.r
+
+    def to_peft(self) -> dict[str, Any]:
+        if self.pool != "peft":
+            return super().to_peft()
+        lora = LoRAConfig(r=self.r, alpha=self.alpha).to_peft()
+        return {**lora, "use_qalora": True, "qalora_group_size": self.group_size}
+
+    @classmethod
+    def claims(cls, fields: dict[str, Any]) -> bool:
+        return fields.get("peft_type") == LoRAConfig.peft_type and bool(fields.get("use_qalora"))
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any], **own: Any) -> QALoRAConfig:
+        if not cls.claims(fields):
+            return super().from_peft(fields, **own)
+        lora = LoRAConfig.from_peft({**fields, "use_qalora": False})
+        refuse(fields, use_rslora=False, rank_pattern={}, alpha_pattern={})
+        options = {"bits": None, "group_size": fields.get("qalora_group_size", 16), **own, "pool": "peft"}
+        return cls(r=lora.r, alpha=lora.alpha, target=lora.target, **options)
 
 
 @register(QALoRAConfig)
@@ -64,16 +87,20 @@ class QALoRA(Adapter):
     def __init__(self, base: nn.Module, config: QALoRAConfig, layer: str):
         super().__init__()
         in_, out = sizes(base)
-        weight, self.config = base.weight, config
-        group = weight.group_size if isinstance(weight, GroupQuantTensor) else config.group_size
+        weight, group, self.config, self.scaling = base.weight, config.group_size, config, config.scaling
+        quantised = isinstance(weight, GroupQuantTensor)
         if type(base) not in (nn.Linear, GroupLinear):
             raise TypeError(f"QA-LoRA quantises plain linear layers, and {layer} is a {type(base).__name__}")
-        if isinstance(weight, GroupQuantTensor) and (weight.bits, group) != (config.bits, config.group_size):
-            raise ValueError(f"{layer} is quantised to {weight.bits} bits in groups of {group} already")
+        if config.bits is None and not quantised:
+            raise ValueError(f"bits=None is for a base that is quantised in groups of {group}, and {layer} is dense")
+        if quantised and (weight.bits, weight.group_size) != (config.bits or weight.bits, group):
+            raise ValueError(
+                f"{layer} is quantised to {weight.bits} bits in groups of {weight.group_size} already, and the adapter "
+                f"is for {'any' if config.bits is None else config.bits} bits in groups of {group}"
+            )
         if in_ % group:
             raise ValueError(f"{layer} has {in_} inputs, which is no multiple of group_size={group}")
         check_rank(config.r, base, layer)
-        self.scaling = (2.0 * config.r if config.alpha is None else config.alpha) / config.r
         self.lora_A = nn.Parameter(torch.empty(config.r, in_ // group, device=weight.device))
         self.lora_B = nn.Parameter(torch.zeros(out, config.r, device=weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))

@@ -60,17 +60,18 @@ def _giving_way(function: Callable) -> Callable:
 
 
 class GatedPrompt(nn.Module):
-    """A prompt ``[tokens, hidden]`` and a gate per head for one attention module of transformers.
+    """A prompt ``[tokens, hidden]`` and a gate per head, or one for all, for one attention module of transformers.
 
     Keys and values of the prompt are those that the module itself makes of it, unrotated: by the same
     projections, norms and adapters as those of words. They are kept from call to call while nothing learns.
     """
 
-    def __init__(self, attention: nn.Module, tokens: int, gate_activation: str):
+    def __init__(self, attention: nn.Module, tokens: int, gate_activation: str, *, gate_per_head: bool = True):
         super().__init__()
         config, device = attention.config, next(attention.parameters()).device
+        self.heads = config.num_attention_heads
         self.prompt = nn.Parameter(torch.randn(tokens, config.hidden_size, device=device))
-        self.gate = nn.Parameter(torch.zeros(config.num_attention_heads, device=device))
+        self.gate = nn.Parameter(torch.zeros(self.heads if gate_per_head else 1, device=device))
         self.gate_activation = gate_activation
         self._kept: tuple = ()  # parameters, their versions, keys and values
 
@@ -81,7 +82,8 @@ class GatedPrompt(nn.Module):
 
         def with_prompt(function: Callable, module: nn.Module, query: Tensor, *rest: Any, **options: Any) -> Any:
             out, weights = function(module, query, *rest, **options)
-            out = add_gated_prompt(out.transpose(1, 2), query, key, value, self.gate, scale=options.get("scaling"),
+            gate = self.gate.expand(self.heads)
+            out = add_gated_prompt(out.transpose(1, 2), query, key, value, gate, scale=options.get("scaling"),
                                    gate_activation=self.gate_activation)  # fmt: skip
             return out.transpose(1, 2), weights
 
@@ -117,7 +119,7 @@ class GatedPrompt(nn.Module):
 
     def extra_repr(self) -> str:
         tokens, hidden = self.prompt.shape
-        return f"tokens={tokens}, hidden={hidden}, heads={len(self.gate)}, gate_activation={self.gate_activation!r}"
+        return f"tokens={tokens}, hidden={hidden}, gates={len(self.gate)}, gate_activation={self.gate_activation!r}"
 
 
 def _other(a: object, b: object) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,7 @@ class Request:
     prompt: list[int]
     adapter: str | None
     max_new: int
+    draw: Callable[[Tensor], int] | None = None  # None takes the likeliest token
     index: int = BASE  # in the pool, while it runs
     ids: list[int] = field(default_factory=list)
 
@@ -133,8 +134,8 @@ class Batch:
 
 
 def _append(requests: list[Request], logits: Tensor) -> None:
-    for request, token in zip(requests, logits.argmax(-1).tolist(), strict=True):
-        request.ids.append(token)
+    for request, row, likeliest in zip(requests, logits, logits.argmax(-1).tolist(), strict=True):
+        request.ids.append(likeliest if request.draw is None else request.draw(row))
 
 
 def alike(requests: list[Request]) -> Iterator[list[Request]]:

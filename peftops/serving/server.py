@@ -26,6 +26,7 @@ from torch import nn
 from ..nn import AdapterPool
 from ..nn.prompt import cache_name
 from .batch import Batch, PooledLinear, Request, Rows
+from .sampling import Sampling
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Completion:
 
 
 class Server:
-    """Greedy generation for requests of many adapters at once. Use it as a context: leaving it gives the model back.
+    """Generation for requests of many adapters at once. Use it as a context: leaving it gives the model back.
 
     Args:
         model: a causal language model of transformers, dense or in 4 bits, with no adapter attached.
@@ -101,13 +102,16 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, prompt: Sequence[int], *, adapter: str | None = None, max_new: int = 128) -> int:
+    def submit(
+        self, prompt: Sequence[int], *, adapter: str | None = None, max_new: int = 128, sampling: Sampling | None = None
+    ) -> int:
         """Queue a request; its number. May be called from any thread, at any time.
 
         Args:
             prompt: token ids, at least one.
             adapter: its name in the pool; None for the base model.
             max_new: the most tokens to generate.
+            sampling: how to draw them; None for the likeliest one each time.
 
         Raises:
             KeyError: the pool has no such adapter.
@@ -126,7 +130,8 @@ class Server:
             raise ValueError(f"Server: {len(prompt)} + {max_new} tokens are more than {why}, {most}")
         if adapter is not None:
             self.pool._find(adapter)
-        request = Request(next(self._numbers), prompt, adapter, max_new)
+        draw = None if sampling is None else sampling.drawer()
+        request = Request(next(self._numbers), prompt, adapter, max_new, draw)
         self._waiting.append(request)
         return request.number
 

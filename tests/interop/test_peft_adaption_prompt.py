@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 import models
+import peftops
+from peftops import LLaMAAdapterConfig
 from peftops.nn.gated_prompt import GatedPrompt
 
 peft = pytest.importorskip("peft")
@@ -46,3 +48,37 @@ def test_the_same_logits_and_gradients(layers, gate):
     for module, gated in pairs:
         torch.testing.assert_close(gated.prompt.grad, module.adaption_prompt.grad[0], rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(gated.gate.grad.sum(), module.adaption_gate.grad[0], rtol=1e-4, atol=1e-7)
+
+
+def shake(model):
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("build", [models.llama, models.mistral], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_files_both_ways(build, layers, tmp_path):
+    config = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=layers, task_type="CAUSAL_LM")
+    theirs = shake(peft.get_peft_model(build(), config)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = peftops.load(build(), tmp_path / "theirs")
+    read = model._peftops.configs["default"]
+    assert read == LLaMAAdapterConfig(tokens=4, layers=layers, gate="peft")
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+    assert (model(ids).logits - build()(ids).logits).norm() > 1
+    peftops.save(shake(model), tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(build(), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    back = peftops.load(build(), tmp_path / "ours")
+    assert torch.equal(back(ids).logits, model(ids).logits)
+
+
+def test_files_of_what_we_compute_otherwise_are_refused(tmp_path):
+    """PEFT leaves GPT-2's output projection out of the prompt's way."""
+    config = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=1, task_type="CAUSAL_LM")
+    peft.get_peft_model(models.gpt2(), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="this adapter needs target_modules='attn', which peftops does not support"):
+        peftops.load(models.gpt2(), tmp_path)

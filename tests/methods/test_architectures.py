@@ -12,14 +12,23 @@ from peftops import (
     BitFitConfig,
     BottleneckConfig,
     DoRAConfig,
+    GLoRAConfig,
     HeadOnlyConfig,
+    IA3Config,
+    LLaMAAdapterConfig,
+    LongLoRAConfig,
     LoRAConfig,
+    LoRAFAConfig,
+    MultiLoRAConfig,
     NormTuningConfig,
+    OLoRAConfig,
+    PiSSAConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
     QLoRAConfig,
     ReLoRAConfig,
     SurgicalConfig,
+    TiedLoRAConfig,
     TopLayersConfig,
     VeRAConfig,
 )  # fmt: skip
@@ -34,7 +43,9 @@ CONFIGS = [
     LoRAConfig(r=4), DoRAConfig(r=4), QLoRAConfig(r=4), VeRAConfig(r=8), BottleneckConfig(placement="houlsby"),
     BottleneckConfig(placement="parallel"), NormTuningConfig(), TopLayersConfig(layers=1, head=True), HeadOnlyConfig(),
     SurgicalConfig("last"), BitFitConfig(), ReLoRAConfig(r=4, dropout=0.0, rest=False), PromptTuningConfig(tokens=3),
-    PrefixTuningConfig(tokens=3),
+    PrefixTuningConfig(tokens=3), IA3Config(), GLoRAConfig(r=4), TiedLoRAConfig(r=4), MultiLoRAConfig(r=2),
+    LoRAFAConfig(r=4), PiSSAConfig(r=4), OLoRAConfig(r=4), LongLoRAConfig(r=4),
+    LLaMAAdapterConfig(tokens=3, layers=2),
 ]  # fmt: skip
 
 
@@ -48,9 +59,11 @@ def test_every_method_trains_every_model_and_comes_off(build, config, tmp_path):
     unsupported = {
         BitFitConfig: (models.llama, models.mistral, models.gemma, models.t5), PromptTuningConfig: (models.vit,),
         PrefixTuningConfig: (models.vit, models.bert, models.t5),
+        LongLoRAConfig: (models.vit, models.bert, models.t5), LLaMAAdapterConfig: (models.vit, models.bert),
     }  # fmt: skip
     if build in unsupported.get(type(config), ()):
-        with pytest.raises((ValueError, TypeError), match="has no biases to train|(Prompt|Prefix)Tuning needs"):
+        sentence = "has no biases to train|(PromptTuning|PrefixTuning|LongLoRA) needs|has 0 attentions of transformers"
+        with pytest.raises((ValueError, TypeError), match=sentence):
             peftops.attach(model, config)
         return
     peftops.attach(model, config)

@@ -1,6 +1,7 @@
 """Laws that every method obeys. A new file in peftops/methods is tested here without a new test."""
 
 import copy
+import dataclasses
 import io
 
 import pytest
@@ -286,3 +287,42 @@ def test_on_an_nf4_base(example):
         peftops.unmerge(model)
         assert torch.equal(example.run(model), want)
     assert same_state(peftops.detach(model), base)
+
+
+@methods_that(lambda e: not e.on_nf4)
+def test_codes_that_it_cannot_change_are_refused(example):
+    base = base_of(examples["qlora"], build=example.build)
+    state, kinds = copy.deepcopy(base.state_dict()), [type(m) for m in base.modules()]
+    with pytest.raises((TypeError, ValueError), match="quantised|a NF4Linear"):
+        peftops.attach(base, example.config)
+    assert not hasattr(base, "_peftops") and [type(m) for m in base.modules()] == kinds
+    assert all(torch.equal(value, state[key]) for key, value in base.state_dict().items())
+
+
+@methods_that(lambda e: hasattr(e.config, "r") and type(e.config) is not peftops.VeRAConfig)  # whose rank may be any
+def test_a_rank_above_a_layers_size_is_refused(example):
+    model = example.build()
+    kinds = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match="r=1000 is more than [a-z0-9_.]+ can use: its weight is [0-9]+ x [0-9]+"):
+        peftops.attach(model, dataclasses.replace(example.config, r=1000))
+    assert not hasattr(model, "_peftops") and [type(m) for m in model.modules()] == kinds
+
+
+def narrower(example):
+    """A model of other sizes than the one of an example."""
+    if example.build is models.mlp:
+        return nn.Sequential(nn.Linear(32, 96), nn.Tanh(), nn.Linear(96, 64))
+    small = example.build().config
+    small.update({"hidden_size": 32, "head_dim": 8})
+    return type(example.build())(small).eval()
+
+
+@every_method
+def test_a_file_of_another_base_is_refused_and_changes_nothing(example, tmp_path):
+    _, model = adapted(example)
+    peftops.save(model, tmp_path)
+    other = peftops.detach(peftops.attach(narrower(example), example.config))  # quantised, if the method does that
+    state = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="does not fit|is for another model|quantised to .* already"):
+        peftops.load(other, tmp_path)
+    assert not hasattr(other, "_peftops") and all(torch.equal(v, state[k]) for k, v in other.state_dict().items())

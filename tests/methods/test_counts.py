@@ -1,5 +1,7 @@
 """How many parameters train, on the shapes of real models. On the meta device, counts need no memory."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from peftops import (
     BottleneckConfig,
     DoRAConfig,
     GLoRAConfig,
+    IA3Config,
     LLaMAAdapterConfig,
     LongLoRAConfig,
     LoRAConfig,
@@ -17,6 +20,7 @@ from peftops import (
     NormTuningConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    QALoRAConfig,
     ReLoRAConfig,
     TiedLoRAConfig,
     TopLayersConfig,
@@ -49,8 +53,6 @@ def linear(in_, out, count=1, bias=False):
         return nn.ModuleList([nn.Linear(in_, out, bias=bias) for _ in range(count)])
 
 
-
-
 def _rest_of_llama_3b(qv):
     """Everything in full but q and v, in rank ``qv``; the tied head is a copy of its own."""
     block = 2 * 3072**2 + 2 * 3072 * 1024 + 3 * 3072 * 8192 + 2 * 3072
@@ -78,6 +80,7 @@ def encoder_block(width):
     (llama_3b, PromptTuningConfig(tokens=200), 614_400),
     (llama_3b, PrefixTuningConfig(tokens=200), 11_468_800),
     (llama_3b, PrefixTuningConfig(tokens=50), 2_867_200),
+    (llama_3b, LLaMAAdapterConfig(tokens=100, layers=28, gate="peft"), 8_601_628),
     (llama_3b, NormTuningConfig(), 175_104),
     (llama_3b, MultiLoRAConfig(r=8, n=3, target=qv), 28 * 3 * (8 * (3072 + 3072 + 3072 + 1024) + 3072 + 1024)),
     (llama_3b, LongLoRAConfig(), 28 * 8 * (2 * (3072 + 3072) + 2 * (3072 + 1024)) + 128_256 * 3072 + 57 * 3072),
@@ -93,6 +96,8 @@ def encoder_block(width):
     (lambda: linear(4096, 3 * 4096, 32), LoRAConfig(r=8), 4_194_304),
     (lambda: linear(64, 96, 1, True), GLoRAConfig(r=4, D="vector", E="vector"),
      2 * 4 * (64 + 96) + 4 * (64 + 1) + 2 * 96),
+    (lambda: linear(64, 96, 2), QALoRAConfig(r=4, group_size=16), 2 * 4 * (64 // 16 + 96)),
+    (lambda: linear(64, 96, 2, True), IA3Config(), 2 * 96),
     (lambda: encoder_block(1024), BottleneckConfig(width=24), 49_152 + 24 + 1024),
     (lambda: encoder_block(1024), BottleneckConfig(width=24, placement="houlsby"), 2 * (49_152 + 24 + 1024)),
     (lambda: encoder_block(1024), BottleneckConfig(width=24, placement="parallel"), 49_152 + 24 + 1024),
@@ -102,12 +107,13 @@ def test_counts_of_real_shapes(build, config, count):
     assert peftops.summary(model).trainable == count
 
 
-def test_llama_adapter_of_llama_7b():
+@pytest.mark.parametrize("gate, count", [("tanh", 1_229_760), ("raw", 1_229_760), ("peft", 1_228_830)])
+def test_llama_adapter_of_llama_7b(gate, count):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32))
-    assert peftops.summary(peftops.attach(model, LLaMAAdapterConfig())).trainable == 1_229_760
+    assert peftops.summary(peftops.attach(model, LLaMAAdapterConfig(gate=gate))).trainable == count
 
 
 def test_five_soft_tokens_of_llama_7b():
@@ -116,3 +122,20 @@ def test_five_soft_tokens_of_llama_7b():
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1))
     assert peftops.summary(peftops.attach(model, PromptTuningConfig(tokens=5))).trainable == 20_480
+
+
+def test_a_hundred_soft_tokens_of_t5_xxl():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=1, num_heads=64))
+    assert peftops.summary(peftops.attach(model, PromptTuningConfig(tokens=100))).trainable == 409_600
+
+
+def test_lora_of_llama_7b():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32))
+    assert peftops.summary(peftops.attach(copy.deepcopy(model), LoRAConfig(r=8, target=qv))).trainable == 4_194_304
+    assert peftops.summary(peftops.attach(model, LoRAConfig(r=64))).trainable == 159_907_840

@@ -37,7 +37,7 @@ def test_a_raw_gate_of_tanh_z_is_a_tanh_gate_of_z():
 
 @pytest.mark.parametrize("options, sentence", [
     ({"tokens": 0}, "tokens must be a whole number from 1"), ({"layers": 0}, "layers must be a whole number from 1"),
-    ({"gate": "relu"}, "gate must be one of 'tanh', 'raw'"),
+    ({"gate": "relu"}, "gate must be one of 'tanh', 'raw', 'peft'"),
 ])  # fmt: skip
 def test_wrong_options_get_a_sentence(options, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -52,6 +52,13 @@ def test_wrong_options_get_a_sentence(options, sentence):
 def test_a_model_without_so_many_attentions(build, layers, sentence):
     with pytest.raises(ValueError, match=sentence):
         peftops.attach(build(), LLaMAAdapterConfig(layers=layers))
+
+
+def test_pefts_variant_has_one_gate_a_layer_and_no_biases():
+    model = peftops.attach(models.llama(), LLaMAAdapterConfig(tokens=3, layers=2, gate="peft"))
+    assert peftops.summary(model).trainable == 2 * (3 * 64 + 1)
+    with pytest.raises(TypeError, match="gate='peft' needs attentions with an o_proj without bias, which transformer"):
+        peftops.attach(models.gpt2(), LLaMAAdapterConfig(layers=1, gate="peft"))
 
 
 def test_qlora_after_it_is_refused():

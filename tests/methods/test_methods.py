@@ -11,7 +11,6 @@ from peftops import (
     DoRAConfig,
     GLoRAConfig,
     HeadOnlyConfig,
-    LoftQConfig,
     LoRAConfig,
     LoRAFAConfig,
     MultiLoRAConfig,
@@ -26,7 +25,6 @@ from peftops import (
     VeRAConfig,
 )  # fmt: skip
 from peftops.methods import hosts
-from peftops.methods.loftq import loftq
 from peftops.ops import NF4Tensor
 
 
@@ -109,20 +107,6 @@ def test_pissa_starts_from_the_best_of_rank_r_and_olora_from_an_orthonormal_basi
     torch.testing.assert_close(torch.linalg.svdvals(rest)[0], singular[4], rtol=1e-3, atol=1e-4)
     adapter = adapters(peftops.attach(nn.Sequential(nn.Linear(64, 48)), OLoRAConfig(r=4)))[0]
     torch.testing.assert_close(adapter.lora_B.t() @ adapter.lora_B, torch.eye(4), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("scaling", [0.25, 1.0, 2.0])
-def test_loftq_never_errs_by_more_than_nf4(scaling):
-    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
-    codes, A, B, errors = loftq(weight, 8, scaling)
-    got = (weight - peftops.nf4_dequantize(codes) - scaling * B @ A).norm() / weight.norm()
-    assert len(errors) == 6 and all(e <= errors[0] for e in errors[1:])
-    assert got.item() == pytest.approx(min(errors[1:]), rel=1e-4)
-    model, want = models.mlp(), models.mlp()
-    peftops.attach(model, LoftQConfig(r=16))
-    x = torch.randn(5, 64)
-    plain = peftops.attach(models.mlp(), peftops.QLoRAConfig(double_quant=False))
-    assert (model(x) - want(x)).norm() < 0.8 * (plain(x) - want(x)).norm()
 
 
 def test_tied_factors_are_one_and_their_gradient_is_the_sum():

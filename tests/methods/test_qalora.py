@@ -29,7 +29,7 @@ def test_merging_changes_the_zeros_alone(bits, pool):
 
 
 @pytest.mark.parametrize("options, sentence", [
-    ({"r": 0}, "r must be a whole number from 1"), ({"bits": 5}, "bits must be one of 2, 3, 4, 8, not 5"),
+    ({"r": 0}, "r must be a whole number from 1"), ({"bits": 5}, "bits must be one of 2, 3, 4, 8, None, not 5"),
     ({"group_size": 12}, "group_size must be one of 8,"), ({"pool": "max"}, "pool must be one of 'sum'"),
 ])  # fmt: skip
 def test_wrong_options_get_a_sentence(options, sentence):

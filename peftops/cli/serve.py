@@ -1,0 +1,140 @@
+"""``peftops serve``: a file of requests, each for an adapter of its own, answered in one batch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..integrations.peft_files import CONFIG, read_adapter
+from ..serving import Sampling, Server, add_adapter, pool_for
+from .data import DataError, prompt_ids
+from .model import load_base, load_tokenizer
+
+_SAMPLING = tuple(field.name for field in fields(Sampling))
+_KEYS = ("prompt", "messages", "adapter", "max_tokens", *_SAMPLING)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arg = parser.add_argument
+    arg("--model", type=Path, required=True, help="directory of a model, or GGUF file")
+    arg("--adapters", type=Path, nargs="*", default=[], metavar="DIR",
+        help="directories of LoRA adapters, or of such directories; an adapter has its directory's name")  # fmt: skip
+    arg("--requests", type=Path, required=True, help="JSONL: prompt or messages, and, as wished, adapter (none is the "
+        "model itself), max_tokens, temperature, top_k, top_p, seed (without any of these four: greedy)")  # fmt: skip
+    arg("--out", type=Path, required=True, help="JSONL: a line per answer, as it is done, with its row's number")
+    arg("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    arg("--dense", action="store_true", help="do not quantise the model to 4 bits")
+    arg("--max-tokens", type=int, default=128, help="of an answer whose row does not say (default 128)")
+    arg("--max-batch", type=int, default=16, help="requests that run at once (default 16)")
+    arg("--max-cache", type=int, default=16384, help="tokens whose keys and values are kept at once (default 16384)")
+    arg("--resident", type=int, default=16, help="adapters for which there is room at once (default 16)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    for name in ("max_tokens", "max_batch", "resident"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    adapters = find_adapters(args.adapters)
+    rows = read_requests(args.requests, adapters)
+    ranks = [_rank(folder) for folder in adapters.values()]
+    tokenizer = load_tokenizer(args.model)
+    model = load_base(args.model, args.dtype, quantize=not args.dense).cpu()  # which is where a Server runs
+    pool = pool_for(model, adapters=min(args.resident, max(1, len(ranks))), rank=max(ranks, default=1))
+    for name, folder in adapters.items():
+        add_adapter(pool, name, folder)
+    stop = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else None
+    numbers, generated = {}, 0
+    with Server(model, pool, max_batch=args.max_batch, max_tokens=args.max_cache, stop=stop) as server:
+        for number, row in enumerate(rows, 1):
+            try:
+                numbers[_submit(server, tokenizer, row, args.max_tokens)] = number
+            except ValueError as error:
+                raise DataError(f"{args.requests}, row {number}: {error}") from None
+        start = time.perf_counter()
+        with open(args.out, "w", encoding="utf-8") as out, tqdm(total=len(rows), unit="answer") as progress:
+            for completion in server.run():
+                number = numbers[completion.number]
+                text = tokenizer.decode(completion.ids, skip_special_tokens=True).strip()
+                answer = {"row": number, "adapter": rows[number - 1].get("adapter"), "answer": text,
+                          "tokens": len(completion.ids)}  # fmt: skip
+                out.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                out.flush()
+                generated += len(completion.ids)
+                progress.update()
+        seconds = time.perf_counter() - start
+    used = len({row.get("adapter") for row in rows} - {None})
+    print(f"{len(rows)} answers of {used} adapters, {generated} tokens in {seconds:.1f} s, "
+          f"{generated / max(seconds, 1e-9):.1f} tokens/s, in {args.out}")  # fmt: skip
+    return 0
+
+
+def find_adapters(folders: list[Path]) -> dict[str, Path]:
+    """The directories with an adapter's files among these and their children, by their own names."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        inside = [folder] if (folder / CONFIG).exists() else sorted(p.parent for p in folder.glob(f"*/{CONFIG}"))
+        if not inside:
+            raise FileNotFoundError(f"no {CONFIG} in {folder} or in a directory in it")
+        for path in inside:
+            if path.resolve().name in found:
+                raise ValueError(f"{path} and {found[path.resolve().name]} are two adapters of one name; rename one")
+            found[path.resolve().name] = path
+    return found
+
+
+def read_requests(path: Path, adapters: dict[str, Path]) -> list[dict[str, Any]]:
+    """The rows of a file of requests, each checked as far as it can be without a model."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except FileNotFoundError:
+        raise DataError(f"no file of requests {path}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(_checked(json.loads(line), adapters))
+        except ValueError as error:  # of JSON, too
+            raise DataError(f"{path}, row {number}: {error}") from None
+    if not rows:
+        raise DataError(f"{path} is empty")
+    return rows
+
+
+def _checked(row: Any, adapters: dict[str, Path]) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, not a {type(row).__name__}")
+    strange = sorted(set(row) - set(_KEYS))
+    if strange:
+        raise ValueError(f"{', '.join(strange)}: not of {', '.join(_KEYS)}")
+    if ("prompt" in row) == ("messages" in row):
+        raise ValueError("a request has a prompt or messages, one of them")
+    messages = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
+    whole = isinstance(messages, list) and all(isinstance(m, dict) and "role" in m for m in messages)
+    if not (whole and messages and all(isinstance(m.get("content"), str) for m in messages)):
+        raise ValueError("a prompt is text, and each of messages has a role and a content, which is text")
+    if row.get("adapter") is not None and row["adapter"] not in adapters:
+        raise ValueError(f"no adapter named {row['adapter']!r} in --adapters; there is {', '.join(adapters) or 'none'}")
+    _sampling(row)
+    return row
+
+
+def _sampling(row: dict[str, Any]) -> Sampling | None:
+    options = {name: row[name] for name in _SAMPLING if row.get(name) is not None}
+    return Sampling(**options) if options else None
+
+
+def _rank(folder: Path) -> int:
+    """The largest rank of an adapter's layers."""
+    _, tensors = read_adapter(folder)
+    return max((len(t) for key, t in tensors.items() if key.endswith("lora_A.weight")), default=1)
+
+
+def _submit(server: Server, tokenizer: Any, row: dict[str, Any], most: int) -> int:
+    messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+    return server.submit(prompt_ids(tokenizer, messages), adapter=row.get("adapter"),
+                         max_new=row.get("max_tokens", most), sampling=_sampling(row))  # fmt: skip

@@ -1,0 +1,75 @@
+"""How the next token of a request is chosen, if not the likeliest one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..methods.config import check_range
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Draw each token, from what the options leave of the distribution; they apply in this order.
+
+    A request has random numbers of its own, one a token: whatever else is in the batch, the same seed draws the same
+    (as long as the logits round alike).
+
+    Args:
+        temperature: what logits are divided by, above 0.
+        top_k: keep this many of the likeliest tokens, and those that are as likely as the last; None for all.
+        top_p: keep the likeliest tokens that together have this share, in (0, 1]; None for all.
+        seed: of the request's random numbers; None for another one each time.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_range("temperature", self.temperature, 0)
+        if self.temperature == 0:
+            raise ValueError("temperature must be above 0; without sampling, the likeliest token is taken")
+        if self.top_k is not None:
+            check_range("top_k", self.top_k, 1, whole=True)
+        if self.top_p is not None:
+            check_range("top_p", self.top_p, 0)
+            if not 0 < self.top_p <= 1:
+                raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p!r}")
+        if self.seed is not None:
+            check_range("seed", self.seed, 0, 2**63, whole=True)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Of each token, float64, from the logits ``[vocabulary]``."""
+        scores = logits.double() / self.temperature
+        if self.top_k is not None and self.top_k < len(scores):
+            scores = scores.masked_fill(scores < scores.topk(self.top_k).values[-1], -torch.inf)
+        p = scores.softmax(-1)
+        if self.top_p is not None:
+            likeliest, order = p.sort(descending=True, stable=True)
+            before = likeliest.cumsum(-1) - likeliest  # a token is kept if those before it do not reach the share
+            p = p.index_fill(-1, order[before >= self.top_p], 0.0)
+        return p / p.sum()
+
+    def drawer(self) -> Callable[[Tensor], int]:
+        """What draws the tokens of one request, each from its logits ``[vocabulary]``."""
+        generator = torch.Generator()
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+
+        def draw(logits: Tensor) -> int:
+            heights = self.probabilities(logits).cumsum(-1)
+            # below the sum, so never beyond the last token that has a share
+            point = torch.rand((), dtype=torch.float64, generator=generator) * heights[-1].cpu()
+            return int(torch.searchsorted(heights, point.to(heights.device), right=True))
+
+        return draw
