@@ -16,6 +16,7 @@ from .methods.glora import GLoRAConfig
 from .methods.hard_prompt import HardPrompt
 from .methods.head_only import HeadOnlyConfig
 from .methods.ia3 import IA3Config
+from .methods.image_prompts import image_prompts
 from .methods.llama_adapter import LLaMAAdapterConfig
 from .methods.loftq import LoftQConfig
 from .methods.longlora import LongLoRAConfig
@@ -70,8 +71,8 @@ __all__ = [
     "PrefixTuningConfig", "PromptTuningConfig", "QALoRAConfig", "QLoRAConfig", "ReLoRAConfig", "Sampling", "Server",
     "SurgicalConfig", "TiedLoRAConfig", "TopLayersConfig", "VeRAConfig", "Verbalizer", "activate", "add_gated_prompt",
     "attach", "auto_rgn", "auto_snr", "choice_scores", "demonstrations", "detach", "disabled", "fisher",
-    "gated_prompt_attention", "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "load",
-    "load_model", "lora_linear", "loraplus_groups", "merge", "multi_lora_linear", "nf4_dequantize", "nf4_linear",
-    "nf4_quantize", "prompt_per_row", "prune_state", "qalora_linear", "qalora_merge", "relora_schedule",
+    "gated_prompt_attention", "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "image_prompts",
+    "load", "load_model", "lora_linear", "loraplus_groups", "merge", "multi_lora_linear", "nf4_dequantize",
+    "nf4_linear", "nf4_quantize", "prompt_per_row", "prune_state", "qalora_linear", "qalora_merge", "relora_schedule",
     "relora_step", "save", "summary", "unmerge", "weighted_groups",
 ]  # fmt: skip

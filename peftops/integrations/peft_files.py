@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..methods import METHODS, attach, attachment, detach, hosts
+from ..methods.targets import layers as modules_of
 from ..methods.targets import suffixes_or_names
 from ..nn import PREFIX
 from .files import writable_directory, write_atomically
@@ -96,7 +97,7 @@ def load(
     if field:
         # The tensors tell best which layers are adapted: PEFT has several more ways to choose them.
         layers = _layers(METHODS[type(config)], tensors, folder / WEIGHTS)
-        known = {path for path, _ in model.named_modules()}
+        known = {path for path, _ in modules_of(model)}
         strangers = sorted(layers - known)
         if strangers:
             raise ValueError(f"{folder / WEIGHTS} is for another model: this one has no {_some(strangers)}")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..methods import adapted_layers
-from ..nn import is_quantized
+from ..methods.targets import layers
+from ..nn import base_of, is_quantized
 
 
 @dataclass
@@ -36,7 +37,8 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """Count the parameters of ``model`` that train, and the memory of the linear weights that do not."""
     state = getattr(model, "_peftops", None)
-    adapted = {id(p) for _, layer in adapted_layers(model) for p in layer.base.parameters() if p.dim() > 1}
+    inside = (base_of(module) for _, layer in adapted_layers(model) for _, module in layers(layer.base))
+    adapted = {id(p) for module in inside for p in module.parameters(recurse=False) if p.dim() > 1}
     result = Summary({}, None, sum(1 for _ in adapted_layers(model)), 0, 0, 0, 0)
     if state is not None:
         result.adapters = {name: str(config) for name, config in state.configs.items()}

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..nn import AdaptedLayer, Adapter, MergeError, Prompt, Prompted, Stored, Switch, is_quantized
-from .targets import base_of, find_targets
+from ..nn import AdaptedLayer, Adapter, MergeError, Prompt, Prompted, Stored, Switch, base_of, is_quantized, module_at
+from .targets import find_targets, layers
 
 METHODS: dict[type, type[Stored]] = {}  # config class -> class of its adapters
 
@@ -47,7 +47,7 @@ def register(config_class: type) -> Callable[[type[Stored]], type[Stored]]:
 def each_target(adapter_class: type[Adapter], model: nn.Module, config: object) -> dict[str, nn.Module]:
     """The layers that ``config.target`` means, by name."""
     paths = find_targets(model, config.target, adapter_class.layers)
-    return {path: base_of(model.get_submodule(path)) for path in paths}
+    return {path: base_of(module_at(model, path)) for path in paths}
 
 
 def build(adapter_class: type[Stored], model: nn.Module, config: object) -> dict[str, Stored]:
@@ -75,16 +75,16 @@ def attachment(model: nn.Module) -> Attachment:
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     """The adapted layers by the names of the layers that they were."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLayer))
+    return ((name, host) for name, host in hosts(model) if isinstance(host, AdaptedLayer))
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer | Prompted]]:
     """All that adapters are in: the adapted layers, and the bodies with prompts, by their names."""
-    for name, module in model.named_modules():
-        if isinstance(module, Prompted):
-            yield name.removesuffix(Prompted.NAME).rstrip("."), module
-        elif isinstance(module, AdaptedLayer):
-            yield name, module
+    seen: set[int] = set()  # (a module may have several names)
+    for name, module in layers(model):
+        if isinstance(module, AdaptedLayer | Prompted) and id(module) not in seen:
+            seen.add(id(module))
+            yield name.removesuffix(Prompted.NAME).rstrip(".") if isinstance(module, Prompted) else name, module
 
 
 def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Module:
@@ -121,7 +121,7 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     if not state.configs:
         model.requires_grad_(False)
     for path, adapter in adapters.items():
-        adapter.train(model.get_submodule(path).training)
+        adapter.train(module_at(model, path).training)
         (Prompted if isinstance(adapter, Prompt) else AdaptedLayer).put(model, path, name, adapter, state.switch)
     state.configs[name] = config
     state.switch.active = name

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn import Adapter, sizes
+from ..nn import Adapter, base_of, module_at, sizes
 from . import register
 from .config import Config, check_choice, check_range
-from .targets import base_of, sublayers
+from .targets import sublayers
 
 _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
@@ -72,7 +72,7 @@ class Bottleneck(Adapter):
     @staticmethod
     def build(model: nn.Module, config: BottleneckConfig) -> dict[str, Adapter]:
         adapters: dict[str, Adapter] = {}
-        layer = lambda path: base_of(model.get_submodule(path))
+        layer = lambda path: base_of(module_at(model, path))
         for block in sublayers(model):
             first, last = block.feed_forward
             if config.placement == "parallel":

@@ -7,6 +7,9 @@ the authors' training has it, or z itself, as the paper and their inference have
 normal and z at 0: the model starts as it was, bit for bit, and at first the gates alone learn. What softmax makes
 of P depends on the input, so nothing can be merged. HF PEFT's variant, ADAPTION_PROMPT, has one raw gate a layer:
 ``gate="peft"`` is that, and reads and writes its files.
+
+``image_features`` adds an image's features to P (:func:`peftops.image_prompts`). V2, Gao et al. 2023
+(arXiv:2304.15010), also trains the norms, and a scale and a bias of each linear layer but the head: ``v2=True``.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..nn import PREFIX, Adapter, GatedPrompt, Stored
+from ..nn import PREFIX, Adapter, GatedPrompt, Stored, base_of
 from ..nn.gated_prompt import check_attention, is_attention
 from . import register
 from .config import Config, check_choice, check_range, needs, refuse
-from .targets import base_of
+from .image_prompts import ImagePrompts
+from .scale_bias import POSITIONS, unlocked
+from .targets import body_of
 from .targets import layers as modules_of
 
 PEFT_TYPE = "ADAPTION_PROMPT"
@@ -35,6 +40,9 @@ class LLaMAAdapterConfig(Config):
         tokens: K, the length of each layer's prompt.
         layers: how many attentions get one, counted from the top; None for all but the lowest two.
         gate: "tanh" or "raw", one per head; or "peft", a raw one per layer.
+        image_features: the width of an image's features, of all scales together; None for no images.
+        v2: whether norms, and scales and biases of linear layers, train in the whole model.
+        scale_position: whether V2 scales a linear layer's "output" (the paper) or "input" (the authors' 65B).
     """
 
     peft_type: ClassVar[str] = "LLAMA_ADAPTER"
@@ -42,15 +50,22 @@ class LLaMAAdapterConfig(Config):
     tokens: int = 10
     layers: int | None = None
     gate: str = "tanh"
+    image_features: int | None = None
+    v2: bool = False
+    scale_position: str = "output"
 
     def __post_init__(self) -> None:
         check_range("tokens", self.tokens, 1, whole=True)
         check_choice("gate", self.gate, tuple(_ACTIVATIONS))
-        if self.layers is not None:
-            check_range("layers", self.layers, 1, whole=True)
+        check_choice("scale_position", self.scale_position, POSITIONS)
+        for option in ("layers", "image_features"):
+            if getattr(self, option) is not None:
+                check_range(option, getattr(self, option), 1, whole=True)
+        if self.gate == "peft" and (self.v2 or self.image_features):
+            raise ValueError("gate='peft' has neither images nor v2: PEFT's files have no place for them")
 
     def as_built(self, adapters: dict[str, Any]) -> LLaMAAdapterConfig:
-        return replace(self, layers=len(adapters))
+        return replace(self, layers=sum(isinstance(adapter, LLaMAAdapter) for adapter in adapters.values()))
 
     def to_peft(self) -> dict[str, Any]:
         if self.gate != "peft":
@@ -77,7 +92,7 @@ class LLaMAAdapter(Adapter):
     merge_into = Stored.merge_into  # says that it cannot: an attention is no matrix
 
     @staticmethod
-    def build(model: nn.Module, config: LLaMAAdapterConfig) -> dict[str, Adapter]:
+    def build(model: nn.Module, config: LLaMAAdapterConfig) -> dict[str, Stored]:
         found = {path: base_of(module) for path, module in modules_of(model) if is_attention(base_of(module))}
         count = len(found) - 2 if config.layers is None else config.layers
         if not 0 < count <= len(found):
@@ -90,11 +105,19 @@ class LLaMAAdapter(Adapter):
             check_attention(attention, path)
             if config.gate == "peft":
                 check_output(attention, path)
-        return {path: LLaMAAdapter(attention, config) for path, attention in chosen}
+        adapters = {path: LLaMAAdapter(attention, config) for path, attention in chosen}
+        others: dict[str, Stored] = unlocked(model, config.scale_position) if config.v2 else {}
+        if config.image_features:
+            images = ImagePrompts(model, config.image_features, adapters[chosen[0][0]].prompt)
+            for adapter in adapters.values():
+                adapter.images = [images]
+            others[body_of(model)] = images
+        return {**adapters, **others}
 
     def __init__(self, attention: nn.Module, config: LLaMAAdapterConfig):
         super().__init__()
         self.config = config
+        self.images: list[ImagePrompts] = []  # (a list hides it: it belongs to the body)
         per_head = config.gate != "peft"
         self.gated = GatedPrompt(attention, config.tokens, _ACTIVATIONS[config.gate], gate_per_head=per_head)
 
@@ -107,7 +130,8 @@ class LLaMAAdapter(Adapter):
         return self.gated.gate
 
     def adapt(self, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.gated.attend(base, *args, **kwargs)
+        image = self.images[0].given_to(base, kwargs) if self.images else None
+        return self.gated.attend(base, *args, image=image, **kwargs)
 
     def file_key(self, name: str, layer: str) -> str:
         return f"{PREFIX}{layer}.adaption_{name}" if self.config.gate == "peft" else super().file_key(name, layer)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..nn import MergeError, Prompt, Select, Stored
+from ..nn import MergeError, Prompt, Select, Stored, base_of
 from ..nn.gated_prompt import ARGUMENT, check_attention, is_attention, open_registry
 from ..nn.shifted_attention import ShiftedAttention
 from . import each_target, register
@@ -26,7 +26,7 @@ from .lora import LoRA, LoRAConfig
 from .norm_tuning import is_norm
 from .rope import check_stretch, stretch
 from .selection import copies
-from .targets import base_of, body_of, is_linear
+from .targets import body_of, is_linear
 from .targets import layers as modules_of
 
 

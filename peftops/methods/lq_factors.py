@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn import module_at
 from ..nn.layers import as_matrix, dequantized
 from ..ops.packed_tensor import PackedTensor
 from .singular import leading, shared
@@ -32,7 +33,7 @@ def fisher(
         TypeError: a weight is quantised.
         ValueError: there are no samples, or a gradient is not finite.
     """
-    layers = {path: model.get_submodule(path) for path in find_targets(model, target)}
+    layers = {path: module_at(model, path) for path in find_targets(model, target)}
     for path, layer in layers.items():
         if isinstance(layer.weight, PackedTensor):
             raise TypeError(f"fisher: {path} is quantised, and codes have no gradient; use a dense model")

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import Adapter, GroupLinear, MergeError, sizes, with_matrix
+from ..nn import Adapter, GroupLinear, MergeError, module_at, owner_of, sizes, with_matrix
 from ..ops import GroupQuantTensor, group_dequantize, qalora_linear, qalora_merge
 from . import each_target, register
 from .config import Config, check_choice, check_range, check_target, refuse
@@ -110,11 +110,11 @@ class QALoRA(Adapter):
         """Quantise the layers of the target that are dense."""
         for path, base in each_target(QALoRA, model, config).items():
             if not isinstance(base, GroupLinear):
-                if base is not model.get_submodule(path):
+                if base is not module_at(model, path):
                     raise ValueError(f"QA-LoRA would quantise {path}, which carries another adapter; attach it before")
-                parent, _, leaf = path.rpartition(".")
+                owner, leaf = owner_of(model, path)
                 quantised = GroupLinear.from_dense(base, bits=config.bits, group_size=config.group_size)
-                setattr(model.get_submodule(parent), leaf, quantised)
+                setattr(owner, leaf, quantised)
 
     def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
         return qalora_linear(x, base.weight, base.bias, lora_A=self.lora_A, lora_B=self.lora_B, scaling=self.scaling,

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..nn import Select
-from .targets import base_of, layers
+from ..nn import Select, base_of
+from .targets import layers
 
 
 def copies(

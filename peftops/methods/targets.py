@@ -9,26 +9,22 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..nn import LINEAR, AdaptedLayer, kind_of
+from ..nn import LINEAR, Prompted, base_of, kind_of, module_at
 
 ALL_LINEAR = "all-linear"
 Target = str | Sequence[str]
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module by its dotted name; an adapted layer counts as the layer that it was."""
+    """Every module by the dotted name that it has while nothing is adapted; an adapted layer counts as the layer that
+    it was, with what that contains, and what prompts contain does not count."""
     stack = [("", model)]
     while stack:
         name, module = stack.pop()
         yield name, module
-        if not isinstance(module, AdaptedLayer):
-            children = list(module.named_children())
+        if not isinstance(module, Prompted):
+            children = list(base_of(module).named_children())
             stack += [(f"{name}.{leaf}" if name else leaf, child) for leaf, child in reversed(children)]
-
-
-def base_of(module: nn.Module) -> nn.Module:
-    """The layer that an adapted layer was, or the layer itself."""
-    return module.base if isinstance(module, AdaptedLayer) else module
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -127,7 +123,7 @@ def head_of(model: nn.Module) -> list[str]:
     leaves = [name for name, module in layers(model) if name and has_parameters(base_of(module), recurse=False)]
     output = getattr(model, "get_output_embeddings", lambda: None)()
     above = [name for name in leaves if body and not name.startswith(f"{body}.")]
-    return above or [name for name in leaves if model.get_submodule(name) is output] or leaves[-1:]
+    return above or [name for name in leaves if module_at(model, name) is output] or leaves[-1:]
 
 
 @dataclass
@@ -150,7 +146,7 @@ def sublayers(model: nn.Module) -> list[Sublayers]:
         named = [(f"{block}.{name}" if name else block, m) for name, m in layers(model.get_submodule(block))]
         outer: list[str] = []
         for name, module in named:
-            if "Attention" in type(module).__name__ and not any(name.startswith(f"{o}.") for o in outer):
+            if "Attention" in type(base_of(module)).__name__ and not any(name.startswith(f"{o}.") for o in outer):
                 outer.append(name)
         linear = [name for name, module in named if is_linear(module)]
         attention = [[n for n in linear if n.startswith(f"{o}.")] for o in outer]

@@ -1,6 +1,6 @@
 """The blocks that methods are made of."""
 
-from .adapter import PREFIX, AdaptedLayer, Adapter, MergeError, Stored, Switch
+from .adapter import PREFIX, AdaptedLayer, Adapter, MergeError, Stored, Switch, base_of, module_at, owner_of
 from .adapter_pool import AdapterPool, PoolFull, peak_tokens
 from .gated_prompt import GatedPrompt
 from .group_linear import GroupConv2d, GroupLinear
@@ -26,7 +26,8 @@ from .tensor_parallel import column_parallel_lora, row_parallel_lora, shard_lora
 __all__ = [
     "CONVOLUTION", "EMBEDDING", "LINEAR", "PREFIX", "AdaptedLayer", "Adapter", "AdapterPool", "GatedPrompt",
     "GroupConv2d", "GroupLinear", "MergeError", "NF4Linear", "PoolFull", "Prompt", "Prompted", "Select", "Stored",
-    "Switch", "as_matrix", "column_parallel_lora", "dense_matrix", "dequantized", "factor_shapes", "is_conv1d",
-    "is_quantized", "kind_of", "low_rank", "matrix", "peak_tokens", "product", "quantize_linears", "quantized_like",
-    "row_parallel_lora", "shard_lora", "shell_of", "sizes", "unshard_lora", "with_matrix",
+    "Switch", "as_matrix", "base_of", "column_parallel_lora", "dense_matrix", "dequantized", "factor_shapes",
+    "is_conv1d", "is_quantized", "kind_of", "low_rank", "matrix", "module_at", "owner_of", "peak_tokens", "product",
+    "quantize_linears", "quantized_like", "row_parallel_lora", "shard_lora", "shell_of", "sizes", "unshard_lora",
+    "with_matrix",
 ]  # fmt: skip

@@ -119,8 +119,8 @@ class AdaptedLayer(nn.Module):
     @classmethod
     def put(cls, model: nn.Module, path: str, name: str, adapter: Adapter, switch: Switch) -> None:
         """Let the layer at ``path`` have one more adapter."""
-        parent, _, leaf = path.rpartition(".")
-        owner, layer = model.get_submodule(parent), model.get_submodule(path)
+        owner, leaf = owner_of(model, path)
+        layer = getattr(owner, leaf)
         if not isinstance(layer, cls):
             layer = cls(adapter.begin(layer), switch).train(layer.training)
             setattr(owner, leaf, layer)
@@ -128,8 +128,8 @@ class AdaptedLayer(nn.Module):
 
     def leave(self, model: nn.Module, path: str) -> None:
         """Put the base where the adapted layer is."""
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, self.base)
+        owner, leaf = owner_of(model, path)
+        setattr(owner, leaf, self.base)
 
     # Other code looks at a layer's weight for its dtype, shape or device.
     @property
@@ -166,3 +166,23 @@ class AdaptedLayer(nn.Module):
         if self._unmerged:
             (self.base,) = self._unmerged
             self._unmerged = []
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer that an adapted layer was, or the layer itself."""
+    return module.base if isinstance(module, AdaptedLayer) else module
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """``model.get_submodule(path)``, by the names that modules have while none is adapted: a layer within an adapted
+    attention is where it was."""
+    module = model
+    for leaf in path.split(".") if path else ():
+        module = getattr(base_of(module), leaf)
+    return module
+
+
+def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds what is at ``path``, and as which attribute."""
+    parent, _, leaf = path.rpartition(".")
+    return base_of(module_at(model, parent)), leaf

@@ -59,6 +59,27 @@ def _giving_way(function: Callable) -> Callable:
     return attention
 
 
+class Kept:
+    """What was made of tensors, for as long as they are the same ones, unchanged, and nothing learns."""
+
+    def __init__(self) -> None:
+        self._tensors: tuple = ()
+        self._versions: list = []
+        self._made: Any = None
+
+    def __call__(self, tensors: tuple[Tensor | None, ...], what: Any, make: Callable[[], Any]) -> Any:
+        """``make()``, or what it returned for these tensors and this ``what``."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return make()
+        # (only parameters are changed in place; a tensor of inference mode has no version)
+        versions = [what, *(t._version for t in tensors if isinstance(t, nn.Parameter))]
+        same = len(tensors) == len(self._tensors) and all(a is b for a, b in zip(tensors, self._tensors, strict=True))
+        if not same or self._versions != versions:
+            self._made = make()
+            self._tensors, self._versions = tensors, versions
+        return self._made
+
+
 class GatedPrompt(nn.Module):
     """A prompt ``[tokens, hidden]`` and a gate per head, or one for all, for one attention module of transformers.
 
@@ -73,12 +94,17 @@ class GatedPrompt(nn.Module):
         self.prompt = nn.Parameter(torch.randn(tokens, config.hidden_size, device=device))
         self.gate = nn.Parameter(torch.zeros(self.heads if gate_per_head else 1, device=device))
         self.gate_activation = gate_activation
-        self._kept: tuple = ()  # parameters, their versions, keys and values
+        self._kept = Kept()  # keys and values
 
-    def attend(self, attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """What ``attention(*args, **kwargs)`` returns, with the prompt's part added before the output projection."""
+    def attend(self, attention: nn.Module, *args: Any, image: Tensor | None = None, **kwargs: Any) -> Any:
+        """What ``attention(*args, **kwargs)`` returns, with the prompt's part added before the output projection.
+
+        ``image`` ``[batch, 1 or tokens, hidden]`` is added to the prompt of each sample.
+        """
         open_registry(attention)
-        key, value = self._keys_and_values(attention, *args, **kwargs)
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        make = lambda: self._project(attention, hidden.dtype, kwargs, image)
+        key, value = self._kept((image, self.prompt, *attention.parameters()), hidden.dtype, make)
 
         def with_prompt(function: Callable, module: nn.Module, query: Tensor, *rest: Any, **options: Any) -> Any:
             out, weights = function(module, query, *rest, **options)
@@ -89,19 +115,11 @@ class GatedPrompt(nn.Module):
 
         return attention(*args, **kwargs, **{ARGUMENT: with_prompt})
 
-    def _keys_and_values(self, attention: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._project(attention, hidden, kwargs)
-        parameters = (self.prompt, *attention.parameters())
-        versions = [hidden.dtype, *(p._version for p in parameters)]
-        if not self._kept or self._kept[1] != versions or any(map(_other, self._kept[0], parameters)):
-            self._kept = (parameters, versions, self._project(attention, hidden, kwargs))
-        return self._kept[2]
-
-    def _project(self, attention: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _project(
+        self, attention: nn.Module, dtype: torch.dtype, arguments: dict[str, Any], image: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Run the module on the prompt, turned by an angle of 0, up to where it attends."""
-        prompt = self.prompt.to(hidden.dtype)[None]
+        prompt = (self.prompt[None] if image is None else self.prompt + image).to(dtype)
         still = {}
         if arguments.get("position_embeddings") is not None:
             shape = (1, prompt.shape[1], arguments["position_embeddings"][0].shape[-1])
@@ -112,7 +130,7 @@ class GatedPrompt(nn.Module):
 
         def take(function: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any):
             found[:] = [key, value]
-            return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
+            return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1]), None
 
         attention(prompt, attention_mask=None, **still, **{ARGUMENT: take})
         return found[0], found[1]
@@ -120,7 +138,3 @@ class GatedPrompt(nn.Module):
     def extra_repr(self) -> str:
         tokens, hidden = self.prompt.shape
         return f"tokens={tokens}, hidden={hidden}, gates={len(self.gate)}, gate_activation={self.gate_activation!r}"
-
-
-def _other(a: object, b: object) -> bool:
-    return a is not b

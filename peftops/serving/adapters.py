@@ -11,7 +11,7 @@ from ..integrations.peft_files import read_adapter
 from ..methods import METHODS
 from ..methods.lora import LoRA
 from ..methods.targets import ALL_LINEAR, Target, find_targets
-from ..nn import PREFIX, AdapterPool, sizes
+from ..nn import PREFIX, AdapterPool, module_at, sizes
 
 
 def pool_for(
@@ -35,7 +35,7 @@ def pool_for(
     """
     if adapters < 1 or rank < 1:
         raise ValueError(f"pool_for needs at least 1 adapter of rank 1, not {adapters} of rank {rank}")
-    layers = {path: sizes(model.get_submodule(path)) for path in find_targets(model, target)}
+    layers = {path: sizes(module_at(model, path)) for path in find_targets(model, target)}
     line = lambda n: -(-n // 64) * 64  # factor rows fill whole lines
     elements = rank * sum(line(k) + line(n) for k, n in layers.values())
     pages = adapters * -(-elements // page_size)

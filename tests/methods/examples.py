@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 import models
+import peftops
 from peftops.methods.bitfit import BitFitConfig
 from peftops.methods.bottleneck import BottleneckConfig
 from peftops.methods.head_only import HeadOnlyConfig
@@ -24,6 +26,7 @@ from peftops.methods.top_layers import TopLayersConfig
 from peftops.methods.vera import VeRAConfig
 
 VECTORS = torch.linspace(-2, 2, 5 * 64).view(5, 64)
+IMAGES = torch.linspace(-1, 2, 2 * 12).view(2, 12).sin()
 
 
 @dataclass
@@ -40,7 +43,14 @@ class Example:
     lr: float = 0.02
 
     def run(self, model):
-        return model(VECTORS) if self.build is models.mlp else model(models.tokens()).logits
+        with self.images(model):
+            return model(VECTORS) if self.build is models.mlp else model(models.tokens()).logits
+
+    def images(self, model):
+        """Those that a method reads, while its adapter is active."""
+        active = hasattr(model, "_peftops") and model._peftops.switch.active
+        reads = active and getattr(self.config, "image_features", None)
+        return peftops.image_prompts(model, IMAGES) if reads else contextlib.nullcontext()
 
 
 EXAMPLES: dict[type, Example] = {
@@ -59,6 +69,17 @@ EXAMPLES: dict[type, Example] = {
     PromptTuningConfig: Example(PromptTuningConfig(tokens=3), models.llama, starts_as_base=False, merges=False),
     PrefixTuningConfig: Example(PrefixTuningConfig(tokens=3), models.llama, starts_as_base=False, merges=False),
 }
+
+VARIANTS: dict[str, Example] = {  # options that make a method build something else
+    "llamaadapter-images": Example(
+        LLaMAAdapterConfig(tokens=3, layers=2, image_features=12), models.llama, merges=False
+    ),
+    "llamaadapter-v2": Example(LLaMAAdapterConfig(tokens=3, layers=1, v2=True), models.llama, merges=False),
+    "llamaadapter-v2-input": Example(
+        LLaMAAdapterConfig(tokens=3, layers=2, image_features=12, v2=True, scale_position="input"), models.qwen2,
+        merges=False,
+    ),
+}  # fmt: skip
 
 
 def example_of(config_class: type) -> Example:

@@ -10,11 +10,11 @@ from torch import nn
 
 import models
 import peftops
-from examples import VECTORS, example_of
+from examples import VARIANTS, VECTORS, example_of
 from peftops.methods import METHODS, adapted_layers, hosts
 from peftops.nn import AdaptedLayer, NF4Linear
 
-examples = {c.__name__.removesuffix("Config").lower(): example_of(c) for c in METHODS}
+examples = {c.__name__.removesuffix("Config").lower(): example_of(c) for c in METHODS} | VARIANTS
 every_method = pytest.mark.parametrize("example", examples.values(), ids=examples)
 
 
@@ -230,7 +230,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(example):
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.train()
-        model(input_ids=ids, labels=ids).loss.backward()
+        with example.images(model):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*grads, strict=True))
 

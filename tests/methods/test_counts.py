@@ -116,6 +116,20 @@ def test_llama_adapter_of_llama_7b(gate, count):
     assert peftops.summary(peftops.attach(model, LLaMAAdapterConfig(gate=gate))).trainable == count
 
 
+@pytest.mark.parametrize("options, more", [
+    ({"image_features": 768}, 768 * 4096 + 4096),
+    ({"v2": True}, (2 * 32 + 1) * 4096 + 32 * 2 * (4 * 4096 + 2 * 11008 + 4096)),
+    ({"v2": True, "scale_position": "input"},
+     (2 * 32 + 1) * 4096 + 32 * (6 * 4096 + 11008 + 5 * 4096 + 2 * 11008)),
+])  # fmt: skip
+def test_images_and_v2_of_llama_7b(options, more):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32))
+    assert peftops.summary(peftops.attach(model, LLaMAAdapterConfig(**options))).trainable == 1_229_760 + more
+
+
 def test_five_soft_tokens_of_llama_7b():
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -130,7 +130,7 @@ def test_kept_keys_follow_what_they_are_made_of():
     shake(model)
     fresh = lambda: copy.deepcopy(model)(ids).logits.detach()  # with a graph nothing is kept
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, fresh()) and prompts(model)[0]._kept
+        assert torch.equal(model(ids).logits, fresh()) and prompts(model)[0]._kept._made
         prompts(model)[0].prompt.mul_(2)
         assert torch.equal(model(ids).logits, fresh())
         attach(model, LoRAConfig(target=["k_proj"]))
