@@ -16,7 +16,7 @@ from pathlib import Path
 
 from finetune_smollm2 import DATA, smollm2
 
-# Method, and what differs from the defaults of `peftops finetune`. Two cannot be among them: the model has no biases for
+# Method, and what differs from the defaults of `peftops finetune`. Two are not among them: the model has no biases for
 # BitFit, and nine heads, which LongLoRA cannot halve.
 METHODS = {
     "lora": "--lr 1e-3",

@@ -40,7 +40,7 @@ from .methods.surgical import SurgicalConfig, auto_rgn, auto_snr, weighted_group
 from .methods.tiedlora import TiedLoRAConfig
 from .methods.top_layers import TopLayersConfig
 from .methods.vera import VeRAConfig
-from .nn import AdapterPool
+from .nn import AdamW8bit, AdapterPool
 from .ops import (
     GroupQuantTensor,
     NF4Tensor,
@@ -65,6 +65,7 @@ if torch.version.cuda and find_spec("peftops._C_cuda"):
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdamW8bit",
     "AdapterPool", "BitFitConfig", "BottleneckConfig", "DoRAConfig", "GLoRAConfig", "GroupQuantTensor", "HardPrompt",
     "HeadOnlyConfig", "IA3Config", "Influence", "LLaMAAdapterConfig", "LQLoRAConfig", "LoRAConfig", "LoRAFAConfig",
     "LoftQConfig", "LongLoRAConfig", "MultiLoRAConfig", "NF4Tensor", "NormTuningConfig", "OLoRAConfig", "PiSSAConfig",

@@ -12,13 +12,13 @@ NF4 = torch.tensor([
 ])  # fmt: skip
 
 
-def dynamic_map():
-    """The signed dynamic code of 8 bits (arXiv:1511.04561), as bitsandbytes computes it."""
+def dynamic_map(signed=True):
+    """The dynamic code of 8 bits (arXiv:1511.04561), as bitsandbytes computes it."""
     values = [0.0, 1.0]
     for e in range(7):
-        edges = torch.linspace(0.1, 1, 2**e + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (e + (not signed)) + 1)
         middles = (10 ** (e - 6)) * ((edges[:-1] + edges[1:]) / 2)
-        values += middles.tolist() + (-middles).tolist()
+        values += middles.tolist() + (-middles).tolist() * signed
     return torch.tensor(sorted(values))
 
 

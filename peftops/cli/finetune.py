@@ -28,6 +28,7 @@ from . import report
 from .data import DataError, Example, Row, batches, encode, read_rows
 from .model import answer, device_and_dtype, load_base, load_tokenizer
 from .training import (
+    OPTIMIZERS,
     answer_loss,
     evaluate,
     learning_rate,
@@ -44,7 +45,7 @@ METHOD_NAMES = {adapter.__name__.lower(): config for config, adapter in METHODS.
 # What must be the same for a run to be resumed.
 _SETTINGS = ("method", "r", "alpha", "dropout", "target", "batch", "accumulate", "steps", "epochs", "lr", "warmup",
              "weight_decay", "max_length", "seed", "dtype", "block_size", "set", "template", "shots",
-             "every")  # fmt: skip
+             "every", "optimizer")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg("--accumulate", type=int, default=1, help="such batches per step")
     arg("--lr", type=float, default=5e-4, help="peak learning rate (default 5e-4)")
     arg("--warmup", type=int, help="steps (default: a tenth)")
+    arg("--optimizer", choices=[*OPTIMIZERS], default="adamw", help="adamw8bit: 2 bytes of state per parameter, not 8")
     arg("--weight-decay", type=float, default=0.0)
     arg("--clip", type=float, default=1.0, help="largest norm of the gradient (default 1)")
     arg("--max-length", type=int, default=512, help="tokens per row (default 512)")
@@ -146,7 +148,9 @@ class Job:
         self.examples, self.evaluation = examples, evaluation
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = optimizer_for(list(self.parameters.values()), args.weight_decay) if self.parameters else None
+        self.optimizer = None
+        if self.parameters:
+            self.optimizer = optimizer_for(args.optimizer, list(self.parameters.values()), args.weight_decay)
         self.step, self.tokens, self.seconds, self.peak = 0, 0, 0.0, 0
         self.losses: list[float] = []
         self.evaluations: list[tuple[int, float]] = []
@@ -336,6 +340,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--lr and --epochs must be positive")
     if args.shots < 0 or (args.shots and not args.template):
         raise ValueError("--shots must be at least 0 and needs --template")
+    if args.method == "relora" and args.optimizer != "adamw":
+        raise ValueError(f"relora prunes the optimizer's moments, which {args.optimizer} keeps as codes; use adamw")
     if not args.model.exists():
         raise FileNotFoundError(f"no model at {args.model}")
     _config(args)  # raises for options that the method does not accept

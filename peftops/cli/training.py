@@ -6,6 +6,7 @@ import inspect
 import math
 import resource
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..integrations.files import write_atomically
+from ..nn import AdamW8bit
 from .data import IGNORE, Example, collate, in_order
 
 
@@ -55,8 +57,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def optimizer_for(parameters: list[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay, fused=True)
+OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, fused=True), "adamw8bit": AdamW8bit}
+
+
+def optimizer_for(name: str, parameters: list[nn.Parameter], weight_decay: float) -> torch.optim.Optimizer:
+    return OPTIMIZERS[name](parameters, lr=0.0, weight_decay=weight_decay)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

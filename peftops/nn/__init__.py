@@ -1,5 +1,6 @@
 """The blocks that methods are made of."""
 
+from .adamw8bit import AdamW8bit
 from .adapter import PREFIX, AdaptedLayer, Adapter, MergeError, Stored, Switch, base_of, module_at, owner_of
 from .adapter_pool import AdapterPool, PoolFull, peak_tokens
 from .gated_prompt import GatedPrompt
@@ -24,7 +25,8 @@ from .select import Select
 from .tensor_parallel import column_parallel_lora, row_parallel_lora, shard_lora, unshard_lora
 
 __all__ = [
-    "CONVOLUTION", "EMBEDDING", "LINEAR", "PREFIX", "AdaptedLayer", "Adapter", "AdapterPool", "GatedPrompt",
+    "CONVOLUTION", "EMBEDDING", "LINEAR", "PREFIX", "AdamW8bit",
+    "AdaptedLayer", "Adapter", "AdapterPool", "GatedPrompt",
     "GroupConv2d", "GroupLinear", "MergeError", "NF4Linear", "PoolFull", "Prompt", "Prompted", "Select", "Stored",
     "Switch", "as_matrix", "base_of", "column_parallel_lora", "dense_matrix", "dequantized", "factor_shapes",
     "is_conv1d", "is_quantized", "kind_of", "low_rank", "matrix", "module_at", "owner_of", "peak_tokens", "product",

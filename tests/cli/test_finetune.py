@@ -139,6 +139,38 @@ def test_resuming_needs_a_checkpoint_of_the_same_run(model_folder, train_file, t
     assert "is damaged or cut short" in capsys.readouterr().err
 
 
+def test_moments_in_8_bits(model_folder, train_file, tmp_path, capsys, monkeypatch):
+    """--optimizer adamw8bit learns, and stopped and resumed ends with the very same adapter; the checkpoint belongs to
+    its optimizer."""
+    more = "--optimizer", "adamw8bit", "--target", "gate_proj,up_proj,down_proj", "--r", 64, "--save-every", 5
+    whole, parts = (arguments(model_folder, train_file, tmp_path / name, *more) for name in ("whole", "parts"))
+    assert main(whole) == 0
+    report = json.loads((tmp_path / "whole/report.json").read_text())
+    assert report["loss_after"] < report["loss_before"] - 0.5
+
+    def stop(*args):
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peftops.cli.finetune.Job, "finish", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            main(parts)
+    state = torch.load(tmp_path / "parts/checkpoint.pt", weights_only=True)
+    assert state["step"] == 10 and state["optimizer"]["state"][0]["exp_avg"].dtype == torch.uint8
+    capsys.readouterr()
+    assert main([*parts, "--resume", "--optimizer", "adamw"]) == 2
+    assert "was made with other settings: optimizer='adamw8bit' (now 'adamw')" in capsys.readouterr().err
+    assert main([*parts, "--resume"]) == 0
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert files[0] == files[1]
+
+
+def test_relora_needs_moments_that_it_can_prune(model_folder, train_file, tmp_path, capsys):
+    argv = arguments(model_folder, train_file, tmp_path / "out", "--method", "relora", "--optimizer", "adamw8bit")
+    assert main(argv) == 2
+    assert "relora prunes the optimizer's moments, which adamw8bit keeps as codes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content, message", [
     (b"", "is empty"), (b" \n\n", "is empty"), (b"\xff\xfe{}", "is not UTF-8: byte 0"),
     (b'{"instruction": "a", "response": "b"}\n{"instruction": "a", \n', "line 2 is not JSON"),
