@@ -104,7 +104,7 @@ class ImagePrompts(Prompt):
             return arguments
         rows = next(len(t) for key in ("input_ids", "inputs_embeds") if (t := arguments.get(key)) is not None)
         times, rest = divmod(rows, len(self.features))
-        if rest or (times != 1 and arguments.get("past_key_values") is None):
+        if rest or (times != 1 and arguments.get("cache") is None):
             raise ValueError(f"image_prompts: a batch of {rows} rows, but features of {len(self.features)} images")
         # The same tensor for each token that is generated, so that layers can keep what they make of it.
         make = lambda: self._project(times)
