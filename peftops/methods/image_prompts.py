@@ -97,7 +97,7 @@ class ImagePrompts(Prompt):
                 f"image_prompts: features must have shape [rows, {width}] or [rows, {self.tokens}, {width}], or be "
                 f"parts of that along its last dimension, not {', '.join(map(str, shapes)) or 'nothing'}"
             )
-        return torch.cat([t.to(self.projection.weight, copy=True) for t in scales], -1)
+        return torch.cat([t.to(self.projection.weight) for t in scales], -1)
 
     def before(self, body: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         if self.features is None:

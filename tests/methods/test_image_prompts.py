@@ -8,7 +8,7 @@ import torch
 import models
 import peftops
 from peftops import LLaMAAdapterConfig
-from peftops.methods import hosts
+from peftops.methods import adapted_layers, hosts
 from peftops.methods.image_prompts import ImagePrompts
 
 ids = models.tokens()
@@ -137,6 +137,11 @@ def test_generates_with_a_cache_and_beams_as_without():
 def test_outside_there_is_no_image_and_inside_another_one_may_be():
     model = built()
     without, first, second = model(ids).logits, logits(model, ids, images), logits(model, ids, -images)
+    changing = images.clone()
+    with peftops.image_prompts(model, changing):
+        assert torch.equal(model(ids).logits, first)
+        changing.zero_()  # they were copied
+        assert torch.equal(model(ids).logits, first)
     with peftops.image_prompts(model, images):
         assert torch.equal(logits(model, ids, -images), second)
         assert torch.equal(model(ids).logits, first) and not torch.equal(first, without)
@@ -173,6 +178,12 @@ def test_without_an_adapter_that_reads_images():
     logits(model, ids, images)
     with peftops.disabled(model), pytest.raises(ValueError, match="the active adapter, None, reads no images"):
         logits(model, ids, images)
+
+
+def test_another_adapter_leaves_the_projection_alone():
+    alone = peftops.attach(models.llama(), peftops.LoRAConfig(r=4))
+    model = peftops.attach(built(), peftops.LoRAConfig(r=4), name="second")
+    assert [p for p, m in adapted_layers(model) if "second" in m.adapters] == [p for p, _ in adapted_layers(alone)]
 
 
 def test_models_that_cannot():

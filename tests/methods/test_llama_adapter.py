@@ -76,6 +76,8 @@ def test_v2_trains_norms_scales_and_biases_of_the_whole_model():
     assert len(linear) == 14 and len(norms) == 5
     want = dict.fromkeys(linear, "ScaleBias") | dict.fromkeys(norms, "NormTuning")
     assert kinds == want | {"model.layers.1.self_attn": "LLaMAAdapter"}
+    adapters = {path: layer.adapters["default"] for path, layer in adapted_layers(model)}
+    assert LLaMAAdapterConfig(tokens=3, v2=True).as_built(adapters).layers == 1
 
 
 @pytest.mark.parametrize("position", ["output", "input"])
@@ -121,6 +123,7 @@ def test_another_adapter_finds_the_layers_in_an_adapted_attention(tmp_path):
     model = peftops.attach(shaken("tanh"), peftops.LoRAConfig(r=4), name="second")
     assert [p for p, m in adapted_layers(model) if "second" in m.adapters] == [p for p, _ in adapted_layers(alone)]
     assert torch.equal(model(ids).logits, models.llama()(ids).logits)
+    assert peftops.summary(model).frozen_bytes == peftops.summary(alone).frozen_bytes
     torch.manual_seed(2)
     for name, parameter in model.named_parameters():
         if "second" in name:
