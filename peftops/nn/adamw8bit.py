@@ -152,7 +152,7 @@ def _parts(flat: Tensor, grad: Tensor, state: dict[str, Any]) -> Iterator[_Part]
     if unit == 1:
         moments = [t.view(-1) for t in moments]
     rows = _CHUNK // unit
-    for begin in range(0, len(moments[0]), rows):
+    for begin in range(0, moments[0].shape[0], rows):
         elements = slice(begin * unit, (begin + rows) * unit)
         yield _Part(flat[elements], grad[elements], [t[begin : begin + rows] for t in moments])
 
@@ -177,7 +177,8 @@ def _update(batch: list[_Part], step: int, group: dict[str, Any]) -> None:
         codecs = codec(True, first.device), codec(False, first.device)
         first, second = decode(codecs[0], first, absmax[0]), decode(codecs[1], second, absmax[1])
     unit = first[:1].numel()
-    sizes = [len(part.moments[0]) * unit for part in batch]
+    rows = [part.moments[0].shape[0] for part in batch]
+    sizes = [n * unit for n in rows]
     grads = [pad(part.grad, (0, n - part.grad.numel())) for part, n in zip(batch, sizes, strict=True)]
     grad = torch.cat(grads).float().view_as(first)
 
@@ -187,7 +188,7 @@ def _update(batch: list[_Part], step: int, group: dict[str, Any]) -> None:
     denominator = second.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
 
     own = [part.parameter.float() for part in batch]  # (itself, if it is float32)
-    of_parts = lambda t: [x[: len(p)] for x, p in zip(t.flatten().split(sizes), own, strict=True)]
+    of_parts = lambda t: [x[: p.numel()] for x, p in zip(t.flatten().split(sizes), own, strict=True)]
     torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
     torch._foreach_addcdiv_(own, of_parts(first), of_parts(denominator), -group["lr"] / (1 - beta1**step))
     if own[0] is not batch[0].parameter:
@@ -197,7 +198,6 @@ def _update(batch: list[_Part], step: int, group: dict[str, Any]) -> None:
     if absmax:
         (first, first_absmax), (second, second_absmax) = map(encode, codecs, moments)
         moments = [first, second, first_absmax, second_absmax]
-    rows = [len(part.moments[0]) for part in batch]
     for i, moment in enumerate(moments):
         torch._foreach_copy_([part.moments[i] for part in batch], list(moment.split(rows)))
 

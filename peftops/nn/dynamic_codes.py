@@ -18,9 +18,9 @@ SMALLEST_ABSMAX = 1e-38  # as of NF4: the reciprocal stays finite
 
 
 def dynamic_map(signed: bool) -> Tensor:
-    """The map in float32, sorted: 0, 1, and in decade e of 7 the midpoints of a
-    uniform split of [0.1, 1], times 10^(e - 6): 2^e of them with both signs, or 2^(e + 1). csrc/kernels/nf4.h has the
-    signed one, whose every rounding this repeats."""
+    """The map in float32, sorted: 0, 1, and in decade e of 7 the midpoints of a uniform split of [0.1, 1], times
+    10^(e - 6): 2^e of them with both signs, or 2^(e + 1). csrc/kernels/nf4.h has the signed one, whose every rounding
+    this repeats."""
     low = torch.tensor(0.1)
     span = (1 - low).double()
     values = [torch.tensor([0.0, 1.0])]
