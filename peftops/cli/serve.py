@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..integrations.files import writable_directory
 from ..integrations.peft_files import CONFIG, read_adapter
 from ..serving import Sampling, Server, add_adapter, pool_for
 from .data import DataError, prompt_ids
@@ -42,6 +43,9 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     adapters = find_adapters(args.adapters)
     rows = read_requests(args.requests, adapters)
+    if args.out.is_dir() or args.out.resolve() == args.requests.resolve():
+        raise ValueError(f"--out must be a file of its own, not {args.out}")
+    writable_directory(args.out.parent)
     ranks = [_rank(folder) for folder in adapters.values()]
     tokenizer = load_tokenizer(args.model)
     model = load_base(args.model, args.dtype, quantize=not args.dense).cpu()  # which is where a Server runs

@@ -23,6 +23,7 @@ from torch import nn
 from ..nn import AdaptedLayer, Adapter, MergeError, Prompt, Prompted, Stored, Switch, base_of, is_quantized, module_at
 from .targets import find_targets, layers
 
+_IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks
 METHODS: dict[type, type[Stored]] = {}  # config class -> class of its adapters
 
 
@@ -64,6 +65,7 @@ class Attachment:
     switch: Switch = field(default_factory=Switch)
     configs: dict[str, object] = field(default_factory=dict)
     trainable_before: list[str] = field(default_factory=list)  # parameters that trained before
+    ignored_before: list[str] = field(default_factory=list)  # by DistributedDataParallel
 
 
 def attachment(model: nn.Module) -> Attachment:
@@ -115,6 +117,7 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
 
     if not state.configs:
         state.trainable_before = [n for n, p in model.named_parameters() if p.requires_grad]
+        state.ignored_before = list(getattr(model, _IGNORED, []))
     prepare = getattr(adapter_class, "prepare", None)
     if prepare:
         prepare(model, config)
@@ -126,10 +129,14 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     state.configs[name] = config
     state.switch.active = name
     model._peftops = state
-    # DistributedDataParallel makes all ranks alike by sending every parameter as one flat tensor, which codes are not.
-    # They come from the same file by the same arithmetic on every rank: tell it to leave them alone.
-    model._ddp_params_and_buffers_to_ignore = [n for n, p in model.named_parameters() if is_quantized(p)]
+    _ignore_codes(model, state)
     return model
+
+
+def _ignore_codes(model: nn.Module, state: Attachment) -> None:
+    """DistributedDataParallel makes all ranks alike by sending every parameter as one flat tensor, which codes are not.
+    They come from the same file by the same arithmetic on every rank: tell it to leave them alone."""
+    setattr(model, _IGNORED, state.ignored_before + [n for n, p in model.named_parameters() if is_quantized(p)])
 
 
 def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -> nn.Module:
@@ -164,7 +171,12 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
         trainable = set(state.trainable_before)
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(path in trainable and not is_quantized(parameter))
-        del model._peftops, model._ddp_params_and_buffers_to_ignore
+        del model._peftops
+        delattr(model, _IGNORED)
+        if state.ignored_before:
+            setattr(model, _IGNORED, state.ignored_before)
+    else:
+        _ignore_codes(model, state)  # layers that are no adapted ones any more have other names
     return model
 
 

@@ -85,3 +85,19 @@ def test_wrong_folders_and_limits_get_a_sentence(folder, capsys):
         assert sentence in capsys.readouterr().err
     assert serve(folder, [{"prompt": "a" * 30, "max_tokens": 10}], "--max-cache", 20)[0] == 2
     assert "requests.jsonl, row 1: Server: " in capsys.readouterr().err and not (folder / "out.jsonl").exists()
+
+
+def test_answers_go_where_nothing_is_lost(folder, capsys, monkeypatch):
+    monkeypatch.setattr("peftops.cli.serve.load_base", lambda *_, **__: pytest.fail("the model was read"))
+    requests, text = folder / "kept.jsonl", '{"prompt": "abc"}\n'
+    requests.write_text(text)
+    (folder / "file").write_text("")
+    for out, sentence in [
+        (requests, "--out must be a file of its own"),
+        (folder / "adapters" / ".." / "kept.jsonl", "--out must be a file of its own"),
+        (folder, "--out must be a file of its own"),
+        (folder / "file" / "out.jsonl", "file"),
+    ]:
+        argv = ["serve", "--model", folder / "model", "--requests", requests, "--out", out]
+        assert main([*map(str, argv)]) != 0
+        assert sentence in capsys.readouterr().err and requests.read_text() == text

@@ -77,6 +77,20 @@ def test_two_processes_train_like_one(tmp_path, how, method):
         assert (trained[key] - value).abs().max() <= 1e-4 * moved, key
 
 
+def test_ddp_is_told_the_names_that_codes_have_now():
+    model = models.llama(vocabulary=64)
+    ignored = "_ddp_params_and_buffers_to_ignore"  # torch's own name
+    codes = lambda: {n for n, p in model.named_parameters() if isinstance(p, peftops.NF4Tensor)}
+    setattr(model, ignored, ["lm_head.weight"])
+    peftops.attach(model, QLoRAConfig(r=2))
+    peftops.attach(model, LoRAConfig(r=2, target=["q_proj"]), name="other")
+    assert codes() and set(getattr(model, ignored)) == {"lm_head.weight", *codes()}
+    peftops.detach(model, "default")
+    assert set(getattr(model, ignored)) == {"lm_head.weight", *codes()}
+    peftops.detach(model)
+    assert getattr(model, ignored) == ["lm_head.weight"]
+
+
 def peftops_file(folder):
     from safetensors.torch import load_file
 

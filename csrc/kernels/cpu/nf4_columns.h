@@ -27,8 +27,7 @@ constexpr Code8 make_code8() {
 constexpr Code8 kCode8 = make_code8();
 #endif
 
-// Rows of the weight as columns of P, decoded: the codes of kLanes rows are transposed, eight columns to
-// a dword, so that a shift and a look-up leave one column of the weight, one row a lane.
+// For rows that start on a byte and segments that lie within a block.
 template <int V> struct Nf4Columns {
   const Nf4Weight& w;
   int64_t segment = segment_of(w);

@@ -120,6 +120,18 @@ template <int V> struct Units {
   }
 };
 
+// The rows of a block that a product in narrower numbers could not hold, by another one: redo(row, scratch) for each,
+// with a zeroed C.
+template <class Redo> void do_over(const Block& b, const bool* fits, const Scratch& s, const Redo& redo) {
+  for (int64_t i = 0; i < b.rows; ++i) {
+    if (fits[i]) continue;
+    Scratch at = s;
+    at.c += i * Scratch::kCols;
+    memset(at.c, 0, Scratch::kCols * sizeof(float));
+    redo(Block{b.row + i, 1, b.col, b.panels}, at);
+  }
+}
+
 template <class F> void each_vector(int64_t n, const F& f) {
   for (int64_t i = 0; i < n; i += kLanes) f(i, at_most(kLanes, n - i));
 }

@@ -175,13 +175,7 @@ void accumulate16(const Block& b, int64_t depth, int64_t segment, const T* x, in
                   steps / 2, segment, s.c + row * Scratch::kCols + j * kWidth);
     });
   }
-  for (int64_t i = 0; i < b.rows; ++i) {
-    if (fits[i]) continue;
-    Scratch at = scratch;
-    at.c += i * Scratch::kCols;
-    memset(at.c, 0, Scratch::kCols * sizeof(float));
-    redo(Block{b.row + i, 1, b.col, b.panels}, at);
-  }
+  do_over(b, fits, scratch, redo);
 }
 
 // Any P of product.h, decoded in fp32 and rounded to the largest of each column's segment.

@@ -181,13 +181,7 @@ void accumulate_int8(const Block& b, int64_t cols, int64_t segment, const T* x, 
                  segment / kPerDword, s.c + row * Scratch::kCols + j * kWidth);
     });
   }
-  for (int64_t i = 0; i < b.rows; ++i) {
-    if (fits[i]) continue;
-    Scratch at = scratch;
-    at.c += i * Scratch::kCols;
-    memset(at.c, 0, Scratch::kCols * sizeof(float));
-    redo(Block{b.row + i, 1, b.col, b.panels}, at);
-  }
+  do_over(b, fits, scratch, redo);
 }
 
 }  // namespace

@@ -107,10 +107,10 @@ struct Table256 {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) v[i] = _mm512_permutex2var_ps(values[2 * i], codes, values[2 * i + 1]);
 #pragma GCC unroll 3
-    for (int bit = 5; bit < 8; ++bit) {   // each halves what is left to choose from
+    for (int bit = 5; bit < 8; ++bit) {   // each halves what is left to choose from; the rest of v no longer counts
       const __mmask16 set = _mm512_test_epi32_mask(codes, set_int(1 << bit));
 #pragma GCC unroll 4
-      for (int i = 0; i < 128 >> bit; ++i) v[i] = _mm512_mask_blend_ps(set, v[2 * i], v[2 * i + 1]);
+      for (int i = 0; i < 4; ++i) v[i] = _mm512_mask_blend_ps(set, v[2 * i], v[2 * i + 1]);
     }
     return v[0];
   }
