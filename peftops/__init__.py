@@ -57,6 +57,7 @@ from .ops import (
     nf4_quantize,
     qalora_linear,
     qalora_merge,
+    with_gated_prompt,
 )
 from .serving import Sampling, Server
 
@@ -75,5 +76,5 @@ __all__ = [
     "gated_prompt_attention", "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "image_prompts",
     "load", "load_model", "lora_linear", "loraplus_groups", "merge", "multi_lora_linear", "nf4_dequantize",
     "nf4_linear", "nf4_quantize", "prompt_per_row", "prune_state", "qalora_linear", "qalora_merge", "relora_schedule",
-    "relora_step", "save", "summary", "unmerge", "weighted_groups",
+    "relora_step", "save", "summary", "unmerge", "weighted_groups", "with_gated_prompt",
 ]  # fmt: skip

@@ -58,6 +58,7 @@ struct GatedPromptBackward {
   GatedPrompt in;
   const void* g;          // [batch, heads, rows, dv]
   void* dquery;           // [batch, heads, rows, d], or null if nobody wants it
+  bool add_to_dquery;     // the attention's own gradient is in there already
   float* partial;         // [prompts, kv_heads, blocks][partial_stride]
   Strides g_at, dquery_at;
   int64_t blocks, partial_stride;

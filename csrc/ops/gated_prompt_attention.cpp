@@ -94,20 +94,18 @@ void add_prompt_inplace(Tensor out, const Tensor& query, const Tensor& key, cons
   add(o, out, out);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& g_, const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& gate, double scale,
-    bool need_query) {
-  constexpr const char* kOp = "add_gated_prompt backward";
-  const OnDevice device(query_);
-  const Operands o(kOp, query_, key_, value_, gate, scale);
+constexpr const char* kBackward = "add_gated_prompt backward";
+
+// The gradients of prompt_key, prompt_value and gate; the query's goes to dquery, if there is one.
+std::tuple<Tensor, Tensor, Tensor> gradients(const Operands& o, const Tensor& g_, const Tensor& gate, Tensor* dquery,
+                                             bool add) {
   const GatedPrompt& in = o.in;
-  o.check_output(kOp, "g", g_);
+  o.check_output(kBackward, "g", g_);
   const Tensor g = with_whole_rows(g_);
-  Tensor dquery = need_query ? empty_rows_like(o.query) : empty(query_, {0}, query_.scalar_type());
   Tensor dkey = empty(o.key, o.key.sizes().data(), o.key.dim(), o.key.scalar_type());
   Tensor dvalue = empty(o.value, o.value.sizes().data(), o.value.dim(), o.value.scalar_type());
   Tensor dgate = empty(gate, {in.heads}, ScalarType::Float);
-  if (in.prompts == 0) return {dquery, dkey, dvalue, torch::stable::zero_(dgate)};   // one each for no samples
+  if (in.prompts == 0) return {dkey, dvalue, torch::stable::zero_(dgate)};   // one each for no samples
 
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const auto padded = [&](int64_t d) { return ceil_div(d, kPromptPad) * kPromptPad; };
@@ -116,8 +114,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const int64_t stride = in.tokens * (padded(in.d) + padded(in.dv)) + in.heads / in.kv_heads;
   Tensor partial = empty(gate, {in.prompts * in.kv_heads * blocks, stride}, ScalarType::Float);
   run(PEFTOPS_PICK(gated_prompt_backward),
-      GatedPromptBackward{in, g.const_data_ptr(), need_query ? dquery.mutable_data_ptr() : nullptr,
-                          partial.mutable_data_ptr<float>(), strides_of(g), need_query ? strides_of(dquery) : Strides{},
+      GatedPromptBackward{in, g.const_data_ptr(), dquery ? dquery->mutable_data_ptr() : nullptr, add,
+                          partial.mutable_data_ptr<float>(), strides_of(g), dquery ? strides_of(*dquery) : Strides{},
                           blocks, stride},
       3 * o.work());
   run(PEFTOPS_PICK(gated_prompt_reduce),
@@ -125,7 +123,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
                         dgate.mutable_data_ptr<float>(), blocks, stride, in.heads, in.d, in.dv, in.prompts, in.kv_heads,
                         in.tokens, in.prompt_dtype},
       partial.numel());
+  return {dkey, dvalue, dgate};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& g, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& gate, double scale,
+    bool need_query) {
+  const OnDevice device(query);
+  const Operands o(kBackward, query, key, value, gate, scale);
+  Tensor dquery = need_query ? empty_rows_like(o.query) : empty(query, {0}, query.scalar_type());
+  auto [dkey, dvalue, dgate] = gradients(o, g, gate, need_query ? &dquery : nullptr, false);
   return {dquery, dkey, dvalue, dgate};
+}
+
+// The query's gradient is added to what dquery holds.
+std::tuple<Tensor, Tensor, Tensor> backward_add(
+    Tensor dquery, const Tensor& g, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& gate,
+    double scale) {
+  const OnDevice device(query);
+  const Operands o(kBackward, query, key, value, gate, scale);
+  check_shape(kBackward, "dquery", dquery, {o.in.batch, o.in.heads, o.in.rows, o.in.d});
+  STD_TORCH_CHECK(dquery.scalar_type() == query.scalar_type(), kBackward, ": query and dquery must have one dtype");
+  STD_TORCH_CHECK(has_whole_rows(dquery), kBackward, ": the last dim of dquery must be contiguous");
+  return gradients(o, g, gate, &dquery, true);
 }
 
 }  // namespace
@@ -134,6 +154,7 @@ PEFTOPS_IMPLEMENTATIONS(m) {
   m.impl("gated_prompt_add", TORCH_BOX(&add_prompt));
   m.impl("gated_prompt_add_", TORCH_BOX(&add_prompt_inplace));
   m.impl("gated_prompt_backward", TORCH_BOX(&backward));
+  m.impl("gated_prompt_backward_", TORCH_BOX(&backward_add));
 }
 
 }  // namespace peftops::ops

@@ -40,6 +40,8 @@ STABLE_TORCH_LIBRARY(peftops, m) {
   m.def("gated_prompt_add_(Tensor(a!) out, " GATED_PROMPT ") -> ()");
   m.def("gated_prompt_backward(Tensor g, " GATED_PROMPT ", bool need_query)"
         " -> (Tensor dquery, Tensor dprompt_key, Tensor dprompt_value, Tensor dgate)");
+  m.def("gated_prompt_backward_(Tensor(a!) dquery, Tensor g, " GATED_PROMPT ")"
+        " -> (Tensor dprompt_key, Tensor dprompt_value, Tensor dgate)");
   m.def("multi_lora_add_(Tensor(a!) y, Tensor x, Tensor index, Tensor storage, " LORA_SLOTS ", bool transposed,"
         " int max_rank) -> Tensor");
   m.def("multi_lora_gradient(Tensor u, Tensor x, Tensor index, Tensor wanted, " LORA_SLOTS ", bool by_rank,"

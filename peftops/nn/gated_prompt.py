@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import add_gated_prompt
+from ..ops import with_gated_prompt
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # its name in the files of transformers' models
 ARGUMENT = "peftops_attention"  # a call's own attention: modules hand on what they do not know
@@ -107,10 +107,16 @@ class GatedPrompt(nn.Module):
         key, value = self._kept((image, self.prompt, *attention.parameters()), hidden.dtype, make)
 
         def with_prompt(function: Callable, module: nn.Module, query: Tensor, *rest: Any, **options: Any) -> Any:
-            out, weights = function(module, query, *rest, **options)
+            weights = None
+
+            def attend(query: Tensor) -> Tensor:
+                nonlocal weights
+                out, weights = function(module, query, *rest, **options)
+                return out.transpose(1, 2)
+
             gate = self.gate.expand(self.heads)
-            out = add_gated_prompt(out.transpose(1, 2), query, key, value, gate, scale=options.get("scaling"),
-                                   gate_activation=self.gate_activation)  # fmt: skip
+            out = with_gated_prompt(attend, query, key, value, gate, scale=options.get("scaling"),
+                                    gate_activation=self.gate_activation)  # fmt: skip
             return out.transpose(1, 2), weights
 
         return attention(*args, **kwargs, **{ARGUMENT: with_prompt})

@@ -1,6 +1,6 @@
 """The operators: what a kernel computes, as differentiable functions of tensors."""
 
-from .gated_prompt_attention import add_gated_prompt, gated_prompt_attention
+from .gated_prompt_attention import add_gated_prompt, gated_prompt_attention, with_gated_prompt
 from .gptq_quantize import gptq_quantize
 from .group_dequantize import group_dequantize
 from .group_linear import group_linear
@@ -18,5 +18,5 @@ from .qalora_merge import qalora_merge
 __all__ = [
     "GroupQuantTensor", "NF4Tensor", "add_gated_prompt", "gated_prompt_attention", "gptq_quantize", "group_dequantize",
     "group_linear", "group_quantize", "lora_linear", "multi_lora_linear", "nf4_dequantize", "nf4_linear",
-    "nf4_quantize", "qalora_linear", "qalora_merge",
+    "nf4_quantize", "qalora_linear", "qalora_merge", "with_gated_prompt",
 ]  # fmt: skip

@@ -1,5 +1,7 @@
 """Zero-init gated attention: attention to a few prompt tokens, under a gate, beside any other attention."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -10,6 +12,7 @@ from .lora_linear import autocast
 _add = torch.ops.peftops.gated_prompt_add.default
 _add_ = torch.ops.peftops.gated_prompt_add_.default
 _backward = torch.ops.peftops.gated_prompt_backward.default
+_backward_ = torch.ops.peftops.gated_prompt_backward_.default
 
 
 def _rows_like(t: Tensor) -> Tensor:
@@ -29,8 +32,16 @@ def _(out, query, prompt_key, prompt_value, gate, scale):
 @torch.library.register_fake("peftops::gated_prompt_backward")
 def _(g, query, prompt_key, prompt_value, gate, scale, need_query):
     dquery = _rows_like(query) if need_query else query.new_empty(0)
-    prompts = (t.new_empty(t.shape) for t in (prompt_key, prompt_value))
-    return dquery, *prompts, gate.new_empty(query.shape[1])
+    return dquery, *_prompt_gradients(query, prompt_key, prompt_value, gate)
+
+
+@torch.library.register_fake("peftops::gated_prompt_backward_")
+def _(dquery, g, query, prompt_key, prompt_value, gate, scale):
+    return _prompt_gradients(query, prompt_key, prompt_value, gate)
+
+
+def _prompt_gradients(query, prompt_key, prompt_value, gate):
+    return (*(t.new_empty(t.shape) for t in (prompt_key, prompt_value)), gate.new_empty(query.shape[1]))
 
 
 class _AddGatedPrompt(torch.autograd.Function):
@@ -50,10 +61,54 @@ class _AddGatedPrompt(torch.autograd.Function):
         if need_query or any(need_prompt):
             weight = _weight(gate, ctx.tanh, query.shape[1])
             dquery, dkey, dvalue, dweight = _backward(g, query, prompt_key, prompt_value, weight, ctx.scale, need_query)
-            if ctx.tanh:
-                dweight = dweight * (1 - weight * weight)
-            dgate = (dweight.sum() if gate.numel() == 1 else dweight).reshape(gate.shape).to(gate.dtype)
+            dgate = _gate_gradient(gate, ctx.tanh, weight, dweight)
         return g if need_out else None, dquery if need_query else None, dkey, dvalue, dgate, None, None
+
+
+class _Query(torch.autograd.Function):
+    """The query on its way into an attention, whose output goes through :class:`_Prompted`.
+
+    Backward it comes last: the attention's gradient of the query is there by then, and the kernel adds the prompt's
+    to it. So there is no second tensor of this size, and no pass that adds the two.
+    """
+
+    @staticmethod
+    def forward(ctx, query, prompt_key, prompt_value, gate, tanh, scale, arrived):
+        ctx.save_for_backward(query, prompt_key, prompt_value, gate)
+        ctx.tanh, ctx.scale, ctx.arrived = tanh, scale, arrived
+        return query.view_as(query)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dquery):
+        query, prompt_key, prompt_value, gate = ctx.saved_tensors
+        weight = _weight(gate, ctx.tanh, query.shape[1])
+        if not (dquery.is_contiguous() or dquery.transpose(1, 2).is_contiguous()):
+            dquery = dquery.clone(memory_format=torch.contiguous_format)
+        g = ctx.arrived.pop()
+        dkey, dvalue, dweight = _backward_(dquery, g, query, prompt_key, prompt_value, weight, ctx.scale)
+        return dquery, dkey, dvalue, _gate_gradient(gate, ctx.tanh, weight, dweight), None, None, None
+
+
+class _Prompted(torch.autograd.Function):
+    """The attention's output with the prompt's part added. Backward leaves its gradient for :class:`_Query`."""
+
+    @staticmethod
+    def forward(ctx, out, prompt, arrived):
+        ctx.arrived = arrived
+        return _add(out, *prompt)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        ctx.arrived[:] = [g]
+        return g, None, None
+
+
+def _gate_gradient(gate: Tensor, tanh: bool, weight: Tensor, dweight: Tensor) -> Tensor:
+    if tanh:
+        dweight = dweight * (1 - weight * weight)
+    return (dweight.sum() if gate.numel() == 1 else dweight).reshape(gate.shape).to(gate.dtype)
 
 
 def _weight(gate: Tensor, tanh: bool, heads: int) -> Tensor:
@@ -118,6 +173,37 @@ def add_gated_prompt(
     return _add(out, query, prompt_key, prompt_value, _weight(gate, tanh, query.shape[1]), scale)
 
 
+def with_gated_prompt(
+    attend: Callable[[Tensor], Tensor],
+    query: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    gate: Tensor,
+    *,
+    gate_activation: str = "tanh",
+    scale: float | None = None,
+) -> Tensor:
+    """``add_gated_prompt(attend(query), query, ...)``, but the two gradients of the query are made in one place.
+
+    Args:
+        attend: an attention of the query ``[batch, heads, rows, d]`` that returns ``[batch, heads, rows, dv]``. Where
+            the query learns, its gradient must be a tensor of its own, as a product's is: the prompt's is added to it.
+        query, prompt_key, prompt_value, gate, gate_activation, scale: see :func:`add_gated_prompt`.
+
+    Returns, raises: as :func:`add_gated_prompt`.
+    """
+    if not torch.is_grad_enabled() or not query.requires_grad or torch.compiler.is_compiling():
+        return add_gated_prompt(attend(query), query, prompt_key, prompt_value, gate, gate_activation=gate_activation,
+                                scale=scale)  # fmt: skip
+    tanh = _is_tanh("add_gated_prompt", gate, gate_activation, query)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query = autocast(query)
+    arrived: list[Tensor] = []
+    out = attend(_Query.apply(query, prompt_key, prompt_value, gate, tanh, scale, arrived))
+    prompt = (query, prompt_key, prompt_value, _weight(gate, tanh, query.shape[1]), scale)
+    return _Prompted.apply(autocast(out), prompt, arrived)
+
+
 def gated_prompt_attention(
     query: Tensor,
     key: Tensor,
@@ -153,10 +239,17 @@ def gated_prompt_attention(
     """
     tanh = _is_tanh("gated_prompt_attention", gate, gate_activation, query)
     query, key, value = autocast(query), autocast(key), autocast(value)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale,
-                                         enable_gqa=key.dim() > 1 and key.shape[1] != query.shape[1])  # fmt: skip
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (out, prompt_key, prompt_value, gate)):
-        return _AddGatedPrompt.apply(out, query, prompt_key, prompt_value, gate, tanh, scale)
-    _add_(out, query, prompt_key, prompt_value, _weight(gate, tanh, query.shape[1]), scale)  # nobody else has seen it
+
+    def attend(query: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale,
+                                              enable_gqa=key.dim() > 1 and key.shape[1] != query.shape[1])  # fmt: skip
+
+    learns = (query, key, value, prompt_key, prompt_value, gate, *([] if attn_mask is None else [attn_mask]))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in learns):
+        return with_gated_prompt(attend, query, prompt_key, prompt_value, gate, gate_activation=gate_activation,
+                                 scale=scale)  # fmt: skip
+    out = attend(query)
+    prompt_scale = query.shape[-1] ** -0.5 if scale is None else scale
+    weight = _weight(gate, tanh, query.shape[1])
+    _add_(out, query, prompt_key, prompt_value, weight, prompt_scale)  # nobody else has seen it
     return out

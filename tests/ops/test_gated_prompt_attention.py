@@ -279,6 +279,61 @@ def test_needs_memory_of_the_size_of_its_outputs(device, s):
     assert y.nbytes <= backward <= 1.3 * y.nbytes + 2 * prompts  # their gradients, and partial sums at least once
 
 
+def test_a_step_keeps_one_gradient_of_the_query():
+    """The attention's, to which the prompt's is added: beside a plain attention's, partial sums and y alone."""
+    query, key, value = (normal((1, 4, 512, 64), torch.float32, i, "cpu").requires_grad_() for i in range(3))
+    prompt = [normal((4, 10, 64), torch.float32, i, "cpu") for i in (3, 4)]
+    gate = normal((4,), torch.float32, 5, "cpu")
+    g = torch.ones_like(query)
+
+    def held(attention):
+        y = attention()
+        return peak_memory(lambda: torch.autograd.grad(y, (query, key, value), g, retain_graph=True))
+
+    plain = held(lambda: F.scaled_dot_product_attention(query, key, value))
+    ours = held(lambda: peftops.gated_prompt_attention(query, key, value, *prompt, gate))
+    assert ours <= plain + query.nbytes / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [20, 64])
+def test_the_prompts_gradient_is_added_before_it_is_rounded(device, dtype, d):
+    leaves = inputs(device, 2, 4, 2, 35, 10, d, 24, dtype, prompt_dtype=torch.float32, how="rows first")
+    query, *prompt, gate = (t.detach() for t in list(leaves.values())[1:])
+    g, base = (normal((2, 4, 35, n), dtype, 9 + n, device) for n in (24, d))
+    exact, *want = torch.ops.peftops.gated_prompt_backward(g.float(), query.float(), *prompt, gate, 0.3, True)
+    for layout in ("heads first", "rows first"):
+        got = laid_out(base, layout).clone(memory_format=torch.preserve_format)
+        rest = torch.ops.peftops.gated_prompt_backward_(got, g, query, *prompt, gate, 0.3)
+        assert torch.equal(got, (base.float() + exact).to(dtype))
+        assert all(map(torch.equal, rest, want))
+
+
+def test_any_attention_with_a_prompt(device):
+    """Bit for bit add_gated_prompt, whoever learns, more than once, and where rows share their gradient in memory."""
+    query, key, value = (normal((2, 4, 9, 20), torch.float32, i, device) for i in range(3))
+    prompt = [normal((2, 10, 20), torch.float32, i, device) for i in (3, 4)]
+    gate = normal((1,), torch.float32, 5, device)
+    leaves = (query, key, value, *prompt, gate)
+
+    def attend(query):
+        return F.scaled_dot_product_attention(query.sum(2, keepdim=True), key, value).expand(2, 4, 9, 20)
+
+    for learns in range(1, 1 << len(leaves)):
+        for i, t in enumerate(leaves):
+            t.requires_grad_(bool(learns >> i & 1))
+        wanted = [t for t in leaves if t.requires_grad]
+        got = peftops.with_gated_prompt(attend, query, *prompt, gate, gate_activation="none")
+        want = peftops.add_gated_prompt(attend(query), query, *prompt, gate, gate_activation="none")
+        assert torch.equal(got, want)
+        g = normal(got.shape, torch.float32, 6, device)
+        before = g.clone()
+        for _ in range(2):
+            grads = [torch.autograd.grad(y, wanted, g, retain_graph=True) for y in (got, want)]
+            assert all(map(torch.equal, *grads)), learns
+        assert torch.equal(g, before)
+
+
 def test_writes_no_input(device):
     leaves = inputs(device, 2, 4, 2, 19, 10, 24, 24, torch.float32, how="rows first")
     g = normal((2, 4, 19, 24), torch.float32, 9, device)
@@ -333,6 +388,7 @@ def test_registration(device, how, each):
         torch.library.opcheck(op.gated_prompt_backward.default, (out, query, key, value, gate, 0.5, need_query))
     if how != "broken rows":
         torch.library.opcheck(op.gated_prompt_add_.default, (out.clone(), query, key, value, gate, 0.5))
+        torch.library.opcheck(op.gated_prompt_backward_.default, (query.clone(), out, query, key, value, gate, 0.5))
 
 
 @pytest.mark.parametrize("how", ["heads first", "rows first"])
@@ -396,5 +452,12 @@ def test_bad_input(device):
     op, args = torch.ops.peftops, (good["query"], key, value, gate, 0.5)
     with pytest.raises(RuntimeError, match="the last dim of out must be contiguous"):
         op.gated_prompt_add_(laid_out(good["out"], "broken rows"), *args)
+    dquery = good["query"].clone()
+    with pytest.raises(RuntimeError, match="the last dim of dquery must be contiguous"):
+        op.gated_prompt_backward_(laid_out(dquery, "broken rows"), good["out"], *args)
+    with pytest.raises(RuntimeError, match=r"dquery must have shape \[2, 4, 5, 8\], not \[2, 4, 4, 8\]"):
+        op.gated_prompt_backward_(dquery[:, :, 1:], good["out"], *args)
+    with pytest.raises(RuntimeError, match="query and dquery must have one dtype"):
+        op.gated_prompt_backward_(dquery.bfloat16(), good["out"], *args)
     with pytest.raises(RuntimeError, match=r"g must have shape \[2, 4, 5, 8\]"):
         op.gated_prompt_backward(good["out"][:, :2], *args, True)

@@ -76,7 +76,10 @@ struct Backward : PromptSoftmax<Needs::backward> {
     });
     for (int64_t i = 0; a.dquery && i < q.n; ++i) {
       T* to = static_cast<T*>(a.dquery) + q.offset(i, a.dquery_at);
-      each_vector(in.d, [&](int64_t c, int64_t n) { store_upto(to + c, n, load(dquery.row(i) + c)); });
+      each_vector(in.d, [&](int64_t c, int64_t n) {
+        const Vec sum = load(dquery.row(i) + c);
+        store_upto(to + c, n, a.add_to_dquery ? load_upto(to + c, n) + sum : sum);
+      });
     }
   }
 

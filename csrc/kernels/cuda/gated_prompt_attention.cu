@@ -149,7 +149,8 @@ __global__ void __launch_bounds__(kPromptThreads, 2) prompt_gradients(GatedPromp
     });
     if (a.dquery)
       tile.sum_tokens(tile.keys(), e, prepare, [&](int q, int64_t column, float sum) {
-        static_cast<T*>(a.dquery)[memory.at[2][q] + column] = from_float<T>(sum);
+        T& to = static_cast<T*>(a.dquery)[memory.at[2][q] + column];
+        to = from_float<T>(a.add_to_dquery ? to_float(to) + sum : sum);
       });
   }
 }
