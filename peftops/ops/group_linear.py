@@ -61,8 +61,8 @@ def group_linear(
     ``compute="int8"`` allows ``x`` to be rounded to 8 bits, with a maximum for each row and group (or 128
     columns of it); codes, scales, zeros and sums stay as they are. Normal activations come out with a relative
     error of 0.5 % (group 32) to 0.7 % (128 and more), root of the mean square; an outlier costs its own group
-    the precision of the rest. It is done where it is faster: from five rows on, and with AVX2 in groups of
-    128 and more. The gradient is that of ``compute="float"``.
+    the precision of the rest. It is done where it is faster: with AVX-512, from five rows on, in groups of
+    32 and more. The gradient is that of ``compute="float"``.
 
     Args:
         x: float32, bfloat16 or float16, ``[..., in]``; any strides.

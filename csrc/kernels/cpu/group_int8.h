@@ -1,5 +1,5 @@
 // The codes of a group-quantised weight for the product of product_int8.h. Eight of four bits are two quadruples, the
-// even and the odd ones, or four pairs i and i + 4: what a shift and a mask make of them.
+// even and the odd ones: what a shift and a mask make of them.
 #pragma once
 #include "kernels/cpu/group_columns.h"
 #include "kernels/cpu/product_int8.h"
@@ -7,17 +7,10 @@
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int64_t kLeastInt8Group = 128;   // in shorter groups the scales cost what vpmaddwd saves: fp32 is faster
-#else
-constexpr int64_t kLeastInt8Group = kMinGroup;
-#endif
-static_assert(kLeastInt8Segment <= kMinGroup);
-
 // Dword d of the codes of kLanes rows.
 template <int B> Int pack_codes8(const Int* units, int d) {
   constexpr int kWidth = 32 / kPerDword;
-  if constexpr (B == 4) return shift_right(units[0], 4 * d) & set_int(kPerDword == 4 ? 0x0f0f0f0f : 0x000f000f);
+  if constexpr (B == 4) return shift_right(units[0], 4 * d) & set_int(0x0f0f0f0f);
   Int all = as_int(zero());
   for (int i = 0; i < kPerDword; ++i) {
     const int c = d + kDwords * i;

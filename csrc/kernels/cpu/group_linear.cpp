@@ -2,16 +2,16 @@
 //
 // Five ways to the same product, by the number of rows, the dtype and what the caller allows:
 //   up to 4 rows             dot products straight from the codes (group_dot.h), in fp32
-//   int8 allowed and faster  codes as they are, x rounded to int8 (group_int8.h)
+//   int8 allowed, AVX-512    codes as they are, x rounded to int8 (group_int8.h), unless groups are short
 //   bf16 x, AVX512-BF16      panels decoded to bf16 (product_bf16.h)
 //   16-bit x, AVX-512        panels decoded to int16 (product_int16.h)
 //   otherwise                panels decoded to fp32 (product.h)
 #include "kernels/group_linear.h"
 #include "kernels/cpu/group_columns.h"
 #include "kernels/cpu/group_dot.h"
-#include "kernels/cpu/group_int8.h"
 #include "kernels/cpu/linear_output.h"
 #if defined(__AVX512F__)
+#include "kernels/cpu/group_int8.h"
 #include "kernels/cpu/product_int16.h"
 #endif
 #if defined(__AVX512BF16__)
@@ -22,7 +22,7 @@ namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
 template <class T, int B>
-void multiply(const GroupLinear& a, const Block& b, const Scratch& s, bool narrow = true) {
+void multiply(const GroupLinear& a, const Block& b, const Scratch& s, [[maybe_unused]] bool narrow = true) {
   const GroupWeight& w = a.weight;
   const T* x = static_cast<const T*>(a.x);
   if (a.r)
@@ -34,11 +34,13 @@ void multiply(const GroupLinear& a, const Block& b, const Scratch& s, bool narro
   const GroupColumns<2, B> columns{w, {}};
   const bool few = a.m <= kDotRows;
   if (few && is_moderate(x, a.m * w.cols)) return accumulate_dot<B>(b, w, x, s);
+#if defined(__AVX512F__)
   const auto exactly = [&](const Block& row, const Scratch& at) { multiply<T, B>(a, row, at, false); };
-  if (a.int8 && narrow && !few && w.group >= kLeastInt8Group) {
+  if (a.int8 && narrow && !few && w.group >= kLeastInt8Segment) {
     const GroupInt8<B> codes{w};
     return accumulate_int8(b, w.cols, codes.segment, x, codes, s, exactly);
   }
+#endif
 #if defined(__AVX512BF16__)
   if constexpr (is_bf16<T>)
     if (!few) return accumulate_bf16(b, w.cols, x, w.cols, AsBf16<2, GroupColumns<2, B>>{columns}, s);

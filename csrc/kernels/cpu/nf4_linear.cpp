@@ -2,7 +2,7 @@
 //
 // Five ways to the same product, by the number of rows, the dtype and what the caller allows:
 //   up to 4 rows                      dot products straight from the codes (nf4_dot.h)
-//   int8 allowed, AVX-512             codes and x rounded to int8 (product_int8.h); vpmaddwd of AVX2 gains nothing
+//   int8 allowed, AVX-512             codes and x rounded to int8 (product_int8.h)
 //                                     in the short segments that blocks of 64 leave
 //   bf16 x, AVX512-BF16               panels decoded to bf16 (product_bf16.h)
 //   16-bit x, AVX-512                 panels decoded to int16 (product_int16.h)
