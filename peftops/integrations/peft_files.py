@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..methods import METHODS, attach, attachment, detach, hosts
+from ..methods.targets import is_within, suffixes_or_names
 from ..methods.targets import layers as modules_of
-from ..methods.targets import suffixes_or_names
 from ..nn import PREFIX
 from .files import writable_directory, write_atomically
 
@@ -56,7 +56,8 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
             tensors[adapter.file_key(key, path)] = tensor.detach().cpu().contiguous()
     if rank != 0:
         return
-    targets = {"target_modules": suffixes_or_names(model, list(adapters))} if _target_field(config) else {}
+    adapted = [path for path in adapters if not is_within(path, getattr(config, "modules_to_save", ()))]
+    targets = {"target_modules": suffixes_or_names(model, adapted)} if _target_field(config) else {}
     fields = {
         **config.to_peft(),
         **targets,
@@ -93,10 +94,17 @@ def load(
     """
     folder = Path(directory)
     config, tensors = read_adapter(folder, quantize)
+    whole: list[str] = []
+    if hasattr(config, "modules_to_save"):
+        # PEFT lists every name that a head may have: one that neither the file nor the model knows means nothing.
+        owners = [_owner(key) for key in tensors] + [path for path, _ in modules_of(model)]
+        whole = [name for name in config.modules_to_save if any(is_within(owner, [name]) for owner in owners)]
+        config = dataclasses.replace(config, modules_to_save=whole)
     field = _target_field(config)
     if field:
         # The tensors tell best which layers are adapted: PEFT has several more ways to choose them.
-        layers = _layers(METHODS[type(config)], tensors, folder / WEIGHTS)
+        adapted = [key for key in tensors if not is_within(_owner(key), whole)]
+        layers = _layers(METHODS[type(config)], adapted, folder / WEIGHTS)
         known = {path for path, _ in modules_of(model)}
         strangers = sorted(layers - known)
         if strangers:
@@ -134,11 +142,16 @@ def _target_field(config: Any) -> str | None:
     return config.target_field if hasattr(config, config.target_field or "") else None
 
 
-def _layers(adapter_class: type, tensors: dict[str, Tensor], file: Path) -> set[str]:
-    """The names of the layers that a file has tensors for."""
+def _owner(key: str) -> str:
+    """The name of the module that a tensor of a file is in."""
+    return key.removeprefix(PREFIX).rpartition(".")[0]
+
+
+def _layers(adapter_class: type, keys: list[str], file: Path) -> set[str]:
+    """The names of the adapted layers that a file has tensors for."""
     suffixes = [f".{key}" for key in adapter_class.peft_keys.values()]
     found = set()
-    for key in tensors:
+    for key in keys:
         suffix = next((s for s in suffixes if key.endswith(s)), None)
         if key.startswith(PREFIX) and suffix is not None:
             found.add(key[len(PREFIX) : -len(suffix)])

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..nn import AdaptedLayer, Adapter, MergeError, Prompt, Prompted, Stored, Switch, base_of, is_quantized, module_at
+from .selection import whole
 from .targets import find_targets, layers
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks
@@ -52,10 +53,12 @@ def each_target(adapter_class: type[Adapter], model: nn.Module, config: object) 
 
 
 def build(adapter_class: type[Stored], model: nn.Module, config: object) -> dict[str, Stored]:
-    """The adapters of a method for a model, not yet in it."""
+    """The adapters of a method for a model, not yet in it; and copies of what trains whole, in place of theirs."""
+    copied = whole(model, getattr(config, "modules_to_save", ()))
     if hasattr(adapter_class, "build"):
-        return adapter_class.build(model, config)
-    return {path: adapter_class(base, config, path) for path, base in each_target(adapter_class, model, config).items()}
+        return adapter_class.build(model, config) | copied
+    bases = each_target(adapter_class, model, config)
+    return {path: adapter_class(base, config, path) for path, base in bases.items()} | copied
 
 
 @dataclass

@@ -72,6 +72,11 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
+def check_names(name: str, value: Any) -> None:
+    if isinstance(value, str) or not all(isinstance(one, str) and one for one in value):
+        raise ValueError(f"{name} must be a list of names, not {value!r}")
+
+
 def check_target(target: Target) -> None:
     if not target:
         raise ValueError(f"target must be 'all-linear', names or a regular expression, not {target!r}")

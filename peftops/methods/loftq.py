@@ -22,7 +22,7 @@ from .config import check_range
 from .lora import LoRA
 from .qlora import QLoRAConfig, check_nothing_dense_is_adapted
 from .singular import leading, shared
-from .targets import ALL_LINEAR, find_targets
+from .targets import ALL_LINEAR, find_targets, is_within
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ class LoftQ(LoRA):
         """Quantise the linear layers that are not adapted."""
         check_nothing_dense_is_adapted("LoftQ", model)
         chosen = {*find_targets(model, ALL_LINEAR)} - {*find_targets(model, config.target)}
+        kept = {path for path in chosen if is_within(path, config.modules_to_save)}
         quantize_linears(
-            model, chosen.__contains__, block_size=config.block_size, double_quant=config.double_quant
+            model, (chosen - kept).__contains__, block_size=config.block_size, double_quant=config.double_quant
         )
 
     @torch.no_grad()

@@ -60,7 +60,8 @@ class LQLoRAConfig(LoRAConfig):
             Precision.parse(text)
 
     def as_built(self, adapters: dict[str, Any]) -> LQLoRAConfig:
-        return replace(self, fisher=None, iterations=0, precisions={p: str(a.precision) for p, a in adapters.items()})
+        precisions = {path: str(a.precision) for path, a in adapters.items() if isinstance(a, LQLoRA)}
+        return replace(self, fisher=None, iterations=0, precisions=precisions)
 
     from_peft = classmethod(Config.from_peft.__func__)
 

@@ -16,7 +16,7 @@ from ..nn import is_quantized, quantize_linears
 from . import adapted_layers, register
 from .config import check_choice
 from .lora import LoRA, LoRAConfig
-from .targets import ALL_LINEAR, find_targets
+from .targets import ALL_LINEAR, find_targets, is_within
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -52,6 +52,7 @@ class QLoRA(LoRA):
         """Quantise all linear layers but the output layer, adapted or not."""
         check_nothing_dense_is_adapted("QLoRA", model)
         chosen = {*find_targets(model, ALL_LINEAR), *find_targets(model, config.target, QLoRA.layers)}
+        kept = {path for path in chosen if is_within(path, config.modules_to_save)}
         quantize_linears(
-            model, chosen.__contains__, block_size=config.block_size, double_quant=config.double_quant
+            model, (chosen - kept).__contains__, block_size=config.block_size, double_quant=config.double_quant
         )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from ..nn import Select, base_of
-from .targets import layers
+from .targets import is_within, layers, matches
 
 
 def copies(
@@ -37,3 +37,11 @@ def copies(
     if not found and what:
         raise ValueError(f"{type(model).__name__} has no {what} to train")
     return found
+
+
+def whole(model: nn.Module, names: Sequence[str]) -> dict[str, Select]:
+    """Copies of all parameters in the modules that have these names or end in them: HF PEFT's ``modules_to_save``."""
+    for name in names:
+        matches(model, [name], "modules_to_save")
+    chosen = lambda path, layer, leaf: is_within(path, names)
+    return copies(Select, model, chosen, f"parameters in {', '.join(names)}" if names else None)

@@ -52,24 +52,13 @@ def find_targets(model: nn.Module, target: Target, kinds: Sequence[str] = (LINEA
         ValueError: nothing matches; the sentence lists near names.
         TypeError: a match is of no such kind.
     """
-    named = [(name, module) for name, module in layers(model) if name]
     if target == ALL_LINEAR:
         outputs = output_layers(model)
-        found = [name for name, module in named if is_linear(module) and name not in outputs]
-        if not found:
+        linear = [name for name, module in layers(model) if is_linear(module) and name not in outputs]
+        if not linear:
             raise ValueError(f"target {ALL_LINEAR!r}: the model has no linear layers but its output layer")
-        return found
-    if isinstance(target, str):
-        try:
-            pattern = re.compile(target)
-        except re.error as error:
-            raise ValueError(f"target {target!r} is not a regular expression: {error}") from None
-        matches = lambda name: pattern.fullmatch(name) is not None
-    else:
-        matches = lambda name: any(name == t or name.endswith(f".{t}") for t in target)
-    found = [(name, module) for name, module in named if matches(name)]
-    if not found:
-        raise ValueError(f"target {target!r} matches no layer of {type(model).__name__}{_near(named, target)}")
+        return linear
+    found = matches(model, target, "target")
     for name, module in found:
         if kind_of(base_of(module)) not in kinds:
             supported = " and ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
@@ -77,6 +66,28 @@ def find_targets(model: nn.Module, target: Target, kinds: Sequence[str] = (LINEA
                 f"target {target!r} matches {name}, a {type(module).__name__}; only {supported} layers are supported"
             )
     return [name for name, _ in found]
+
+
+def matches(model: nn.Module, target: Target, option: str) -> list[tuple[str, nn.Module]]:
+    """The modules that a regular expression or a list means; a sentence with near names is raised if there are none."""
+    named = [(name, module) for name, module in layers(model) if name]
+    if isinstance(target, str):
+        try:
+            pattern = re.compile(target)
+        except re.error as error:
+            raise ValueError(f"{option} {target!r} is not a regular expression: {error}") from None
+        meant = lambda name: pattern.fullmatch(name) is not None
+    else:
+        meant = lambda name: any(name == t or name.endswith(f".{t}") for t in target)
+    found = [(name, module) for name, module in named if meant(name)]
+    if not found:
+        raise ValueError(f"{option} {target!r} matches no layer of {type(model).__name__}{_near(named, target)}")
+    return found
+
+
+def is_within(path: str, names: Sequence[str]) -> bool:
+    """Whether a layer is in a module whose name ends in one of these, or is that module."""
+    return any(f".{name}." in f".{path}." for name in names)
 
 
 def _near(named: list[tuple[str, nn.Module]], target: Target) -> str:

@@ -64,7 +64,10 @@ def in_a_process(rank, world, how, method, folder):
     "how, method", [("ddp", "qlora"), ("ddp", "prompttuning"), ("fsdp", "lora"), ("fsdp", "qlora"), ("fsdp", "qalora")]
 )
 def test_two_processes_train_like_one(tmp_path, how, method):
-    multiprocessing.spawn(in_a_process, (2, how, method, tmp_path), nprocs=2)
+    # FSDP keeps its mesh to the end, and with it gloo's threads. One that frees a tensor while Python shuts down
+    # aborts the process; a fork server's processes leave without that.
+    arguments = (2, how, method, tmp_path)
+    multiprocessing.start_processes(in_a_process, arguments, nprocs=2, start_method="forkserver")
     model, ids = start(method)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     train(model, model, ids)

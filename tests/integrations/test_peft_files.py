@@ -115,7 +115,7 @@ def test_a_config_that_is_damaged_or_of_another_method_raises(saved, text):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("use_dora", True), ("bias", "all"), ("modules_to_save", ["lm_head"]), ("lora_bias", True), ("use_qalora", True),
+    ("use_dora", True), ("bias", "all"), ("lora_bias", True), ("use_qalora", True),
 ])  # fmt: skip
 def test_an_option_that_would_change_the_result_raises(saved, key, value):
     edit(saved / "adapter_config.json", lambda fields: fields.update({key: value}))
@@ -135,6 +135,8 @@ def change_tensors(folder, change):
     (lambda t: t.update({"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(5, 64)}),
      r"up_proj.lora_A has shape \[5, 64\], expected \[4, 64\]"),
     (lambda t: t.update({"base_model.model.extra": torch.zeros(1)}), "has an unexpected tensor base_model.model.extra"),
+    (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(64)}),
+     "has an unexpected tensor base_model.model.model.norm.weight"),
     (lambda t: t.update({"base_model.model.other.lora_A.weight": torch.zeros(4, 64)}), "this one has no other"),
     (lambda t: t.update({"q_proj.lora_A.weight": torch.zeros(4, 64)}), "has an unexpected tensor q_proj"),
 ])  # fmt: skip

@@ -47,6 +47,14 @@ BOTH = [
      lambda: peft.GloraConfig(target_modules=qv, config_A_B="vector", config_C="vector", config_D_E="vector")),
     (models.qwen2, IA3Config(target=["k_proj", "v_proj", "down_proj"], feedforward=["down_proj"]),
      lambda: peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    (models.bert, LoRAConfig(r=4, target=["query"], modules_to_save=["classifier"]),
+     lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query"], task_type="SEQ_CLS")),
+    (models.llama, LoRAConfig(r=4, target=qv, modules_to_save=["lm_head", "layers.1.mlp"]),
+     lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=qv, modules_to_save=["lm_head", "layers.1.mlp"])),
+    (models.bert, VeRAConfig(r=16, target=["query", "value"], modules_to_save=["classifier"]),
+     lambda: peft.VeraConfig(r=16, target_modules=["query", "value"], task_type="SEQ_CLS")),
+    (models.bert, IA3Config(target=["key", "value"], modules_to_save=["classifier"]),
+     lambda: peft.IA3Config(target_modules=["key", "value"], feedforward_modules=[], task_type="SEQ_CLS")),
     (models.llama, NormTuningConfig(["input_layernorm", "norm"]),
      lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "norm"])),
     (models.gpt2, NormTuningConfig(["ln_1"]), lambda: peft.LNTuningConfig(target_modules=["ln_1"])),
@@ -83,7 +91,7 @@ def test_peft_reads_ours(tmp_path, build, ours, theirs):
 @both
 def test_we_read_pefts(tmp_path, build, ours, theirs):
     config = theirs()
-    config.task_type = "CAUSAL_LM"
+    config.task_type = config.task_type or "CAUSAL_LM"
     other = peft.get_peft_model(build(), config).eval()
     shake(other)
     other.save_pretrained(tmp_path)
