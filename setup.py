@@ -17,6 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
+CUDA_MODULE = "_C_cuda*.so"
 
 
 def fail(sentence: str) -> None:
@@ -79,9 +80,10 @@ class CMakeBuild(build_ext):
 
         import pybind11
 
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         options = {
             "CMAKE_BUILD_TYPE": "Debug" if os.environ.get("DEBUG") else "Release",
-            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": Path(self.get_ext_fullpath(ext.name)).resolve().parent,
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "PEFTOPS_TORCH": torch,
@@ -96,6 +98,16 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
         self.call("cmake", "-S", ROOT, "-B", folder, *generator, *build, *extra)
         self.call("cmake", "--build", folder, "--target", "_C", "--parallel", jobs)
+        if not wants_cuda(cuda):
+            for stale in output.glob(CUDA_MODULE):
+                stale.unlink()
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()  # peftops._C, the only one that setuptools knows of
+        for old in (ROOT / "peftops").glob(CUDA_MODULE):
+            old.unlink()
+        for new in Path(self.build_lib, "peftops").glob(CUDA_MODULE):
+            shutil.copy2(new, ROOT / "peftops")
 
     def call(self, *command: object) -> None:
         try:

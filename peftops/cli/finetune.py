@@ -73,7 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg("--accumulate", type=int, default=1, help="such batches per step")
     arg("--lr", type=float, default=5e-4, help="peak learning rate (default 5e-4)")
     arg("--warmup", type=int, help="steps (default: a tenth)")
-    arg("--optimizer", choices=[*OPTIMIZERS], default="adamw", help="adamw8bit: 2 bytes of state per parameter, not 8")
+    arg("--optimizer", choices=[*OPTIMIZERS], default="adamw",
+        help="adamw8bit: 2 bytes of state per parameter, not 8; pagedadamw8bit: and on the host while a GPU is full")
     arg("--weight-decay", type=float, default=0.0)
     arg("--clip", type=float, default=1.0, help="largest norm of the gradient (default 1)")
     arg("--max-length", type=int, default=512, help="tokens per row (default 512)")

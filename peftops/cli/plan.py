@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from ..planner import WANTS, Estimate, choose, estimate_all, skeleton, traits_of
+from ..planner import MOMENTS, WANTS, Estimate, choose, estimate_all, skeleton, traits_of
 from .model import device_and_dtype
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg("--max-length", type=int, default=512, help="tokens per row (default 512)")
     arg("--r", type=int, default=16, help="rank (default 16)")
     arg("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    arg("--optimizer", choices=[*MOMENTS], default="adamw", help="whose state counts (default adamw)")
     arg("--checkpointing", action="store_true", help="compute activations again in backward")
 
 
@@ -30,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     memory = parse_bytes(args.memory)
     _, dtype = device_and_dtype(args.dtype)
     model = skeleton(args.model, dtype)
-    options = {"batch": args.batch, "length": args.max_length, "checkpointing": args.checkpointing}
+    options = {"batch": args.batch, "length": args.max_length, "checkpointing": args.checkpointing,
+               "optimizer": args.optimizer}  # fmt: skip
     estimates = estimate_all(model, r=args.r, **options)
     choice = choose(estimates, memory, want=args.want, tasks=args.tasks)
     count = sum(p.numel() for p in model.parameters())

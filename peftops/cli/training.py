@@ -57,7 +57,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, fused=True), "adamw8bit": AdamW8bit}
+OPTIMIZERS = {
+    "adamw": partial(torch.optim.AdamW, fused=True), "adamw8bit": AdamW8bit,
+    "pagedadamw8bit": partial(AdamW8bit, paged=True),
+}  # fmt: skip
 
 
 def optimizer_for(name: str, parameters: list[nn.Parameter], weight_decay: float) -> torch.optim.Optimizer:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .dynamic_codes import codec, decode, encode
+from .paged_memory import paged_memory
 
 _CHUNK = 1 << 18  # elements updated at once: a dozen float32 temporaries of a megabyte
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,15 +42,14 @@ class AdamW8bit(torch.optim.Optimizer):
     we differ from bitsandbytes). Rounding is to nearest, so a change of an element relative to its block's largest
     that is below half a code is lost, step after step, as in every such optimizer.
 
-    The state lies where its parameter does. The paged optimizers of QLoRA keep it in CUDA's managed memory, which moves
-    to the host when the GPU is full; torch has no allocator for single tensors there, and this class does not page.
-    Where even these 2 bytes do not fit, use ``bitsandbytes.optim.PagedAdamW8bit``, which takes the same parameters.
+    The state lies where its parameter does; ``paged=True`` lets CUDA move it to the host while the GPU is full.
 
     Args:
         params: parameters or groups of them (of :func:`loraplus_groups`, say), dense, of float32, bfloat16 or float16.
         lr, betas, eps, weight_decay: as of AdamW; also per group.
         block_size: elements that share an absmax, a power of two from 32 to 4096.
         min_8bit_size: parameters with fewer elements keep float32 moments.
+        paged: keep the state in :func:`~peftops.nn.paged_memory.paged_memory`, which on the CPU is any memory.
 
     Raises:
         ValueError: an option is out of range, or a state to be loaded is another optimizer's or another model's.
@@ -58,9 +59,10 @@ class AdamW8bit(torch.optim.Optimizer):
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 1e-2, *, block_size: int = 256, min_8bit_size: int = 4096,
+        paged: bool = False,
     ):  # fmt: skip
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, block_size=block_size,
-                                      min_8bit_size=min_8bit_size))  # fmt: skip
+                                      min_8bit_size=min_8bit_size, paged=paged))  # fmt: skip
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -111,15 +113,25 @@ class AdamW8bit(torch.optim.Optimizer):
         groups = state_dict["param_groups"]
         if any("min_8bit_size" not in group for group in groups):
             raise ValueError("AdamW8bit: this is the state of another optimizer")
-        own = [p for group in self.param_groups for p in group["params"]]
+        # Where the state lies is no part of it: that stays as it was asked for here.
+        own = [(p, group["paged"]) for group in self.param_groups for p in group["params"]]
         saved = [(number, group) for group in groups for number in group["params"]]
         loaded = {
-            p: _checked(state_dict["state"][number], p, group)
-            for p, (number, group) in zip(own, saved, strict=False)  # super refuses another number of them
+            p: _checked(state_dict["state"][number], p, {**group, "paged": paged})
+            for (p, paged), (number, group) in zip(own, saved, strict=False)  # super refuses another number of them
             if number in state_dict["state"]
         }
+        paged = [group["paged"] for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": {}})
         self.state.update(loaded)
+        for group, its in zip(self.param_groups, paged, strict=True):
+            group["paged"] = its
+
+    @staticmethod
+    def state_bytes(p: Tensor, *, block_size: int = 256, min_8bit_size: int = 4096) -> int:
+        """What is kept of a parameter."""
+        layout = _layout(p, {"block_size": block_size, "min_8bit_size": min_8bit_size})
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
 
 
 def _layout(p: Tensor, group: dict[str, Any]) -> dict[str, tuple[list[int], torch.dtype]]:
@@ -133,8 +145,13 @@ def _layout(p: Tensor, group: dict[str, Any]) -> dict[str, tuple[list[int], torc
 
 def _new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     # Whatever the codes, times an absmax of zero they are zeros.
-    zeros = {k: torch.zeros(shape, dtype=dtype, device=p.device) for k, (shape, dtype) in _layout(p, group).items()}
+    with _memory(p, group):
+        zeros = {k: torch.zeros(shape, dtype=dtype, device=p.device) for k, (shape, dtype) in _layout(p, group).items()}
     return {"step": 0, **zeros}
+
+
+def _memory(p: Tensor, group: dict[str, Any]) -> AbstractContextManager[None]:
+    return paged_memory(p.device) if group["paged"] else nullcontext()
 
 
 def _checked(state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +159,8 @@ def _checked(state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> dict[st
     is_of = {k: (list(t.shape), t.dtype) for k, t in state.items() if isinstance(t, Tensor)}
     if is_of != _layout(p, group) or not isinstance(state.get("step"), int):
         raise ValueError(f"AdamW8bit: the state of a parameter of shape {list(p.shape)} is another's: it has {is_of}")
-    return {k: t.to(p.device, copy=True) if isinstance(t, Tensor) else t for k, t in state.items()}
+    with _memory(p, group):
+        return {k: t.to(p.device, copy=True) if isinstance(t, Tensor) else t for k, t in state.items()}
 
 
 def _parts(flat: Tensor, grad: Tensor, state: dict[str, Any]) -> Iterator[_Part]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,11 @@ from torch import nn
 from ..integrations.hf import model_config
 from ..methods import METHODS, attach
 from ..methods.lora import LoRAConfig
+from ..nn import AdamW8bit
 from . import trace
+
+# The bytes of state that an optimizer keeps of a parameter, by its name in `peftops finetune --optimizer`.
+MOMENTS = {"adamw": lambda p: 8 * p.numel(), "adamw8bit": AdamW8bit.state_bytes}
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Estimate:
         method: its name, as ``peftops finetune --method`` has it.
         trainable: parameters.
         weights: of all that is frozen.
-        optimizer: of what trains, in float32, and AdamW's two moments of it.
+        optimizer: of what trains, in float32, and the two moments of it that the optimizer keeps.
         activations: the most that a step holds beyond those: what backward needs, logits, gradients.
         why_not: why the method cannot be used on this model; None if it can, and only then the rest means anything.
     """
@@ -71,8 +76,9 @@ def skeleton(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> nn.
 
 
 def estimate(
-    model: nn.Module, config: object, *, batch: int = 8, length: int = 512, checkpointing: bool = False
-) -> Estimate:
+    model: nn.Module, config: object, *, batch: int = 8, length: int = 512, checkpointing: bool = False,
+    optimizer: str = "adamw",
+) -> Estimate:  # fmt: skip
     """What training ``model`` with a method takes.
 
     Args:
@@ -80,6 +86,7 @@ def estimate(
         config: options of the method.
         batch, length: rows computed at once, and tokens per row.
         checkpointing: compute the activations of each block again in backward.
+        optimizer: one of ``MOMENTS``.
 
     Raises:
         ValueError: batch or length is below 1, or length is more than the model has positions.
@@ -108,12 +115,12 @@ def estimate(
         name,
         trainable=sum(p.numel() for p in trained),
         weights=bytes_of([*frozen, *model.buffers()]),
-        optimizer=bytes_of(trained) + 8 * sum(p.numel() for p in trained),
+        optimizer=bytes_of(trained) + sum(map(MOMENTS[optimizer], trained)),
         activations=trace.step_peak(model, batch, length),
     )
 
 
-def estimate_all(model: nn.Module, *, r: int = 16, **options: int | bool) -> list[Estimate]:
+def estimate_all(model: nn.Module, *, r: int = 16, **options: Any) -> list[Estimate]:
     """That of every method, with its defaults and, where it is a kind of LoRA, rank ``r``."""
     kinds = sorted(METHODS, key=lambda kind: METHODS[kind].__name__.lower())
     return [estimate(model, kind(r=r) if issubclass(kind, LoRAConfig) else kind(), **options) for kind in kinds]

@@ -32,7 +32,7 @@ def give_grads(*sides, seed):
     for same in zip(*sides, strict=True):
         grad = torch.randn(same[0].shape) * 10.0 ** torch.randint(-3, 1, same[0].shape)
         for p in same:
-            p.grad = grad.to(p.dtype)
+            p.grad = grad.to(p)
 
 
 def all_equal(a, b):
@@ -217,7 +217,8 @@ def test_bytes_of_state():
     optimizer = AdamW8bit([p])
     optimizer.step()
     kept = sum(t.nbytes for t in optimizer.state[p].values() if isinstance(t, torch.Tensor))
-    assert kept / p.numel() == 2 + 8 / 256
+    assert kept / p.numel() == 2 + 8 / 256 and kept == AdamW8bit.state_bytes(p)
+    assert AdamW8bit.state_bytes(p[:7, :500]) == 2 * 4 * 3500
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -264,6 +265,19 @@ def test_a_state_of_something_else_is_refused():
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
     assert all(after["state"][0][key] is value for key, value in before["state"][0].items())
+
+
+def test_paged_state_is_the_same_and_stays_where_it_is_asked_for():
+    plain, paged = parameters((64, 65), (8,)), parameters((64, 65), (8,))
+    optimizers = AdamW8bit(plain), AdamW8bit(paged, paged=True)
+    for step in range(3):
+        give_grads(plain, paged, seed=step)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all_equal(plain, paged)
+    for optimizer, other, its in zip(optimizers, reversed(optimizers), (False, True), strict=True):
+        optimizer.load_state_dict(other.state_dict())
+        assert [group["paged"] for group in optimizer.param_groups] == [its]
 
 
 def test_groups_closure_and_missing_gradients():

@@ -103,6 +103,20 @@ def test_checkpointing_is_counted(root):
     assert got.activations < 0.8 * estimate(model, config, batch=8, length=64).activations
 
 
+def test_moments_in_8_bits_are_counted(root):
+    folder, config = folder_of(models.llama, root), peftops.LoRAConfig(r=8, modules_to_save=["down_proj"])
+    whole, half = (estimate(skeleton(folder), config, batch=1, length=8, optimizer=o) for o in ("adamw", "adamw8bit"))
+    model = peftops.attach(AutoModelForCausalLM.from_pretrained(folder), config)
+    optimizer = peftops.AdamW8bit([p for p in model.parameters() if p.requires_grad])
+    model(input_ids=models.tokens(1, 8), labels=models.tokens(1, 8)).loss.backward()
+    optimizer.step()
+    kept = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
+    assert {t.dtype for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)} == {
+        torch.uint8, torch.float32,
+    }  # fmt: skip
+    assert half.optimizer == 4 * half.trainable + kept and half.optimizer < 0.8 * whole.optimizer
+
+
 def test_more_takes_more(root):
     model = skeleton(folder_of(models.llama, root))
     of = lambda r=8, **options: estimate(model, peftops.LoRAConfig(r=r), **{"batch": 2, "length": 32, **options})

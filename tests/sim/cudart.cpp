@@ -128,6 +128,13 @@ int cudaDeviceGetAttribute(int* value, int attribute, int) {   // an A100's, but
   }
 }
 
+// (the host's malloc: device pointers are host pointers, and none of it is in memory's list of what may be touched)
+int cudaMallocManaged(void** p, size_t bytes, unsigned) {
+  *p = bytes <= size_t(1) << 40 ? std::malloc(bytes) : nullptr;
+  return *p ? 0 : runtime().fail(2, "cudaMallocManaged: " + std::to_string(bytes) + " bytes");
+}
+int cudaFree(void* p) { return std::free(p), 0; }
+
 int cudaMemsetAsync(void* p, int value, size_t bytes, void*) { return std::memset(p, value, bytes), 0; }
 int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, void*) { return std::memcpy(to, from, bytes), 0; }
 int cudaStreamSynchronize(void*) { return 0; }
