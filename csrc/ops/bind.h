@@ -89,6 +89,34 @@ inline void prefer_huge_pages(void* p, int64_t bytes) {
 #endif
 }
 
+// A tensor by the name of the argument that it is; no tensor if none was given.
+struct Named {
+  const char* name;
+  const Tensor* tensor;
+  Named(const char* n, const Tensor& t) : name(n), tensor(&t) {}
+  Named(const char* n, const std::optional<Tensor>& t) : name(n), tensor(t ? &*t : nullptr) {}
+};
+using Arguments = std::initializer_list<Named>;
+
+inline std::string device_of(const Tensor& t) {
+  return t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
+}
+
+// A kernel takes addresses at their word: of another device, they are nobody's, and the GPU's context is lost.
+inline void check_one_device(const char* op, Arguments arguments) {
+  const Named& first = *arguments.begin();
+  const auto device = first.tensor->device();
+  for (const Named& other : arguments)
+    STD_TORCH_CHECK(!other.tensor || other.tensor->device() == device, op, ": ", other.name, " is on ",
+                    device_of(*other.tensor), ", but ", first.name, " on ", device_of(*first.tensor));
+}
+
+// What the host reads itself, wherever the kernel runs.
+inline void check_on_host(const char* op, Arguments arguments) {
+  for (const Named& one : arguments)
+    STD_TORCH_CHECK(one.tensor->is_cpu(), op, ": ", one.name, " must be on the CPU, not on ", device_of(*one.tensor));
+}
+
 // An uninitialised contiguous tensor on the device of `like`. Straight through the C shim: the dispatcher
 // would take a microsecond more, and a product of one row may take twenty in all.
 inline Tensor empty(const Tensor& like, const int64_t* shape, int64_t dims, ScalarType dtype) {
@@ -142,11 +170,12 @@ inline Dropout dropout_of(const char* op, double p, const std::optional<Tensor>&
 #undef PEFTOPS_PICK
 #define PEFTOPS_PICK(kernel) (ops::CudaKernel(#kernel, &peftops::cuda::kernel))
 
-// The first line of every binding: what follows happens on the device of `t`.
+// The first line of every binding: what follows happens on the device where all its tensors are.
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor& t) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(t.get_device_index(), &guard_));
+  OnDevice(const char* op, Arguments arguments) {
+    check_one_device(op, arguments);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(arguments.begin()->tensor->get_device_index(), &guard_));
   }
   ~OnDevice() { aoti_torch_delete_device_guard(guard_); }
   OnDevice(const OnDevice&) = delete;
@@ -173,7 +202,7 @@ template <class Args> void run(CudaKernel<Args> kernel, const Args& args, int64_
   STD_TORCH_CHECK(status == cudaSuccess, kernel.name, ": ", cudaGetErrorString(status));
 }
 #else
-struct OnDevice { explicit OnDevice(const Tensor&) {} };
+struct OnDevice { OnDevice(const char* op, Arguments arguments) { check_one_device(op, arguments); } };
 
 // Cache-line aligned working memory of one thread, kept from call to call.
 inline void* scratch() {

@@ -75,7 +75,8 @@ void add(const Operands& o, const Tensor& out, Tensor& y) {
 Tensor add_prompt(const Tensor& out_, const Tensor& query, const Tensor& key, const Tensor& value,
                   const Tensor& gate, double scale) {
   constexpr const char* kOp = "add_gated_prompt";
-  const OnDevice device(query);
+  const OnDevice device(kOp, {{"query", query}, {"prompt_key", key}, {"prompt_value", value}, {"gate", gate},
+                              {"out", out_}});
   const Operands o(kOp, query, key, value, gate, scale);
   o.check_output(kOp, "out", out_);
   const Tensor out = with_whole_rows(out_);
@@ -87,7 +88,8 @@ Tensor add_prompt(const Tensor& out_, const Tensor& query, const Tensor& key, co
 void add_prompt_inplace(Tensor out, const Tensor& query, const Tensor& key, const Tensor& value,
                         const Tensor& gate, double scale) {
   constexpr const char* kOp = "add_gated_prompt";
-  const OnDevice device(query);
+  const OnDevice device(kOp, {{"query", query}, {"prompt_key", key}, {"prompt_value", value}, {"gate", gate},
+                              {"out", out}});
   const Operands o(kOp, query, key, value, gate, scale);
   o.check_output(kOp, "out", out);
   STD_TORCH_CHECK(has_whole_rows(out), kOp, ": the last dim of out must be contiguous");
@@ -129,7 +131,8 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Operands& o, const Tensor& g_
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& g, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& gate, double scale,
     bool need_query) {
-  const OnDevice device(query);
+  const OnDevice device(kBackward, {{"query", query}, {"prompt_key", key}, {"prompt_value", value}, {"gate", gate},
+                                    {"g", g}});
   const Operands o(kBackward, query, key, value, gate, scale);
   Tensor dquery = need_query ? empty_rows_like(o.query) : empty(query, {0}, query.scalar_type());
   auto [dkey, dvalue, dgate] = gradients(o, g, gate, need_query ? &dquery : nullptr, false);
@@ -140,7 +143,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 std::tuple<Tensor, Tensor, Tensor> backward_add(
     Tensor dquery, const Tensor& g, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& gate,
     double scale) {
-  const OnDevice device(query);
+  const OnDevice device(kBackward, {{"query", query}, {"prompt_key", key}, {"prompt_value", value}, {"gate", gate},
+                                    {"g", g}, {"dquery", dquery}});
   const Operands o(kBackward, query, key, value, gate, scale);
   check_shape(kBackward, "dquery", dquery, {o.in.batch, o.in.heads, o.in.rows, o.in.d});
   STD_TORCH_CHECK(dquery.scalar_type() == query.scalar_type(), kBackward, ": query and dquery must have one dtype");

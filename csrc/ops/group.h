@@ -21,8 +21,6 @@ struct GroupParts {
   GroupParts(const char* op, const Tensor& packed_, const Tensor& scales_, const Tensor& zeros_, int64_t bits,
              int64_t group)
       : packed(as_contiguous(packed_)), scales(as_contiguous(scales_)), zeros(as_contiguous(zeros_)) {
-    STD_TORCH_CHECK(scales.device() == packed.device() && zeros.device() == packed.device(), op,
-                    ": the weight's tensors are on different devices");
     STD_TORCH_CHECK(scales.dim() == 2, op, ": scales must have shape [out, groups], not ", shape_of(scales));
     const int64_t rows = scales.size(0), groups = scales.size(1), cols = groups * group;
     check_groups(op, cols, bits, group);

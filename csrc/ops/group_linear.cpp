@@ -10,7 +10,8 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
               int64_t group, const std::optional<Tensor>& bias, const std::optional<Tensor>& u,
               const std::optional<Tensor>& b, double scaling, bool int8) {
   constexpr const char* kOp = "group_linear";
-  const OnDevice device(x);
+  const OnDevice device(kOp, {{"x", x}, {"packed", packed}, {"scales", scales}, {"zeros", zeros}, {"bias", bias},
+                              {"u", u}, {"lora_B", b}});
   const GroupParts w(kOp, packed, scales, zeros, bits, group);
   LinearOperands<GroupLinear> o(kOp, w.weight, x, bias, u, b, scaling);
   o.args.int8 = int8;
@@ -22,7 +23,8 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
 Tensor linear_backward(const Tensor& g, const Tensor& packed, const Tensor& scales, const Tensor& zeros, int64_t bits,
                        int64_t group, const std::optional<Tensor>& v, const std::optional<Tensor>& a) {
   constexpr const char* kOp = "group_linear_backward";
-  const OnDevice device(g);
+  const OnDevice device(kOp, {{"g", g}, {"packed", packed}, {"scales", scales}, {"zeros", zeros}, {"v", v},
+                              {"lora_A", a}});
   const GroupParts w(kOp, packed, scales, zeros, bits, group);
   LinearBackwardOperands<GroupLinearBackward> o(kOp, w.weight, g, v, a);
   if (a) {

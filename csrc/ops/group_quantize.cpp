@@ -7,7 +7,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight_, int64_t bits, int64_t group,
                                             bool symmetric, int64_t narrower) {
   constexpr const char* kOp = "group_quantize";
-  const OnDevice device(weight_);
+  const OnDevice device(kOp, {{"weight", weight_}});
   STD_TORCH_CHECK(weight_.dim() == 2, kOp, ": weight must have two dims, [out, in], not shape ", shape_of(weight_));
   const DType dtype = dtype_of(kOp, "weight", weight_);
   const Tensor weight = as_contiguous(weight_);

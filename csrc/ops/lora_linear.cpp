@@ -15,7 +15,7 @@ int64_t rank_of(const char* op, const Tensor& f, int64_t k, bool by_rank) {
 Tensor shrink(const Tensor& x_, const Tensor& f_, bool by_rank, double scale, double p,
               const std::optional<Tensor>& seed) {
   constexpr const char* kOp = "lora_shrink";
-  const OnDevice device(x_);
+  const OnDevice device(kOp, {{"x", x_}, {"the factor", f_}, {"seed", seed}});
   const Tensor x = as_contiguous(x_), f = as_contiguous(f_);
   const int64_t m = rows_of(x), k = x.size(-1), r = rank_of(kOp, f, k, by_rank);
   Tensor u = empty(x, {m, r}, ScalarType::Float);
@@ -30,7 +30,7 @@ Tensor shrink(const Tensor& x_, const Tensor& f_, bool by_rank, double scale, do
 void expand(Tensor y, const Tensor& u_, const Tensor& f_, bool by_rank, double scale, double p,
             const std::optional<Tensor>& seed) {
   constexpr const char* kOp = "lora_expand";
-  const OnDevice device(y);
+  const OnDevice device(kOp, {{"y", y}, {"u", u_}, {"the factor", f_}, {"seed", seed}});
   STD_TORCH_CHECK(y.is_contiguous(), kOp, ": y must be contiguous");
   const Tensor u = as_contiguous(u_), f = as_contiguous(f_);
   const int64_t m = rows_of(y), k = y.size(-1), r = rank_of(kOp, f, k, by_rank);
@@ -45,7 +45,7 @@ void expand(Tensor y, const Tensor& u_, const Tensor& f_, bool by_rank, double s
 Tensor gradient(const Tensor& u_, const Tensor& x_, ScalarType dtype, bool by_rank, double scale, double p,
                 const std::optional<Tensor>& seed) {
   constexpr const char* kOp = "lora_gradient";
-  const OnDevice device(x_);
+  const OnDevice device(kOp, {{"x", x_}, {"u", u_}, {"seed", seed}});
   const Tensor u = as_contiguous(u_), x = as_contiguous(x_);
   const int64_t m = rows_of(x), k = x.size(-1), r = u.size(-1);
   check_shape(kOp, "u", u, {m, r});

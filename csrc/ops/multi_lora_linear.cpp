@@ -20,6 +20,7 @@ struct Slots {
   int64_t slots, most;
 
   Slots(const Tensor& handles_, const Tensor& pages_, const Tensor& where_, const Tensor& scaling_) {
+    check_on_host(kOp, {{"handles", handles_}, {"pages", pages_}, {"where", where_}, {"scaling", scaling_}});
     slots = handles_.numel(), most = pages_.size(-1);
     check_shape(kOp, "pages", pages_, {slots, most});
     check_shape(kOp, "where", where_, {slots, 3});
@@ -36,6 +37,7 @@ struct Grouped {
 
   Grouped(const Tensor& index_, int64_t rows, const Slots& at, bool transposed) {
     STD_TORCH_CHECK(index_.scalar_type() == ScalarType::Long, kOp, ": adapter_index must be int64");
+    check_on_host(kOp, {{"adapter_index", index_}});
     const Tensor index = as_contiguous(index_);
     STD_TORCH_CHECK(index.numel() == rows, kOp, ": adapter_index must name an adapter for each of the ", rows,
                     " rows of x, not for ", index.numel());
@@ -83,7 +85,7 @@ LoraPool pool_of(const Tensor& storage) {
 Tensor add(Tensor y, const Tensor& x_, const Tensor& index, const Tensor& storage, const Tensor& handles,
                           const Tensor& pages, const Tensor& where, const Tensor& scaling, bool transposed,
                           int64_t max_rank) {
-  const OnDevice device(x_);
+  const OnDevice device(kOp, {{"x", x_}, {"y", y}, {"storage", storage}});
   STD_TORCH_CHECK(y.is_contiguous(), kOp, ": y must be contiguous");
   const Tensor x = as_contiguous(x_);
   const int64_t m = rows_of(x), k = x.size(-1), n = y.size(-1);
@@ -109,7 +111,8 @@ Tensor add(Tensor y, const Tensor& x_, const Tensor& index, const Tensor& storag
 Tensor gradient(const Tensor& u_, const Tensor& x_, const Tensor& index, const Tensor& wanted_,
                                const Tensor& handles, const Tensor& pages, const Tensor& where, const Tensor& scaling,
                                bool by_rank, int64_t total) {
-  const OnDevice device(x_);
+  const OnDevice device(kOp, {{"x", x_}, {"u", u_}});
+  check_on_host(kOp, {{"wanted", wanted_}});
   const Tensor u = as_contiguous(u_), x = as_contiguous(x_), wanted = as_contiguous(wanted_);
   const int64_t m = rows_of(x), k = x.size(-1), ldu = u.size(-1);
   check_shape(kOp, "u", u, {m, ldu});

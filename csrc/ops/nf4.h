@@ -29,8 +29,6 @@ struct Nf4Parts {
       : packed(as_contiguous(packed_)), absmax(as_contiguous(absmax_)), scale(scale_), offset(offset_) {
     check_block_size(op, block_size);
     STD_TORCH_CHECK(rows >= 0 && cols >= 0, op, ": the weight must have shape [rows, cols], not [", rows, ", ", cols, "]");
-    for (const auto& part : {std::optional<Tensor>(absmax), scale, offset})
-      STD_TORCH_CHECK(!part || part->device() == packed.device(), op, ": the weight's tensors are on different devices");
     const int64_t blocks = blocks_of(rows * cols, block_size);
     check_part(op, "packed", packed, ScalarType::Byte, (rows * cols + 1) / 2);
     weight = {};

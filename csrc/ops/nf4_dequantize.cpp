@@ -8,7 +8,8 @@ Tensor dequantize(const Tensor& packed, const Tensor& absmax, const std::optiona
                   const std::optional<Tensor>& offset, int64_t block_size, int64_t rows, int64_t cols,
                   ScalarType dtype) {
   constexpr const char* kOp = "nf4_dequantize";
-  const OnDevice device(packed);
+  const OnDevice device(kOp, {{"packed", packed}, {"absmax", absmax}, {"absmax_scale", scale},
+                              {"absmax_offset", offset}});
   const Nf4Parts w(kOp, packed, absmax, scale, offset, block_size, rows, cols);
   const DType out_dtype = dtype_of(kOp, "dtype", dtype);
   Tensor out = empty(packed, {rows, cols}, dtype);
@@ -18,7 +19,7 @@ Tensor dequantize(const Tensor& packed, const Tensor& absmax, const std::optiona
 
 Tensor expand_absmax(const Tensor& absmax, const Tensor& scale, const Tensor& offset) {
   constexpr const char* kOp = "nf4_absmax";
-  const OnDevice device(absmax);
+  const OnDevice device(kOp, {{"absmax", absmax}, {"absmax_scale", scale}, {"absmax_offset", offset}});
   const Tensor code = as_contiguous(absmax), s = as_contiguous(scale);
   const int64_t blocks = code.numel();
   check_part(kOp, "absmax", code, ScalarType::Byte, blocks);

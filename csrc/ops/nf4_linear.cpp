@@ -12,7 +12,8 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, const
               const std::optional<Tensor>& bias, const std::optional<Tensor>& u, const std::optional<Tensor>& b,
               double scaling, bool int8) {
   constexpr const char* kOp = "nf4_linear";
-  const OnDevice device(x);
+  const OnDevice device(kOp, {{"x", x}, {"packed", packed}, {"absmax", absmax}, {"absmax_scale", scale},
+                              {"absmax_offset", offset}, {"bias", bias}, {"u", u}, {"lora_B", b}});
   const Nf4Parts w(kOp, packed, absmax, scale, offset, block_size, n, k);
   LinearOperands<Nf4Linear> o(kOp, w.weight, x, bias, u, b, scaling);
   o.args.int8 = int8;
@@ -26,7 +27,8 @@ Tensor linear_backward(const Tensor& g, const Tensor& packed, const Tensor& absm
                        const std::optional<Tensor>& v, const std::optional<Tensor>& a, double p,
                        const std::optional<Tensor>& seed) {
   constexpr const char* kOp = "nf4_linear_backward";
-  const OnDevice device(g);
+  const OnDevice device(kOp, {{"g", g}, {"packed", packed}, {"absmax", absmax}, {"absmax_scale", scale},
+                              {"absmax_offset", offset}, {"v", v}, {"lora_A", a}, {"seed", seed}});
   const Nf4Parts w(kOp, packed, absmax, scale, offset, block_size, g.size(-1), k);
   LinearBackwardOperands<Nf4LinearBackward> o(kOp, w.weight, g, v, a);
   if (a) {

@@ -7,7 +7,7 @@ namespace {
 constexpr const char* kOp = "nf4_quantize";
 
 std::tuple<Tensor, Tensor> quantize(const Tensor& weight_, int64_t block_size) {
-  const OnDevice device(weight_);
+  const OnDevice device(kOp, {{"weight", weight_}});
   check_block_size(kOp, block_size);
   const DType dtype = dtype_of(kOp, "weight", weight_);
   const Tensor weight = as_contiguous(weight_);
@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& weight_, int64_t block_size) {
 }
 
 std::tuple<Tensor, Tensor> quantize_absmax(const Tensor& absmax_, const Tensor& offset) {
-  const OnDevice device(absmax_);
+  const OnDevice device(kOp, {{"absmax", absmax_}, {"offset", offset}});
   const Tensor absmax = as_contiguous(absmax_);
   const int64_t blocks = absmax.numel();
   check_part(kOp, "absmax", absmax, ScalarType::Float, blocks);

@@ -7,7 +7,7 @@ namespace {
 // p, x summed over the groups that lora_A's columns stand for; and u = p lora_A^T
 std::tuple<Tensor, Tensor> shrink(const Tensor& x_, const Tensor& a_, int64_t group) {
   constexpr const char* kOp = "qalora_shrink";
-  const OnDevice device(x_);
+  const OnDevice device(kOp, {{"x", x_}, {"lora_A", a_}});
   const Tensor a = as_contiguous(a_);
   STD_TORCH_CHECK(a.dim() == 2, kOp, ": lora_A must have shape [r, groups], not ", shape_of(a));
   const int64_t r = a.size(0), groups = a.size(1), k = groups * group;

@@ -6,7 +6,7 @@ namespace {
 
 Tensor merge(const Tensor& scales_, const Tensor& zeros_, const Tensor& a_, const Tensor& b_, double factor) {
   constexpr const char* kOp = "qalora_merge";
-  const OnDevice device(scales_);
+  const OnDevice device(kOp, {{"scales", scales_}, {"zeros", zeros_}, {"lora_A", a_}, {"lora_B", b_}});
   const Tensor scales = as_contiguous(scales_), zeros = as_contiguous(zeros_), a = as_contiguous(a_), b = as_contiguous(b_);
   STD_TORCH_CHECK(scales.dim() == 2, kOp, ": scales must have shape [out, groups], not ", shape_of(scales));
   STD_TORCH_CHECK(a.dim() == 2, kOp, ": lora_A must have shape [r, groups], not ", shape_of(a));
