@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     writable_directory(args.out.parent)
     ranks = [_rank(folder) for folder in adapters.values()]
     tokenizer = load_tokenizer(args.model)
-    model = load_base(args.model, args.dtype, quantize=not args.dense).cpu()  # which is where a Server runs
+    model = load_base(args.model, args.dtype, quantize=not args.dense)
     pool = pool_for(model, adapters=min(args.resident, max(1, len(ranks))), rank=max(ranks, default=1))
     for name, folder in adapters.items():
         add_adapter(pool, name, folder)

@@ -22,11 +22,11 @@ def _padded(n: int) -> int:
     return -(-n // LINE) * LINE
 
 
-def _zeros(pages: int, page_size: int, dtype: torch.dtype) -> Tensor:
-    """Memory that the system backs with huge pages, where it has them: with 4 KB ones a decoding step, which reads
-    every factor once, waits for address translation as well. No more than a hint."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(pages, page_size, dtype=dtype)
+def _zeros(pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the CPU, memory that the system backs with huge pages, where it has them: with 4 KB ones a decoding step,
+    which reads every factor once, waits for address translation as well. No more than a hint."""
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(pages, page_size, dtype=dtype, device=device)
     memory = mmap.mmap(-1, pages * page_size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -86,13 +86,16 @@ class AdapterPool:
         slots: how many adapters may be resident at once.
         dtype: float32, bfloat16 or float16, of the factors in the pool, whatever the dtype of x. A decoding step
             reads every factor once, so 16 bits take about half the time of 32.
+        device: where the working set is, and so where x must be. On a GPU, load and compute on one stream, as threads
+            do by default: a load may take the pages of an adapter whose last batch is still on its way.
 
     Raises:
         ValueError: an argument is out of range.
     """
 
     def __init__(self, layers: Mapping[str, tuple[int, int]], *, pages: int, page_size: int = 16384,
-                 slots: int = 256, dtype: torch.dtype = torch.float32):  # fmt: skip
+                 slots: int = 256, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str = "cpu"):  # fmt: skip
         if not layers:
             raise ValueError("AdapterPool: layers must name at least one layer, name -> (in_features, out_features)")
         for name, (k, n) in layers.items():
@@ -104,7 +107,7 @@ class AdapterPool:
             raise ValueError(f"AdapterPool: pages and slots must be at least 1, not {pages} and {slots}")
         if dtype not in DTYPES:
             raise ValueError(f"AdapterPool: dtype must be float32, bfloat16 or float16, not {dtype}")
-        self.storage = _zeros(pages, page_size, dtype)
+        self.storage = _zeros(pages, page_size, dtype, torch.device(device))
         self._handles = torch.full((slots,), -1)
         self._table = torch.zeros(slots, pages, dtype=torch.int32)
         self._where = torch.zeros(len(layers), slots, 3, dtype=torch.int64)
@@ -321,7 +324,7 @@ class AdapterPool:
             if host.leaves:
                 host.fill(host.leaves)
             pages = torch.tensor(now.pages, dtype=torch.int64)
-            self.storage.index_copy_(0, pages, host.flat)
+            self.storage.index_copy_(0, pages.to(self.storage.device), host.flat.to(self.storage.device))
         except BaseException:
             with self._lock:
                 if self._pins[name]:  # was there before, and its pages stay: a pin is what keeps them

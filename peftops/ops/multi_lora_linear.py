@@ -78,7 +78,7 @@ class _Terms(torch.autograd.Function):
         u = layer.add_(y, x, index)
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, u, index)
-        ctx.layer, ctx.wanted, ctx.types = layer, wanted, [f.dtype for f in factors]
+        ctx.layer, ctx.wanted, ctx.like = layer, wanted, [(f.device, f.dtype) for f in factors]
         ctx.ranks = [A.shape[0] for A in factors[::2]]
         return y
 
@@ -100,7 +100,8 @@ class _Terms(torch.autograd.Function):
             parts = (d.split([r * width for r in ctx.ranks]) for d, width in ((dA, k), (dB, n)))
             for r, a, b in zip(ctx.ranks, *parts, strict=True):
                 grads += [a.view(r, k), b.view(n, r)]
-        return g, dx if need_x else None, None, None, None, *(d.to(t) for d, t in zip(grads, ctx.types, strict=True))
+        grads = [d.to(*like) for d, like in zip(grads, ctx.like, strict=True)]
+        return g, dx if need_x else None, None, None, None, *grads
 
 
 def multi_lora_linear(
@@ -121,7 +122,8 @@ def multi_lora_linear(
         weight: ``[out, in]``, dense of x's dtype, an :class:`~peftops.NF4Tensor` or a
             :class:`~peftops.GroupQuantTensor`.
         pool_layer: ``pool.layer(name)`` of an :class:`~peftops.AdapterPool`.
-        adapter_index: int64, one per row of x, from ``pool.use(names)``; -1 is the base alone, to the bit.
+        adapter_index: int64, one per row of x, from ``pool.use(names)`` and, as that is, on the CPU; -1 is the base
+            alone, to the bit.
         bias: ``[out]`` or None.
 
     Returns:
@@ -131,7 +133,8 @@ def multi_lora_linear(
     Raises:
         TypeError: weight is packed in a way that has no product here.
         ValueError: shapes do not fit.
-        RuntimeError: an index names no loaded adapter, or one that was evicted or changed since.
+        RuntimeError: an index names no loaded adapter, or one that was evicted or changed since; the pool is on
+            another device than x.
     """
     x = autocast(x)
     n, k = pool_layer.out_features, pool_layer.in_features

@@ -11,7 +11,7 @@ from ..integrations.peft_files import read_adapter
 from ..methods import METHODS
 from ..methods.lora import LoRA
 from ..methods.targets import ALL_LINEAR, Target, find_targets
-from ..nn import PREFIX, AdapterPool, module_at, sizes
+from ..nn import PREFIX, AdapterPool, base_of, module_at, sizes
 
 
 def pool_for(
@@ -23,8 +23,8 @@ def pool_for(
     page_size: int = 16384,
     dtype: torch.dtype = torch.float32,
 ) -> AdapterPool:
-    """A pool whose working set holds this many adapters of this rank, for the layers of a model. Any number of them,
-    of any ranks, may be added: what is not in use makes room.
+    """A pool whose working set holds this many adapters of this rank, for the layers of a model and where that is. Any
+    number of them, of any ranks, may be added: what is not in use makes room.
 
     Args:
         target: which layers adapters may adapt, as in :class:`~peftops.LoRAConfig`.
@@ -35,11 +35,13 @@ def pool_for(
     """
     if adapters < 1 or rank < 1:
         raise ValueError(f"pool_for needs at least 1 adapter of rank 1, not {adapters} of rank {rank}")
-    layers = {path: sizes(module_at(model, path)) for path in find_targets(model, target)}
+    bases = {path: base_of(module_at(model, path)) for path in find_targets(model, target)}
+    layers = {path: sizes(base) for path, base in bases.items()}
     line = lambda n: -(-n // 64) * 64  # factor rows fill whole lines
     elements = rank * sum(line(k) + line(n) for k, n in layers.values())
     pages = adapters * -(-elements // page_size)
-    return AdapterPool(layers, pages=pages, page_size=page_size, slots=2 * adapters, dtype=dtype)
+    device = next(iter(bases.values())).weight.device
+    return AdapterPool(layers, pages=pages, page_size=page_size, slots=2 * adapters, dtype=dtype, device=device)
 
 
 def add_adapter(pool: AdapterPool, name: str, directory: str | os.PathLike) -> None:

@@ -78,6 +78,7 @@ class Batch:
         self.running: list[Request] = []
         self.cache = RowCache(model.config.get_text_config().num_hidden_layers)
         self.cache_name = cache_name(model)
+        self.device = model.get_input_embeddings().weight.device
 
     def join(self, requests: list[Request]) -> None:
         """Run the prompts of new requests, each from position 0, up to the first token of the answers."""
@@ -117,9 +118,12 @@ class Batch:
     ) -> Tensor:
         adapters = torch.tensor([r.index for r in requests])
         self.rows.index = adapters.repeat_interleave(ids.shape[1]) if (adapters != BASE).any() else None
+        there = lambda t: None if t is None else t.to(self.device)
         try:
-            return self.model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True,
-                              logits_to_keep=keep, **{self.cache_name: self.cache}).logits  # fmt: skip
+            return self.model(
+                input_ids=there(ids), position_ids=there(positions), attention_mask=there(mask), use_cache=True,
+                logits_to_keep=there(keep), **{self.cache_name: self.cache},
+            ).logits  # fmt: skip
         finally:
             self.rows.index = None
 

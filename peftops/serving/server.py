@@ -55,7 +55,8 @@ class Server:
 
     Raises:
         TypeError: the model takes no positions, or no choice of logits.
-        ValueError: a limit is too low; an adapter is attached; the pool has a layer that the model lacks.
+        ValueError: a limit is too low; an adapter is attached; the pool has a layer that the model lacks, or is on
+            another device.
     """
 
     def __init__(self, model: nn.Module, pool: AdapterPool, *, max_batch: int = 16, max_tokens: int = 16384,
@@ -216,6 +217,9 @@ def _put(model: nn.Module, pool: AdapterPool, rows: Rows) -> list[tuple[nn.Modul
     strangers = [name for name in pool._layers if name not in known]
     if strangers:
         raise ValueError(f"Server: the pool has a layer {strangers[0]!r}, and {type(model).__name__} has none")
+    for name in pool._layers:
+        if known[name].weight.device != pool.storage.device:
+            raise ValueError(f"Server: the pool is on {pool.storage.device}, {name} on {known[name].weight.device}")
     replaced = []
     for name in pool._layers:
         parent, _, leaf = name.rpartition(".")

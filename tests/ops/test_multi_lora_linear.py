@@ -23,11 +23,11 @@ batches = st.builds(
 )
 
 
-def pool_of(n, k, rs, seed, trainable=False, **kw):
-    pool = peftops.AdapterPool({"layer": (k, n)}, **{"pages": 2000, "page_size": 128, **kw})
+def pool_of(n, k, rs, seed, trainable=False, device="cpu", **kw):
+    pool = peftops.AdapterPool({"layer": (k, n)}, **{"pages": 2000, "page_size": 128, "device": device, **kw})
     factors = {}
     for i, (name, r) in enumerate(zip(NAMES, rs, strict=False)):
-        A, B = normal((r, k), torch.float32, seed + 2 * i), normal((n, r), torch.float32, seed + 2 * i + 1)
+        A, B = (normal(s, torch.float32, seed + 2 * i + j, device) for j, s in enumerate(((r, k), (n, r))))
         factors[name] = (A.requires_grad_(trainable), B.requires_grad_(trainable), 0.5 + i)
         pool.add(name, {"layer": (A, B)}, 0.5 + i, trainable=trainable)
     return pool, factors
@@ -66,49 +66,59 @@ def check(pool, factors, x, W, rows, g, bias=None, base=F.linear):
 @given(n=outs, k=ins, rs=st.tuples(ranks, ranks, ranks), dtype=dtypes, storage=dtypes, layout=layouts, seed=seeds,
        rows=batches, bias=st.booleans(), page_size=st.sampled_from([64, 128, 1024]))  # fmt: skip
 def test_matches_reference(device, n, k, rs, dtype, storage, layout, seed, rows, bias, page_size):
-    pool, factors = pool_of(n, k, rs, seed, trainable=storage == torch.float32, dtype=storage, page_size=page_size)
-    x, W, g = (normal(s, dtype, seed + 9 + i) for i, s in enumerate(((len(rows), k), (n, k), (len(rows), n))))
-    check(pool, factors, strided(x, layout), W, rows, strided(g, layout), normal((n,), dtype, 1) if bias else None)
+    pool, factors = pool_of(
+        n, k, rs, seed, trainable=storage == torch.float32, dtype=storage, page_size=page_size, device=device
+    )
+    x, W, g = (normal(s, dtype, seed + 9 + i, device) for i, s in enumerate(((len(rows), k), (n, k), (len(rows), n))))
+    check(
+        pool, factors, strided(x, layout), W, rows, strided(g, layout), normal((n,), dtype, 1, device) if bias else None
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])  # with three, one begins in the middle of a run of rows
 def test_rows_wider_than_what_one_thread_does_at_a_time(device, threads, count):
     """Columns in several parts, few rows: threads share rows, and each makes u for itself."""
     threads(count)
-    pool, factors = pool_of(1100, 1030, (16, 3, 40), 1, trainable=True, page_size=1024)
+    pool, factors = pool_of(1100, 1030, (16, 3, 40), 1, trainable=True, page_size=1024, device=device)
     rows = ["a", "b", None, *["c"] * 18, "a"]
-    x, W, g = (normal(s, torch.float32, i) for i, s in enumerate(((len(rows), 1030), (1100, 1030), (len(rows), 1100))))
+    x, W, g = (
+        normal(s, torch.float32, i, device) for i, s in enumerate(((len(rows), 1030), (1100, 1030), (len(rows), 1100)))
+    )
     check(pool, factors, x, peftops.nf4_quantize(W), rows, g, base=peftops.nf4_linear)
 
 
 def test_frozen_adapters_beside_trainable_ones(device):
-    pool, factors = pool_of(70, 65, (3, 5, 4), 1, trainable=True)
+    pool, factors = pool_of(70, 65, (3, 5, 4), 1, trainable=True, device=device)
     A, B, scaling = factors["b"]
     factors["b"] = A.detach(), B.detach(), scaling
     pool.remove("b")
     pool.add("b", {"layer": (A, B)}, scaling)
     rows = ["a", "b", None, *["b"] * 17, "c", "a"]
-    x, W, g = (normal(s, torch.float32, i) for i, s in enumerate(((len(rows), 65), (70, 65), (len(rows), 70))))
+    x, W, g = (normal(s, torch.float32, i, device) for i, s in enumerate(((len(rows), 65), (70, 65), (len(rows), 70))))
     check(pool, factors, x, W, rows, g)
 
 
 def test_a_high_rank(device):
-    pool, factors = pool_of(3, 5, (1000,), 1, trainable=True)
-    x, W, g = normal((18, 5), torch.float32, 2), normal((3, 5), torch.float32, 3), normal((18, 3), torch.float32, 4)
+    pool, factors = pool_of(3, 5, (1000,), 1, trainable=True, device=device)
+    x, W, g = (
+        normal((18, 5), torch.float32, 2, device),
+        normal((3, 5), torch.float32, 3, device),
+        normal((18, 3), torch.float32, 4, device),
+    )
     check(pool, factors, x, W, ["a"] * 17 + [None], g)
 
 
 def test_all_of_it_against_float64(device):
     """The base product as well, over three leading dims and transposed."""
-    pool, factors = pool_of(65, 70, (3, 16, 5), 1)
-    x, W, b = (normal(s, torch.float32, 2 + i) for i, s in enumerate(((3, 4, 5, 70), (65, 70), (65,))))
+    pool, factors = pool_of(65, 70, (3, 16, 5), 1, device=device)
+    x, W, b = (normal(s, torch.float32, 2 + i, device) for i, s in enumerate(((3, 4, 5, 70), (65, 70), (65,))))
     x = x.permute(2, 0, 1, 3)
     rows = random.Random(1).choices([None, *NAMES], k=60)
     with pool.use(rows) as index:
         y = peftops.multi_lora_linear(x, W, pool.layer("layer"), index.view(5, 3, 4), b)
     assert y.shape == (5, 3, 4, 65) and y.is_contiguous()
     for xi, yi, a in zip(x.reshape(60, 70), y.view(60, 65), rows, strict=True):
-        A, B, s = factors[a] if a else (torch.zeros(1, 70), torch.zeros(65, 1), 1.0)
+        A, B, s = factors[a] if a else (torch.zeros(1, 70, device=device), torch.zeros(65, 1, device=device), 1.0)
         values = [t.double() for t in (xi[None], W, b, A, B)]
         assert_sums(
             yi[None], reference.linear(*values, s), reference.linear(*(t.abs() for t in values), s), 70 + 16 + 5
@@ -124,10 +134,10 @@ quantisers = pytest.mark.parametrize("quantise, base", [
 @quantisers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_quantised_bases_and_their_gradients(device, quantise, base, dtype):
-    pool, factors = pool_of(100, 96, (3, 16, 5), 1, trainable=True)
+    pool, factors = pool_of(100, 96, (3, 16, 5), 1, trainable=True, device=device)
     rows = [*["a"] * 17, None, "b", *["c"] * 40, "b"]
-    x, g = normal((len(rows), 96), dtype, 5), normal((len(rows), 100), dtype, 7)
-    W, bias = quantise(normal((100, 96), torch.float32, 6)), normal((100,), dtype, 8)
+    x, g = normal((len(rows), 96), dtype, 5, device), normal((len(rows), 100), dtype, 7, device)
+    W, bias = quantise(normal((100, 96), torch.float32, 6, device)), normal((100,), dtype, 8, device)
     check(pool, factors, x, W, rows, g, bias, base)
 
 
@@ -151,9 +161,12 @@ def test_a_packed_weight_without_a_product_is_an_error():
 
 
 def test_base_rows_are_the_base_to_the_bit_and_threads_do_not_matter(device, threads):
-    pool, _ = pool_of(1100, 70, (3, 16, 5), 1, trainable=True)
-    x, W = normal((40, 70), torch.float32, 5), peftops.nf4_quantize(normal((1100, 70), torch.float32, 6))
-    rows, g = [None, "a", "b", "b", "c"] * 8, normal((40, 1100), torch.float32, 7)
+    pool, _ = pool_of(1100, 70, (3, 16, 5), 1, trainable=True, device=device)
+    x, W = (
+        normal((40, 70), torch.float32, 5, device),
+        peftops.nf4_quantize(normal((1100, 70), torch.float32, 6, device)),
+    )
+    rows, g = [None, "a", "b", "b", "c"] * 8, normal((40, 1100), torch.float32, 7, device)
     runs, x = [], x.requires_grad_()
     with pool.use(rows) as index:
         leaves = [x, *(f for pair in pool.layer("layer").trainable.values() for f in pair)]
@@ -169,9 +182,9 @@ def test_base_rows_are_the_base_to_the_bit_and_threads_do_not_matter(device, thr
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_row_stays_in_its_row_and_a_bad_adapter_in_its_rows(device, bad):
-    pool, factors = pool_of(70, 65, (3, 5, 4), 1, trainable=True)
+    pool, factors = pool_of(70, 65, (3, 5, 4), 1, trainable=True, device=device)
     rows = ["a"] * 17 + [None, "b"] + ["c"] * 5 + ["a"]
-    x, W, g = (normal(s, torch.float32, i) for i, s in enumerate(((len(rows), 65), (70, 65), (len(rows), 70))))
+    x, W, g = (normal(s, torch.float32, i, device) for i, s in enumerate(((len(rows), 65), (70, 65), (len(rows), 70))))
     x = x.requires_grad_()
 
     def run(x, g=g):
@@ -198,23 +211,23 @@ def test_a_bad_row_stays_in_its_row_and_a_bad_adapter_in_its_rows(device, bad):
     assert torch.equal(y[~mine], fine[0][~mine]) and not y[mine].isfinite().any()
 
 
-def raw(trainable=True):
+def raw(trainable=True, device="cpu"):
     """Arguments of the raw operators: x, u, g, an index and the slots."""
-    pool, _ = pool_of(70, 65, (3, 5, 4), 1, trainable=trainable)
+    pool, _ = pool_of(70, 65, (3, 5, 4), 1, trainable=trainable, device=device)
     rows = ["a", None, "b", "b", "c"]
     layer = pool.layer("layer")
     index = torch.tensor([-1 if a is None else pool.load(a) for a in rows])
     return (
-        normal((5, 65), torch.float32, 1),
-        normal((5, 5), torch.float32, 2),
-        normal((5, 70), torch.float32, 3),
+        normal((5, 65), torch.float32, 1, device),
+        normal((5, 5), torch.float32, 2, device),
+        normal((5, 70), torch.float32, 3, device),
         index,
         layer,
     )
 
 
 def test_opcheck(device):
-    x, u, g, index, layer = raw()
+    x, u, g, index, layer = raw(device=device)
     for kind in (torch.float32, torch.bfloat16):
         for y, into in ((g, x), (x, g)):
             call = (y.to(kind), into.to(kind), index, layer.storage, *layer.slots, y is x, 5)
@@ -225,26 +238,30 @@ def test_opcheck(device):
 
 @pytest.mark.parametrize("quantise", [lambda w: w, peftops.nf4_quantize], ids=["dense", "nf4"])
 def test_inference_compiles_without_a_graph_break(device, quantise):
-    pool, _ = pool_of(64, 96, (3, 16, 5), 1)
-    W, bias = quantise(torch.randn(64, 96)), torch.randn(64)
+    pool, _ = pool_of(64, 96, (3, 16, 5), 1, device=device)
+    W, bias = quantise(torch.randn(64, 96, device=device)), torch.randn(64, device=device)
     layer = pool.layer("layer")
     call = lambda x, index: peftops.multi_lora_linear(x, W, layer, index, bias)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for rows in (["a", None, "b", "c", "b"], ["c", "c", "a", "a", None], [None] * 5):
-            x = torch.randn(5, 96)
+            x = torch.randn(5, 96, device=device)
             with pool.use(rows) as index:
                 assert torch.equal(compiled(x, index), call(x, index))
 
 
 def test_autocast_casts_x_and_nothing_else(device):
-    pool, factors = pool_of(64, 96, (3, 16, 5), 1, trainable=True)
-    W, x, rows = torch.randn(64, 96), torch.randn(5, 96, requires_grad=True), ["a", None, "b", "c", "b"]
+    pool, factors = pool_of(64, 96, (3, 16, 5), 1, trainable=True, device=device)
+    W, x, rows = (
+        torch.randn(64, 96, device=device),
+        torch.randn(5, 96, requires_grad=True, device=device),
+        ["a", None, "b", "c", "b"],
+    )
     with pool.use(rows) as index:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             y = peftops.multi_lora_linear(x, W, pool.layer("layer"), index)
         want = peftops.multi_lora_linear(x.bfloat16(), W.bfloat16(), pool.layer("layer"), index)
-        dx, dA = torch.autograd.grad(y, (x, factors["a"][0]), torch.randn(5, 64).bfloat16())
+        dx, dA = torch.autograd.grad(y, (x, factors["a"][0]), torch.randn(5, 64, device=device).bfloat16())
     assert y.dtype == torch.bfloat16 and torch.equal(y, want)
     assert dx.dtype == dA.dtype == torch.float32
 

@@ -47,7 +47,7 @@ def alone(build, folder, asked, prepare=lambda model: model):
         model = prepare(build())
         if adapter:
             peftops.load(model, folder / adapter)
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=model.device)
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new, do_sample=False)
         answers.append(out[0, len(prompt) :].tolist())
     return answers
@@ -86,6 +86,26 @@ def test_answers_are_those_of_each_request_alone(folder):
     assert not any(type(m).__name__ == "PooledLinear" for m in model.modules())
     assert len({tuple(ids) for ids in got}) > 8  # the adapters do say different things
     assert not any(pool._pins.values()) and not any(pool._uses.values()), "every pin was given back"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_answers_on_a_gpu(folder):
+    asked, there = requests(14), lambda: models.llama().cuda()
+    model = there()
+    pool = pool_of(model, folder, adapters=2, rank=7)
+    assert pool.storage.is_cuda
+    assert serve(model, pool, asked, max_batch=4) == alone(there, folder, asked)
+
+
+def test_a_pool_elsewhere_is_an_error(folder):
+    model = models.llama()
+    with torch.device("meta"):
+        pool = pool_for(models.llama())
+    assert pool.storage.is_meta
+    with pytest.raises(ValueError, match="the pool is on meta, model.layers.0.self_attn.q_proj on cpu"):
+        Server(model, pool)
+    assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
 
 
 def test_on_four_bits(folder):
