@@ -10,6 +10,7 @@ unbroken kernel's, or by not being PTX any more. Survivors need a look: most com
 
 import argparse
 import collections
+import contextlib
 import functools
 import random
 import re
@@ -72,21 +73,34 @@ def linear(dtype, shapes):
         )
 
 
+@contextlib.contextmanager
+def operands_seen():
+    """What torch multiplies meanwhile: a product rounds the small parts of its operands away."""
+    seen, library = [], torch.library.Library("aten", "IMPL")
+
+    def mm(left, right, *, out):
+        seen.extend((left.clone(), right.clone()))
+        return out.copy_(left.float() @ right.float())
+
+    library.impl("mm.out", mm, "CPU", allow_override=True)
+    try:
+        yield seen
+    finally:
+        library._destroy()
+
+
 def by_library(dtype, shapes):
     for m, n, k, block_size, r, factor in shapes:
         gen = torch.Generator().manual_seed(m)
         x, bias, u, lora_B = (torch.randn(*s, generator=gen) for s in ((m, k), (n,), (m, r), (n, r)))
-        if r > 1:  # the second parts of u, of lora_B and of the bias show where the first ones cancel
-            x[2:], u[2:, 2:], bias[n // 2 :] = 0, 0, 0
-            nearly = 1 + torch.rand(max(m, n), generator=gen) * (torch.arange(max(m, n)) % 2) / 4096
-            u[2:, 1] = u[2:, 0] * nearly[2:m]
-            lora_B[:, 1] = -lora_B[:, 0] * nearly[:n]
-            u[2, :2], lora_B[: n // 2, 0] = torch.tensor([2.0, 0]), -bias[: n // 2].to(dtype).float()
-            u[1, 0], lora_B[n - 1, 0], bias[n - 2] = float("inf"), float("inf"), float("inf")
-        low_rank = (bias.to(factor), u, lora_B.to(factor)) if r else (None, None, None)
-        arguments = (x.to(dtype), *weights(n, k, block_size, m % 2 == 1), n, k, *low_rank, 0.5)
-        with sim.nf4_library("always"):
-            yield torch.ops.peftops.nf4_linear(*arguments).nan_to_num(nan=0.5)
+        u[1, ::3] = lora_B[n - 1, ::3] = bias[n - 2] = float("inf")
+        low_rank = (u, lora_B.to(factor)) if r else (None, None)
+        x, off = x.to(dtype), int(r == 10)  # one that begins between vectors
+        x = torch.cat([x.new_zeros(off), x.flatten()])[off:].view(m, k)
+        arguments = (x, *weights(n, k, block_size, m % 2 == 1), n, k, bias.to(factor), *low_rank, 0.5)
+        with sim.nf4_library("always"), operands_seen() as operands:
+            torch.ops.peftops.nf4_linear(*arguments)
+        yield from (t.nan_to_num(nan=0.5) for t in operands)
 
 
 def group_quantize(bits, dtype):
@@ -214,7 +228,13 @@ CASES = {
     "8operandsI13__nv_bfloat16Lb1E": functools.partial(
         by_library,
         BF16,
-        [(9, 33, 192, 64, 3, BF16), (15, 11, 2560, 128, 5, FP32), (40, 8, 72, 32, 19, FP16), (3, 5, 96, 64, 0, None)],
+        [  # columns of the low-rank term and the bias, from none to nine a lane, and scales of scales, from one to two
+            (9, 66, 192, 32, 130, BF16),
+            (15, 11, 1848, 64, 90, FP32),
+            (20, 8, 72, 32, 90, FP16),
+            (4, 9, 320, 64, 10, FP32),
+            (3, 5, 96, 64, 0, FP32),
+        ],
     ),
     "8any_rowsIfE": functools.partial(
         linear,
