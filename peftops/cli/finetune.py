@@ -312,7 +312,7 @@ def _config(args: argparse.Namespace) -> object | None:
     if args.method == "none":
         return None
     kind = METHOD_NAMES[args.method]
-    names = [field.name for field in dataclasses.fields(kind)]
+    names = [field.name for field in sorted(dataclasses.fields(kind), key=lambda field: field.kw_only)]  # its own first
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     for setting in args.set:
         name, equals, value = setting.partition("=")

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from ..methods import METHODS, attach, attachment, detach, hosts
 from ..methods.targets import is_within, suffixes_or_names
 from ..methods.targets import layers as modules_of
-from ..nn import PREFIX
+from ..nn import PREFIX, Stored
 from .files import writable_directory, write_atomically
 
 CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "peftops.json"
 _NOT_ADAPTERS = (".base_layer.weight", ".zeros")
+_TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
+          "ForQuestionAnswering": "QUESTION_ANS"}  # fmt: skip
 VERSION = 1  # of peftops.json and of what it says about the tensors
 
 
@@ -53,14 +55,15 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
         for key, tensor in adapter.stored().items():
             if hasattr(tensor, "full_tensor"):  # a DTensor
                 rank, tensor = tensor.device_mesh.get_rank(), tensor.full_tensor()
-            tensors[adapter.file_key(key, path)] = tensor.detach().cpu().contiguous()
+            tensors[_key(config, adapter, key, path)] = tensor.detach().cpu().contiguous()
     if rank != 0:
         return
-    adapted = [path for path in adapters if not is_within(path, getattr(config, "modules_to_save", ()))]
+    adapted = [path for path in adapters if not is_within(path, config.modules_to_save)]
     targets = {"target_modules": suffixes_or_names(model, adapted)} if _target_field(config) else {}
     fields = {
         **config.to_peft(),
         **targets,
+        **({"modules_to_save": list(config.modules_to_save)} if config.modules_to_save else {}),
         "task_type": _task(model),
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "inference_mode": True,
@@ -94,12 +97,10 @@ def load(
     """
     folder = Path(directory)
     config, tensors = read_adapter(folder, quantize)
-    whole: list[str] = []
-    if hasattr(config, "modules_to_save"):
-        # PEFT lists every name that a head may have: one that neither the file nor the model knows means nothing.
-        owners = [_owner(key) for key in tensors] + [path for path, _ in modules_of(model)]
-        whole = [name for name in config.modules_to_save if any(is_within(owner, [name]) for owner in owners)]
-        config = dataclasses.replace(config, modules_to_save=whole)
+    # PEFT lists every name that a head may have: one that neither the file nor the model knows means nothing.
+    owners = [_owner(key) for key in tensors] + [path for path, _ in modules_of(model)]
+    whole = tuple(name for name in config.modules_to_save if any(is_within(owner, [name]) for owner in owners))
+    config = dataclasses.replace(config, modules_to_save=whole)
     field = _target_field(config)
     if field:
         # The tensors tell best which layers are adapted: PEFT has several more ways to choose them.
@@ -112,7 +113,7 @@ def load(
         config = dataclasses.replace(config, **{field: sorted(layers)})
     attach(model, config, name=name)
     try:
-        _fill(model, name, tensors, folder / WEIGHTS)
+        _fill(model, config, name, tensors, folder / WEIGHTS)
     except BaseException:
         detach(model, name)
         raise
@@ -133,7 +134,7 @@ def read_adapter(directory: str | os.PathLike, quantize: bool | None = None) -> 
 def _task(model: nn.Module) -> str | None:
     """PEFT's name of what a model of transformers does; it needs that for prompts."""
     if not getattr(model, "can_generate", lambda: False)():
-        return None
+        return next((task for kind, task in _TASKS.items() if type(model).__name__.endswith(kind)), None)
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
@@ -142,8 +143,14 @@ def _target_field(config: Any) -> str | None:
     return config.target_field if hasattr(config, config.target_field or "") else None
 
 
+def _key(config: Any, adapter: Stored, name: str, path: str) -> str:
+    """What a tensor of an adapter is called in a file."""
+    key = adapter.file_key(name, path)
+    return config.peft_prefix + key.removeprefix(PREFIX) if key.startswith(PREFIX) else key
+
+
 def _owner(key: str) -> str:
-    """The name of the module that a tensor of a file is in."""
+    """The name of the module that a tensor of a file is in, perhaps with a part of PEFT's prefix before it."""
     return key.removeprefix(PREFIX).rpartition(".")[0]
 
 
@@ -161,7 +168,7 @@ def _layers(adapter_class: type, keys: list[str], file: Path) -> set[str]:
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, name: str, tensors: dict[str, Tensor], file: Path) -> None:
+def _fill(model: nn.Module, config: Any, name: str, tensors: dict[str, Tensor], file: Path) -> None:
     """Copy the tensors into the adapters, all of which must be there and fit, before the first is copied."""
     wrong, used, filled = [], set(), []
     for path, host in hosts(model):
@@ -169,7 +176,7 @@ def _fill(model: nn.Module, name: str, tensors: dict[str, Tensor], file: Path) -
             continue
         adapter, own = host.adapters[name], {}
         for parameter, tensor in adapter.stored().items():
-            key = adapter.file_key(parameter, path)
+            key = _key(config, adapter, parameter, path)
             source = tensors.get(key)
             used.add(key)
             if source is None:
@@ -202,7 +209,11 @@ def _config(fields: dict, own: dict, quantize: bool | None) -> Any:
     if quantize is not None and quantize != chosen.quantizes:
         chosen = next((config for config in family if config.quantizes == quantize), chosen)
     new = {field.name for field in dataclasses.fields(chosen)} - {field.name for field in dataclasses.fields(main)}
-    return chosen.from_peft(fields, **{key: value for key, value in own.get("options", {}).items() if key in new})
+    config = chosen.from_peft(fields, **{key: value for key, value in own.get("options", {}).items() if key in new})
+    saved = fields.get("modules_to_save") or []
+    if not isinstance(saved, list):
+        raise ValueError(f"{CONFIG}: modules_to_save must be a list of names, not {saved!r}")
+    return dataclasses.replace(config, modules_to_save=tuple(saved))
 
 
 def _read_json(path: Path) -> dict:

@@ -54,7 +54,7 @@ def each_target(adapter_class: type[Adapter], model: nn.Module, config: object) 
 
 def build(adapter_class: type[Stored], model: nn.Module, config: object) -> dict[str, Stored]:
     """The adapters of a method for a model, not yet in it; and copies of what trains whole, in place of theirs."""
-    copied = whole(model, getattr(config, "modules_to_save", ()))
+    copied = whole(model, config.modules_to_save)
     if hasattr(adapter_class, "build"):
         return adapter_class.build(model, config) | copied
     bases = each_target(adapter_class, model, config)

@@ -8,8 +8,9 @@ parallel ones of He et al. 2021 (arXiv:2110.04366).
     parallel    y = h + a(x)    h as for pfeiffer, x = what the feed-forward part reads
 
 W1 starts random (Kaiming uniform) and W2, b1, b2 at 0: the model starts as it was. (The libraries' own starts
-are only near that.) Houlsby et al. train the norms, too, and AdapterHub's Pfeiffer adapter reads its h through the
-block's norm; neither is done here. f is not linear, so nothing can be merged.
+are only near that.) Houlsby et al. train the norms and the head, too: ``modules_to_save=["LayerNorm", "classifier"]``
+of a BERT. AdapterHub's Pfeiffer adapter reads its h through the block's norm, which is not done here. f is not linear,
+so nothing can be merged.
 """
 
 from __future__ import annotations

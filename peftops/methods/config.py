@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..nn import PREFIX
 from .targets import Target
 
 
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Base of every method's options, which are a frozen dataclass.
+
+    Args:
+        modules_to_save: names of modules, or last parts of names, that train whole beside what the method trains, as a
+            new head does; they are in the adapter's file. (The name is HF PEFT's.)
 
     By default the fields are written as they are, under a ``peft_type`` that PEFT does not know and refuses. A
     method that PEFT has, translates. Several methods may share PEFT's type (all that are LoRA once trained); the
@@ -19,6 +27,9 @@ class Config:
     peft_type: ClassVar[str]
     quantizes: ClassVar[bool] = False  # whether the method puts the base into 4 bits itself
     target_field: ClassVar[str | None] = "target"  # the option that a file's tensors tell best; None: they do not
+    peft_prefix: ClassVar[str] = PREFIX  # of PEFT's keys for what the model had already
+
+    modules_to_save: Sequence[str] = ()
 
     @classmethod
     def claims(cls, fields: dict[str, Any]) -> bool:
@@ -70,11 +81,6 @@ def check_range(name: str, value: Any, low: float, high: float | None = None, *,
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
-
-
-def check_names(name: str, value: Any) -> None:
-    if isinstance(value, str) or not all(isinstance(one, str) and one for one in value):
-        raise ValueError(f"{name} must be a list of names, not {value!r}")
 
 
 def check_target(target: Target) -> None:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ..nn import Adapter, dense_matrix, product, sizes
 from . import register
-from .config import Config, check_choice, check_range, check_target, needs, refuse
+from .config import Config, check_choice, check_range, check_target, needs
 from .lora import check_rank
 from .targets import ALL_LINEAR, Target
 
@@ -64,12 +64,11 @@ class GLoRAConfig(Config):
     def to_peft(self) -> dict[str, Any]:
         both = lambda x, y: x if x == y else f"{x},{y}"
         return {"peft_type": "GLORA", "r": self.r, "config_A_B": both(self.A, self.B), "config_C": self.C,
-                "config_D_E": both(self.D, self.E), "modules_to_save": None, "new_bias": self.new_bias}  # fmt: skip
+                "config_D_E": both(self.D, self.E), "new_bias": self.new_bias}  # fmt: skip
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> GLoRAConfig:
         needs(fields, "r", "target_modules", "config_A_B", "config_C", "config_D_E")
-        refuse(fields, modules_to_save=None)
         (A, *B), (D, *E) = fields["config_A_B"].split(","), fields["config_D_E"].split(",")
         return cls(r=fields["r"], target=fields["target_modules"], A=A, B=(B or [A])[0], C=fields["config_C"], D=D,
                    E=(E or [D])[0], new_bias=fields.get("new_bias", False))  # fmt: skip

@@ -8,7 +8,6 @@ l starts at 1: the model starts as it was. The paper scales keys, values and wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ..nn import Adapter, sizes
 from . import each_target, register
-from .config import Config, check_names, check_target, needs
+from .config import Config, check_target, needs
 from .targets import ALL_LINEAR, Target, find_targets
 
 
@@ -28,29 +27,25 @@ class IA3Config(Config):
     Args:
         target: as in :class:`LoRAConfig`.
         feedforward: which of these layers have their input scaled instead of their output.
-        modules_to_save: as in :class:`LoRAConfig`.
     """
 
     peft_type: ClassVar[str] = "IA3"
 
     target: Target = ALL_LINEAR
     feedforward: Target = ()
-    modules_to_save: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_target(self.target)
-        check_names("modules_to_save", self.modules_to_save)
 
     def to_peft(self) -> dict[str, Any]:
         feedforward = self.feedforward if isinstance(self.feedforward, str) else list(self.feedforward)
         return {"peft_type": "IA3", "feedforward_modules": feedforward, "fan_in_fan_out": False,
-                "modules_to_save": list(self.modules_to_save) or None, "init_ia3_weights": True}  # fmt: skip
+                "init_ia3_weights": True}  # fmt: skip
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> IA3Config:
         needs(fields, "target_modules", "feedforward_modules")
-        return cls(target=fields["target_modules"], feedforward=fields["feedforward_modules"] or (),
-                   modules_to_save=fields.get("modules_to_save") or (), **own)  # fmt: skip
+        return cls(target=fields["target_modules"], feedforward=fields["feedforward_modules"] or (), **own)
 
 
 @register(IA3Config)

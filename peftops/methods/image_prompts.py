@@ -25,7 +25,8 @@ ARGUMENT = "peftops_image"  # layers hand on what they do not know; recomputed o
 @contextlib.contextmanager
 def image_prompts(model: nn.Module, features: Tensor | Sequence[Tensor]) -> Iterator[nn.Module]:
     """Inside ``with image_prompts(model, features):`` the rows of a batch have these images, in this order; outside,
-    and before it, they have none. A backward pass may come later.
+    and before it, they have none. A backward pass may come later; blocks that are computed again for it must be so by
+    the checkpointing that is not re-entrant, since they share the projection.
 
     Args:
         model: whose active adapter is :class:`LLaMAAdapterConfig` with ``image_features=D``.

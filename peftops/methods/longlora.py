@@ -21,7 +21,7 @@ from ..nn import MergeError, Prompt, Select, Stored, base_of
 from ..nn.gated_prompt import ARGUMENT, check_attention, is_attention, open_registry
 from ..nn.shifted_attention import ShiftedAttention
 from . import each_target, register
-from .config import Config, check_names, check_range, check_target
+from .config import Config, check_range, check_target
 from .lora import LoRA, LoRAConfig
 from .norm_tuning import is_norm
 from .rope import check_stretch, stretch
@@ -61,7 +61,6 @@ class LongLoRAConfig(LoRAConfig):
         check_range("dropout", self.dropout, 0, 1)
         if self.target is not None:
             check_target(self.target)
-        check_names("modules_to_save", self.modules_to_save)
         if self.group is not None:
             check_range("group", self.group, 2, whole=True)
         if self.length is not None:

@@ -10,7 +10,6 @@ starts at 0, and B is normal).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from ..nn import CONVOLUTION, EMBEDDING, LINEAR, Adapter, factor_shapes, kind_of, low_rank, sizes
 from . import register
-from .config import Config, by_pattern, check_names, check_range, check_target, needs, refuse
+from .config import Config, by_pattern, check_range, check_target, needs, refuse
 from .targets import ALL_LINEAR, Target
 
 
@@ -36,8 +35,6 @@ class LoRAConfig(Config):
         rslora: scale by alpha / sqrt(r), which keeps large ranks stable.
         rank_pattern: other ranks for layers whose name ends in a match of the key, a regular expression.
         alpha_pattern: the same for alpha.
-        modules_to_save: names of modules, or last parts of names, that train whole beside the adapters, as a new head
-            does; they are in the adapter's file.
     """
 
     peft_type: ClassVar[str] = "LORA"
@@ -49,14 +46,12 @@ class LoRAConfig(Config):
     rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    modules_to_save: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for r in (self.r, *self.rank_pattern.values()):
             check_range("r", r, 1, whole=True)
         check_range("dropout", self.dropout, 0, 1)
         check_target(self.target)
-        check_names("modules_to_save", self.modules_to_save)
 
     def rank_and_scaling(self, layer: str) -> tuple[int, float]:
         """r and s of a layer, by its name."""
@@ -69,7 +64,7 @@ class LoRAConfig(Config):
             "peft_type": "LORA", "r": self.r, "lora_alpha": 2 * self.r if self.alpha is None else self.alpha,
             "lora_dropout": self.dropout, "use_rslora": self.rslora, "rank_pattern": self.rank_pattern,
             "alpha_pattern": self.alpha_pattern, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
-            "use_dora": False, "modules_to_save": list(self.modules_to_save) or None,
+            "use_dora": False,
         }  # fmt: skip
 
     @classmethod
@@ -81,8 +76,7 @@ class LoRAConfig(Config):
         return cls(
             r=fields["r"], alpha=fields["lora_alpha"], dropout=fields.get("lora_dropout", 0.0),
             target=fields["target_modules"], rslora=fields.get("use_rslora", False),
-            rank_pattern=fields.get("rank_pattern") or {}, alpha_pattern=fields.get("alpha_pattern") or {},
-            modules_to_save=fields.get("modules_to_save") or (), **own,
+            rank_pattern=fields.get("rank_pattern") or {}, alpha_pattern=fields.get("alpha_pattern") or {}, **own,
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..nn import Select
 from . import register
-from .config import Config, needs, refuse
+from .config import Config, needs
 from .selection import copies
 
 
@@ -36,12 +36,11 @@ class NormTuningConfig(Config):
             raise ValueError(f"norms must be 'all' or a list of names, not {self.norms!r}")
 
     def to_peft(self) -> dict[str, Any]:
-        return {"peft_type": "LN_TUNING", "modules_to_save": None}
+        return {"peft_type": "LN_TUNING"}
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> NormTuningConfig:
         needs(fields, "target_modules")
-        refuse(fields, modules_to_save=None)
         return cls(norms=list(fields["target_modules"]))
 
 

@@ -38,6 +38,7 @@ class PrefixTuningConfig(Config):
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
+    peft_prefix: ClassVar[str] = "base_model."
 
     tokens: int = 20
     hidden: int | None = None
@@ -55,13 +56,13 @@ class PrefixTuningConfig(Config):
 
     def to_peft(self) -> dict[str, Any]:
         return {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": self.tokens, "prefix_projection": False,
-                "num_transformer_submodules": 1, "modules_to_save": None}  # fmt: skip
+                "num_transformer_submodules": 1}  # fmt: skip
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> PrefixTuningConfig:
         """(A prefix that PEFT made by an MLP is folded in its file as in ours.)"""
         needs(fields, "num_virtual_tokens")
-        refuse(fields, modules_to_save=None, num_transformer_submodules=1)
+        refuse(fields, num_transformer_submodules=1)
         return cls(tokens=fields["num_virtual_tokens"], init="zero", **own)
 
 

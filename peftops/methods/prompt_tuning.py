@@ -36,6 +36,7 @@ class PromptTuningConfig(Config):
     """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
+    peft_prefix: ClassVar[str] = "base_model."
 
     tokens: int = 20
     init: str = "vocab"
@@ -53,12 +54,12 @@ class PromptTuningConfig(Config):
 
     def to_peft(self) -> dict[str, Any]:
         return {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": self.tokens, "prompt_tuning_init": "RANDOM",
-                "num_transformer_submodules": 1, "modules_to_save": None}  # fmt: skip
+                "num_transformer_submodules": 1}  # fmt: skip
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> PromptTuningConfig:
         needs(fields, "num_virtual_tokens")
-        refuse(fields, modules_to_save=None, num_transformer_submodules=1)
+        refuse(fields, num_transformer_submodules=1)
         return cls(tokens=fields["num_virtual_tokens"], init="random", **own)
 
 

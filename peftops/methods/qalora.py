@@ -75,7 +75,7 @@ class QALoRAConfig(Config):
         if not cls.claims(fields):
             return super().from_peft(fields, **own)
         lora = LoRAConfig.from_peft({**fields, "use_qalora": False})
-        refuse(fields, modules_to_save=None, use_rslora=False, rank_pattern={}, alpha_pattern={})
+        refuse(fields, use_rslora=False, rank_pattern={}, alpha_pattern={})
         options = {"bits": None, "group_size": fields.get("qalora_group_size", 16), **own, "pool": "peft"}
         return cls(r=lora.r, alpha=lora.alpha, target=lora.target, **options)
 

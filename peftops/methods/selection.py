@@ -41,6 +41,8 @@ def copies(
 
 def whole(model: nn.Module, names: Sequence[str]) -> dict[str, Select]:
     """Copies of all parameters in the modules that have these names or end in them: HF PEFT's ``modules_to_save``."""
+    if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"modules_to_save must be a list of names, not {names!r}")
     for name in names:
         matches(model, [name], "modules_to_save")
     chosen = lambda path, layer, leaf: is_within(path, names)

@@ -9,7 +9,6 @@ seed, by HF PEFT's recipe, and are saved all the same: no seed is the same every
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from ..nn import sizes
 from . import each_target, register
-from .config import Config, check_names, check_range, check_target, needs, refuse
+from .config import Config, check_range, check_target, needs, refuse
 from .targets import ALL_LINEAR, Target
 from .tiedlora import ScaledFactors
 
@@ -32,7 +31,6 @@ class VeRAConfig(Config):
         dropout, target: as in :class:`LoRAConfig`.
         d_initial: where lambda_d starts.
         projection_seed: of A and B.
-        modules_to_save: as in :class:`LoRAConfig`.
     """
 
     peft_type: ClassVar[str] = "VERA"
@@ -42,19 +40,17 @@ class VeRAConfig(Config):
     target: Target = ALL_LINEAR
     d_initial: float = 0.1
     projection_seed: int = 0
-    modules_to_save: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_range("r", self.r, 1, whole=True)
         check_range("dropout", self.dropout, 0, 1)
         check_target(self.target)
-        check_names("modules_to_save", self.modules_to_save)
 
     def to_peft(self) -> dict[str, Any]:
         return {
             "peft_type": "VERA", "r": self.r, "vera_dropout": self.dropout, "d_initial": self.d_initial,
             "projection_prng_key": self.projection_seed, "save_projection": True, "bias": "none",
-            "fan_in_fan_out": False, "modules_to_save": list(self.modules_to_save) or None, "init_weights": True,
+            "fan_in_fan_out": False, "init_weights": True,
         }  # fmt: skip
 
     @classmethod
@@ -63,8 +59,7 @@ class VeRAConfig(Config):
         refuse(fields, bias="none", save_projection=True)
         return cls(
             r=fields["r"], dropout=fields.get("vera_dropout", 0.0), target=fields["target_modules"],
-            d_initial=fields.get("d_initial", 0.1), projection_seed=fields.get("projection_prng_key", 0),
-            modules_to_save=fields.get("modules_to_save") or (), **own,
+            d_initial=fields.get("d_initial", 0.1), projection_seed=fields.get("projection_prng_key", 0), **own,
         )  # fmt: skip
 
 

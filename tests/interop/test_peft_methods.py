@@ -60,6 +60,12 @@ BOTH = [
     (models.gpt2, NormTuningConfig(["ln_1"]), lambda: peft.LNTuningConfig(target_modules=["ln_1"])),
     (models.llama, PromptTuningConfig(tokens=4), lambda: peft.PromptTuningConfig(num_virtual_tokens=4)),
     (models.gpt2, PromptTuningConfig(tokens=4), lambda: peft.PromptTuningConfig(num_virtual_tokens=4)),
+    (models.bert, PromptTuningConfig(tokens=4, modules_to_save=["classifier"]),
+     lambda: peft.PromptTuningConfig(num_virtual_tokens=4, task_type="SEQ_CLS")),
+    (models.llama, PrefixTuningConfig(tokens=4, modules_to_save=["lm_head"]),
+     lambda: peft.PrefixTuningConfig(num_virtual_tokens=4, modules_to_save=["lm_head"])),
+    (models.llama, NormTuningConfig(["input_layernorm", "norm"], modules_to_save=["lm_head"]),
+     lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "norm"], modules_to_save=["lm_head"])),
     (models.llama, PrefixTuningConfig(tokens=4), lambda: peft.PrefixTuningConfig(num_virtual_tokens=4)),
     (models.gpt2, PrefixTuningConfig(tokens=4), lambda: peft.PrefixTuningConfig(num_virtual_tokens=4)),
 ]  # fmt: skip

@@ -225,16 +225,21 @@ def test_gradient_checkpointing_gives_the_same_gradients(example):
     shake(model)
     ids = models.tokens()
     grads = []
-    for checkpointing in (False, True):
+    # What blocks share, as the images that LLaMA-Adapter projects, cannot be differentiated block by block.
+    shared = getattr(example.config, "image_features", None) is not None
+    for reentrant in (None, False) if shared else (None, False, True):
         model.zero_grad()
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+        if reentrant is not None:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
             model.train()
+        if reentrant:
+            model.enable_input_require_grads()  # which this way needs, whatever the adapters
         with example.images(model):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*grads, strict=True))
+    for again in grads[1:]:
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(grads[0], again, strict=True))
 
 
 @every_method
