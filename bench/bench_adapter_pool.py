@@ -63,7 +63,7 @@ class Server:
 
     @torch.no_grad()
     def serve(self, names):
-        cache, ids = DynamicCache(), torch.randint(0, 49152, (len(names), PROMPT))
+        cache, ids = DynamicCache(), torch.randint(0, 49152, (len(names), PROMPT), device=self.model.device)
         with self.pool.use(names) as self.batch["index"]:
             for _ in range(self.args.tokens):
                 logits = self.model(input_ids=ids, use_cache=True, logits_to_keep=1,

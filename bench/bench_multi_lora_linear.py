@@ -49,7 +49,7 @@ def case(n, k, dtype, stored):
     factors = [(torch.randn(R, k).to(dtype), torch.randn(n, R).to(dtype)) for _ in range(M)]
     for i, f in enumerate(factors):
         pool.add(str(i), {"layer": f})
-    index, layer = torch.tensor([pool.pin(str(i)) for i in range(M)]), pool.layer("layer")
+    index, layer = torch.tensor([pool.pin(str(i)) for i in range(M)], device="cpu"), pool.layer("layer")
 
     def loop():
         rows = zip(x.split(1), factors, strict=True)

@@ -58,8 +58,8 @@ def peft(base, folder, prompts):
     for i in range(1, COUNT):
         adapted.load_adapter(folder / str(i), adapter_name=str(i))
     longest = max(map(len, prompts))
-    padded = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    padded = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=base.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=base.device)
     options = dict(max_new_tokens=NEW, do_sample=False, pad_token_id=0)
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ def peft(base, folder, prompts):
         answers = {}
         for i, prompt in enumerate(prompts):
             adapted.set_adapter(str(i))
-            ids = torch.tensor([prompt])
+            ids = torch.tensor([prompt], device=base.device)
             out = adapted.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
             answers[i] = out[0, len(prompt) :].tolist()
         return answers
@@ -83,8 +83,8 @@ def peft(base, folder, prompts):
 
 def cases():
     draw = torch.Generator().manual_seed(0)
-    lengths = torch.randint(4, 33, (COUNT,), generator=draw).tolist()
-    prompts = [torch.randint(1, 4096, (n,), generator=draw).tolist() for n in lengths]
+    lengths = torch.randint(4, 33, (COUNT,), generator=draw, device="cpu").tolist()
+    prompts = [torch.randint(1, 4096, (n,), generator=draw, device="cpu").tolist() for n in lengths]
     names = [str(i) for i in range(COUNT)]
     with tempfile.TemporaryDirectory() as folder:
         folder, base = Path(folder), model()

@@ -12,10 +12,11 @@ from ..ops import NF4Tensor
 
 _STATE = "quant_state.bitsandbytes__nf4"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _STATE)  # beside the packed weight itself
-_CODE = torch.ops.peftops.nf4_dequantize(
-    torch.arange(16, dtype=torch.uint8) * 17, torch.ones(1), None, None, 32, 1, 32, torch.float32
-)[0, ::2].contiguous()  # fmt: skip
-_MAP = torch.ops.peftops.nf4_absmax(torch.arange(256, dtype=torch.uint8), torch.ones(1), torch.zeros(1))
+with torch.device("cpu"):  # whatever the default is where this is imported
+    _CODE = torch.ops.peftops.nf4_dequantize(
+        torch.arange(16, dtype=torch.uint8) * 17, torch.ones(1), None, None, 32, 1, 32, torch.float32
+    )[0, ::2].contiguous()
+    _MAP = torch.ops.peftops.nf4_absmax(torch.arange(256, dtype=torch.uint8), torch.ones(1), torch.zeros(1))
 
 
 def to_bitsandbytes(weight: NF4Tensor) -> dict[str, Tensor]:
@@ -38,7 +39,7 @@ def to_bitsandbytes(weight: NF4Tensor) -> dict[str, Tensor]:
         result["weight.nested_absmax"] = weight._absmax_scale
         result["weight.nested_quant_map"] = _MAP.clone()
     text = json.dumps(state).encode()
-    result[f"weight.{_STATE}"] = torch.tensor(list(text), dtype=torch.uint8)
+    result[f"weight.{_STATE}"] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
     return result
 
 

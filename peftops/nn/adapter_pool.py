@@ -86,8 +86,9 @@ class AdapterPool:
         slots: how many adapters may be resident at once.
         dtype: float32, bfloat16 or float16, of the factors in the pool, whatever the dtype of x. A decoding step
             reads every factor once, so 16 bits take about half the time of 32.
-        device: where the working set is, and so where x must be. On a GPU, load and compute on one stream, as threads
-            do by default: a load may take the pages of an adapter whose last batch is still on its way.
+        device: where the working set is, and so where x must be; by default torch's default device. On a GPU, load
+            and compute on one stream, as threads do by default: a load may take the pages of an adapter whose last
+            batch is still on its way.
 
     Raises:
         ValueError: an argument is out of range.
@@ -95,7 +96,7 @@ class AdapterPool:
 
     def __init__(self, layers: Mapping[str, tuple[int, int]], *, pages: int, page_size: int = 16384,
                  slots: int = 256, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu"):  # fmt: skip
+                 device: torch.device | str | None = None):  # fmt: skip
         if not layers:
             raise ValueError("AdapterPool: layers must name at least one layer, name -> (in_features, out_features)")
         for name, (k, n) in layers.items():
@@ -107,11 +108,13 @@ class AdapterPool:
             raise ValueError(f"AdapterPool: pages and slots must be at least 1, not {pages} and {slots}")
         if dtype not in DTYPES:
             raise ValueError(f"AdapterPool: dtype must be float32, bfloat16 or float16, not {dtype}")
-        self.storage = _zeros(pages, page_size, dtype, torch.device(device))
-        self._handles = torch.full((slots,), -1)
-        self._table = torch.zeros(slots, pages, dtype=torch.int32)
-        self._where = torch.zeros(len(layers), slots, 3, dtype=torch.int64)
-        self._scaling = torch.ones(len(layers), slots)
+        where = torch.get_default_device() if device is None else torch.device(device)
+        self.storage = _zeros(pages, page_size, dtype, where)
+        # What the host plans a batch with, wherever the kernel runs.
+        self._handles = torch.full((slots,), -1, device="cpu")
+        self._table = torch.zeros(slots, pages, dtype=torch.int32, device="cpu")
+        self._where = torch.zeros(len(layers), slots, 3, dtype=torch.int64, device="cpu")
+        self._scaling = torch.ones(len(layers), slots, device="cpu")
         self._max_rank = [1]
         self._layers = {
             name: PoolLayer(k, n, self.storage, self._handles, self._table, self._where[i], self._scaling[i],
@@ -178,8 +181,9 @@ class AdapterPool:
             where.append((at, at + a, r))
             at += a + b
         by_layer = [scaling.get(layer, 1.0) if isinstance(scaling, Mapping) else scaling for layer in known]
-        host = _Host(torch.zeros(pages, page_size, dtype=self.storage.dtype), torch.tensor(where),
-                     torch.tensor(by_layer, dtype=torch.float32), ordered if trainable else {})  # fmt: skip
+        host = _Host(torch.zeros(pages, page_size, dtype=self.storage.dtype, device="cpu"),
+                     torch.tensor(where, device="cpu"), torch.tensor(by_layer, dtype=torch.float32, device="cpu"),
+                     ordered if trainable else {})  # fmt: skip
         host.fill(ordered)
         with self._lock:
             if name in self._hosts:
@@ -235,7 +239,7 @@ class AdapterPool:
         try:
             for name in dict.fromkeys(n for n in names if n is not None):
                 held[name] = self._load(name, self._uses)
-            yield torch.tensor([-1 if n is None else held[n] for n in names], dtype=torch.int64)
+            yield torch.tensor([-1 if n is None else held[n] for n in names], dtype=torch.int64, device="cpu")
         finally:
             with self._lock:
                 self._uses.subtract(list(held))
@@ -323,7 +327,7 @@ class AdapterPool:
         try:
             if host.leaves:
                 host.fill(host.leaves)
-            pages = torch.tensor(now.pages, dtype=torch.int64)
+            pages = torch.tensor(now.pages, dtype=torch.int64, device="cpu")
             self.storage.index_copy_(0, pages.to(self.storage.device), host.flat.to(self.storage.device))
         except BaseException:
             with self._lock:

@@ -93,7 +93,7 @@ class _Terms(torch.autograd.Function):
         v = layer.add_(dx, g, index, transposed=True)
         grads = []
         if ctx.ranks:
-            wanted, total = torch.tensor(ctx.wanted), sum(ctx.ranks)
+            wanted, total = torch.tensor(ctx.wanted, device="cpu"), sum(ctx.ranks)
             dA = _gradient(v, x, index, wanted, *layer.slots, True, total)
             dB = _gradient(u, g, index, wanted, *layer.slots, False, total)
             k, n = x.shape[-1], g.shape[-1]

@@ -116,7 +116,7 @@ class Batch:
     def _forward(
         self, requests: list[Request], ids: Tensor, positions: Tensor, mask: Tensor | None, keep: Tensor
     ) -> Tensor:
-        adapters = torch.tensor([r.index for r in requests])
+        adapters = torch.tensor([r.index for r in requests], device="cpu")  # which is where a batch is planned
         self.rows.index = adapters.repeat_interleave(ids.shape[1]) if (adapters != BASE).any() else None
         there = lambda t: None if t is None else t.to(self.device)
         try:

@@ -69,7 +69,7 @@ class Sampling:
         def draw(logits: Tensor) -> int:
             heights = self.probabilities(logits).cumsum(-1)
             # below the sum, so never beyond the last token that has a share
-            point = torch.rand((), dtype=torch.float64, generator=generator) * heights[-1].cpu()
+            point = torch.rand((), dtype=torch.float64, generator=generator, device="cpu") * heights[-1].cpu()
             return int(torch.searchsorted(heights, point.to(heights.device), right=True))
 
         return draw

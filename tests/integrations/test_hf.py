@@ -99,6 +99,18 @@ def test_reads_what_bitsandbytes_quantised(tmp_path):
         peftops.load_model(tmp_path)
 
 
+def test_peftops_is_imported_where_tensors_are_made_elsewhere():
+    code = """
+        import torch
+        torch.set_default_device("meta")
+        import peftops
+        from peftops.integrations.bitsandbytes_files import from_bitsandbytes, to_bitsandbytes
+        weight = peftops.nf4_quantize(torch.randn(8, 64, device="cpu"))
+        assert torch.equal(from_bitsandbytes(to_bitsandbytes(weight)), weight)
+        """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
 @pytest.mark.parametrize("kw", [{}, {"double_quant": False}, {"block_size": 256}], ids=str)
 def test_bitsandbytes_tensors_round_trip(kw):
     weight = peftops.nf4_quantize(torch.randn(33, 100).bfloat16(), **kw)
