@@ -10,6 +10,7 @@ nothing was tuned. Prints the table (also to OUT/table.md) and draws OUT/compari
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -72,9 +73,15 @@ def draw(reports: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 6), dpi=120, layout="constrained")
-    for r in reports:
-        axes.scatter(r["trainable"], r["loss_after"], s=r["peak_bytes"] / 2**24, color="#1f4e8c", alpha=0.6)
-        axes.annotate(r["method"], (r["trainable"], r["loss_after"]), xytext=(6, 4), textcoords="offset points", size=8)
+    names: list[tuple[float, float]] = []  # where they are; the next one goes above those that it would cover
+    for r in sorted(reports, key=lambda r: r["loss_after"]):
+        x, y = r["trainable"], r["loss_after"]
+        axes.scatter(x, y, s=r["peak_bytes"] / 2**24, color="#1f4e8c", alpha=0.6)
+        height = y
+        while any(abs(math.log10(x / other)) < 0.2 and abs(height - taken) < 0.033 for other, taken in names):
+            height += 0.005
+        names.append((x, height))
+        axes.annotate(r["method"], (x, height), xytext=(7, 0), textcoords="offset points", size=8, va="center")
     axes.axhline(reports[0]["loss_before"], color="#c8501e", linewidth=1, label="before training (first method)")
     axes.set(xscale="log", xlabel="trained parameters", ylabel="held-out loss (nats per target token)",
              title="SmolLM2-135M on WordNet's nouns; areas are peak memory")  # fmt: skip
