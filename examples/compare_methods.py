@@ -1,6 +1,6 @@
 """Every method on the demo's model and data with one budget: held-out loss, parameters, memory, time.
 
-    python examples/compare_methods.py --out comparison                  # all, about a minute each on two cores
+    python examples/compare_methods.py --out comparison                  # all, about two minutes each on two cores
     python examples/compare_methods.py --out comparison lora qlora vera  # some
 
 Each method is one run of ``peftops finetune`` in a process of its own, so that peak memory is that of the method.

@@ -26,8 +26,12 @@ from .files import writable_directory, write_atomically
 
 CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "peftops.json"
 _NOT_ADAPTERS = (".base_layer.weight", ".zeros")
-_TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
-          "ForQuestionAnswering": "QUESTION_ANS"}  # fmt: skip
+# The end of a model's class: PEFT's name of its task, and the heads of which PEFT expects one in the file then.
+_TASKS = {
+    "ForSequenceClassification": ("SEQ_CLS", {"classifier", "score"}),
+    "ForTokenClassification": ("TOKEN_CLS", {"classifier", "score"}),
+    "ForQuestionAnswering": ("QUESTION_ANS", {"qa_outputs"}),
+}
 VERSION = 1  # of peftops.json and of what it says about the tensors
 
 
@@ -64,7 +68,7 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
         **config.to_peft(),
         **targets,
         **({"modules_to_save": list(config.modules_to_save)} if config.modules_to_save else {}),
-        "task_type": _task(model),
+        "task_type": _task(model, config),
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "inference_mode": True,
         "auto_mapping": None,
@@ -131,10 +135,11 @@ def read_adapter(directory: str | os.PathLike, quantize: bool | None = None) -> 
     return _config(fields, own, quantize), tensors
 
 
-def _task(model: nn.Module) -> str | None:
+def _task(model: nn.Module, config: Any) -> str | None:
     """PEFT's name of what a model of transformers does; it needs that for prompts."""
     if not getattr(model, "can_generate", lambda: False)():
-        return next((task for kind, task in _TASKS.items() if type(model).__name__.endswith(kind)), None)
+        matching = (named for kind, named in _TASKS.items() if type(model).__name__.endswith(kind))
+        return next((task for task, heads in matching if heads & set(config.modules_to_save)), None)
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 

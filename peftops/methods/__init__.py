@@ -22,7 +22,7 @@ from torch import nn
 
 from ..nn import AdaptedLayer, Adapter, MergeError, Prompt, Prompted, Stored, Switch, base_of, is_quantized, module_at
 from .selection import whole
-from .targets import find_targets, layers
+from .targets import find_targets, is_within, layers
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks
 METHODS: dict[type, type[Stored]] = {}  # config class -> class of its adapters
@@ -47,9 +47,12 @@ def register(config_class: type) -> Callable[[type[Stored]], type[Stored]]:
 
 
 def each_target(adapter_class: type[Adapter], model: nn.Module, config: object) -> dict[str, nn.Module]:
-    """The layers that ``config.target`` means, by name."""
+    """The layers that ``config.target`` means, by name, but for those that train whole."""
     paths = find_targets(model, config.target, adapter_class.layers)
-    return {path: base_of(module_at(model, path)) for path in paths}
+    left = [path for path in paths if not is_within(path, config.modules_to_save)]
+    if not left:
+        raise ValueError(f"modules_to_save {list(config.modules_to_save)} has all that target {config.target!r} means")
+    return {path: base_of(module_at(model, path)) for path in left}
 
 
 def build(adapter_class: type[Stored], model: nn.Module, config: object) -> dict[str, Stored]:

@@ -15,14 +15,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import LINEAR, NF4Linear, dense_matrix, is_quantized, quantize_linears, shell_of
+from ..nn import LINEAR, NF4Linear, dense_matrix, is_quantized, shell_of
 from ..ops import NF4Tensor, nf4_dequantize, nf4_quantize
 from . import register
 from .config import check_range
 from .lora import LoRA
-from .qlora import QLoRAConfig, check_nothing_dense_is_adapted
+from .qlora import QLoRAConfig, check_nothing_dense_is_adapted, quantize_base
 from .singular import leading, shared
-from .targets import ALL_LINEAR, find_targets, is_within
+from .targets import ALL_LINEAR, find_targets
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,7 @@ class LoftQ(LoRA):
         """Quantise the linear layers that are not adapted."""
         check_nothing_dense_is_adapted("LoftQ", model)
         chosen = {*find_targets(model, ALL_LINEAR)} - {*find_targets(model, config.target)}
-        kept = {path for path in chosen if is_within(path, config.modules_to_save)}
-        quantize_linears(
-            model, (chosen - kept).__contains__, block_size=config.block_size, double_quant=config.double_quant
-        )
+        quantize_base(model, chosen, config)
 
     @torch.no_grad()
     def begin(self, base: nn.Module) -> nn.Module:

@@ -45,6 +45,12 @@ def check_nothing_dense_is_adapted(method: str, model: nn.Module) -> None:
         raise ValueError(f"{method} would quantise layers that carry other adapters already; attach it before them")
 
 
+def quantize_base(model: nn.Module, paths: set[str], config: QLoRAConfig) -> None:
+    """These layers, but for those that train whole."""
+    chosen = {path for path in paths if not is_within(path, config.modules_to_save)}
+    quantize_linears(model, chosen.__contains__, block_size=config.block_size, double_quant=config.double_quant)
+
+
 @register(QLoRAConfig)
 class QLoRA(LoRA):
     @staticmethod
@@ -52,7 +58,4 @@ class QLoRA(LoRA):
         """Quantise all linear layers but the output layer, adapted or not."""
         check_nothing_dense_is_adapted("QLoRA", model)
         chosen = {*find_targets(model, ALL_LINEAR), *find_targets(model, config.target, QLoRA.layers)}
-        kept = {path for path in chosen if is_within(path, config.modules_to_save)}
-        quantize_linears(
-            model, (chosen - kept).__contains__, block_size=config.block_size, double_quant=config.double_quant
-        )
+        quantize_base(model, chosen, config)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..integrations.hf import model_config
 from ..methods import METHODS, attach
+from ..methods.config import check_choice
 from ..methods.lora import LoRAConfig
 from ..nn import AdamW8bit
 from . import trace
@@ -89,12 +90,14 @@ def estimate(
         optimizer: one of ``MOMENTS``.
 
     Raises:
-        ValueError: batch or length is below 1, or length is more than the model has positions.
+        ValueError: batch or length is below 1, or length is more than the model has positions; there is no such
+            optimizer.
     """
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if batch < 1 or length < 1 or (most and length > most):
         limit = f" (length at most {most})" if most else ""
         raise ValueError(f"batch and length must be at least 1{limit}, not {batch} and {length}")
+    check_choice("optimizer", optimizer, tuple(MOMENTS))
     name = METHODS[type(config)].__name__.lower()
     model = copy.deepcopy(model).train()
     try:

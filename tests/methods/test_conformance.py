@@ -12,7 +12,7 @@ import models
 import peftops
 from examples import VARIANTS, VECTORS, example_of
 from peftops.methods import METHODS, adapted_layers, hosts
-from peftops.nn import AdaptedLayer, NF4Linear
+from peftops.nn import AdaptedLayer, NF4Linear, Select
 
 examples = {c.__name__.removesuffix("Config").lower(): example_of(c) for c in METHODS} | VARIANTS
 every_method = pytest.mark.parametrize("example", examples.values(), ids=examples)
@@ -333,3 +333,24 @@ def test_a_file_of_another_base_is_refused_and_changes_nothing(example, tmp_path
     with pytest.raises(ValueError, match="does not fit|is for another model|quantised to .* already"):
         peftops.load(other, tmp_path)
     assert not hasattr(other, "_peftops") and all(torch.equal(v, state[k]) for k, v in other.state_dict().items())
+
+
+@every_method
+def test_a_module_trains_whole_beside_it(example, tmp_path):
+    """``modules_to_save``, in place of what the method would do there; in the same file, and gone with the adapter."""
+    part = "2" if example.build is models.mlp else "layers.1.mlp.up_proj"
+    config = dataclasses.replace(example.config, modules_to_save=[part])
+    base = models.mlp() if example.build is models.mlp else example.build()
+    model = peftops.attach(copy.deepcopy(base), config)
+    path, layer = next((path, layer) for path, layer in adapted_layers(model) if path.endswith(part))
+    assert type(layer.adapters["default"]) is Select and torch.equal(layer.base.weight, base.get_submodule(path).weight)
+    shake(model)
+    before = example.run(model)
+    peftops.save(model, tmp_path)
+    again = peftops.load(copy.deepcopy(base), tmp_path)
+    assert torch.allclose(example.run(again), before, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        layer.adapters["default"].weight.zero_()
+    assert not torch.equal(example.run(model), before)
+    peftops.detach(model)
+    assert torch.equal(model.get_submodule(path).weight, base.get_submodule(path).weight)

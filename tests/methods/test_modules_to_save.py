@@ -110,6 +110,7 @@ def test_longlora_keeps_its_own_and_the_head():
     ([1], r"modules_to_save must be a list of names, not \[1\]"),
     (["classifier", "clasifier"], r"modules_to_save \['clasifier'\] matches no layer.*did you mean: classifier"),
     (["dropout"], "has no parameters in dropout to train"),
+    (["attention"], r"\['attention'\] has all that target \['query'\]"),
 ])  # fmt: skip
 def test_bad_names_raise_and_change_nothing(names, message):
     model = models.bert()
@@ -147,6 +148,16 @@ def test_a_name_that_neither_the_file_nor_the_model_knows_means_nothing(saved):
     fields = json.loads((saved / CONFIG).read_text())
     (saved / CONFIG).write_text(json.dumps({**fields, "modules_to_save": ["classifier", "score"]}))
     assert peftops.load(models.bert(), saved)._peftops.configs["default"].modules_to_save == ("classifier",)
+
+
+@pytest.mark.parametrize("names, task", [([], None), (["LayerNorm"], None), (["classifier"], "SEQ_CLS")])
+def test_peft_is_told_of_a_classifier_that_is_in_the_file_alone(tmp_path, names, task):
+    peft = pytest.importorskip("peft")
+    model = shaken(LoRAConfig(r=4, target=["query"], modules_to_save=names))
+    peftops.save(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["task_type"] == task
+    other, inputs = peft.PeftModel.from_pretrained(models.bert(), tmp_path).eval(), models.inputs(models.bert)
+    torch.testing.assert_close(other(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_pool_holds_no_head(saved):

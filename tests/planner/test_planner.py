@@ -115,6 +115,8 @@ def test_moments_in_8_bits_are_counted(root):
         torch.uint8, torch.float32,
     }  # fmt: skip
     assert half.optimizer == 4 * half.trainable + kept and half.optimizer < 0.8 * whole.optimizer
+    with pytest.raises(ValueError, match="optimizer must be one of 'adamw', 'adamw8bit', not 'sgd'"):
+        estimate(skeleton(folder), config, optimizer="sgd")
 
 
 def test_more_takes_more(root):
