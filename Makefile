@@ -4,7 +4,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(abspath $(VENV))/bin
 
-.PHONY: demo test bench sanitize lint isa-check build clean
+.PHONY: demo test bench gpu gpu-build sanitize lint isa-check build clean
 
 demo: $(VENV)/.demo            # fine-tunes SmolLM2-135M in 4 bits and dense, and compares
 	$(BIN)/python examples/finetune_smollm2.py --out demo
@@ -14,6 +14,19 @@ test: $(VENV)/.dev build       # everything, on every instruction set that this 
 
 bench: $(VENV)/.dev build      # peers are dense torch, HF PEFT and bitsandbytes; ARGS="--only M=1" picks cases
 	for file in bench/bench_*.py; do $(BIN)/python $$file $(ARGS) || exit 1; done
+
+gpu: build                     # on a machine with a GPU: checks, measures and reports, into docs/gpu; resumable
+	$(BIN)/python bench/gpu.py $(ARGS)
+
+# For a GPU on another machine: two modules in peftops/, for its Python, torch and architecture, built on this one.
+# There, `python bench/gpu.py` is all that is left to do. torch's headers and libraries are what it takes: 5 GB.
+GPU_PYTHON ?= python3.12
+GPU_TORCH  ?= torch==2.11.0
+GPU_ARCH   ?= 90-real
+GPU_VENV   := build/gpu-venv
+gpu-build: $(GPU_VENV)/.torch
+	PATH="$(abspath $(GPU_VENV))/bin:$$PATH" PEFTOPS_CUDA=on CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES=$(GPU_ARCH) \
+	    $(GPU_VENV)/bin/python setup.py --quiet build_ext --inplace
 
 # The kernels' tests under AddressSanitizer and UBSan, in a build of their own. A leak check would find
 # the interpreter's own; OpenMP threads of torch are not instrumented, which is fine. libstdc++ is loaded first as
@@ -43,6 +56,11 @@ $(VENV)/.torch:
 	$(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
 	$(BIN)/python -c 'import torch; assert torch.__version__ >= (2, 10)' 2>/dev/null || $(BIN)/pip install '$(TORCH)'
 	$(BIN)/pip install 'setuptools>=77' 'cmake>=3.20' ninja 'pybind11>=2.13'
+	touch $@
+
+$(GPU_VENV)/.torch:
+	$(GPU_PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/pip install '$(GPU_TORCH)' numpy safetensors 'setuptools>=77' 'cmake>=3.20' ninja 'pybind11>=2.13'
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml

@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
-CUDA_MODULE = "_C_cuda*.so"
+CUDA_MODULE = "_C_cuda" + sysconfig.get_config_var("EXT_SUFFIX")  # of this Python; another's may lie beside it
 
 
 def fail(sentence: str) -> None:
@@ -94,20 +94,20 @@ class CMakeBuild(build_ext):
         build = [f"-D{name}={value}" for name, value in options.items()]
         extra = os.environ.get("CMAKE_ARGS", "").split()
         # pip gives every editable build an empty folder; ninja wants the last one's objects.
-        folder = ROOT / "build" / "editable" if self.editable_mode or self.in_source else self.build_temp
+        kept = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
+        folder = kept if self.editable_mode or self.in_source else self.build_temp
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
         self.call("cmake", "-S", ROOT, "-B", folder, *generator, *build, *extra)
         self.call("cmake", "--build", folder, "--target", "_C", "--parallel", jobs)
         if not wants_cuda(cuda):
-            for stale in output.glob(CUDA_MODULE):
-                stale.unlink()
+            (output / CUDA_MODULE).unlink(missing_ok=True)
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()  # peftops._C, the only one that setuptools knows of
-        for old in (ROOT / "peftops").glob(CUDA_MODULE):
-            old.unlink()
-        for new in Path(self.build_lib, "peftops").glob(CUDA_MODULE):
-            shutil.copy2(new, ROOT / "peftops")
+        (ROOT / "peftops" / CUDA_MODULE).unlink(missing_ok=True)
+        built = Path(self.build_lib, "peftops", CUDA_MODULE)
+        if built.exists():
+            shutil.copy2(built, ROOT / "peftops")
 
     def call(self, *command: object) -> None:
         try:

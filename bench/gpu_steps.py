@@ -1,0 +1,422 @@
+"""What bench/gpu.py measures in its own process: functions that return what goes into a JSON file.
+
+Times are those of CUDA graphs, so no host time is in them, and inputs rotate through more memory than the L2 cache
+holds, so every call finds its weight in memory, as a model's layers do.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import peftops
+
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096))
+ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+R = 16
+BF16 = torch.bfloat16
+ROTATED = 160 << 20  # bytes of weights that a graph goes through: three times the L2 cache of an H100
+CALLS = 8  # in a graph, at least
+
+
+@contextmanager
+def way(name: str) -> Iterator[None]:
+    """Meanwhile nf4_linear multiplies by its kernels ("never"), by the library ("always"), or as it chooses ("auto")."""
+    old = os.environ.get("PEFTOPS_NF4_LIBRARY")
+    os.environ["PEFTOPS_NF4_LIBRARY"] = name
+    try:
+        yield
+    finally:
+        os.environ.pop("PEFTOPS_NF4_LIBRARY")
+        if old is not None:
+            os.environ["PEFTOPS_NF4_LIBRARY"] = old
+
+
+class Replay:
+    """A graph of calls. ``calls`` are made on one stream before the capture as well, to warm up."""
+
+    def __init__(self, calls: list[Callable[[], object]], stream: torch.cuda.Stream):
+        self.count = len(calls)
+        with torch.cuda.stream(stream):
+            for call in calls[:2]:
+                call()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            for call in calls:
+                call()
+
+    def microseconds(self) -> float:
+        """Of one call, in one replay."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e3 / self.count
+
+
+def time_all(providers: dict[str, list[Callable[[], object]]], rounds: int = 5) -> dict[str, float]:
+    """Median microseconds of a call of each provider, replayed in turns; NaN and a word where a capture fails."""
+    stream, replays = torch.cuda.Stream(), {}
+    for name, calls in providers.items():
+        try:
+            replays[name] = Replay(calls, stream)
+        except RuntimeError as error:
+            print(f"    {name}: {str(error).splitlines()[0]}", flush=True)
+            torch.cuda.synchronize()
+    times: dict[str, list[float]] = {name: [] for name in replays}
+    for replay in replays.values():
+        replay.microseconds()
+    for _ in range(rounds):
+        for name, replay in replays.items():
+            times[name].append(replay.microseconds())
+    return {name: statistics.median(times[name]) if name in times else float("nan") for name in providers}
+
+
+def spread(bytes_each: int) -> int:
+    """How many copies of something rotate."""
+    return max(2, -(-ROTATED // max(bytes_each, 1 << 20)))
+
+
+def rotate(make: Callable[[int], Callable[[], object]], copies: int) -> list[Callable[[], object]]:
+    calls = [make(i) for i in range(copies)]
+    return [calls[i % copies] for i in range(max(copies, CALLS))]
+
+
+def in_way(name: str, call: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        with way(name):
+            return call()
+
+    return run
+
+
+def linear4bit(weight: torch.Tensor) -> nn.Module | None:
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        return None
+    kind = dict(quant_type="nf4", compress_statistics=True)
+    layer = bnb.nn.Linear4bit(*weight.T.shape, bias=False, compute_dtype=weight.dtype, **kind)
+    layer.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, **kind)
+    return layer.cuda().eval()
+
+
+def products(rows: tuple[int, ...] = ROWS) -> dict:
+    """nf4_linear in its ways, the dense product, dequantising first, and bitsandbytes; forward, and backward of a layer
+    with an adapter of rank 16 in float32."""
+    torch.manual_seed(0)
+    records = []
+    for n, k in SHAPES:
+        dense = [(0.02 * torch.randn(n, k, device="cuda")).to(BF16) for _ in range(spread(2 * n * k))]
+        ours = [peftops.nf4_quantize(dense[0]) for _ in range(spread(n * k // 2))]
+        theirs = [linear4bit(dense[0]) for _ in range(spread(n * k // 2))]
+        A, B = torch.randn(R, k, device="cuda").requires_grad_(), torch.randn(n, R, device="cuda").requires_grad_()
+        exact = peftops.nf4_dequantize(ours[0], dtype=torch.float32).double()
+        for m in rows:
+            x = torch.randn(m, k, device="cuda").to(BF16)
+            forward = {
+                "peftops": lambda i: in_way("auto", lambda: peftops.nf4_linear(x, ours[i])),
+                "kernels": lambda i: in_way("never", lambda: peftops.nf4_linear(x, ours[i])),
+                "library": lambda i: in_way("always", lambda: peftops.nf4_linear(x, ours[i])),
+                "dequantise + cuBLAS": lambda i: lambda: F.linear(x, peftops.nf4_dequantize(ours[i])),
+                "bitsandbytes": lambda i: lambda: theirs[i](x),
+                "dense": lambda i: lambda: F.linear(x, dense[i]),
+            }
+            if theirs[0] is None:
+                del forward["bitsandbytes"]
+            with torch.no_grad():
+                us = time_all({p: rotate(f, len(dense if p == "dense" else ours)) for p, f in forward.items()})
+                want = x.double() @ exact.T
+                size = want.square().mean().sqrt()
+                error = {p: float((f(0)().double() - want).square().mean().sqrt() / size)
+                         for p, f in forward.items() if p != "dense"}  # fmt: skip
+            records.append(dict(direction="forward", m=m, n=n, k=k, us=us, error=error))
+            records.append(dict(direction="backward", m=m, n=n, k=k, us=backward(m, n, k, A, B, dense, ours, theirs)))
+            print(records[-2], records[-1], sep="\n", flush=True)
+        del dense, ours, theirs, exact
+        torch.cuda.empty_cache()
+    return {"records": records}
+
+
+def backward(m, n, k, A, B, dense, ours, theirs) -> dict[str, float]:
+    """Microseconds for the gradients of x, A and B."""
+    x = torch.randn(m, k, device="cuda").to(BF16).requires_grad_()
+    g = torch.randn(m, n, device="cuda").to(BF16)
+    stream = torch.cuda.Stream()
+
+    def composed(base):  # as PEFT has it
+        return base + F.linear(F.linear(x.to(A.dtype), A), B).to(base.dtype) * 2.0
+
+    def adapted(weight):
+        return peftops.nf4_linear(x, weight, lora_A=A, lora_B=B, scaling=2.0)
+
+    layers = {
+        "peftops": (adapted, ours),
+        "kernels": (in_way_of("never", adapted), ours),
+        "library": (in_way_of("always", adapted), ours),
+        "bitsandbytes": (lambda layer: composed(layer(x)), theirs),
+        "dense": (lambda weight: composed(F.linear(x, weight)), dense),
+    }
+    ways = {"peftops": "auto", "kernels": "never", "library": "always"}
+    replays = {}
+    for name, (layer, weights) in layers.items():
+        if weights[0] is None:
+            continue
+        with torch.cuda.stream(stream):
+            outputs = [layer(weight) for weight in weights]
+        gradient = lambda y: torch.autograd.grad(y, (x, A, B), g, retain_graph=True)
+        make = lambda i, o=outputs, w=ways.get(name, "auto"): in_way(w, lambda: gradient(o[i]))
+        try:
+            replays[name] = Replay(rotate(make, len(outputs)), stream)
+        except RuntimeError as error:
+            print(f"    backward {name}: {str(error).splitlines()[0]}", flush=True)
+        del outputs
+    times: dict[str, list[float]] = {name: [] for name in replays}
+    for round in range(4):
+        for name, replay in replays.items():
+            us = replay.microseconds()
+            if round:
+                times[name].append(us)
+    return {name: statistics.median(of) for name, of in times.items()}
+
+
+def in_way_of(name: str, layer: Callable) -> Callable:
+    def run(weight):
+        with way(name):
+            return layer(weight)
+
+    return run
+
+
+def others() -> dict:
+    """Quantise, dequantise, group-quantised layers, parts of LoRA, many adapters, gated prompts, 8-bit AdamW; each with
+    what a user would do without it."""
+    torch.manual_seed(0)
+    records = []
+
+    def case(label: str, moved: int = 0, **providers: list[Callable[[], object]]) -> None:
+        with torch.no_grad():
+            us = time_all(providers)
+        record = dict(label=label, us=us, **({"bytes": moved} if moved else {}))
+        print(record, flush=True)
+        records.append(record)
+
+    source = [torch.empty(64 << 20, dtype=torch.int8, device="cuda") for _ in range(4)]
+    target = [torch.empty_like(t) for t in source]
+    case("copy of 64 MiB", 128 << 20, copy=[lambda i=i: target[i].copy_(source[i]) for i in range(4)] * 2)
+    n = k = 4096
+    copies = range(spread(2 * n * k))
+    dense = [(0.02 * torch.randn(n, k, device="cuda")).to(BF16) for _ in copies]
+    packed = [peftops.nf4_quantize(w) for w in dense]
+    try:
+        import bitsandbytes.functional as bnb
+
+        theirs = [bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True) for w in dense]
+        quantise = {"bitsandbytes": [lambda w=w: bnb.quantize_4bit(w, quant_type="nf4") for w in dense] * 2}
+        dequantise = {"bitsandbytes": [lambda w=w: bnb.dequantize_4bit(*w) for w in theirs] * 2}
+    except ImportError:
+        quantise, dequantise = {}, {}
+    size = packed[0].nbytes + dense[0].nbytes
+    case("nf4_quantize 4096x4096 bf16", size,
+         peftops=[lambda w=w: peftops.nf4_quantize(w, double_quant=False) for w in dense] * 2, **quantise)  # fmt: skip
+    case("nf4_dequantize 4096x4096 bf16", size,
+         peftops=[lambda w=w: peftops.nf4_dequantize(w) for w in packed] * 2, **dequantise)  # fmt: skip
+    for bits in (4, 2, 3, 8):
+        groups = [peftops.group_quantize(w, bits=bits) for w in dense]
+        size = groups[0].nbytes + dense[0].nbytes
+        case(f"group_dequantize {bits} bits", size,
+             peftops=[lambda w=w: peftops.group_dequantize(w) for w in groups] * 2)  # fmt: skip
+        for m in (1, 16, 64, 256, 1024, 4096) if bits in (3, 4) else (16, 1024):
+            x, g = torch.randn(m, k, device="cuda", dtype=BF16), torch.randn(m, n, device="cuda", dtype=BF16)
+            case(f"group_linear {bits} bits M={m}",
+                 peftops=[lambda w=w: peftops.group_linear(x, w) for w in groups] * 2,
+                 dequantised=[lambda w=w: F.linear(x, peftops.group_dequantize(w)) for w in groups] * 2,
+                 dense=[lambda w=w: F.linear(x, w) for w in dense] * 2)  # fmt: skip
+            step = torch.ops.peftops.group_linear_backward
+            case(f"group_linear_backward {bits} bits M={m}",
+                 peftops=[lambda w=w: step(g, *w._arguments, None, None) for w in groups],
+                 dequantised=[lambda w=w: g @ peftops.group_dequantize(w) for w in groups],
+                 dense=[lambda w=w: g @ w for w in dense])  # fmt: skip
+    for m in (1, 64, 512, 4096):
+        x = [torch.randn(m, k, device="cuda", dtype=BF16) for _ in range(max(2, (64 << 20) // (m * k * 2) + 1) if m > 64 else 8)]
+        A, u = torch.randn(R, k, device="cuda"), torch.randn(m, R, device="cuda")
+        ops, A16 = torch.ops.peftops, torch.randn(R, k, device="cuda", dtype=BF16)
+        case(f"lora_shrink M={m} r={R}",
+             peftops=[lambda t=t: ops.lora_shrink(t, A, True, 1.0, 0.0, None) for t in x],
+             torch_bf16=[lambda t=t: t @ A16.T for t in x],
+             torch_fp32=[lambda t=t: t.float() @ A.T for t in x])  # fmt: skip
+        u16 = u.to(BF16)
+        case(f"lora_gradient M={m} r={R}",
+             peftops=[lambda t=t: ops.lora_gradient(u, t, torch.float32, True, 1.0, 0.0, None) for t in x],
+             torch_bf16=[lambda t=t: u16.T @ t for t in x],
+             torch_fp32=[lambda t=t: u.T @ t.float() for t in x])  # fmt: skip
+    for m in (16, 1024):
+        x32 = torch.randn(m, k, device="cuda")
+        case(f"nf4_linear float32 M={m}",
+             kernels=[in_way("never", lambda w=w: peftops.nf4_linear(x32, w)) for w in packed],
+             library=[in_way("always", lambda w=w: peftops.nf4_linear(x32, w)) for w in packed],
+             dense=[lambda w=w: F.linear(x32, w.float()) for w in dense])  # fmt: skip
+    return {"records": records}
+
+
+def host() -> dict:
+    """Microseconds of the host for a call, on shapes so small that the GPU is never behind."""
+    n = k = 64
+    weight = peftops.nf4_quantize(torch.randn(n, k, device="cuda", dtype=BF16))
+    dense = torch.randn(n, k, device="cuda", dtype=BF16)
+    x = torch.randn(1, k, device="cuda", dtype=BF16)
+    A, B = (torch.randn(s, device="cuda", requires_grad=True) for s in ((R, k), (n, R)))
+    rows = 64
+    pool = peftops.AdapterPool({"layer": (k, n)}, pages=rows * 9, page_size=1024, slots=rows, device="cuda")
+    for i in range(rows):
+        pool.add(str(i), {"layer": (torch.randn(R, k), torch.randn(n, R))})
+    index = torch.tensor([pool.pin(str(i)) for i in range(rows)])
+    layer, many = pool.layer("layer"), torch.randn(rows, k, device="cuda")
+    theirs = linear4bit(dense)
+    calls = {
+        "F.linear": lambda: F.linear(x, dense),
+        "nf4_linear": lambda: peftops.nf4_linear(x, weight),
+        "nf4_linear with an adapter": lambda: peftops.nf4_linear(x, weight, lora_A=A, lora_B=B),
+        "multi_lora_linear, 64 adapters": lambda: peftops.multi_lora_linear(many, weight, layer, index),
+    }
+    if theirs is not None:
+        calls["bitsandbytes Linear4bit"] = lambda: theirs(x)
+    result = {}
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            for name, call in calls.items():
+                for _ in range(100):
+                    call()
+                samples = []
+                for _ in range(5):
+                    torch.cuda.synchronize()
+                    begin = time.perf_counter()
+                    for _ in range(200):
+                        call()
+                    samples.append((time.perf_counter() - begin) / 200 * 1e6)
+                    torch.cuda.synchronize()
+                result[name + (", grad" if grad else "")] = statistics.median(samples)
+    return result
+
+
+def qlora_step(layers: int = 32, batch: int = 4, tokens: int = 512) -> dict:
+    """One training step of a LLaMA-7B with random weights: tokens a second and peak memory, against PEFT on
+    bitsandbytes' layers, and PEFT on the dense model."""
+    import gc
+
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers,
+                         num_attention_heads=32, num_key_value_heads=32)  # fmt: skip
+
+    def llama() -> nn.Module:
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config).to(BF16)
+        model = model.to_empty(device="cuda")
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(std=0.02) if p.dim() > 1 else p.fill_(1.0)
+        for module in model.modules():  # buffers that to_empty left undefined
+            if hasattr(module, "inv_freq"):
+                fresh = type(module)(config).to("cuda")
+                module.inv_freq, module.original_inv_freq = fresh.inv_freq, fresh.inv_freq
+        return model
+
+    def with_peftops() -> nn.Module:
+        model = llama()
+        peftops.attach(model, peftops.QLoRAConfig(r=R))
+        return model
+
+    def with_peft(model: nn.Module) -> nn.Module:
+        lora = LoraConfig(r=R, lora_alpha=2 * R, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(model, lora)
+
+    def with_bitsandbytes() -> nn.Module:
+        import bitsandbytes as bnb
+
+        model = llama()
+        kind = dict(quant_type="nf4", compress_statistics=True)
+        for name, dense in list(model.model.named_modules()):
+            if isinstance(dense, nn.Linear):
+                layer = bnb.nn.Linear4bit(dense.in_features, dense.out_features, bias=False, compute_dtype=BF16, **kind)
+                layer.weight = bnb.nn.Params4bit(dense.weight.data, requires_grad=False, **kind)
+                model.model.set_submodule(name, layer.cuda())
+                dense.weight = None
+        model.is_loaded_in_4bit = True  # what PEFT asks
+        return with_peft(model)
+
+    makers = {"peftops": with_peftops, "PEFT + bitsandbytes": with_bitsandbytes, "PEFT, dense": lambda: with_peft(llama())}
+    records = []
+    for name, make in makers.items():
+        for checkpointing in (True,) if layers > 8 else (False, True):
+            try:
+                model = make()
+                model.train()
+                if checkpointing:
+                    model.enable_input_require_grads()
+                    model.gradient_checkpointing_enable({"use_reentrant": False})
+                gc.collect()
+                torch.cuda.empty_cache()
+                weights = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+                ids = torch.randint(0, 32000, (batch, tokens), device="cuda")
+                times = []
+                for _ in range(5):
+                    torch.cuda.synchronize()
+                    begin = time.perf_counter()
+                    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    torch.cuda.synchronize()
+                    times.append(time.perf_counter() - begin)
+                seconds = statistics.median(times[2:])
+                records.append(dict(
+                    provider=name, layers=layers, batch=batch, tokens=tokens, checkpointing=checkpointing,
+                    seconds=seconds, tokens_per_second=batch * tokens / seconds, loss=float(loss),
+                    weights_bytes=weights, peak_bytes=torch.cuda.max_memory_allocated(),
+                ))  # fmt: skip
+                del loss
+            except (RuntimeError, ImportError, AttributeError, TypeError) as error:  # another provider still counts
+                records.append(dict(provider=name, layers=layers, error=f"{type(error).__name__}: {error}"[:300]))
+            print(records[-1], flush=True)
+            model = optimizer = None
+            gc.collect()
+            torch.cuda.empty_cache()
+    return {"records": records}
+
+
+def launches() -> dict:
+    """A launch of each main kernel, for a profiler to look at."""
+    torch.manual_seed(0)
+    n = k = 4096
+    weight = peftops.nf4_quantize((0.02 * torch.randn(n, k, device="cuda")).to(BF16))
+    group = peftops.group_quantize((0.02 * torch.randn(n, k, device="cuda")).to(BF16))
+    with torch.no_grad():
+        peftops.nf4_dequantize(weight)
+        for name, rows in (("never", (1, 16, 64, 256, 1024)), ("always", (256,))):
+            for m in rows:
+                x = torch.randn(m, k, device="cuda", dtype=BF16)
+                with way(name):
+                    peftops.nf4_linear(x, weight)
+        for m in (64, 1024):
+            g = torch.randn(m, n, device="cuda", dtype=BF16)
+            torch.ops.peftops.nf4_linear_backward(g, *weight._arguments, k, None, None, 0.0, None)
+            peftops.group_linear(torch.randn(m, k, device="cuda", dtype=BF16), group)
+        x, A = torch.randn(512, k, device="cuda", dtype=BF16), torch.randn(R, k, device="cuda")
+        torch.ops.peftops.lora_shrink(x, A, True, 1.0, 0.0, None)
+        torch.ops.peftops.lora_gradient(torch.randn(512, R, device="cuda"), x, torch.float32, True, 1.0, 0.0, None)
+    torch.cuda.synchronize()
+    return {}
