@@ -41,12 +41,16 @@ class GroupLayer(PackedLayer):
 
     def narrow_forward(self):
         """What products in bf16 or int16 may add to the error of y."""
+        if self.by_library:
+            return self.narrow_operands()
         m, k = self.x.numel() // self.weight.shape[1], self.weight.shape[1]
         kind = "fp32" if m <= FEW else product_of(self.x, True)
         return _narrow("fp32" if kind == "int16" and k % 32 else kind, self.x, self.dense.T, 128)
 
     def narrow_backward(self, keep=None):
         """The same for dx, where a dropped term is added to a dx of the base that was rounded once."""
+        if self.dx_by_library:
+            return self.narrow_gradient()
         n = self.weight.shape[0]
         kind = product_of(self.g, True)
         kind = "int16" if kind == "bf16" and n % 8 else kind

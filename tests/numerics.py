@@ -3,6 +3,7 @@
 Elementwise results are exact. Sums are bounded from float64 by what rounding can do:
 
 * n fp32 additions or fused multiply-adds in any order err by at most n * 2^-24 times the sum of magnitudes;
+* a GPU's tensor core cuts where it adds, so an instruction errs by 2^-23: see ``cut_sums``;
 * the result is rounded once to its dtype, and below the smallest normal number by its spacing there;
 * a product in int16 (AVX-512, 16-bit activations) errs by what rounding to int16 does to its factors;
 * a product in bf16 (AVX512-BF16, bf16 activations) by what rounding to bf16 does to the weight.
@@ -54,6 +55,13 @@ def assert_rounded(got, want, magnitude, terms, extra=0.0, then=lambda t: t):
 def on_cuda(x):
     """Whether CUDA kernels compute with ``x``: on a GPU, or in the simulator."""
     return x.device.type == "cuda" or sim.active
+
+
+def cut_sums(x, terms):
+    """How many half-steps sums of ``terms`` numbers err by, where tensor cores of a GPU may add them up. One instruction
+    adds eight products of tf32 and cuts the sum: two half-steps. Of two fp32 numbers it takes six instructions, for the
+    six products of their parts, and a gradient is made in two such stages, each of which begins with a whole eight."""
+    return 1.5 * terms + 24 if x.device.type == "cuda" else terms
 
 
 def code_error(dtype):

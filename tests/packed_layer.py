@@ -4,7 +4,7 @@ numerics.py wants, for the tests of nf4_linear, group_linear and qalora_linear."
 import torch
 
 import reference
-from numerics import assert_sums
+from numerics import assert_sums, cut_sums
 from strategies import normal, strided
 
 
@@ -13,6 +13,7 @@ class PackedLayer:
     of what is summed to make it; ``slack``, additions beyond those of the products; what narrow products err by."""
 
     slack = 4
+    by_library = dx_by_library = False  # whether torch multiplies the decoded weight, on CUDA, for y and for dx
 
     def __init__(self, weight, device, lead, dtype, seed, *, lora_columns, r=0, adapter=None, bias=False,
                  layout="plain"):  # fmt: skip
@@ -62,7 +63,33 @@ class PackedLayer:
         n, k = self.weight.shape
         m, r = max(1, self.x.numel() // k), 0 if self.lora_A is None else self.lora_A.shape[0]
         outer, inner = self.slack, self.slack // 2
-        return {"y": k + r + outer, "x": n + r + outer, "bias": m, "lora_A": m + n + inner, "lora_B": m + k + inner}
+        terms = {"y": k + r + outer, "x": n + r + outer, "bias": m, "lora_A": m + n + inner, "lora_B": m + k + inner}
+        if self.by_library:
+            terms["y"] = k + 3 * r + 8
+        return {name: cut_sums(self.x, count) for name, count in terms.items()}
+
+    def narrow_operands(self):
+        """What a library's product may add to the error of y. Its operands hold the weight rounded to the dtype of x, and
+        in bf16 two parts of u, lora_B and bias. What is left of a number has half a step of half a step; products of two
+        such rests are left out."""
+        x = self.x.detach()
+        if x.dtype == torch.float32:
+            return 0.0
+        info, size = torch.finfo(x.dtype), lambda t: t.detach().double().abs()
+        error = size(x) @ (info.eps / 2 * self.dense.abs() + info.smallest_normal * info.eps / 2).T
+        rest = (info.eps / 2) ** 2
+        if self.lora_A is not None:
+            parts = 1 if self.lora_B.dtype == x.dtype else 3
+            error = error + parts * rest * self.low_rank(size(x), size(self.lora_A), size(self.lora_B), None)
+        return error if self.bias is None else error + rest * size(self.bias)
+
+    def narrow_gradient(self):
+        """The same for dx: the weight is rounded, and so is its product, before the low-rank term is added to that."""
+        if self.g.dtype == torch.float32:
+            return 0.0
+        info, g = torch.finfo(self.g.dtype), self.g.double().abs()
+        error = g @ (info.eps / 2 * self.dense.abs() + info.smallest_normal * info.eps / 2)
+        return error if self.lora_A is None else error + info.eps / 2 * (g @ self.dense.abs() + error)
 
     def check(self, keep=None, **kw):
         y, terms = self(**kw), self.terms()

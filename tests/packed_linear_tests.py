@@ -6,6 +6,8 @@ from typing import ClassVar
 import pytest
 import torch
 
+import sim
+from conftest import CUDA_DEVICES
 from group_layer import FEW
 from numerics import FP32, assert_sums, on_cuda
 from peftops import _C
@@ -27,6 +29,32 @@ def check_what_is_not_finite(layer, bad, dense=None):
         assert torch.equal(got[last].isinf(), ref[last].isinf())
         infinite = ref[last].isinf()
         assert torch.equal(got[last][infinite].sign().double(), ref[last][infinite].sign())
+
+
+on_any_cuda = pytest.mark.parametrize("device", CUDA_DEVICES, indirect=True)
+
+
+def kernels_of(call):
+    """Its result and, in the simulator, what was launched for it; elsewhere that cannot be told."""
+    if not sim.active:
+        return call(), None
+    device = sim.simulator()
+    device.forget()
+    result = call()
+    return result, " ".join(report["kernel"] for report in device.reports())
+
+
+def check_by_library(layer, *args, **kw):
+    """The library's product, and no kernel of ours but those for its operands; fp16 has none for every factor."""
+    exact = layer.lora_A is None and (layer.bias is None or layer.bias.dtype == torch.float16)
+    layer.by_library, layer.dx_by_library = layer.x.dtype != torch.float16 or exact, True
+    with sim.nf4_library("always"):
+        with torch.no_grad():
+            y, names = kernels_of(layer)
+        layer.check(*args, **kw)
+    if names is not None and y.numel():
+        decoded = "operands" in names or "dequantize" in names
+        assert ("_rows" in names) != layer.by_library and decoded == layer.by_library, names
 
 
 class PackedLinearTests:

@@ -6,7 +6,7 @@
 // With pool = 1, A is that of LoRA; with pool = group that of QA-LoRA (kernels/qalora_linear.h).
 //
 // With 16-bit x or g, AVX-512 multiplies in int16 (see cpu/product_int16.h for its error) or bf16, other ISAs in fp32.
-// CUDA multiplies codes, which are exact in the type of a 16-bit x, on tensor cores.
+// CUDA multiplies codes, which are exact in the type of a 16-bit x, on tensor cores, or has a library multiply W.
 #pragma once
 #include "kernels/cpu/kernel.h"
 #ifdef PEFTOPS_CUDA
@@ -31,7 +31,14 @@ namespace avx512bf16 { Kernel<GroupLinear> group_linear; Kernel<GroupLinearBackw
 }  // namespace cpu
 
 #ifdef PEFTOPS_CUDA
-namespace cuda { Kernel<GroupLinear> group_linear; Kernel<GroupLinearBackward> group_linear_backward; }
+namespace cuda {
+Kernel<GroupLinear> group_linear;
+Kernel<GroupLinearBackward> group_linear_backward;
+Kernel<LibraryOperands<GroupWeight>> group_operands;
+int64_t operands_depth(const GroupLinear&);   // as in kernels/nf4_linear.h
+cudaError_t by_library(const GroupLinear&, Way wanted, bool* result);
+cudaError_t by_library(const GroupLinearBackward&, Way wanted, bool* result);
+}  // namespace cuda
 #endif
 
 }  // namespace peftops

@@ -6,6 +6,9 @@
 //
 // W is decoded in registers or a panel at a time; nothing of its size is ever written. Sums are fp32, in an
 // order that depends on the shapes alone.
+//
+// Where a matrix library is the faster, CUDA has kernels for its operands (LibraryOperands): those hold W, rounded to the
+// type of x, in memory.
 #pragma once
 #include <cstdint>
 
@@ -37,5 +40,19 @@ template <class Weight> struct LinearBackward {
   DType dtype;           // of g and dx
   DType a_dtype;
 };
+
+#ifdef PEFTOPS_CUDA
+// y = left right^T: [x | scaling u | 1] [W | lora_B | bias]^T, numbers that the type cannot hold in parts, and zeros up to
+// a depth of whole units of 16 bytes. For some rows of W, the first of which are there for `left` as well.
+template <class Weight> struct LibraryOperands {
+  Linear<Weight> of;     // its y is not touched
+  void* left;            // [m, depth] of of.dtype; null where depth is k, and x will do
+  void* right;           // [rows, depth]
+  int64_t depth;         // operands_depth(of)
+  int64_t first, rows;   // of W
+};
+
+enum class Way { faster, kernels, library };
+#endif
 
 }  // namespace peftops

@@ -28,6 +28,7 @@ struct LoraShrink {
   bool by_rank;
   DType x_dtype, f_dtype;
   Dropout dropout;      // of x
+  float* parts;         // [lora_parts, m, r] on CUDA, where blocks of threads share a sum; null: they do not
 };
 
 // y += dropout(scale * u f), rounded once
@@ -52,6 +53,7 @@ struct LoraGradient {
   bool by_rank;
   DType x_dtype, d_dtype;
   Dropout dropout;      // of x
+  float* parts;         // [lora_parts, r, k] likewise
 };
 
 namespace cpu {
@@ -62,7 +64,11 @@ namespace avx512bf16 { Kernel<LoraShrink> lora_shrink; Kernel<LoraExpand> lora_e
 }  // namespace cpu
 
 #ifdef PEFTOPS_CUDA
-namespace cuda { Kernel<LoraShrink> lora_shrink; Kernel<LoraExpand> lora_expand; Kernel<LoraGradient> lora_gradient; }
+namespace cuda {
+Kernel<LoraShrink> lora_shrink; Kernel<LoraExpand> lora_expand; Kernel<LoraGradient> lora_gradient;
+int64_t lora_parts(const LoraShrink&);     // how many blocks of threads share a sum, by the shapes alone
+int64_t lora_parts(const LoraGradient&);
+}
 #endif
 
 }  // namespace peftops

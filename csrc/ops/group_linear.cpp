@@ -1,4 +1,6 @@
+#include "kernels/group_dequantize.h"
 #include "kernels/group_linear.h"
+#include "ops/by_library.h"
 #include "ops/group.h"
 #include "ops/linear.h"
 
@@ -15,6 +17,9 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
   const GroupParts w(kOp, packed, scales, zeros, bits, group);
   LinearOperands<GroupLinear> o(kOp, w.weight, x, bias, u, b, scaling);
   o.args.int8 = int8;
+#ifdef PEFTOPS_CUDA
+  if (linear_by_library(kOp, o.args, o.x, o.y, PEFTOPS_PICK(group_operands), PEFTOPS_PICK(group_dequantize))) return o.y;
+#endif
   run(PEFTOPS_PICK(group_linear), o.args, o.work());
   return o.y;
 }
@@ -34,6 +39,10 @@ Tensor linear_backward(const Tensor& g, const Tensor& packed, const Tensor& scal
                     shape_of(o.a));
     o.args.pool = k / o.a.size(1);
   }
+#ifdef PEFTOPS_CUDA
+  if (backward_by_library(kOp, o.args, o.g, o.dx, o.a, o.args.pool, {nullptr, 0}, PEFTOPS_PICK(group_dequantize)))
+    return o.dx;
+#endif
   run(PEFTOPS_PICK(group_linear_backward), o.args, o.work());
   return o.dx;
 }

@@ -11,6 +11,19 @@ int64_t rank_of(const char* op, const Tensor& f, int64_t k, bool by_rank) {
   return f.size(by_rank ? 0 : 1);
 }
 
+// Working memory for sums that blocks of threads share. It is torch's again when the kernels are enqueued.
+template <class Args> std::optional<Tensor> share_sums(const Tensor& like, Args& args, int64_t results) {
+#ifdef PEFTOPS_CUDA
+  const int64_t parts = cuda::lora_parts(args);
+  if (parts == 1) return std::nullopt;
+  Tensor memory = empty(like, {parts, results}, ScalarType::Float);
+  args.parts = memory.mutable_data_ptr<float>();
+  return memory;
+#else
+  return std::nullopt;
+#endif
+}
+
 // u = scale * dropout(x) f^T
 Tensor shrink(const Tensor& x_, const Tensor& f_, bool by_rank, double scale, double p,
               const std::optional<Tensor>& seed) {
@@ -19,10 +32,10 @@ Tensor shrink(const Tensor& x_, const Tensor& f_, bool by_rank, double scale, do
   const Tensor x = as_contiguous(x_), f = as_contiguous(f_);
   const int64_t m = rows_of(x), k = x.size(-1), r = rank_of(kOp, f, k, by_rank);
   Tensor u = empty(x, {m, r}, ScalarType::Float);
-  run(PEFTOPS_PICK(lora_shrink),
-      LoraShrink{x.const_data_ptr(), f.const_data_ptr(), u.mutable_data_ptr<float>(), m, k, r, float(scale), by_rank,
-                 dtype_of(kOp, "x", x), dtype_of(kOp, "the factor", f), dropout_of(kOp, p, seed)},
-      m * k * r);
+  LoraShrink args{x.const_data_ptr(), f.const_data_ptr(), u.mutable_data_ptr<float>(), m, k, r, float(scale), by_rank,
+                  dtype_of(kOp, "x", x), dtype_of(kOp, "the factor", f), dropout_of(kOp, p, seed), nullptr};
+  const auto memory = share_sums(x, args, m * r);
+  run(PEFTOPS_PICK(lora_shrink), args, m * k * r);
   return u;
 }
 
@@ -50,10 +63,10 @@ Tensor gradient(const Tensor& u_, const Tensor& x_, ScalarType dtype, bool by_ra
   const int64_t m = rows_of(x), k = x.size(-1), r = u.size(-1);
   check_shape(kOp, "u", u, {m, r});
   Tensor d = by_rank ? empty(u, {r, k}, dtype) : empty(u, {k, r}, dtype);
-  run(PEFTOPS_PICK(lora_gradient),
-      LoraGradient{floats_of(kOp, "u", u), x.const_data_ptr(), d.mutable_data_ptr(), m, k, r, float(scale), by_rank,
-                   dtype_of(kOp, "x", x), dtype_of(kOp, "dtype", dtype), dropout_of(kOp, p, seed)},
-      m * k * r);
+  LoraGradient args{floats_of(kOp, "u", u), x.const_data_ptr(), d.mutable_data_ptr(), m, k, r, float(scale), by_rank,
+                    dtype_of(kOp, "x", x), dtype_of(kOp, "dtype", dtype), dropout_of(kOp, p, seed), nullptr};
+  const auto memory = share_sums(x, args, r * k);
+  run(PEFTOPS_PICK(lora_gradient), args, m * k * r);
   return d;
 }
 

@@ -1,7 +1,8 @@
+#include "kernels/nf4_dequantize.h"
 #include "kernels/nf4_linear.h"
+#include "ops/by_library.h"
 #include "ops/linear.h"
 #include "ops/nf4.h"
-#include "ops/nf4_library.h"
 
 namespace peftops::ops {
 namespace {
@@ -17,7 +18,10 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, const
   const Nf4Parts w(kOp, packed, absmax, scale, offset, block_size, n, k);
   LinearOperands<Nf4Linear> o(kOp, w.weight, x, bias, u, b, scaling);
   o.args.int8 = int8;
-  if (!nf4_linear_by_library(kOp, o.args, o.x, o.y)) run(PEFTOPS_PICK(nf4_linear), o.args, o.work());
+#ifdef PEFTOPS_CUDA
+  if (linear_by_library(kOp, o.args, o.x, o.y, PEFTOPS_PICK(nf4_operands), PEFTOPS_PICK(nf4_dequantize))) return o.y;
+#endif
+  run(PEFTOPS_PICK(nf4_linear), o.args, o.work());
   return o.y;
 }
 
@@ -35,6 +39,9 @@ Tensor linear_backward(const Tensor& g, const Tensor& packed, const Tensor& absm
     check_shape(kOp, "lora_A", o.a, {o.args.r, k});
     o.args.dropout = dropout_of(kOp, p, seed);
   }
+#ifdef PEFTOPS_CUDA
+  if (backward_by_library(kOp, o.args, o.g, o.dx, o.a, 1, o.args.dropout, PEFTOPS_PICK(nf4_dequantize))) return o.dx;
+#endif
   run(PEFTOPS_PICK(nf4_linear_backward), o.args, o.work());
   return o.dx;
 }

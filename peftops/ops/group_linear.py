@@ -64,6 +64,9 @@ def group_linear(
     the precision of the rest. It is done where it is faster: with AVX-512, from five rows on, in groups of
     32 and more. The gradient is that of ``compute="float"``.
 
+    CUDA is the exception, as for :func:`peftops.nf4_linear`: many rows, and the gradient, are torch's product with a
+    decoded temporary.
+
     Args:
         x: float32, bfloat16 or float16, ``[..., in]``; any strides.
         weight: ``[out, in]``, frozen; from :func:`peftops.group_quantize`.

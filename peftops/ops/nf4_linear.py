@@ -56,9 +56,10 @@ def nf4_linear(
     It is done where it is faster: with AVX-512, from five rows on, where in_features is a multiple of 32. The gradient
     is that of ``compute="float"``.
 
-    CUDA is the exception: where that is reckoned faster, many rows on an H100 for instance, forward decodes the weight
-    into a temporary of ``x``'s dtype and has torch multiply. ``PEFTOPS_NF4_LIBRARY=never`` in the environment keeps to
-    the kernels, ``always`` to torch but for float16 with an adapter; docs/cuda_roofline.md has the reasons.
+    CUDA is the exception. Up to some 64 rows of a 16-bit ``x`` its kernels are the faster way. Beyond, and backward,
+    the weight is decoded into a temporary of ``x``'s dtype, at most 256 MiB of it at a time forward, and torch
+    multiplies. ``PEFTOPS_NF4_LIBRARY=never`` in the environment keeps to the kernels, ``always`` to torch but for
+    float16 with an adapter; docs/cuda_roofline.md has the measurements.
 
     Args:
         x: float32, bfloat16 or float16, ``[..., in]``; any strides.

@@ -9,7 +9,13 @@ import peftops
 import reference
 from group_layer import FEW, GroupLayer
 from numerics import FP32, assert_sums, on_cuda, segment_max
-from packed_linear_tests import Int8Tests, PackedLinearTests, check_what_is_not_finite
+from packed_linear_tests import (
+    Int8Tests,
+    PackedLinearTests,
+    check_by_library,
+    check_what_is_not_finite,
+    on_any_cuda,
+)
 from peftops import _C
 from strategies import bit_widths, dtypes, grouped_ins, layouts, normal, outs, ranks, rows, seeds, strided
 
@@ -41,7 +47,7 @@ def test_dropout_matches_reference(device, n, group_k, m, dtype, r, p, seed):
     layer = GroupLayer(device, n, k, (m,), dtype, seed, group=group, r=r, pool=None)
     torch.manual_seed(seed)
     drawn = torch.randint(0, 2**62, (), device=device).item()
-    keep = reference.dropout_mask(drawn, m, k, p).double() / (1 - p)
+    keep = reference.dropout_mask(drawn, m, k, p).double().to(device) / (1 - p)
     torch.manual_seed(seed)
     layer.check(keep, dropout_p=p, training=True)
     if not r:
@@ -107,6 +113,24 @@ def test_bad_input(device):
         torch.ops.peftops.group_linear_backward(torch.randn(7, 64, device=device), *weight._arguments, v, A)
     with pytest.raises(RuntimeError, match=r"the last dim of g must be 64, but its shape is \[7, 63\]"):
         torch.ops.peftops.group_linear_backward(torch.randn(7, 63, device=device), *weight._arguments, None, None)
+
+
+@on_any_cuda
+@given(n=outs, group_k=grouped_ins(), m=rows, bits=bit_widths, dtype=dtypes, r=st.sampled_from([0, 3, 16]),
+       pool=st.sampled_from([None, "sum"]), bias=st.booleans(), layout=layouts, seed=seeds)  # fmt: skip
+def test_by_library_matches_reference(device, n, group_k, m, bits, dtype, r, pool, bias, layout, seed):
+    group, k = group_k
+    check_by_library(GroupLayer(device, n, k, (m,), dtype, seed, bits=bits, group=group, r=r, pool=pool, bias=bias,
+                                adapter=torch.float32, layout=layout))  # fmt: skip
+
+
+@on_any_cuda
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_by_library_beyond_one_block(device, bits, dtype):
+    """More packs than a lane decodes at a time, in rows of whole words and in ragged ones."""
+    for m, n, k in ((70, 320, 2112), (3, 33, 8232)):
+        check_by_library(GroupLayer(device, n, k, (m,), dtype, 7, bits=bits, group=8, r=4, pool=None))
 
 
 @given(m=rows, n=outs, group_k=grouped_ins(), bits=bit_widths, dtype=dtypes, seed=seeds)

@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 import peftops
 import reference
 import sim
-from conftest import CUDA_DEVICES
 from numerics import (
     BF16,
     CODE16,
@@ -21,7 +20,14 @@ from numerics import (
     segment_max,
 )
 from packed_layer import PackedLayer
-from packed_linear_tests import Int8Tests, PackedLinearTests, check_what_is_not_finite
+from packed_linear_tests import (
+    Int8Tests,
+    PackedLinearTests,
+    check_by_library,
+    check_what_is_not_finite,
+    kernels_of,
+    on_any_cuda,
+)
 from peftops import _C
 from strategies import block_sizes, dtypes, ins, layouts, normal, outs, ranks, rows, seeds, strided
 
@@ -38,7 +44,6 @@ class Layer(PackedLayer):
         weight = normal((n, k), dtype, seed, device)
         weight = peftops.nf4_quantize(weight, block_size=block_size, double_quant=double_quant)
         super().__init__(weight, device, lead, dtype, seed, lora_columns=k, **kw)
-        self.by_library = False  # whether torch multiplies the decoded weight, on CUDA
         self.dense = peftops.nf4_dequantize(self.weight, dtype=torch.float32).double()
         self.size = self.dense.abs()
         self.absmax = self.weight.absmax.double().repeat_interleave(block_size)[: n * k].view(n, k)
@@ -46,16 +51,12 @@ class Layer(PackedLayer):
     def op(self, *args, **kw):
         return peftops.nf4_linear(*args, **kw)
 
-    def terms(self):
-        terms, r = super().terms(), 0 if self.lora_A is None else self.lora_A.shape[0]
-        return {**terms, "y": self.weight.shape[1] + 3 * r + 8} if self.by_library else terms
-
     def narrow_forward(self):
         """What multiplying in 16 bits adds to the error of y. In int16: the rounding of x to 1/16384 of the largest
         in 128 columns at most, and that of the codes. In bf16: the rounding of the weight."""
         x, k = self.x.detach(), self.weight.shape[1]
         if self.by_library:
-            return self.narrow_operands(x)
+            return self.narrow_operands()
         if on_cuda(x):  # 16-bit x meets the codes rounded to its dtype, where chunks of 64 columns share an absmax
             chunks = x.dtype != torch.float32 and k % 64 == 0 and self.weight.block_size >= 64
             return code_error(x.dtype) * x.double().abs() @ self.dense.abs().T if chunks else 0.0
@@ -68,22 +69,11 @@ class Layer(PackedLayer):
         x_error = HALF_STEP_X * segment_max(x, -1, 128)
         return x_error @ self.dense.abs().T + (x.abs() + x_error) @ (CODE16 * self.absmax.abs()).T
 
-    def narrow_operands(self, x):
-        """A library's operands hold the weight rounded to the dtype of x, and in bf16 two parts of u, lora_B and bias.
-        What is left of a number has half a step of half a step; products of two such rests are left out."""
-        if x.dtype == torch.float32:
-            return 0.0
-        info, size = torch.finfo(x.dtype), lambda t: t.detach().double().abs()
-        error = size(x) @ (info.eps / 2 * self.dense.abs() + info.smallest_normal * info.eps / 2).T
-        rest = (info.eps / 2) ** 2
-        if self.lora_A is not None:
-            parts = 1 if self.lora_B.dtype == x.dtype else 3
-            error = error + parts * rest * self.scaling * size(x) @ size(self.lora_A).T @ size(self.lora_B).T
-        return error if self.bias is None else error + rest * size(self.bias)
-
     def narrow_backward(self, keep=None):
         """The same for dx, where int16 scales the rows of the weight to the largest absmax of 64 at most."""
         n, k = self.weight.shape
+        if self.dx_by_library:
+            return self.narrow_gradient()
         if on_cuda(self.g):  # 16-bit g meets the weight rounded to its dtype, where both move in units of 16 bytes
             units = self.g.dtype != torch.float32 and k % 32 == 0 and n % 8 == 0
             info = torch.finfo(self.g.dtype)
@@ -143,8 +133,8 @@ def test_one_row_against_rows_in_pairs(device, n, k, block_size, double_quant):
 def test_dropout_matches_reference(device, n, k, m, dtype, r, p, seed):
     layer = Layer(device, n, k, (m,), dtype, seed, r=r, bias=True)
     torch.manual_seed(seed)
-    drawn = int(torch.randint(0, 2**62, ()))  # what the op will draw
-    keep = reference.dropout_mask(drawn, m, k, p).double() / (1 - p)
+    drawn = int(torch.randint(0, 2**62, (), device=device))  # what the op will draw
+    keep = reference.dropout_mask(drawn, m, k, p).double().to(device) / (1 - p)
     torch.manual_seed(seed)
     layer.check(keep, dropout_p=p, training=True)
 
@@ -260,31 +250,6 @@ def test_bad_input(device):
         peftops.nf4_linear(x, weight)
 
 
-on_any_cuda = pytest.mark.parametrize("device", CUDA_DEVICES, indirect=True)
-
-
-def kernels_of(call):
-    """What was launched for it, in the simulator; it cannot be told elsewhere."""
-    device = sim.simulator()
-    device.forget()
-    result = call()
-    names = " ".join(report["kernel"] for report in device.reports()) if sim.active else None
-    return result, names
-
-
-def check_by_library(layer, **kw):
-    """The library's product, and no kernel of ours but the one for its operands; fp16 has none for every factor."""
-    exact = layer.lora_A is None and (layer.bias is None or layer.bias.dtype == torch.float16)
-    layer.by_library = layer.x.dtype != torch.float16 or exact
-    with sim.nf4_library("always"):
-        with torch.no_grad():
-            y, names = kernels_of(layer)
-        layer.check(**kw)
-    if names is not None and y.numel():
-        multiplied = any(name in names for name in ("few_rows", "many_rows", "any_rows"))
-        assert multiplied != layer.by_library and ("operands" in names) == layer.by_library, names
-
-
 @on_any_cuda
 @given(data=st.data(), n=outs, k=ins, lead=leads, dtype=dtypes, block_size=block_sizes, double_quant=st.booleans(),
        bias=st.booleans(), layout=layouts, seed=seeds)  # fmt: skip
@@ -345,16 +310,16 @@ def test_by_library_fits_in(device):
 
 
 def test_the_shorter_way_is_taken():
-    """As csrc/kernels/cuda/nf4_crossover.cuh reckons it, for one multiprocessor of several GPUs."""
+    """As csrc/kernels/cuda/crossover.cuh has it, for one multiprocessor of several GPUs."""
     if isinstance(sim.cuda_ops(), str):
         pytest.skip(sim.cuda_ops())
     gpus = {"A100": (80, 1), "H100": (90, 1), "B200": (100, 1), "RTX 5090": (120, 1)}
     BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
     cases = [  # rows, columns, dtype, ranks, and who calls the library
-        (1024, 512, BF16, 0, {"H100", "B200"}),  # tensor cores that mma.sync does not exhaust
+        (1024, 512, BF16, 0, set(gpus)),  # what is decoded serves many rows
         (64, 512, BF16, 0, set()),  # too few rows to write the weight for
         (16, 512, BF16, 0, set()),
-        (1, 512, FP32, 0, {"A100", "H100", "B200"}),  # fp32 tiles of 64 rows, where memory is fast
+        (1, 512, FP32, 0, set(gpus)),  # fp32 tiles of 64 rows
         (1, 100, BF16, 4, set(gpus)),  # as are those of ragged chunks
         (1, 100, FP16, 4, set()),  # fp16 does not hold every factor
     ]
@@ -366,11 +331,7 @@ def test_the_shorter_way_is_taken():
                     device.pretend(*gpu)
                     with torch.no_grad():
                         _, names = kernels_of(layer)
-                    assert ("operands" in names) == (name in wants), (name, m, k, dtype)
-            # 1024 outputs are too few blocks of threads for a whole GPU, not for a small one.
-            layer = Layer("cpu", 1024, 64 * 20, (32,), BF16, 3)
-            for multiprocessors, library in ((8, False), (108, True)):
-                device.pretend(80, multiprocessors)
-                assert ("operands" in kernels_of(lambda: layer(training=False))[1]) == library
+                    decoded = "operands" in names or "dequantize" in names
+                    assert decoded == (name in wants), (name, m, k, dtype)
         finally:
             device.pretend()

@@ -27,7 +27,7 @@ Module* Runtime::load(const std::string& ptx) {
 }
 
 int Runtime::launch(Module& m, const std::string& kernel, Dim3 grid, Dim3 block, size_t dynamic_shared,
-                    size_t shared_limit, void** args) {
+                    size_t opted_in, void** args) {
   constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kInvalidFunction = 98, kLaunchFailure = 719;
   constexpr u32 kMaxThreads = 1024, kMaxBlockZ = 64, kMaxGridYZ = 65535, kMaxGridX = 0x7fffffff;
   const auto it = m.functions.find(kernel);
@@ -42,9 +42,12 @@ int Runtime::launch(Module& m, const std::string& kernel, Dim3 grid, Dim3 block,
   if (!grid.x || !grid.y || !grid.z || grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ)
     return fail(kInvalidConfiguration, kernel + ": a grid of " + std::to_string(grid.x) + " x " +
                                            std::to_string(grid.y) + " x " + std::to_string(grid.z));
-  if (f.static_shared + dynamic_shared > shared_limit)
+  // The whole of it, unless the launcher has said how much dynamic memory there may be beside the static.
+  constexpr size_t kUnasked = 48 * 1024, kMost = 227 * 1024;
+  const size_t limit = opted_in ? std::min(f.static_shared + opted_in, kMost) : kUnasked;
+  if (f.static_shared + dynamic_shared > limit)
     return fail(kInvalidValue, kernel + ": " + std::to_string(f.static_shared + dynamic_shared) +
-                                   " bytes of shared memory, " + std::to_string(shared_limit) + " are allowed");
+                                   " bytes of shared memory, " + std::to_string(limit) + " are allowed");
   std::vector<u8> params(f.param_bytes + 16);
   for (size_t k = 0; k < f.params.size(); ++k)
     std::memcpy(params.data() + f.params[k].offset, args[k], f.params[k].size);

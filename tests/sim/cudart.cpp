@@ -15,11 +15,11 @@ namespace {
 struct Kernel {
   Module* module;
   std::string name;
-  size_t dynamic_limit;   // 48 KiB until the launcher opts in to more
+  size_t opted_in;   // bytes of dynamic shared memory that the launcher asked for; 0 before it does
 };
 struct Configuration { Dim3 grid, block; size_t shared; void* stream; };
 
-constexpr size_t kDefaultShared = 48 * 1024, kLargestShared = 227 * 1024;
+constexpr size_t kLargestShared = 227 * 1024;
 constexpr int kInvalidValue = 1, kNotSupported = 801, kInvalidFunction = 98, kInvalidImage = 200, kNoBinary = 209;
 
 std::unordered_map<const void*, Kernel> kernels;
@@ -67,7 +67,7 @@ void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
 void __cudaRegisterFunction(void** handle, const char* host, char*, const char* name, int, void*, void*, void*, void*,
                             int*) {
-  kernels[host] = {static_cast<Module*>(handle[0]), name, kDefaultShared};
+  kernels[host] = {static_cast<Module*>(handle[0]), name, 0};
 }
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 
@@ -87,7 +87,7 @@ int cudaLaunchKernel(const void* host, Dim3 grid, Dim3 block, void** args, size_
   if (!it->second.module) return runtime().status;   // said when it was loaded
   last_stream = stream;
   const Kernel& k = it->second;
-  return runtime().launch(*k.module, k.name, grid, block, shared, k.dynamic_limit, args);
+  return runtime().launch(*k.module, k.name, grid, block, shared, k.opted_in, args);
 }
 int __cudaGetKernel(void** kernel, const void* host) { return *kernel = const_cast<void*>(host), 0; }
 int __cudaLaunchKernel(void* kernel, Dim3 grid, Dim3 block, void** args, size_t shared, void* stream) {
@@ -101,7 +101,7 @@ int cudaFuncSetAttribute(const void* host, int attribute, int value) {
   if (it == kernels.end() || attribute != kMaxDynamicShared || value < 0 || size_t(value) > kLargestShared)
     return runtime().fail(kInvalidValue,
                           "cudaFuncSetAttribute: " + std::to_string(attribute) + " = " + std::to_string(value));
-  it->second.dynamic_limit = std::max(kDefaultShared, size_t(value));
+  it->second.opted_in = size_t(value);
   return 0;
 }
 

@@ -17,19 +17,24 @@ LIMITS = {
     "80": (64, 32, 164 << 10), "86": (48, 16, 100 << 10), "89": (48, 24, 100 << 10), "90": (64, 32, 228 << 10),
     "100": (64, 32, 228 << 10), "120": (48, 24, 100 << 10),
 }  # fmt: skip
-WARPS_PER_BLOCK = 8  # all kernels of this package launch 256 threads
-# Which ptxas does not see: sizeof(ManyMemory), and sizeof(BackwardMemory) of 64 or 128 rows.
-DYNAMIC_SHARED = {"many_rows<": 65 << 10, "many_back<.*, 64>": 43 << 10, "many_back<.*, 128>": 59 << 10}
+WARPS_PER_BLOCK = 8  # nearly all kernels of this package launch 256 threads
+WIDE = r"few_rows<.*, [12]>"  # the others, 512
+# Which ptxas does not see: sizeof(ManyMemory), sizeof(BackwardMemory) of 64 or 128 rows, sizeof(RowsSums).
+DYNAMIC_SHARED = {
+    "many_rows<": 65 << 10, "many_back<.*, 64>": 43 << 10, "many_back<.*, 128>": 59 << 10,
+    "few_rows<.*, 1>": 18 << 10, "few_rows<.*, [24]>": 36 << 10, "group_rows<.*, 1>": 9 << 10, "group_rows<.*, 2>": 18 << 10,
+}  # fmt: skip
 REGISTERS, REGISTERS_AT_A_TIME, RESERVED_SHARED = 65536, 256, 1024
 
-REASONS = """Every kernel is launched with 256 threads, which is its `__launch_bounds__`: eight warps divide a table
-of 16 or 256 rows evenly, and up to eight such blocks fill a multiprocessor. A minimum of blocks is given for
-`add_prompt` and `prompt_gradients`, two, `few_rows`, `group_rows`, `multi_shrink` and `operands`, one: left to
-itself, ptxas aims at more than they have registers for, and spills. `few_rows` and `many_rows` are held to few blocks
-by 32 KB of tables and by registers that hold what is under way: loads in flight, not warps, hide the memory's latency
-there. `many_rows` with two stripes has one block of 8 warps, and so has `many_back` with 128 rows: 64 sums a thread,
-and tensor cores are kept busy by 32 mma a step and warp. `any_rows` and `any_back` are the fp32 tiles for what tensor
-cores do not take; `operands` writes what a library multiplies in their place."""
+REASONS = """Kernels are launched with 256 threads, which is their `__launch_bounds__`: eight warps divide a table
+of 16 or 256 rows evenly, and up to eight such blocks fill a multiprocessor. `few_rows` of up to 16 rows has 512: all of a
+multiprocessor's registers, in one block, so that twice as much of the weight is on its way. A minimum of blocks is given
+for `add_prompt`, `prompt_gradients`, `expand` and `shrink` of 16 ranks, two, and for `few_rows`, `group_rows`,
+`multi_shrink` and `operands`, one: left to itself, ptxas aims at more than they have registers for, and spills. `few_rows`
+and `many_rows` are held to few blocks by 32 KB of tables and by registers that hold what is under way: loads in flight,
+not warps, hide the memory's latency there. `many_rows` with two stripes has one block of 8 warps, and so has `many_back`
+with 128 rows: 64 sums a thread, and tensor cores are kept busy by 32 mma a step and warp. `any_rows` and `any_back` are
+the fp32 tiles for what tensor cores do not take; `operands` writes what a library multiplies in their place."""
 
 
 def compile_kernels(build: Path) -> str:
@@ -61,10 +66,11 @@ def parse(log: str) -> list[dict]:
 
 def resident_warps(entry: dict) -> int:
     warps, blocks, shared = LIMITS[entry["arch"]]
+    per_block = 2 * WARPS_PER_BLOCK if re.match(WIDE, entry["name"]) else WARPS_PER_BLOCK
     per_warp = -(-entry["registers"] * 32 // REGISTERS_AT_A_TIME) * REGISTERS_AT_A_TIME
-    by_registers = REGISTERS // per_warp // WARPS_PER_BLOCK
+    by_registers = REGISTERS // per_warp // per_block
     by_shared = shared // (entry["shared"] + RESERVED_SHARED)
-    return WARPS_PER_BLOCK * min(blocks, warps // WARPS_PER_BLOCK, by_registers, by_shared)
+    return per_block * min(blocks, warps // per_block, by_registers, by_shared)
 
 
 def table(entries: list[dict]) -> str:

@@ -13,7 +13,7 @@ struct Runtime {
 
   int fail(int code, const std::string& what);
   Module* load(const std::string& ptx);   // null if it does not parse
-  int launch(Module&, const std::string& kernel, Dim3 grid, Dim3 block, size_t dynamic_shared, size_t shared_limit,
+  int launch(Module&, const std::string& kernel, Dim3 grid, Dim3 block, size_t dynamic_shared, size_t opted_in,
              void** args);
 };
 

@@ -12,6 +12,7 @@ import sim
 from numerics import assert_exact, assert_sums, code_error
 
 SECTOR = 32
+TABLES = 4 * (16 + 256) // SECTOR + 2  # of NF4's codes and absmax codes, which are read where they lie
 
 
 @pytest.fixture(params=[0, 1, 2], ids="seed{}".format)
@@ -59,7 +60,7 @@ def test_nf4_dequantize(device, dtype, double_quant):
     read = report["global_read"]
     within(read, "sectors", 1.02)
     parts = sum(-(-t.nbytes // SECTOR) + 1 for t in weight._arguments[1:4] if t is not None)  # and where they lie
-    assert read["unique"] <= weight.packed.nbytes // SECTOR + parts
+    assert read["unique"] <= weight.packed.nbytes // SECTOR + parts + TABLES
     within(report["shared_load"], "waves", 1.05)
     within(report["shared_store"], "waves", 1.05)
     assert report["local"] == 0 and report["divergent"] == 0
@@ -77,6 +78,12 @@ def columns_of(report, source, text):
     return {key: sum(row[key] for row in rows) for key in rows[0]}
 
 
+def looked_up(report):
+    """Sectors of the tables of few_rows, which are in L1 after the first."""
+    lines = ("nf4_rows.cuh", "dynamic_map.at[code[i]]"), ("nf4_rows.cuh", "nf4_codes.at[code]")
+    return sum(columns_of(report, *line)["sectors"] for line in lines)
+
+
 @pytest.mark.parametrize("m", [1, 5, 8, 16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nf4_linear_of_few_rows(device, m, dtype):
@@ -86,13 +93,13 @@ def test_nf4_linear_of_few_rows(device, m, dtype):
     stream = columns_of(report, "rows.cuh", "= *reinterpret_cast<const uint2*>(from")
     assert stream["sectors"] == weight.packed.nbytes // SECTOR  # once, and in whole sectors
     assert report["mma"] == n * k // (16 * 16) * -(-m // 8)
-    within(columns_of(report, "nf4_rows.cuh", "lane_of(at, field_at(bytes"), "waves", 1.0, "ideal_waves")
+    within(columns_of(report, "nf4_rows.cuh", "ld.shared.u32 %0"), "waves", 1.0, "ideal_waves")
     assert report["local"] == 0 and report["atomics"] == 0
     within(report["shared_store"], "waves", 1.01)
-    x, once = columns_of(report, "rows.cuh", "x[m] = *reinterpret_cast<const uint4*>(from)"), m * k * 2 // SECTOR
+    x, once = columns_of(report, "rows.cuh", "x[m][i] = *reinterpret_cast<const uint4*>(from"), m * k * 2 // SECTOR
     assert x["sectors"] == 2 * once * n // 32  # for every 32 rows of the weight, in halves of sectors
-    everything = report["global_read"]
-    assert everything["sectors"] - x["sectors"] <= 1.15 * (everything["unique"] - once)  # absmax, its scale and offset
+    everything, tables = report["global_read"], looked_up(report)
+    assert everything["sectors"] - x["sectors"] - tables <= 1.15 * (everything["unique"] - once)  # absmax and its parts
 
 
 @pytest.mark.parametrize("m", [1, 16])
@@ -112,29 +119,32 @@ def test_nf4_linear_of_few_rows_at_full_size(m):
     assert stream["sectors"] == packed.nbytes // SECTOR
     assert report["mma"] == n * k // (16 * 16) * -(-m // 8)
     once = sum(-(-t.nbytes // SECTOR) for t in weight[:4])
-    of_x = columns_of(report, "rows.cuh", "x[m] = *reinterpret_cast<const uint4*>(from)")
+    of_x = columns_of(report, "rows.cuh", "x[m][i] = *reinterpret_cast<const uint4*>(from")
     assert of_x["sectors"] == 2 * (n // 32) * x.nbytes // SECTOR  # by halves, of which the second is in L1
     read, written = report["global_read"], report["global_write"]
-    assert read["sectors"] - of_x["sectors"] <= 1.10 * once
-    assert read["unique"] <= once + x.nbytes // SECTOR + 8  # and where they lie
+    assert read["sectors"] - of_x["sectors"] - looked_up(report) <= 1.10 * once
+    assert read["unique"] <= once + x.nbytes // SECTOR + TABLES + 8  # and where they lie
     assert written["sectors"] == written["unique"] == y.nbytes // SECTOR
 
 
-@pytest.mark.parametrize("m, n, k, stripes", [(100, 200, 64 * 6, 1), (64 * 127 + 5, 10, 64 * 2, 2)])
+@pytest.mark.parametrize("m, n, k, stripes", [(100, 200, 64 * 6, 1), (64 * 127 + 5, 250, 64 * 2, 2)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nf4_linear_of_many_rows(device, m, n, k, stripes, dtype):
-    """Whole tiles of 64 rows of x and 128 or, where that makes blocks enough, 256 rows of the weight."""
+    """Whole tiles of 64 rows of x and 128 or, where that makes blocks enough, 256 rows of the weight: on a GPU so small
+    that reading the weight for every 32 rows takes longer."""
     r = 4
+    device.pretend(80, 1)
     weight = peftops.nf4_quantize(torch.randn(n, k, dtype=dtype))
     x, bias, lora_A, lora_B = (torch.randn(*s, dtype=dtype) for s in ((m, k), (n,), (r, k), (n, r)))
     with torch.no_grad():
         y, reports = launches(device, lambda: peftops.nf4_linear(x, weight, bias, lora_A=lora_A, lora_B=lora_B))
+    device.pretend()
     report = reports[-1]
     tiles = -(-m // 64) * -(-n // (128 * stripes))
     # Three of tf32 for eight ranks: u is fp32, lora_B is not. Lines of [x | u] [W ; B]^T by 16 and 8 steps.
     assert report["mma"] == tiles * 8 * (8 * stripes) * (k // 16 + 3 * -(-r // 8))
     assert report["async_copy"]["waves"] == report["async_copy"]["ideal"]
-    for file, line in (("nf4_rows.cuh", "lane_of(at, field_at(bytes"), ("nf4_many.cuh", "const uint4 x[2]")):
+    for file, line in (("nf4_rows.cuh", "ld.shared.u32 %0"), ("nf4_many.cuh", "const uint4 x[2]")):
         within(columns_of(report, file, line), "waves", 1.0, "ideal_waves")
     within(report["shared_store"], "waves", 1.01)
     assert report["local"] == 0
@@ -147,7 +157,7 @@ def test_nf4_linear_of_many_rows(device, m, n, k, stripes, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("r", [0, 16])
 def test_nf4_operands(device, dtype, r):
-    """What a library multiplies: W decoded, and x only where it has more columns than k; both written once."""
+    """What a library multiplies: W decoded, and x where it has more columns than k; both written once."""
     m, n, k = 24, 64, 512
     weight = peftops.nf4_quantize(torch.randn(n, k, dtype=dtype))
     x, u, lora_B = torch.randn(m, k, dtype=dtype), torch.randn(m, r), torch.randn(n, r).to(dtype)
@@ -159,7 +169,7 @@ def test_nf4_operands(device, dtype, r):
     written, read = report["global_write"], report["global_read"]
     assert written["sectors"] == written["unique"] == (n + (m if r else 0)) * depth * x.element_size() // SECTOR
     parts = sum(-(-t.nbytes // SECTOR) + 1 for t in weight._arguments[1:4] if t is not None)  # and where they lie
-    once = weight.packed.nbytes // SECTOR + parts + ((x.nbytes + u.nbytes + lora_B.nbytes) // SECTOR if r else 0)
+    once = weight.packed.nbytes // SECTOR + parts + TABLES + ((x.nbytes + u.nbytes + lora_B.nbytes) // SECTOR if r else 0)
     assert read["unique"] <= once
     extras = 3 * (u.nbytes + lora_B.nbytes) // SECTOR  # by each of their parts
     assert read["sectors"] <= 1.02 * read["ideal"] + extras
@@ -197,7 +207,7 @@ def test_group_dequantize(device, dtype, bits):
 @pytest.mark.parametrize("m", [1, 16, 20])
 @pytest.mark.parametrize("bits, group", [(2, 128), (3, 64), (4, 32), (4, 128), (8, 32)])
 def test_group_linear(device, m, bits, group):
-    """Everything that is read, sector by sector: the codes once for every 8, 16 or 32 rows of x."""
+    """Everything that is read, sector by sector: the codes once for every 8 or 16 rows of x."""
     n, k, dtype = 64, 1024, torch.bfloat16
     weight = peftops.group_quantize(torch.randn(n, k), bits=bits, group_size=group)
     _, (report,) = launches(device, lambda: peftops.group_linear(torch.randn(m, k, dtype=dtype), weight))
@@ -205,9 +215,10 @@ def test_group_linear(device, m, bits, group):
     parts = max(1, columns // group)
     codes = weight.packed.nbytes // SECTOR * (3 if bits == 3 else 1)  # three bits: in three loads, two of them from L1
     scales = 2 * -(-weight.scales.nbytes // SECTOR)
-    x = (1 if bits == 8 else 2) * parts * m * k * 2 // SECTOR * n // 32  # for every 32 rows of the weight, in halves
-    tiles = min(1 if m <= 8 else 2 if m <= 16 else 4, {2: 2, 3: 1}.get(bits, 4))  # of 8 rows of x
+    tiles = 1 if m <= 8 or bits == 3 else 2  # of 8 rows of x
     passes = -(-m // (8 * tiles))
+    rows = m + passes * tiles - -(-m // 8)  # a tile without rows reads the last one
+    x = (1 if bits == 8 else 2) * rows * k * 2 // SECTOR * n // 32  # for every 32 rows of the weight, in halves
     assert report["global_read"]["sectors"] == passes * (codes + scales) + x
     assert report["global_write"]["sectors"] == report["global_write"]["unique"] == m * n * 2 // SECTOR
     assert report["mma"] == passes * n // 32 * k // 16 * parts * tiles * 3  # two stripes of the weight, and ones

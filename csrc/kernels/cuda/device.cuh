@@ -3,6 +3,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <atomic>
+
 #include "kernels/dtype.h"
 
 namespace peftops::cuda {
@@ -39,6 +41,34 @@ template <class T> struct alignas(16) Pack {
 };
 
 inline bool aligned(const void* p, size_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
+
+// A block of threads gets more than 48 KB of shared memory only of a kernel that was allowed to have it, once on every GPU.
+template <auto* Kernel> cudaError_t allow_shared(size_t bytes) {
+  static std::atomic<uint64_t> allowed{0};   // a bit for a GPU; those beyond the 64th are asked again
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;
+  if (status != cudaSuccess || allowed.load(std::memory_order_relaxed) & bit) return status;
+  status = cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  if (status == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
+  return status;
+}
+
+// What launchers ask of the current GPU.
+struct Gpu { int capability, multiprocessors; };   // capability: 10 * major + minor
+
+inline cudaError_t ask_gpu(Gpu* gpu) {
+  int device = 0, major = 0, minor = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  const auto ask = [&](int* value, cudaDeviceAttr attribute) {
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(value, attribute, device);
+  };
+  ask(&major, cudaDevAttrComputeCapabilityMajor);
+  ask(&minor, cudaDevAttrComputeCapabilityMinor);
+  ask(&gpu->multiprocessors, cudaDevAttrMultiProcessorCount);
+  gpu->capability = 10 * major + minor;
+  return status;
+}
 
 // f(T()) with the storage type of a DType.
 template <class F> cudaError_t with_type(DType dtype, F f) {

@@ -110,4 +110,34 @@ template <int B, int N> struct LaneCodes {
   }
 };
 
+// A weight for dequantize.cuh, from element `begin` up to `end`, both whole packs'.
+template <int B, int N, bool Wide> struct GroupElements {
+  struct Held { LaneCodes<B, N> codes; float scale, zero; };
+  const GroupWeight& w;
+  int log_group;
+  int64_t begin, end;
+
+  __device__ Held load(int64_t i, int) const {
+    i += begin;
+    Held held;
+    held.codes.template load<Wide>(w.packed, i, end);
+    held.scale = w.scales[i >> log_group], held.zero = w.zeros[i >> log_group];
+    return held;
+  }
+  __device__ float value(const Held& held, int k) const { return group_value(held.codes[k], held.zero, held.scale); }
+};
+
+// The same for operands.cuh.
+template <class T, int B> struct GroupSource {
+  struct Memory {};
+  GroupWeight w;
+  int log_group;
+
+  __device__ void begin(Memory&) const {}
+  __device__ GroupElements<B, Pack<T>::kSize, true> row(const Memory&, int64_t flat, int64_t end) const {
+    return {w, log_group, flat, end};
+  }
+  __device__ float at(const Memory&, int64_t flat) const { return weight_at(w, log_group, flat); }
+};
+
 }  // namespace peftops::cuda

@@ -6,23 +6,9 @@
 namespace peftops::cuda {
 namespace {
 
-template <int B, int N, bool Wide> struct GroupElements {
-  struct Held { LaneCodes<B, N> codes; float scale, zero; };
-  const GroupWeight& w;
-  int log_group;
-
-  __device__ Held load(int64_t i, int) const {
-    Held held;
-    held.codes.template load<Wide>(w.packed, i, w.rows * w.cols);
-    held.scale = w.scales[i >> log_group], held.zero = w.zeros[i >> log_group];
-    return held;
-  }
-  __device__ float value(const Held& held, int k) const { return group_value(held.codes[k], held.zero, held.scale); }
-};
-
 template <class T, int B, bool Wide>
 __global__ void __launch_bounds__(kDequantizeThreads) dequantize_groups(GroupDequantize a, int log_group) {
-  const GroupElements<B, Pack<T>::kSize, Wide> elements{a.weight, log_group};
+  const GroupElements<B, Pack<T>::kSize, Wide> elements{a.weight, log_group, 0, a.weight.rows * a.weight.cols};
   dequantize_packs<T, Wide>(elements, static_cast<T*>(a.out), a.weight.rows * a.weight.cols);
 }
 

@@ -1,8 +1,10 @@
 // Two ways to a product with a group-quantised weight. With 16-bit x, rows of whole chunks stream through tensor cores,
 // again for every 8 to 32 rows of x (group_rows.cuh). Everything else, and the backward product, is multiplied in
 // fp32, tile by tile (tile.cuh), with the low-rank term as more depth.
+#include "kernels/cuda/crossover.cuh"
 #include "kernels/cuda/group_rows.cuh"
 #include "kernels/cuda/linear.cuh"
+#include "kernels/cuda/operands.cuh"
 
 namespace peftops::cuda {
 namespace {
@@ -26,9 +28,12 @@ template <class T> struct GroupFinish {
 };
 
 template <class T, int B, int Tiles>
-__global__ void __launch_bounds__(kRowsThreads, 1) group_rows(GroupLinear a, int log_group) {
-  __shared__ RowsMemory<GroupStream<T, B>, Tiles> memory;
-  multiply_rows<T>(a, GroupStream<T, B>{a.weight, log_group}, memory, GroupFinish<T>{a, log_group});
+__global__ void __launch_bounds__(RowsChunk<GroupStream<T, B>, Tiles>::kThreads, 1) group_rows(GroupLinear a, int log_group) {
+  using Stream = GroupStream<T, B>;
+  __shared__ typename Stream::Memory memory;
+  extern __shared__ uint4 dynamic[];
+  multiply_rows<T>(a, Stream{a.weight, log_group}, memory, *reinterpret_cast<RowsSums<Stream, Tiles>*>(dynamic),
+                   GroupFinish<T>{a, log_group});
 }
 
 template <class T> __global__ void __launch_bounds__(kTileThreads) any_group_rows(GroupLinear a, int log_group) {
@@ -61,18 +66,23 @@ cudaError_t launch_any(const GroupLinear& a, cudaStream_t stream) {
 }
 
 template <class T, int B, int Tiles> cudaError_t launch_tiles(const GroupLinear& a, cudaStream_t stream) {
-  const dim3 grid(unsigned(ceil_div(a.weight.rows, kOuts)), unsigned(ceil_div(a.m, 8 * Tiles)));
-  group_rows<T, B, Tiles><<<grid, kRowsThreads, 0, stream>>>(a, log_group_of(a.weight.group));
+  using Memory = RowsSums<GroupStream<T, B>, Tiles>;
+  cudaError_t status = allow_shared<group_rows<T, B, Tiles>>(sizeof(Memory));
+  Gpu gpu;
+  if (status == cudaSuccess) status = ask_gpu(&gpu);
+  if (status != cudaSuccess) return status;
+  constexpr int kThreads = RowsChunk<GroupStream<T, B>, Tiles>::kThreads;
+  const dim3 grid = rows_grid(a.m, a.weight.rows, Tiles, gpu.multiprocessors);
+  group_rows<T, B, Tiles><<<grid, kThreads, sizeof(Memory), stream>>>(a, log_group_of(a.weight.group));
   return cudaGetLastError();
 }
 
 // More rows of x at a time decode the weight less often. The shorter the codes, the more columns of a row a thread has,
-// and the fewer tiles keep their sums and what is under way in registers.
+// and the fewer tiles keep their sums and what is under way in registers. Where rows are many, the library is the faster.
 template <class T, int B> cudaError_t launch_rows(const GroupLinear& a, cudaStream_t stream) {
-  constexpr int kMost = B == 3 ? 1 : B == 2 ? 2 : 4;
-  if (a.m <= 8) return launch_tiles<T, B, 1>(a, stream);
-  if (a.m <= kFewRows) return launch_tiles<T, B, kMost < 2 ? kMost : 2>(a, stream);
-  return launch_tiles<T, B, kMost>(a, stream);
+  if constexpr (B != 3)
+    if (a.m > 8) return launch_tiles<T, B, 2>(a, stream);
+  return launch_tiles<T, B, 1>(a, stream);
 }
 
 }  // namespace
@@ -85,6 +95,33 @@ cudaError_t group_linear(const GroupLinear& a, cudaStream_t stream) {
       return a.dtype == DType::bf16 ? launch_rows<__nv_bfloat16, B>(a, stream) : launch_rows<__half, B>(a, stream);
     return launch_any(a, stream);
   });
+}
+
+int64_t operands_depth(const GroupLinear& a) { return depth_of(a); }
+
+cudaError_t group_operands(const LibraryOperands<GroupWeight>& o, cudaStream_t stream) {
+  const GroupWeight& w = o.of.weight;
+  return with_bits(w.bits, [&](auto bits) {
+    return with_type(o.of.dtype, [&](auto t) {
+      using T = decltype(t);
+      // Rows begin at whole words, for three bits too.
+      const bool wide = w.cols % 32 == 0 && aligned(w.packed, 8);
+      return launch_operands<T>(o, GroupSource<T, decltype(bits)::value>{w, log_group_of(w.group)}, wide, stream);
+    });
+  });
+}
+
+cudaError_t by_library(const GroupLinear& a, Way wanted, bool* result) {
+  return choose_way(a, wanted, result, [&](const Gpu& gpu) {
+    bool chunks = false;
+    with_bits(a.weight.bits, [&](auto bits) { return chunks = has_chunks<decltype(bits)::value>(a), cudaSuccess; });
+    return group_clocks(a, gpu, chunks);
+  });
+}
+
+cudaError_t by_library(const GroupLinearBackward& a, Way wanted, bool* result) {
+  *result = wanted != Way::kernels && a.m > 0 && a.weight.rows > 0 && a.weight.cols > 0;
+  return cudaSuccess;   // the kernel is a tile of fp32
 }
 
 cudaError_t group_linear_backward(const GroupLinearBackward& a, cudaStream_t stream) {

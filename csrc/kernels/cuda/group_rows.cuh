@@ -13,28 +13,44 @@ namespace peftops::cuda {
 constexpr int kStagedGroups = 128;   // of a row, whose scales and zeros are in shared memory
 
 template <class T, int B> struct GroupStream {
-  static constexpr int kBits = B, kPieces = B == 3 ? 3 : 1, kUnroll = 1;
+  static constexpr int kBits = B, kPieces = B == 3 ? 3 : 1;
   static constexpr int kColumns = 4 * 64 * kPieces / B;   // four threads with pieces of 64 bits
-  static constexpr bool kZeros = true;
+  static constexpr bool kZeros = true, kEarlyScales = B != 3, kHoldsScales = false;
   static constexpr float kFactor = 1.f;
   struct Memory { float scale[kOuts][kStagedGroups + 1], zero[kOuts][kStagedGroups + 1]; };
   const GroupWeight& w;
   int log_group;
 
-  __device__ void begin(Memory&) const {}
+  struct NoTable { __device__ void is_filled() const {} };
+  template <int Threads> __device__ NoTable begin(Memory&) const { return {}; }
   __device__ int staged() const { return int((int64_t(kStagedGroups) << log_group) / kColumns); }
   __device__ int parts() const { return kColumns >> log_group > 1 ? kColumns >> log_group : 1; }
   __device__ int64_t group_of(int chunk) const { return int64_t(chunk) * kColumns >> log_group; }
-  __device__ void stage(Memory& memory, int64_t first, int begin) const {
-    const int64_t groups = w.cols >> log_group;
-#pragma unroll 4
-    for (int e = threadIdx.x; e < kOuts * kStagedGroups; e += kRowsThreads) {
-      const int row = e / kStagedGroups, at = e % kStagedGroups;
-      const int64_t group = group_of(begin) + at, flat = (first + row) * groups + group;
-      const bool exists = first + row < w.rows && group < groups;
-      memory.scale[row][at] = exists ? w.scales[flat] : 0.f, memory.zero[row][at] = exists ? w.zeros[flat] : 0.f;
+
+  // The scales and zeros of a stage, on their way from memory to shared memory: what a thread has of them.
+  template <int Threads> struct Scales {
+    static constexpr int kEach = kOuts * kStagedGroups / Threads;
+    float scale[kEach], zero[kEach];
+
+    __device__ void load(const GroupStream& of, int64_t first, int begin) {
+      const int64_t groups = of.w.cols >> of.log_group;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int e = threadIdx.x + i * Threads;
+        const int64_t row = first + e / kStagedGroups, group = of.group_of(begin) + e % kStagedGroups;
+        scale[i] = zero[i] = 0.f;
+        if (row < of.w.rows && group < groups)
+          scale[i] = of.w.scales[row * groups + group], zero[i] = of.w.zeros[row * groups + group];
+      }
     }
-  }
+    __device__ void store(const GroupStream&, Memory& memory, int) const {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int e = threadIdx.x + i * Threads, row = e / kStagedGroups, at = e % kStagedGroups;
+        memory.scale[row][at] = scale[i], memory.zero[row][at] = zero[i];
+      }
+    }
+  };
   __device__ Affine affine(const Memory& memory, int row, int begin, int chunk, int part) const {
     const int at = int(group_of(chunk) - group_of(begin)) + part;
     return {memory.scale[row][at], memory.zero[row][at]};
@@ -71,7 +87,7 @@ template <class T, int B> struct GroupStream {
       return reinterpret_cast<const uint32_t&>(result);
     }
   }
-  __device__ void decode(const Memory&, const uint2 (&codes)[kPieces], int i, uint32_t& low, uint32_t& high) const {
+  __device__ void decode(NoTable, const uint2 (&codes)[kPieces], int i, uint32_t& low, uint32_t& high) const {
     low = pair(codes, 2 * i), high = pair(codes, 2 * i + 1);
   }
 };

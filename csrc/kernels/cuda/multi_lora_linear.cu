@@ -14,21 +14,19 @@ struct PagedFactor {
   const LoraPool& pool;
   const LoraSegment& of;
   int64_t start, k;   // its first element, and its columns
+  const void* f;
+  DType dtype;
+  static constexpr bool wide = true;
+  static constexpr int64_t stride = 1;
 
-  __device__ bool exact() const { return pool.dtype != DType::f32; }
-  // A chunk of columns is a line of a page, padded with zeros; beyond the last page there is nothing to look up.
+  __device__ PagedFactor(const LoraPool& p, const LoraSegment& s, int64_t first, int64_t columns)
+      : pool(p), of(s), start(first), k(columns), f(p.storage), dtype(p.dtype) {}
+  __device__ bool exact() const { return dtype != DType::f32; }
+  // A chunk of columns is a line of a page, padded with zeros.
   __device__ FactorLine line(int64_t j, int64_t chunk) const {
-    if (j >= of.r) return {0, 0};
-    const int64_t e = start + j * (ceil_div(k, kLoraLine) * kLoraLine) + chunk, page = int64_t(1) << pool.page_shift;
-    return {int64_t(of.pages[e >> pool.page_shift]) << pool.page_shift | (e & (page - 1)), kLoraLine};
-  }
-  __device__ float one(const FactorLine& line, int i) const {
-    return i < line.columns ? element(pool.storage, pool.dtype, line.at + i) : 0.f;
-  }
-  __device__ Few<4> four(const FactorLine& line, int first) const {
-    Few<4> result;
-    result.load(pool.storage, pool.dtype, line.at + first, line.columns - first, true);
-    return result;
+    const int64_t exists = j < of.r ? j : of.r - 1, page = int64_t(1) << pool.page_shift;
+    const int64_t e = start + exists * (ceil_div(k, kLoraLine) * kLoraLine) + chunk;
+    return {int64_t(of.pages[e >> pool.page_shift]) << pool.page_shift | (e & (page - 1)), j < of.r ? kLoraLine : 0};
   }
 };
 

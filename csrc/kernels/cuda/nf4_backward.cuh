@@ -47,7 +47,7 @@ __device__ void multiply_backward(const Nf4LinearBackward& a, const DropoutMask&
   constexpr int kTiles = Rows / kWarpsDown / 16;         // of 16 rows a warp
   const Nf4Weight& w = a.weight;
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp, g = lane / 4, t = lane % 4;
-  const int64_t n = w.rows, k = w.cols, first_row = int64_t(blockIdx.y) * Rows, first_col = int64_t(blockIdx.x) * kBackCols;
+  const int64_t n = w.rows, k = w.cols, first_row = int64_t(blockIdx.x) * Rows, first_col = int64_t(blockIdx.y) * kBackCols;
   const int warp_row = warp % kWarpsDown * (Rows / kWarpsDown), across = warp / kWarpsDown;
   const int first_unit = across / 2 * 8 + across % 2;    // a warp's tiles are two units apart: one draw of dropout for all
   const int steps = int(ceil_div(n, kBackDepth));

@@ -11,8 +11,8 @@ constexpr Nf4Codes make_nf4_codes() {
   for (int i = 0; i < 16; ++i) c.at[i] = kNf4Code[i];
   return c;
 }
-static __constant__ Nf4Codes nf4_codes = make_nf4_codes();
-static __constant__ DynamicMap dynamic_map = kDynamicMap;
+static __device__ const Nf4Codes nf4_codes = make_nf4_codes();
+static __device__ const DynamicMap dynamic_map = kDynamicMap;
 
 // The field of `word` that begins at `bit`, times 128.
 __device__ inline uint32_t field_at(uint32_t word, int bit, uint32_t mask) {
@@ -83,6 +83,23 @@ template <int N, bool Wide> struct Nf4Elements {
     return {load_codes<N, Wide>(w.packed + i / 2, count), absmax_of(w, i >> log_block, map)};
   }
   __device__ float value(const Held& held, int k) const { return code.element(held.codes, k) * held.scale; }
+};
+
+// The same for operands.cuh.
+template <class T> struct Nf4Source {
+  struct Memory { LaneTable code; float map[256]; };
+  Nf4Weight w;
+  int log_block;
+
+  __device__ void begin(Memory& memory) const {
+    memory.code.template fill<256>(nf4_codes.at);
+    if (w.absmax_code) memory.map[threadIdx.x] = dynamic_map.at[threadIdx.x];
+    __syncthreads();
+  }
+  __device__ Nf4Elements<Pack<T>::kSize, true> row(const Memory& memory, int64_t flat, int64_t) const {
+    return {w, memory.code, memory.map, log_block, flat};
+  }
+  __device__ float at(const Memory& memory, int64_t flat) const { return weight_at(w, log_block, flat, memory.map); }
 };
 
 }  // namespace peftops::cuda

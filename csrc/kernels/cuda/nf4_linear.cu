@@ -2,22 +2,26 @@
 // rows of x stream the weight (nf4_rows.cuh), more share it (nf4_many.cuh); and so does a backward product with 16-bit g
 // (nf4_backward.cuh). Everything else is multiplied in fp32, tile by tile (tile.cuh). The low-rank term joins the fp32
 // sums before the one rounding: for few rows result by result, else as more depth, [x | scaling * u] [W^T ; B^T].
+#include "kernels/cuda/crossover.cuh"
 #include "kernels/cuda/dropout.cuh"
 #include "kernels/cuda/linear.cuh"
 #include "kernels/cuda/nf4_backward.cuh"
-#include "kernels/cuda/nf4_crossover.cuh"
 #include "kernels/cuda/nf4_many.cuh"
-#include "kernels/cuda/nf4_operands.cuh"
+#include "kernels/cuda/operands.cuh"
 
 namespace peftops::cuda {
 namespace {
 
-template <class T, int Tiles> __global__ void __launch_bounds__(kRowsThreads, 1) few_rows(Nf4Linear a, int log_block) {
-  __shared__ RowsMemory<Nf4Stream<T>, Tiles> memory;
-  multiply_rows<T>(a, Nf4Stream<T>{a.weight, log_block}, memory, Finish<T, Nf4Linear>{a, a.r});
+template <class T, int Tiles>
+__global__ void __launch_bounds__(RowsChunk<Nf4Stream<T>, Tiles>::kThreads, 1) few_rows(Nf4Linear a, int log_block) {
+  using Stream = Nf4Stream<T>;
+  __shared__ typename Stream::Memory memory;
+  extern __shared__ uint4 dynamic[];
+  multiply_rows<T>(a, Stream{a.weight, log_block}, memory, *reinterpret_cast<RowsSums<Stream, Tiles>*>(dynamic),
+                   Finish<T, Nf4Linear>{a, a.r});
 }
 
-template <class T, int Stripes> __global__ void __launch_bounds__(kRowsThreads) many_rows(Nf4Linear a, int log_block) {
+template <class T, int Stripes> __global__ void __launch_bounds__(kManyThreads) many_rows(Nf4Linear a, int log_block) {
   extern __shared__ uint4 dynamic[];   // more than 48 KB
   multiply_many<T, Stripes>(a, log_block, *reinterpret_cast<ManyMemory<T>*>(dynamic), Finish<T, Nf4Linear>{a, 0});
 }
@@ -58,30 +62,28 @@ __global__ void __launch_bounds__(kTileThreads) any_back(Nf4LinearBackward a, Dr
 
 int log_block_of(const Nf4Weight& w) { return __builtin_ctzll(uint64_t(w.block_size)); }
 
-template <class T> cudaError_t launch_few_rows(const Nf4Linear& a, cudaStream_t stream) {
-  const unsigned grid = unsigned(ceil_div(a.weight.rows, kOuts));
-  if (a.m <= 8) few_rows<T, 1><<<grid, kRowsThreads, 0, stream>>>(a, log_block_of(a.weight));
-  else few_rows<T, 2><<<grid, kRowsThreads, 0, stream>>>(a, log_block_of(a.weight));
+template <class T, int Tiles> cudaError_t launch_few_rows(const Nf4Linear& a, const Gpu& gpu, cudaStream_t stream) {
+  using Memory = RowsSums<Nf4Stream<T>, Tiles>;
+  const cudaError_t status = allow_shared<few_rows<T, Tiles>>(sizeof(Memory));
+  if (status != cudaSuccess) return status;
+  constexpr int kThreads = RowsChunk<Nf4Stream<T>, Tiles>::kThreads;
+  const dim3 grid = rows_grid(a.m, a.weight.rows, Tiles, gpu.multiprocessors);
+  few_rows<T, Tiles><<<grid, kThreads, sizeof(Memory), stream>>>(a, log_block_of(a.weight));
   return cudaGetLastError();
 }
 
-// More than 48 KB of shared memory has to be asked for.
-template <class Memory, class F> cudaError_t allow(F* kernel) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Memory));
-}
-
 template <class T, int Stripes> cudaError_t launch_many_rows(const Nf4Linear& a, cudaStream_t stream) {
-  const cudaError_t status = allow<ManyMemory<T>>(many_rows<T, Stripes>);
+  const cudaError_t status = allow_shared<many_rows<T, Stripes>>(sizeof(ManyMemory<T>));
   if (status != cudaSuccess) return status;
-  const dim3 grid(unsigned(ceil_div(a.weight.rows, 16 * Stripes * kRowsWarps)), unsigned(ceil_div(a.m, kManyRows)));
-  many_rows<T, Stripes><<<grid, kRowsThreads, sizeof(ManyMemory<T>), stream>>>(a, log_block_of(a.weight));
+  const dim3 grid(unsigned(ceil_div(a.m, kManyRows)), unsigned(ceil_div(a.weight.rows, 16 * Stripes * kManyWarps)));
+  many_rows<T, Stripes><<<grid, kManyThreads, sizeof(ManyMemory<T>), stream>>>(a, log_block_of(a.weight));
   return cudaGetLastError();
 }
 
 template <class T, int Rows> cudaError_t launch_many_back(const Nf4LinearBackward& a, cudaStream_t stream) {
-  const cudaError_t status = allow<BackwardMemory<Rows>>(many_back<T, Rows>);
+  const cudaError_t status = allow_shared<many_back<T, Rows>>(sizeof(BackwardMemory<Rows>));
   if (status != cudaSuccess) return status;
-  const dim3 grid(unsigned(ceil_div(a.weight.cols, kBackCols)), unsigned(ceil_div(a.m, Rows)));
+  const dim3 grid(unsigned(ceil_div(a.m, Rows)), unsigned(ceil_div(a.weight.cols, kBackCols)));
   many_back<T, Rows><<<grid, kBackThreads, sizeof(BackwardMemory<Rows>), stream>>>(a, DropoutMask(a.dropout),
                                                                                    log_block_of(a.weight));
   return cudaGetLastError();
@@ -94,20 +96,13 @@ template <class T> cudaError_t launch_units(const Nf4LinearBackward& a, cudaStre
 }
 
 template <class T> cudaError_t launch_chunks(const Nf4Linear& a, cudaStream_t stream) {
-  if (a.m <= kFewRows) return launch_few_rows<T>(a, stream);
+  Gpu gpu;
+  const cudaError_t status = ask_gpu(&gpu);
+  if (status != cudaSuccess) return status;
+  if (a.m <= 8) return launch_few_rows<T, 1>(a, gpu, stream);
+  if (a.m <= kFewRows) return launch_few_rows<T, 2>(a, gpu, stream);
+  if (rows_again(a, gpu)) return launch_few_rows<T, 4>(a, gpu, stream);
   return stripes_of(a) == 2 ? launch_many_rows<T, 2>(a, stream) : launch_many_rows<T, 1>(a, stream);
-}
-
-template <class T> cudaError_t launch_operands(const Nf4Operands& o, cudaStream_t stream) {
-  constexpr int N = Pack<T>::kSize;
-  const Nf4Linear& a = o.of;
-  const int64_t k = a.weight.cols, rows = a.weight.rows + (o.left ? a.m : 0);
-  const bool wide = k % N == 0 && aligned(a.weight.packed, N / 2) && aligned(o.right, 16);
-  const bool wide_x = k % N == 0 && aligned(a.x, 16) && aligned(o.left, 16);
-  auto* kernel = wide ? operands<T, true> : operands<T, false>;
-  kernel<<<unsigned(ceil_div(rows, kOperandRows)), kOperandThreads, 0, stream>>>(o, ExtraColumns(a),
-                                                                                log_block_of(a.weight), wide_x);
-  return cudaGetLastError();
 }
 
 }  // namespace
@@ -122,30 +117,23 @@ cudaError_t nf4_linear(const Nf4Linear& a, cudaStream_t stream) {
   });
 }
 
-int64_t nf4_operands_depth(const Nf4Linear& a) {
-  constexpr int64_t kUnit = 8;   // elements of 16 bits in 16 bytes
-  return ceil_div(a.weight.cols + ExtraColumns(a).count(a.r), kUnit) * kUnit;
+int64_t operands_depth(const Nf4Linear& a) { return depth_of(a); }
+
+cudaError_t nf4_operands(const LibraryOperands<Nf4Weight>& o, cudaStream_t stream) {
+  const Nf4Weight& w = o.of.weight;
+  return with_type(o.of.dtype, [&](auto t) {
+    using T = decltype(t);
+    return launch_operands<T>(o, Nf4Source<T>{w, log_block_of(w)}, aligned(w.packed, Pack<T>::kSize / 2), stream);
+  });
 }
 
-cudaError_t nf4_operands(const Nf4Operands& o, cudaStream_t stream) {
-  return with_type(o.of.dtype, [&](auto t) { return launch_operands<decltype(t)>(o, stream); });
+cudaError_t by_library(const Nf4Linear& a, Way wanted, bool* result) {
+  return choose_way(a, wanted, result, [&](const Gpu& gpu) { return nf4_clocks(a, gpu, has_chunks(a)); });
 }
 
-cudaError_t nf4_by_library(const Nf4Linear& a, Way wanted, bool* result) {
-  *result = wanted == Way::library && has_operands(a);
-  if (wanted != Way::faster || !has_operands(a)) return cudaSuccess;
-  int device = 0, major = 0, minor = 0, multiprocessors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  const auto ask = [&](int* value, cudaDeviceAttr attribute) {
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(value, attribute, device);
-  };
-  ask(&major, cudaDevAttrComputeCapabilityMajor);
-  ask(&minor, cudaDevAttrComputeCapabilityMinor);
-  ask(&multiprocessors, cudaDevAttrMultiProcessorCount);
-  const bool copied = nf4_operands_depth(a) != a.weight.cols;
-  const Gpu gpu = {10 * major + minor, multiprocessors};
-  if (status == cudaSuccess) *result = library_is_faster(a, gpu, has_chunks(a), copied);
-  return status;
+cudaError_t by_library(const Nf4LinearBackward& a, Way wanted, bool* result) {
+  *result = wanted != Way::kernels && a.m > 0 && a.weight.rows > 0 && a.weight.cols > 0;
+  return cudaSuccess;   // nowhere are the kernels known to be the shorter way
 }
 
 cudaError_t nf4_linear_backward(const Nf4LinearBackward& a, cudaStream_t stream) {

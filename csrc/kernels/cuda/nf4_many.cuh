@@ -13,6 +13,7 @@
 
 namespace peftops::cuda {
 
+constexpr int kManyThreads = 256, kManyWarps = kManyThreads / kWarp;
 constexpr int kManyRows = 64, kManyTiles = kManyRows / 8;   // of x a block of threads
 constexpr int kUnits = kChunk / 8;                          // of 16 bytes in a chunk of a row
 
@@ -22,7 +23,7 @@ template <class T> union ManyMemory {
     uint4 x[kStages][kManyRows][kUnits];
     float map[256];
   } in;
-  float sums[kManyRows][16 * kRowsWarps + 4];   // afterwards, a stripe at a time
+  float sums[kManyRows][16 * kManyWarps + 4];   // afterwards, a stripe at a time
 };
 
 // Codes and absmax of a chunk, for rows g and g + 8 of each stripe.
@@ -71,20 +72,22 @@ template <class T, int Stripes, class F>
 __device__ void multiply_many(const Nf4Linear& a, int log_block, ManyMemory<T>& memory, F f) {
   const Nf4Weight& w = a.weight;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
-  const int64_t n = w.rows, k = w.cols, first_row = int64_t(blockIdx.y) * kManyRows;
-  const int64_t first_out = (int64_t(blockIdx.x) * kRowsWarps + warp) * (16 * Stripes);
+  const int64_t n = w.rows, k = w.cols, first_row = int64_t(blockIdx.x) * kManyRows;
+  const int64_t first_out = (int64_t(blockIdx.y) * kManyWarps + warp) * (16 * Stripes);
   const int chunks = int(k / kChunk);
 
-  const PanelCopy<T, kRowsThreads, kManyRows, kUnits, SwapOddRows> copy(static_cast<const T*>(a.x), first_row, a.m, k);
+  const PanelCopy<T, kManyThreads, kManyRows, kUnits, SwapOddRows> copy(static_cast<const T*>(a.x), first_row, a.m, k);
   const auto fetch = [&](int chunk) {   // a chunk of x into its stage; an empty group keeps the count
     if (chunk < chunks) copy(memory.in.x[chunk % kStages], chunk);
     commit_copies();
   };
   for (int c = 0; c < kStages - 1; ++c) fetch(c);
-  memory.in.pairs.fill();
+  memory.in.pairs.template fill<kManyThreads>();
   if (w.absmax_code) memory.in.map[threadIdx.x] = dynamic_map.at[threadIdx.x];
   __syncthreads();
 
+  PairColumn pairs(memory.in.pairs);
+  pairs.is_filled();
   WeightReader<Stripes> reader(w, log_block, first_out, memory.in.map);
   WeightChunk<Stripes> next;
   reader.read(next);
@@ -105,8 +108,8 @@ __device__ void multiply_many(const Nf4Linear& a, int log_block, ManyMemory<T>& 
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const uint32_t bytes = i < 2 ? now.codes[s][half].x : now.codes[s][half].y;
-          frag[s][i][half] = memory.in.pairs(bytes, i % 2 * 2);
-          frag[s][i][half + 2] = memory.in.pairs(bytes, i % 2 * 2 + 1);
+          frag[s][i][half] = pairs(bytes, i % 2 * 2);
+          frag[s][i][half + 2] = pairs(bytes, i % 2 * 2 + 1);
         }
 #pragma unroll
     for (int m = 0; m < kManyTiles; ++m) {
@@ -158,9 +161,9 @@ __device__ void multiply_many(const Nf4Linear& a, int log_block, ManyMemory<T>& 
       for (int e = 0; e < 4; ++e) memory.sums[8 * m + 2 * t + e % 2][16 * warp + g + e / 2 * 8] = sum[s][m][e];
     __syncthreads();
 #pragma unroll 1
-    for (int e = threadIdx.x; e < kManyRows * 16 * kRowsWarps; e += kRowsThreads) {
-      const int column = e % (16 * kRowsWarps), row = e / (16 * kRowsWarps);
-      const int64_t out = (int64_t(blockIdx.x) * kRowsWarps + column / 16) * (16 * Stripes) + 16 * s + column % 16;
+    for (int e = threadIdx.x; e < kManyRows * 16 * kManyWarps; e += kManyThreads) {
+      const int column = e % (16 * kManyWarps), row = e / (16 * kManyWarps);
+      const int64_t out = (int64_t(blockIdx.y) * kManyWarps + column / 16) * (16 * Stripes) + 16 * s + column % 16;
       if (first_row + row >= a.m || out >= n) continue;
       f(first_row + row, out, __fmul_rn(memory.sums[row][column], 1.f / kCodeFactor<T>));
     }

@@ -34,7 +34,8 @@ cudaError_t qalora_shrink(const QaloraShrink& a, cudaStream_t stream) {
     return cudaGetLastError();
   });
   if (status != cudaSuccess) return status;
-  return lora_shrink({a.p, a.a, a.u, a.m, a.k / a.group, a.r, 1.f, true, DType::f32, a.a_dtype, {nullptr, 0}}, stream);
+  return lora_shrink({a.p, a.a, a.u, a.m, a.k / a.group, a.r, 1.f, true, DType::f32, a.a_dtype, {nullptr, 0}, nullptr},
+                     stream);
 }
 
 }  // namespace peftops::cuda

@@ -6,16 +6,21 @@
 // every thread. Which column of the chunk a product calls its k-th does not matter as long as both operands agree, so
 // neither goes through shared memory. W is read in whole sectors, x by halves of them, the second of which is in L1.
 //
-// How codes become numbers is the stream's: Nf4Stream (nf4_rows.cuh) or GroupStream (group_rows.cuh). Codes are
-// multiplied unscaled, and a chunk's sum by its scale in fp32. The eight warps of a block of threads share the depth,
-// and their sums are added in order, so the result has the same bits every time.
+// How codes become numbers is the stream's: Nf4Stream (nf4_rows.cuh) or GroupStream (group_rows.cuh). Its kEarlyScales and
+// kHoldsScales say whether a thread has registers for the first scales, and for those of the next stage, ahead of time. Codes are
+// multiplied unscaled, and a chunk's sum by its scale in fp32. The warps of a block of threads share the depth, and their
+// sums are added in order, so the result has the same bits every time.
+//
+// Waiting is what costs: a layer of 4096 x 4096 is 3 us of memory traffic, and one trip to memory takes most of one. So
+// every load is under way before it is needed. The first chunks and scales are asked for before the tables are made; a
+// warp has its next chunks in registers, as many as there is room for; a block of threads that has several tiles of the
+// weight to do, one after another with the same tables, asks for the next before it adds up the last.
 #pragma once
 #include "kernels/cuda/device.cuh"
 
 namespace peftops::cuda {
 
 constexpr int kFewRows = 16;                // of x: two tiles of 8
-constexpr int kRowsThreads = 256, kRowsWarps = kRowsThreads / kWarp;
 constexpr int kStripes = 2;                 // of 16 rows of the weight
 constexpr int kOuts = 16 * kStripes;        // rows of the weight a block of threads does: 4096 are one wave of 128
 
@@ -37,110 +42,186 @@ template <> __device__ inline void multiply<__half>(float (&c)[4], const uint32_
 template <class T> constexpr uint32_t kOnes = 0x3f803f80;   // a pair of them
 template <> constexpr uint32_t kOnes<__half> = 0x3c003c00;
 
-template <class Stream, int Tiles> union RowsMemory {
-  typename Stream::Memory in;
-  float sums[kRowsWarps][8 * Tiles][kOuts + 4];   // afterwards; 4 more, so that a fragment's 32 lie in 32 banks
+// What a thread holds of a chunk, codes and x, in registers: how many decides how many threads there can be.
+template <class Stream, int Tiles> struct RowsChunk {
+  static constexpr int kOwn = Stream::kColumns / 4;   // columns of it a thread has
+  static constexpr int kWords = 8 * Stream::kPieces + Tiles * kOwn / 2;
+  static constexpr int kWarps = Tiles <= 2 && kWords <= 24 && !Stream::kZeros ? 16 : 8, kThreads = kWarps * kWarp;
+  // Of them a warp has asked for.
+  static constexpr int kAhead = kWords <= 16 || (kWarps == 8 && kWords <= (Stream::kZeros ? 24 : 40)) ? 2 : 1;
+
+  uint2 codes[kStripes][2][Stream::kPieces];   // of rows g and g + 8
+  uint4 x[Tiles][kOwn / 8];                    // eight columns, two products
+};
+
+// The warps' sums. They are in dynamic shared memory, and the stream's tables in static one, whose address is in the
+// instructions that look something up.
+template <class Stream, int Tiles> struct RowsSums {
+  float at[RowsChunk<Stream, Tiles>::kWarps][8 * Tiles][kOuts + 4];   // 4 more: a fragment's 32 lie in 32 banks
 };
 
 // What turns an unscaled sum of codes into one of weights: scale * (sum of code x - zero * sum of x).
 struct Affine { float scale, zero; };
 
-// Tiles: of 8 rows of x, which blockIdx.y counts. Calls f(row of x, row of W, sum) for every result.
+// Tiles: of 8 rows of x, which blockIdx.x counts. Calls f(row of x, row of W, sum) for every result.
 template <class T, int Tiles, class Args, class Stream, class F>
-__device__ void multiply_rows(const Args& a, const Stream& stream, RowsMemory<Stream, Tiles>& memory, const F& f) {
-  constexpr int kOwn = Stream::kColumns / 4, kSteps = kOwn / 4;   // columns of a chunk a thread has; products a chunk
+__device__ void multiply_rows(const Args& a, const Stream& stream, typename Stream::Memory& memory,
+                              RowsSums<Stream, Tiles>& sums, const F& f) {
+  using Chunk = RowsChunk<Stream, Tiles>;
+  constexpr int kOwn = Chunk::kOwn, kSteps = kOwn / 4;
+  constexpr int kWarps = Chunk::kWarps, kThreads = Chunk::kThreads, kAhead = Chunk::kAhead;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
-  const int64_t n = a.weight.rows, k = a.weight.cols;
-  const int64_t first = int64_t(blockIdx.x) * kOuts, first_row = int64_t(blockIdx.y) * (8 * Tiles);
-  const int chunks = int(k / Stream::kColumns);
-  stream.begin(memory.in);
+  const int64_t n = a.weight.rows, k = a.weight.cols, first_row = int64_t(blockIdx.x) * (8 * Tiles);
+  const int chunks = int(k / Stream::kColumns), stage = stream.staged();   // chunks whose scales are staged at a time
 
-  float sum[kStripes][Tiles][4] = {};   // of rows g and g + 8 of W, rows 2t and 2t + 1 of x
-  for (int begin = 0, end; begin < chunks; begin = end) {
-    end = begin + stream.staged() < chunks ? begin + stream.staged() : chunks;
-    __syncthreads();
-    stream.stage(memory.in, first, begin);
-    __syncthreads();
-#pragma unroll (Stream::kUnroll)
-    for (int chunk = begin + warp; chunk < end; chunk += kRowsWarps) {
-      const int64_t column = int64_t(chunk) * Stream::kColumns + kOwn * t;
-      uint2 codes[kStripes][2][Stream::kPieces] = {};   // of rows g and g + 8
+  // This lane's rows of a matrix, 8 apart: the first one's place, and how far it is to the others. In place of rows that do
+  // not exist it has the last that does: nobody asks for their sums.
+  const auto first_of = [](int64_t row, int64_t rows) { return row < rows ? row : rows - 1; };
+  const auto far = [](int64_t row, int64_t rows, int64_t apart) {
+    return int(row + apart < rows ? apart : row < rows ? rows - 1 - row : 0);
+  };
+  constexpr int kChunkBytes = Stream::kColumns / 8 * Stream::kBits;
+  const int row_bytes = int(k / 8 * Stream::kBits);
+  const T* const x_at = static_cast<const T*>(a.x) + first_of(first_row + g, a.m) * k + kOwn * t;
+  int x_far[Tiles];
+#pragma unroll
+  for (int m = 0; m < Tiles; ++m) x_far[m] = far(first_row + g, a.m, 8 * m) * int(k);
+  struct Tile { const uint8_t* at; int far[kStripes][2]; };
+  const auto tile_at = [&](int64_t first) {
+    Tile tile = {a.weight.packed + first_of(first + g, n) * row_bytes + kOwn * t / 8 * Stream::kBits, {}};
+#pragma unroll
+    for (int s = 0; s < kStripes; ++s)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) tile.far[s][half] = far(first + g, n, 16 * s + 8 * half) * row_bytes;
+    return tile;
+  };
+  const auto load = [&](Chunk& to, const Tile& tile, int chunk) {
+    if (chunk >= chunks) return;
+    const uint8_t* const codes = tile.at + int64_t(chunk) * kChunkBytes;
+#pragma unroll
+    for (int s = 0; s < kStripes; ++s)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint8_t* from = codes + tile.far[s][half];
+#pragma unroll
+        for (int i = 0; i < Stream::kPieces; ++i)
+          to.codes[s][half][i] = *reinterpret_cast<const uint2*>(from + 8 * i);
+      }
+#pragma unroll
+    for (int m = 0; m < Tiles; ++m) {
+      const T* from = x_at + int64_t(chunk) * Stream::kColumns + x_far[m];
+#pragma unroll
+      for (int i = 0; i < kOwn / 8; ++i) to.x[m][i] = *reinterpret_cast<const uint4*>(from + 8 * i);
+    }
+  };
+
+  float sum[kStripes][Tiles][4];   // of rows g and g + 8 of W, rows 2t and 2t + 1 of x
+  const auto multiply_chunk = [&](const auto& table, const Chunk& now, int begin, int chunk) {
+    for (int p = 0; p < stream.parts(); ++p) {   // a scale that is not the whole chunk's is that of some of a quad
+      const bool mine = stream.parts() == 1 || t * stream.parts() / 4 == p;
+      float part[kStripes][Tiles][4] = {}, plain[Tiles][4] = {};
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        uint32_t frag[kStripes][4];
+#pragma unroll
+        for (int s = 0; s < kStripes; ++s)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            stream.decode(table, now.codes[s][half], i, frag[s][half], frag[s][half + 2]);
+#pragma unroll
+        for (int m = 0; m < Tiles; ++m) {
+          const uint4& v = now.x[m][i / 2];
+          const uint32_t b0 = mine ? i % 2 ? v.z : v.x : 0, b1 = mine ? i % 2 ? v.w : v.y : 0;
+          if constexpr (Stream::kZeros) {   // rows of ones add up x
+            const uint32_t ones[4] = {kOnes<T>, kOnes<T>, kOnes<T>, kOnes<T>};
+            multiply<T>(plain[m], ones, b0, b1);
+          }
+#pragma unroll
+          for (int s = 0; s < kStripes; ++s) multiply<T>(part[s][m], frag[s], b0, b1);
+        }
+      }
 #pragma unroll
       for (int s = 0; s < kStripes; ++s)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int64_t row = first + 16 * s + 8 * half + g;
-          const uint8_t* from = a.weight.packed + (row * k + column) / 8 * Stream::kBits;
+          const Affine of = stream.affine(memory, 16 * s + 8 * half + g, begin, chunk, p);
 #pragma unroll
-          for (int i = 0; i < Stream::kPieces; ++i)
-            if (row < n) codes[s][half][i] = *reinterpret_cast<const uint2*>(from + 8 * i);
-        }
-
-      for (int p = 0; p < stream.parts(); ++p) {   // a scale that is not the whole chunk's is that of some of a quad
-        const bool mine = stream.parts() == 1 || t * stream.parts() / 4 == p;
-        float part[kStripes][Tiles][4] = {}, plain[Tiles][4] = {};
-        uint4 x[Tiles] = {};   // eight columns, two steps
+          for (int m = 0; m < Tiles; ++m)
 #pragma unroll
-        for (int i = 0; i < kSteps; ++i) {
-#pragma unroll
-          for (int m = 0; m < Tiles; ++m) {
-            const int64_t row = first_row + 8 * m + g;
-            const T* from = static_cast<const T*>(a.x) + row * k + column + 4 * i;
-            if (i % 2 == 0 && row < a.m) x[m] = *reinterpret_cast<const uint4*>(from);
-          }
-          uint32_t frag[kStripes][4];
-#pragma unroll
-          for (int s = 0; s < kStripes; ++s)
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-              stream.decode(memory.in, codes[s][half], i, frag[s][half], frag[s][half + 2]);
-#pragma unroll
-          for (int m = 0; m < Tiles; ++m) {
-            const uint4& v = x[m];
-            const uint32_t b0 = mine ? i % 2 ? v.z : v.x : 0, b1 = mine ? i % 2 ? v.w : v.y : 0;
-            if constexpr (Stream::kZeros) {   // rows of ones add up x
-              const uint32_t ones[4] = {kOnes<T>, kOnes<T>, kOnes<T>, kOnes<T>};
-              multiply<T>(plain[m], ones, b0, b1);
+            for (int e = 0; e < 2; ++e) {
+              float& total = sum[s][m][2 * half + e];
+              float value = part[s][m][2 * half + e];
+              if constexpr (Stream::kZeros) value = __fmaf_rn(-of.zero, plain[m][e], value);
+              total = __fmaf_rn(of.scale, value, total);
             }
-#pragma unroll
-            for (int s = 0; s < kStripes; ++s) multiply<T>(part[s][m], frag[s], b0, b1);
-          }
         }
+    }
+  };
+
+  int64_t first = int64_t(blockIdx.y) * kOuts;   // of the tile's rows of the weight
+  typename Stream::template Scales<kThreads> scales;
+  Chunk chunk[kAhead];
+  if (Stream::kEarlyScales) scales.load(stream, first, 0);
 #pragma unroll
-        for (int s = 0; s < kStripes; ++s)
+  for (int d = 0; d < kAhead; ++d) load(chunk[d], tile_at(first), warp + d * kWarps);
+  auto table = stream.template begin<kThreads>(memory);   // what codes are looked up in, if anything
+
+  for (int64_t next; first < n; first = next) {
+    next = first + int64_t(gridDim.y) * kOuts;
+    const Tile tile = tile_at(first);
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const Affine of = stream.affine(memory.in, 16 * s + 8 * half + g, begin, chunk, p);
+    for (int s = 0; s < kStripes; ++s)
 #pragma unroll
-            for (int m = 0; m < Tiles; ++m)
+      for (int m = 0; m < Tiles; ++m)
 #pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                float& total = sum[s][m][2 * half + e];
-                float value = part[s][m][2 * half + e];
-                if constexpr (Stream::kZeros) value = __fmaf_rn(-of.zero, plain[m][e], value);
-                total = __fmaf_rn(of.scale, value, total);
-              }
+        for (int e = 0; e < 4; ++e) sum[s][m][e] = 0.f;
+    for (int begin = 0, end; begin < chunks; begin = end) {
+      end = begin + stage < chunks ? begin + stage : chunks;
+      __syncthreads();   // the last scales are done with, as are the last tile's sums
+      if (!Stream::kHoldsScales && !(Stream::kEarlyScales && begin == 0 && first == int64_t(blockIdx.y) * kOuts))
+        scales.load(stream, first, begin);
+      scales.store(stream, memory, begin);
+      __syncthreads();
+      table.is_filled();
+      if (Stream::kHoldsScales && end < chunks) scales.load(stream, first, end);
+      else if (Stream::kHoldsScales && next < n) scales.load(stream, next, 0);
+      // A stage is a multiple of kAhead * kWarps chunks, but for the last, so that a chunk is where it is looked for.
+#pragma unroll 1
+      for (int at = begin + warp; at < end; at += kAhead * kWarps)
+#pragma unroll
+        for (int d = 0; d < kAhead; ++d)
+          if (at + d * kWarps < end) {
+            multiply_chunk(table, chunk[d], begin, at + d * kWarps);
+            load(chunk[d], tile, at + (d + kAhead) * kWarps);
           }
-      }
+    }
+    if (next < n)
+#pragma unroll
+      for (int d = 0; d < kAhead; ++d) load(chunk[d], tile_at(next), warp + d * kWarps);
+#pragma unroll
+    for (int s = 0; s < kStripes; ++s)
+#pragma unroll
+      for (int m = 0; m < Tiles; ++m)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums.at[warp][8 * m + 2 * t + e % 2][16 * s + g + e / 2 * 8] = sum[s][m][e];
+    __syncthreads();
+    const int rows = int(a.m - first_row < 8 * Tiles ? a.m - first_row : 8 * Tiles);
+    for (int e = threadIdx.x; e < kOuts * rows; e += kThreads) {
+      const int out = e % kOuts, row = e / kOuts;
+      if (first + out >= n) continue;
+      float total = 0.f;
+#pragma unroll
+      for (const auto& of_warp : sums.at) total += of_warp[row][out];
+      f(first_row + row, first + out, __fmul_rn(total, 1.f / Stream::kFactor));
     }
   }
-  __syncthreads();
-#pragma unroll
-  for (int s = 0; s < kStripes; ++s)
-#pragma unroll
-    for (int m = 0; m < Tiles; ++m)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) memory.sums[warp][8 * m + 2 * t + e % 2][16 * s + g + e / 2 * 8] = sum[s][m][e];
-  __syncthreads();
-  const int rows = int(a.m - first_row < 8 * Tiles ? a.m - first_row : 8 * Tiles);
-  for (int e = threadIdx.x; e < kOuts * rows; e += kRowsThreads) {
-    const int out = e % kOuts, row = e / kOuts;
-    if (first + out >= n) continue;
-    float total = 0.f;
-#pragma unroll
-    for (const auto& of_warp : memory.sums) total += of_warp[row][out];
-    f(first_row + row, first + out, __fmul_rn(total, 1.f / Stream::kFactor));
-  }
+}
+
+// The grid for m rows of x and n of the weight: no more blocks of threads than the GPU has multiprocessors, where that
+// is for the weight to say.
+inline dim3 rows_grid(int64_t m, int64_t n, int tiles, int multiprocessors) {
+  const int64_t of_x = ceil_div(m, 8 * tiles), of_w = ceil_div(n, kOuts), each = ceil_div(multiprocessors, of_x);
+  return dim3(unsigned(of_x), unsigned(of_w < each ? of_w : each));
 }
 
 }  // namespace peftops::cuda

@@ -7,7 +7,10 @@
 // are summed, or which column of a fragment they are, does not matter as long as both operands agree.
 //
 // The warps of a block of threads share what is summed, and their sums are added in order: the same bits every time.
-// The grid counts rows, or what a gradient has for columns, along x, which is the long one.
+// The grid counts rows, or what a gradient has for columns, along x, which is the long one. A sum of few results is
+// divided among blocks of threads as well (Share), and add_parts adds up theirs.
+//
+// A chunk's loads are all asked for before the first is used: branches on types and edges are around them, not between.
 // The caller tells where rows and factors lie: dense, or in the pages of many adapters.
 #pragma once
 #include "kernels/cuda/dropout.cuh"
@@ -37,23 +40,22 @@ __device__ inline void move(void* p, const uint32_t (&v)[4]) {
                :: "l"(__cvta_generic_to_global(p)), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
 }
 
-// N elements that are neighbours, as far as there are so many; zeros after them. Wide: they are aligned to their size.
+// N elements that are neighbours, as far as there are so many; zeros after them.
 template <int N> struct Few {
   float at[N] = {};
 
   template <class T> union Whole { uint32_t words[N * sizeof(T) / 4]; T at[N]; __device__ Whole() {} };
 
-  template <class T> __device__ void load(const T* p, int64_t count, bool wide) {
-    if (wide && count >= N) {
-      Whole<T> whole;
-      move(whole.words, p);
+  template <class T> __device__ void load(const T* p) {   // all of them, aligned to their size
+    Whole<T> whole;
+    move(whole.words, p);
 #pragma unroll
-      for (int i = 0; i < N; ++i) at[i] = to_float(whole.at[i]);
-    } else {
+    for (int i = 0; i < N; ++i) at[i] = to_float(whole.at[i]);
+  }
+  template <class T> __device__ void load(const T* p, int64_t count) {
 #pragma unroll
-      for (int i = 0; i < N; ++i)
-        if (i < count) at[i] = to_float(p[i]);
-    }
+    for (int i = 0; i < N; ++i)
+      if (i < count) at[i] = to_float(p[i]);
   }
   template <class T> __device__ void store(T* p, int64_t count, bool wide) const {
     if (wide && count >= N) {
@@ -67,11 +69,6 @@ template <int N> struct Few {
         if (i < count) p[i] = from_float<T>(at[i]);
     }
   }
-  __device__ void load(const void* p, DType dtype, int64_t i, int64_t count, bool wide) {
-    if (dtype == DType::f32) load(static_cast<const float*>(p) + i, count, wide);
-    else if (dtype == DType::bf16) load(static_cast<const __nv_bfloat16*>(p) + i, count, wide);
-    else load(static_cast<const __half*>(p) + i, count, wide);
-  }
   __device__ void keep(uint32_t bits) {
 #pragma unroll
     for (int i = 0; i < N; ++i)
@@ -79,9 +76,19 @@ template <int N> struct Few {
   }
 };
 
-// Where a row of a factor has a chunk of columns: its first element, and how many columns there are from it on; none if
-// the row is beyond the rank.
+// f(pointer) to the elements of a factor, whose type is known at run time.
+template <class F> __device__ void with_elements(const void* p, DType dtype, const F& f) {
+  if (dtype == DType::f32) f(static_cast<const float*>(p));
+  else if (dtype == DType::bf16) f(static_cast<const __nv_bfloat16*>(p));
+  else f(static_cast<const __half*>(p));
+}
+
+// Where a row of a factor has a chunk of columns: its first element, and how many columns there are from it on. A row
+// beyond the rank has none, and the place of one that exists.
 struct FactorLine { int64_t at, columns; };
+
+// What of a sum a block of threads does: share `index` of `count`.
+struct Share { int64_t index = 0, count = 1; };
 
 template <class T> constexpr bool kExact = sizeof(T) == 2;
 
@@ -89,45 +96,91 @@ struct ThinLane {
   int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
 };
 
+// A thread's columns of a chunk, of one line of a factor for every tile. A factor has its elements at f.f, those of
+// neighbouring columns f.stride apart, and f.wide if four neighbours can be read at once.
+template <int Tiles, class Factor>
+__device__ void load_factor(Few<4> (&to)[4][Tiles], const Factor& f, const FactorLine (&line)[Tiles], bool whole, int t) {
+  with_elements(f.f, f.dtype, [&](const auto* p) {
+#pragma unroll
+    for (int q = 0; q < 4; ++q)
+#pragma unroll
+      for (int tile = 0; tile < Tiles; ++tile) to[q][tile] = {};
+    if (whole && f.wide) {
+#pragma unroll
+      for (int q = 0; q < 4; ++q)
+#pragma unroll
+        for (int tile = 0; tile < Tiles; ++tile) to[q][tile].load(p + line[tile].at + 16 * q + 4 * t);
+    } else {
+#pragma unroll
+      for (int q = 0; q < 4; ++q)
+#pragma unroll
+        for (int tile = 0; tile < Tiles; ++tile)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int at = 16 * q + 4 * t + i;
+            if (whole || at < line[tile].columns) to[q][tile].at[i] = to_float(p[line[tile].at + at * f.stride]);
+          }
+    }
+  });
+#pragma unroll
+  for (int tile = 0; tile < Tiles; ++tile)
+    if (line[tile].columns == 0)
+#pragma unroll
+      for (int q = 0; q < 4; ++q) to[q][tile] = {};
+}
+
 // u = x F^T for 16 rows of x and 8 * Tiles ranks from `rank` on. row(i): the i-th row's place in x, or -1.
-// f.four(line, i): elements i to i + 3 of a line of F, zeros where there are none. Calls result(i, rank, sum).
+// Calls result(i, rank, sum).
 template <int Tiles> struct ShrinkMemory { float2 sums[kThinWarps][kThinRows][4 * Tiles + 4]; };
 
 template <class X, int Tiles, class Row, class Factor, class Result>
 __device__ void shrink_tile(const X* x, int64_t k, bool wide, const Row& row, const Factor& f, int64_t rank,
-                            const DropoutMask& mask, ShrinkMemory<Tiles>& memory, const Result& result) {
+                            const DropoutMask& mask, ShrinkMemory<Tiles>& memory, const Result& result, Share share = {}) {
   const ThinLane lane;
   const int64_t rows[2] = {row(lane.g), row(lane.g + 8)};
+  const int64_t apart = share.count * (kThinWarps * kThinCols);
   float sum[Tiles][4] = {};
 #pragma unroll 1
-  for (int64_t chunk = lane.warp * kThinCols; chunk < k; chunk += kThinWarps * kThinCols) {
+  for (int64_t chunk = (share.index * kThinWarps + lane.warp) * kThinCols; chunk < k; chunk += apart) {
     const int64_t first = chunk + 4 * lane.t;
-    const uint32_t keep[2] = {mask.keeps<4>(rows[0], first), mask.keeps<4>(rows[1], first)};
+    const bool whole = chunk + kThinCols <= k;
+    Few<4> of_row[4][2], of_factor[4][Tiles];
+    if (whole && wide) {
+#pragma unroll
+      for (int q = 0; q < 4; ++q)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) of_row[q][h].load(x + (rows[h] < 0 ? 0 : rows[h]) * k + first + 16 * q);
+    } else {
+#pragma unroll
+      for (int q = 0; q < 4; ++q)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          if (rows[h] >= 0) of_row[q][h].load(x + rows[h] * k + first + 16 * q, k - first - 16 * q);
+    }
     FactorLine line[Tiles];
 #pragma unroll
     for (int tile = 0; tile < Tiles; ++tile) line[tile] = f.line(rank + 8 * tile + lane.g, chunk);
+    load_factor(of_factor, f, line, whole, lane.t);
+    // Rows that do not exist hold another's: nobody asks for their sums.
+    const uint32_t keep[2] = {mask.keeps<4>(rows[0], first), mask.keeps<4>(rows[1], first)};
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      const int64_t col = first + 16 * q;
-      Few<4> of_row[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        if (rows[h] >= 0) of_row[h].load(x + rows[h] * k + col, k - col, wide), of_row[h].keep(keep[h] >> 4 * q);
+      for (int h = 0; h < 2; ++h) of_row[q][h].keep(keep[h] >> 4 * q);
       Left left[2];
 #pragma unroll
       for (int s = 0; s < 2; ++s)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) left[s].set(i, of_row[i % 2].at[2 * s + i / 2], kExact<X>);
+        for (int i = 0; i < 4; ++i) left[s].set(i, of_row[q][i % 2].at[2 * s + i / 2], kExact<X>);
 #pragma unroll
-      for (int tile = 0; tile < Tiles; ++tile) {
-        const Few<4> of_factor = f.four(line[tile], 16 * q + 4 * lane.t);
+      for (int tile = 0; tile < Tiles; ++tile)
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
           Right right;
-          right.set(0, of_factor.at[2 * s], f.exact()), right.set(1, of_factor.at[2 * s + 1], f.exact());
+#pragma unroll
+          for (int i = 0; i < 2; ++i) right.set(i, of_factor[q][tile].at[2 * s + i], f.exact());
           multiply(sum[tile], left[s], kExact<X>, right, f.exact());
         }
-      }
     }
   }
 #pragma unroll
@@ -146,30 +199,54 @@ __device__ void shrink_tile(const X* x, int64_t k, bool wide, const Row& row, co
   }
 }
 
-// y += dropout(u F) for 16 rows and a warp's 64 columns. u(row, j) and f.one(line, i): zero where there is none.
+// y += dropout(u F) for 16 rows and a warp's 64 columns. u(row, j): zero beyond the rank.
 template <class Y, class Row, class Intermediate, class Factor>
 __device__ void expand_tile(Y* y, int64_t k, bool wide, const Row& row, const Intermediate& u, int64_t r,
                             const Factor& f, const DropoutMask& mask) {
   const ThinLane lane;
-  const int64_t chunk = (int64_t(blockIdx.y) * kThinWarps + lane.warp) * kThinCols;
+  const int64_t chunk = (int64_t(blockIdx.y) * kThinWarps + lane.warp) * kThinCols, first = chunk + 4 * lane.t;
   if (chunk >= k) return;
   const int64_t rows[2] = {row(lane.g), row(lane.g + 8)};
+  const bool whole = chunk + kThinCols <= k;
   float sum[8][4] = {};
 #pragma unroll 1
   for (int64_t j = lane.t; j < r + lane.t; j += 8) {
+    float of_u[4], of_factor[8][2] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) of_u[i] = rows[i % 2] < 0 ? 0.f : u(rows[i % 2], j + i / 2 * 4);
+    const FactorLine line[2] = {f.line(j, chunk), f.line(j + 4, chunk)};
+    with_elements(f.f, f.dtype, [&](const auto* p) {
+#pragma unroll
+      for (int tile = 0; tile < 8; ++tile)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int at = 16 * (tile / 2) + 2 * (tile % 2) + lane.g / 2 * 4 + lane.g % 2;
+          if (whole || at < line[h].columns) of_factor[tile][h] = to_float(p[line[h].at + at * f.stride]);
+        }
+    });
     Left left;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) left.set(i, rows[i % 2] < 0 ? 0.f : u(rows[i % 2], j + i / 2 * 4), false);
-    const FactorLine line[2] = {f.line(j, chunk), f.line(j + 4, chunk)};
+    for (int i = 0; i < 4; ++i) left.set(i, of_u[i], false);
 #pragma unroll
     for (int tile = 0; tile < 8; ++tile) {
-      const int at = 16 * (tile / 2) + 2 * (tile % 2) + lane.g / 2 * 4 + lane.g % 2;
       Right right;
-      right.set(0, f.one(line[0], at), f.exact()), right.set(1, f.one(line[1], at), f.exact());
+#pragma unroll
+      for (int h = 0; h < 2; ++h) right.set(h, line[h].columns ? of_factor[tile][h] : 0.f, f.exact());
       multiply(sum[tile], left, false, right, f.exact());
     }
   }
-  const int64_t first = chunk + 4 * lane.t;
+  Few<4> value[2][4];
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+    if (rows[h] >= 0) {
+      if (whole && wide) {
+#pragma unroll
+        for (int q = 0; q < 4; ++q) value[h][q].load(y + rows[h] * k + first + 16 * q);
+      } else {
+#pragma unroll
+        for (int q = 0; q < 4; ++q) value[h][q].load(y + rows[h] * k + first + 16 * q, k - first - 16 * q);
+      }
+    }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     if (rows[h] < 0) continue;
@@ -178,14 +255,12 @@ __device__ void expand_tile(Y* y, int64_t k, bool wide, const Row& row, const In
     for (int q = 0; q < 4; ++q) {
       const int64_t col = first + 16 * q;
       if (col >= k) break;
-      Few<4> value;
-      value.load(y + rows[h] * k + col, k - col, wide);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float add = sum[2 * q + i / 2][2 * h + i % 2];
-        if (keep >> (4 * q + i) & 1) value.at[i] += mask.threshold ? __fmul_rn(add, mask.factor) : add;
+        if (keep >> (4 * q + i) & 1) value[h][q].at[i] += mask.threshold ? __fmul_rn(add, mask.factor) : add;
       }
-      value.store(y + rows[h] * k + col, k - col, wide);
+      value[h][q].store(y + rows[h] * k + col, k - col, wide);
     }
   }
 }
@@ -196,25 +271,32 @@ struct GradientMemory { float4 sums[kThinWarps][16][kThinCols / 4 + 4]; };
 
 template <class X, int Tiles, class Row, class Intermediate, class Result>
 __device__ void gradient_tile(const X* x, int64_t k, bool wide, const Row& row, int64_t count, const Intermediate& u,
-                              int64_t rank, const DropoutMask& mask, GradientMemory& memory, const Result& result) {
+                              int64_t rank, const DropoutMask& mask, GradientMemory& memory, const Result& result,
+                              Share share = {}) {
   const ThinLane lane;
   const int64_t chunk = int64_t(blockIdx.x) * kThinCols, first = chunk + 2 * lane.g;
+  const bool whole = chunk + kThinCols <= k;
   float sum[Tiles][8][4] = {};
 #pragma unroll 1
-  for (int64_t i = 8 * lane.warp; i < count; i += 8 * kThinWarps) {
+  for (int64_t i = 8 * (share.index * kThinWarps + lane.warp); i < count; i += 8 * kThinWarps * share.count) {
     int64_t rows[2];
     Few<2> value[2][4];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int64_t at = i + lane.t + 4 * h;
       rows[h] = at < count ? row(at) : -1;
-      if (rows[h] < 0) continue;
-      const uint32_t keep = mask.keeps<2>(rows[h], first);
+    }
+    if (whole && wide) {
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        const int64_t col = first + 16 * q;
-        value[h][q].load(x + rows[h] * k + col, k - col, wide), value[h][q].keep(keep >> 2 * q);
-      }
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int q = 0; q < 4; ++q) value[h][q].load(x + (rows[h] < 0 ? 0 : rows[h]) * k + first + 16 * q);
+    } else {
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int q = 0; q < 4; ++q)
+          if (rows[h] >= 0) value[h][q].load(x + rows[h] * k + first + 16 * q, k - first - 16 * q);
     }
     Left left[Tiles];
 #pragma unroll
@@ -222,6 +304,12 @@ __device__ void gradient_tile(const X* x, int64_t k, bool wide, const Row& row, 
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         left[tile].set(e, rows[e / 2] < 0 ? 0.f : u(rows[e / 2], rank + 16 * tile + lane.g + 8 * (e % 2)), false);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {   // nothing of a row that does not exist
+      const uint32_t keep = rows[h] < 0 ? 0 : mask.keeps<2>(rows[h], first);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) value[h][q].keep(keep >> 2 * q);
+    }
 #pragma unroll
     for (int part = 0; part < 8; ++part) {
       Right right;
@@ -251,6 +339,14 @@ __device__ void gradient_tile(const X* x, int64_t k, bool wide, const Row& row, 
     }
     result(rank + 16 * tile + j, chunk + 4 * unit, total);
   }
+}
+
+// How many blocks of threads share a sum, so that a large GPU has enough of them: by the shapes alone, for the same bits
+// everywhere. `results`: blocks without sharing; `most`: turns of a block through what is summed.
+constexpr int64_t kThinBlocks = 528;
+inline int64_t shares_of(int64_t results, int64_t most) {
+  const int64_t wanted = ceil_div(kThinBlocks, results);
+  return wanted < most ? wanted : most > 0 ? most : 1;
 }
 
 }  // namespace peftops::cuda

@@ -32,8 +32,8 @@ __device__ void multiply_tile(int64_t rows, int64_t cols, int64_t depth, const L
                               TileMemory& memory, TileSums& c) {
   for (int64_t t = 0; t < depth; t += kDepth) {
     __syncthreads();   // the panels before are done with
-    fetch_panel<LeftAlong>(memory.left, t, depth, int64_t(blockIdx.y) * kTile, rows, left);
-    fetch_panel<RightAlong>(memory.right, t, depth, int64_t(blockIdx.x) * kTile, cols, right);
+    fetch_panel<LeftAlong>(memory.left, t, depth, int64_t(blockIdx.x) * kTile, rows, left);
+    fetch_panel<RightAlong>(memory.right, t, depth, int64_t(blockIdx.y) * kTile, cols, right);
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
@@ -57,14 +57,15 @@ template <class F> __device__ void each_result(int64_t rows, int64_t cols, const
   for (int i = 0; i < kPerThread; ++i)
 #pragma unroll
     for (int j = 0; j < kPerThread; ++j) {
-      const int64_t row = int64_t(blockIdx.y) * kTile + threadIdx.x / 16 + 16 * i;
-      const int64_t col = int64_t(blockIdx.x) * kTile + threadIdx.x % 16 + 16 * j;
+      const int64_t row = int64_t(blockIdx.x) * kTile + threadIdx.x / 16 + 16 * i;
+      const int64_t col = int64_t(blockIdx.y) * kTile + threadIdx.x % 16 + 16 * j;
       if (row < rows && col < cols) f(row, col, i, j);
     }
 }
 
+// Rows along x, which may be longer than 65,535 blocks, in every grid of ours.
 inline dim3 tiles_of(int64_t rows, int64_t cols) {
-  return dim3(unsigned(ceil_div(cols, kTile)), unsigned(ceil_div(rows, kTile)));
+  return dim3(unsigned(ceil_div(rows, kTile)), unsigned(ceil_div(cols, kTile)));
 }
 
 }  // namespace peftops::cuda
