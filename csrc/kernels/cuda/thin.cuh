@@ -109,7 +109,8 @@ __device__ void load_factor(Few<4> (&to)[4][Tiles], const Factor& f, const Facto
 #pragma unroll
       for (int q = 0; q < 4; ++q)
 #pragma unroll
-        for (int tile = 0; tile < Tiles; ++tile) to[q][tile].load(p + line[tile].at + 16 * q + 4 * t);
+        for (int tile = 0; tile < Tiles; ++tile)
+          if (line[tile].columns) to[q][tile].load(p + line[tile].at + 16 * q + 4 * t);
     } else {
 #pragma unroll
       for (int q = 0; q < 4; ++q)
@@ -118,15 +119,10 @@ __device__ void load_factor(Few<4> (&to)[4][Tiles], const Factor& f, const Facto
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int at = 16 * q + 4 * t + i;
-            if (whole || at < line[tile].columns) to[q][tile].at[i] = to_float(p[line[tile].at + at * f.stride]);
+            if (at < line[tile].columns) to[q][tile].at[i] = to_float(p[line[tile].at + at * f.stride]);
           }
     }
   });
-#pragma unroll
-  for (int tile = 0; tile < Tiles; ++tile)
-    if (line[tile].columns == 0)
-#pragma unroll
-      for (int q = 0; q < 4; ++q) to[q][tile] = {};
 }
 
 // u = x F^T for 16 rows of x and 8 * Tiles ranks from `rank` on. row(i): the i-th row's place in x, or -1.
@@ -137,7 +133,8 @@ template <class X, int Tiles, class Row, class Factor, class Result>
 __device__ void shrink_tile(const X* x, int64_t k, bool wide, const Row& row, const Factor& f, int64_t rank,
                             const DropoutMask& mask, ShrinkMemory<Tiles>& memory, const Result& result, Share share = {}) {
   const ThinLane lane;
-  const int64_t rows[2] = {row(lane.g), row(lane.g + 8)};
+  // In place of rows that do not exist it reads the first, which is in L1: nobody asks for their sums.
+  const int64_t rows[2] = {row(lane.g), row(lane.g + 8)}, present = row(0);
   const int64_t apart = share.count * (kThinWarps * kThinCols);
   float sum[Tiles][4] = {};
 #pragma unroll 1
@@ -149,7 +146,7 @@ __device__ void shrink_tile(const X* x, int64_t k, bool wide, const Row& row, co
 #pragma unroll
       for (int q = 0; q < 4; ++q)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) of_row[q][h].load(x + (rows[h] < 0 ? 0 : rows[h]) * k + first + 16 * q);
+        for (int h = 0; h < 2; ++h) of_row[q][h].load(x + (rows[h] < 0 ? present : rows[h]) * k + first + 16 * q);
     } else {
 #pragma unroll
       for (int q = 0; q < 4; ++q)
@@ -161,7 +158,6 @@ __device__ void shrink_tile(const X* x, int64_t k, bool wide, const Row& row, co
 #pragma unroll
     for (int tile = 0; tile < Tiles; ++tile) line[tile] = f.line(rank + 8 * tile + lane.g, chunk);
     load_factor(of_factor, f, line, whole, lane.t);
-    // Rows that do not exist hold another's: nobody asks for their sums.
     const uint32_t keep[2] = {mask.keeps<4>(rows[0], first), mask.keeps<4>(rows[1], first)};
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
