@@ -17,6 +17,8 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 
 #include "kernels/cpu/isa.h"
 #ifdef PEFTOPS_CUDA
@@ -30,6 +32,23 @@ namespace peftops::ops {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Raises RuntimeError with one sentence, made of the parts. STD_TORCH_CHECK would put the path of this file before it;
+// and as a function would, the parts be made at every call.
+template <class... Parts> [[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw std::runtime_error(sentence.str());
+}
+#define PEFTOPS_CHECK(condition, ...) \
+  if (condition) {                    \
+  } else                              \
+    peftops::ops::fail(__VA_ARGS__)
+
+// What torch itself was asked for; why it could not, it has said.
+inline void check_torch(AOTITorchError status, const char* what) {
+  PEFTOPS_CHECK(status == AOTI_TORCH_SUCCESS, "peftops: torch could not ", what);
+}
+
 inline bool is_float(const Tensor& t) {
   const ScalarType s = t.scalar_type();
   return s == ScalarType::Float || s == ScalarType::BFloat16 || s == ScalarType::Half;
@@ -41,7 +60,7 @@ inline DType dtype_of(const char* op, const char* name, ScalarType s) {
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half:     return DType::f16;
     default:
-      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16 or float16, not ", torch::headeronly::toString(s));
+      fail(op, ": ", name, " must be float32, bfloat16 or float16, not ", torch::headeronly::toString(s));
   }
 }
 inline DType dtype_of(const char* op, const char* name, const Tensor& t) { return dtype_of(op, name, t.scalar_type()); }
@@ -61,11 +80,11 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, std::
     same = same && t.size(i) == n;
     s += (i++ ? ", " : "") + std::to_string(n);
   }
-  STD_TORCH_CHECK(same, op, ": ", name, " must have shape ", s, "], not ", shape_of(t));
+  PEFTOPS_CHECK(same, op, ": ", name, " must have shape ", s, "], not ", shape_of(t));
 }
 
 inline void check_last_dim(const char* op, const char* name, const Tensor& t, int64_t want) {
-  STD_TORCH_CHECK(t.dim() >= 1 && t.size(-1) == want, op, ": the last dim of ", name, " must be ", want,
+  PEFTOPS_CHECK(t.dim() >= 1 && t.size(-1) == want, op, ": the last dim of ", name, " must be ", want,
                   ", but its shape is ", shape_of(t));
 }
 
@@ -107,14 +126,14 @@ inline void check_one_device(const char* op, Arguments arguments) {
   const Named& first = *arguments.begin();
   const auto device = first.tensor->device();
   for (const Named& other : arguments)
-    STD_TORCH_CHECK(!other.tensor || other.tensor->device() == device, op, ": ", other.name, " is on ",
+    PEFTOPS_CHECK(!other.tensor || other.tensor->device() == device, op, ": ", other.name, " is on ",
                     device_of(*other.tensor), ", but ", first.name, " on ", device_of(*first.tensor));
 }
 
 // What the host reads itself, wherever the kernel runs.
 inline void check_on_host(const char* op, Arguments arguments) {
   for (const Named& one : arguments)
-    STD_TORCH_CHECK(one.tensor->is_cpu(), op, ": ", one.name, " must be on the CPU, not on ", device_of(*one.tensor));
+    PEFTOPS_CHECK(one.tensor->is_cpu(), op, ": ", one.name, " must be on the CPU, not on ", device_of(*one.tensor));
 }
 
 // An uninitialised contiguous tensor on the device of `like`. Straight through the C shim: the dispatcher
@@ -128,8 +147,9 @@ inline Tensor empty(const Tensor& like, const int64_t* shape, int64_t dims, Scal
   }
   const auto device = like.device();
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, shape, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                                                  int32_t(device.type()), device.index(), &handle));
+  const auto kind = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  check_torch(aoti_torch_empty_strided(dims, shape, strides, kind, int32_t(device.type()), device.index(), &handle),
+              "allocate a result");
   Tensor result(handle);
   if (result.is_cpu()) prefer_huge_pages(result.mutable_data_ptr(), result.numel() * int64_t(result.element_size()));
   return result;
@@ -153,15 +173,22 @@ inline void fill_with_zeros(Tensor& t) {
 }
 
 inline const float* floats_of(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32");
+  PEFTOPS_CHECK(t.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32");
   return t.const_data_ptr<float>();
+}
+
+template <class T> const T* integers_of(const char* op, const char* name, const Tensor& t) {
+  constexpr ScalarType want = sizeof(T) == 8 ? ScalarType::Long : ScalarType::Int;
+  PEFTOPS_CHECK(t.scalar_type() == want, op, ": ", name, " must be ", torch::headeronly::toString(want), ", not ",
+                torch::headeronly::toString(t.scalar_type()));
+  return t.const_data_ptr<T>();
 }
 
 // Dropout as it crosses the operators: a probability, and one int64 that is read when p > 0.
 inline Dropout dropout_of(const char* op, double p, const std::optional<Tensor>& seed) {
-  STD_TORCH_CHECK(p >= 0 && p < 1, op, ": dropout_p must be in [0, 1), not ", p);
+  PEFTOPS_CHECK(p >= 0 && p < 1, op, ": dropout_p must be in [0, 1), not ", p);
   if (p == 0) return {nullptr, 0};
-  STD_TORCH_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
+  PEFTOPS_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
                   ": dropout needs a seed, one int64");
   return {seed->const_data_ptr<int64_t>(), p};
 }
@@ -175,7 +202,8 @@ class OnDevice {
  public:
   OnDevice(const char* op, Arguments arguments) {
     check_one_device(op, arguments);
-    TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(arguments.begin()->tensor->get_device_index(), &guard_));
+    check_torch(aoti_torch_create_device_guard(arguments.begin()->tensor->get_device_index(), &guard_),
+                "switch to the device");
   }
   ~OnDevice() { aoti_torch_delete_device_guard(guard_); }
   OnDevice(const OnDevice&) = delete;
@@ -196,10 +224,10 @@ template <class Args> void run(CudaKernel<Args> kernel, const Args& args, int64_
   void* stream = nullptr;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    check_torch(aoti_torch_get_current_cuda_stream(device, &stream), "tell its stream");
     status = kernel.launch(args, static_cast<cudaStream_t>(stream));
   }
-  STD_TORCH_CHECK(status == cudaSuccess, kernel.name, ": ", cudaGetErrorString(status));
+  PEFTOPS_CHECK(status == cudaSuccess, kernel.name, ": ", cudaGetErrorString(status));
 }
 #else
 struct OnDevice { OnDevice(const char* op, Arguments arguments) { check_one_device(op, arguments); } };
@@ -208,7 +236,7 @@ struct OnDevice { OnDevice(const char* op, Arguments arguments) { check_one_devi
 inline void* scratch() {
   struct Free { void operator()(void* p) const { std::free(p); } };
   thread_local const std::unique_ptr<void, Free> memory(std::aligned_alloc(4096, cpu::kScratchBytes));
-  STD_TORCH_CHECK(memory, "peftops: out of memory for ", cpu::kScratchBytes, " bytes of scratch");
+  PEFTOPS_CHECK(memory, "peftops: out of memory for ", cpu::kScratchBytes, " bytes of scratch");
   return memory.get();
 }
 

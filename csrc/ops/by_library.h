@@ -16,7 +16,7 @@ namespace peftops::ops {
 inline Way wanted_way(const char* op) {
   const char* text = std::getenv("PEFTOPS_NF4_LIBRARY");
   const std::string way = text ? text : "auto";
-  STD_TORCH_CHECK(way == "auto" || way == "always" || way == "never", op,
+  PEFTOPS_CHECK(way == "auto" || way == "always" || way == "never", op,
                   ": PEFTOPS_NF4_LIBRARY must be auto, always or never, not ", way);
   return way == "always" ? Way::library : way == "never" ? Way::kernels : Way::faster;
 }
@@ -25,7 +25,7 @@ inline Way wanted_way(const char* op) {
 template <size_t Dims>
 Tensor as_strided(const Tensor& t, const int64_t (&sizes)[Dims], const int64_t (&strides)[Dims], int64_t offset = 0) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), Dims, sizes, strides, offset, &handle));
+  check_torch(aoti_torch__reinterpret_tensor(t.get(), Dims, sizes, strides, offset, &handle), "make a view");
   return Tensor(handle);
 }
 
@@ -33,12 +33,12 @@ Tensor as_strided(const Tensor& t, const int64_t (&sizes)[Dims], const int64_t (
 inline void multiply_by_library(const Tensor& left, const Tensor& right, const Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(left), torch::stable::detail::from(right),
                                     torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  check_torch(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION), "multiply matrices");
   torch::stable::detail::to<Tensor>(stack[0]);   // `out` again, ours to release
 }
 
 inline bool takes_library(const char* op, cudaError_t status, bool wanted) {
-  STD_TORCH_CHECK(status == cudaSuccess, op, ": ", cudaGetErrorString(status));
+  PEFTOPS_CHECK(status == cudaSuccess, op, ": ", cudaGetErrorString(status));
   return wanted;
 }
 

@@ -21,10 +21,10 @@ struct Operands {
 
   Operands(const char* op, const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& gate,
            double scale) {
-    STD_TORCH_CHECK(query_.dim() == 4, op, ": query must have shape [batch, heads, rows, d], not ",
+    PEFTOPS_CHECK(query_.dim() == 4, op, ": query must have shape [batch, heads, rows, d], not ",
                     shape_of(query_));
     for (const Tensor* prompt : {&key_, &value_})
-      STD_TORCH_CHECK(prompt->dim() == 3 || prompt->dim() == 4, op, ": a prompt must have shape [kv_heads, tokens, d]"
+      PEFTOPS_CHECK(prompt->dim() == 3 || prompt->dim() == 4, op, ": a prompt must have shape [kv_heads, tokens, d]"
                       " or [batch, kv_heads, tokens, d], not ", shape_of(*prompt));
     query = with_whole_rows(query_), key = with_whole_rows(key_), value = with_whole_rows(value_);
     in.query = query.const_data_ptr(), in.key = key.const_data_ptr(), in.value = value.const_data_ptr();
@@ -32,15 +32,15 @@ struct Operands {
     in.batch = query.size(0), in.heads = query.size(1), in.rows = query.size(2), in.d = query.size(3);
     in.prompts = key.dim() == 4 ? key.size(0) : 1, in.kv_heads = key.size(-3), in.tokens = key.size(-2);
     in.dv = value.size(-1);
-    STD_TORCH_CHECK(in.prompts == 1 || in.prompts == in.batch, op, ": there must be one prompt, or one for each of ",
+    PEFTOPS_CHECK(in.prompts == 1 || in.prompts == in.batch, op, ": there must be one prompt, or one for each of ",
                     in.batch, " samples, not ", in.prompts);
-    STD_TORCH_CHECK(in.kv_heads > 0 && in.heads % in.kv_heads == 0, op, ": ", in.kv_heads,
+    PEFTOPS_CHECK(in.kv_heads > 0 && in.heads % in.kv_heads == 0, op, ": ", in.kv_heads,
                     " prompt heads do not divide ", in.heads, " query heads");
-    STD_TORCH_CHECK(in.tokens > 0, op, ": a prompt needs at least one token");
+    PEFTOPS_CHECK(in.tokens > 0, op, ": a prompt needs at least one token");
     for (const int64_t d : {in.d, in.dv})
-      STD_TORCH_CHECK(d > 0 && d <= kMaxPromptHeadDim, op, ": a head must have 1 to ", kMaxPromptHeadDim,
+      PEFTOPS_CHECK(d > 0 && d <= kMaxPromptHeadDim, op, ": a head must have 1 to ", kMaxPromptHeadDim,
                       " dims, not ", d);
-    STD_TORCH_CHECK(key.size(-1) == in.d && value.dim() == key.dim() && value.size(0) == key.size(0) &&
+    PEFTOPS_CHECK(key.size(-1) == in.d && value.dim() == key.dim() && value.size(0) == key.size(0) &&
                     value.size(-3) == in.kv_heads && value.size(-2) == in.tokens,
                     op, ": prompt_key ", shape_of(key), " and prompt_value ", shape_of(value), " do not fit together or"
                     " query ", shape_of(query));
@@ -48,12 +48,12 @@ struct Operands {
     in.gate = floats_of(op, "gate", gate), in.gate_stride = gate.stride(0);
     in.scale = float(scale);
     in.dtype = dtype_of(op, "query", query), in.prompt_dtype = dtype_of(op, "prompt_key", key);
-    STD_TORCH_CHECK(value.scalar_type() == key.scalar_type(), op, ": prompt_key and prompt_value must have one dtype");
+    PEFTOPS_CHECK(value.scalar_type() == key.scalar_type(), op, ": prompt_key and prompt_value must have one dtype");
   }
 
   void check_output(const char* op, const char* name, const Tensor& t) const {
     check_shape(op, name, t, {in.batch, in.heads, in.rows, in.dv});
-    STD_TORCH_CHECK(t.scalar_type() == query.scalar_type(), op, ": query and ", name, " must have one dtype");
+    PEFTOPS_CHECK(t.scalar_type() == query.scalar_type(), op, ": query and ", name, " must have one dtype");
   }
   int64_t work() const { return in.batch * in.heads * in.rows * in.tokens * (in.d + in.dv); }
 };
@@ -92,7 +92,7 @@ void add_prompt_inplace(Tensor out, const Tensor& query, const Tensor& key, cons
                               {"out", out}});
   const Operands o(kOp, query, key, value, gate, scale);
   o.check_output(kOp, "out", out);
-  STD_TORCH_CHECK(has_whole_rows(out), kOp, ": the last dim of out must be contiguous");
+  PEFTOPS_CHECK(has_whole_rows(out), kOp, ": the last dim of out must be contiguous");
   add(o, out, out);
 }
 
@@ -147,8 +147,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_add(
                                     {"g", g}, {"dquery", dquery}});
   const Operands o(kBackward, query, key, value, gate, scale);
   check_shape(kBackward, "dquery", dquery, {o.in.batch, o.in.heads, o.in.rows, o.in.d});
-  STD_TORCH_CHECK(dquery.scalar_type() == query.scalar_type(), kBackward, ": query and dquery must have one dtype");
-  STD_TORCH_CHECK(has_whole_rows(dquery), kBackward, ": the last dim of dquery must be contiguous");
+  PEFTOPS_CHECK(dquery.scalar_type() == query.scalar_type(), kBackward, ": query and dquery must have one dtype");
+  PEFTOPS_CHECK(has_whole_rows(dquery), kBackward, ": the last dim of dquery must be contiguous");
   return gradients(o, g, gate, &dquery, true);
 }
 

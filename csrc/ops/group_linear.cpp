@@ -34,7 +34,7 @@ Tensor linear_backward(const Tensor& g, const Tensor& packed, const Tensor& scal
   LinearBackwardOperands<GroupLinearBackward> o(kOp, w.weight, g, v, a);
   if (a) {
     const int64_t k = w.weight.cols;
-    STD_TORCH_CHECK(o.a.dim() == 2 && o.a.size(0) == o.args.r && o.a.size(1) > 0 && k % o.a.size(1) == 0, kOp,
+    PEFTOPS_CHECK(o.a.dim() == 2 && o.a.size(0) == o.args.r && o.a.size(1) > 0 && k % o.a.size(1) == 0, kOp,
                     ": lora_A must have shape [", o.args.r, ", groups] with groups a divisor of ", k, ", not ",
                     shape_of(o.a));
     o.args.pool = k / o.a.size(1);

@@ -8,12 +8,12 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight_, int64_t bits,
                                             bool symmetric, int64_t narrower) {
   constexpr const char* kOp = "group_quantize";
   const OnDevice device(kOp, {{"weight", weight_}});
-  STD_TORCH_CHECK(weight_.dim() == 2, kOp, ": weight must have two dims, [out, in], not shape ", shape_of(weight_));
+  PEFTOPS_CHECK(weight_.dim() == 2, kOp, ": weight must have two dims, [out, in], not shape ", shape_of(weight_));
   const DType dtype = dtype_of(kOp, "weight", weight_);
   const Tensor weight = as_contiguous(weight_);
   const int64_t rows = weight.size(0), cols = weight.size(1);
   check_groups(kOp, cols, bits, group);
-  STD_TORCH_CHECK(narrower >= 0 && narrower < 64, kOp, ": narrower must be from 0 to 63, not ", narrower);
+  PEFTOPS_CHECK(narrower >= 0 && narrower < 64, kOp, ": narrower must be from 0 to 63, not ", narrower);
   Tensor packed = empty(weight, {rows, cols / 8 * bits}, ScalarType::Byte);
   Tensor scales = empty(weight, {rows, cols / group}, ScalarType::Float);
   Tensor zeros = empty(weight, {rows, cols / group}, ScalarType::Float);

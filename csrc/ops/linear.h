@@ -27,7 +27,7 @@ template <class Args> struct LinearOperands {
       args.bias = bias.const_data_ptr();
       args.bias_dtype = dtype_of(op, "bias", bias);
     }
-    STD_TORCH_CHECK(u_.has_value() == b_.has_value(), op, ": u and lora_B belong together");
+    PEFTOPS_CHECK(u_.has_value() == b_.has_value(), op, ": u and lora_B belong together");
     if (!u_) return;
     u = as_contiguous(*u_), b = as_contiguous(*b_);
     args.r = u.size(-1);
@@ -56,7 +56,7 @@ template <class Args> struct LinearBackwardOperands {
     args.dx = dx.mutable_data_ptr();
     args.m = rows_of(g);
     args.dtype = dtype_of(op, "g", g);
-    STD_TORCH_CHECK(v_.has_value() == a_.has_value(), op, ": v and lora_A belong together");
+    PEFTOPS_CHECK(v_.has_value() == a_.has_value(), op, ": v and lora_A belong together");
     if (!v_) return;
     v = as_contiguous(*v_), a = as_contiguous(*a_);
     args.r = v.size(-1);

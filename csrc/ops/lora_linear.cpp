@@ -6,7 +6,7 @@ namespace {
 
 // How a factor of rank r between k columns lies: [r, k] is read by rank, [k, r] is not.
 int64_t rank_of(const char* op, const Tensor& f, int64_t k, bool by_rank) {
-  STD_TORCH_CHECK(f.dim() == 2 && f.size(by_rank ? 1 : 0) == k, op, ": the factor must have shape ",
+  PEFTOPS_CHECK(f.dim() == 2 && f.size(by_rank ? 1 : 0) == k, op, ": the factor must have shape ",
                   by_rank ? "[r, " : "[", k, by_rank ? "]" : ", r]", ", not ", shape_of(f));
   return f.size(by_rank ? 0 : 1);
 }
@@ -44,7 +44,7 @@ void expand(Tensor y, const Tensor& u_, const Tensor& f_, bool by_rank, double s
             const std::optional<Tensor>& seed) {
   constexpr const char* kOp = "lora_expand";
   const OnDevice device(kOp, {{"y", y}, {"u", u_}, {"the factor", f_}, {"seed", seed}});
-  STD_TORCH_CHECK(y.is_contiguous(), kOp, ": y must be contiguous");
+  PEFTOPS_CHECK(y.is_contiguous(), kOp, ": y must be contiguous");
   const Tensor u = as_contiguous(u_), f = as_contiguous(f_);
   const int64_t m = rows_of(y), k = y.size(-1), r = rank_of(kOp, f, k, by_rank);
   check_shape(kOp, "u", u, {m, r});

@@ -25,8 +25,8 @@ struct Slots {
     check_shape(kOp, "pages", pages_, {slots, most});
     check_shape(kOp, "where", where_, {slots, 3});
     check_shape(kOp, "scaling", scaling_, {slots});
-    handles = handles_.const_data_ptr<int64_t>(), pages = pages_.const_data_ptr<int32_t>();
-    where = where_.const_data_ptr<int64_t>(), scaling = floats_of(kOp, "scaling", scaling_);
+    handles = integers_of<int64_t>(kOp, "handles", handles_), pages = integers_of<int32_t>(kOp, "pages", pages_);
+    where = integers_of<int64_t>(kOp, "where", where_), scaling = floats_of(kOp, "scaling", scaling_);
   }
 };
 
@@ -36,17 +36,17 @@ struct Grouped {
   std::vector<LoraSegment> segments;
 
   Grouped(const Tensor& index_, int64_t rows, const Slots& at, bool transposed) {
-    STD_TORCH_CHECK(index_.scalar_type() == ScalarType::Long, kOp, ": adapter_index must be int64");
+    PEFTOPS_CHECK(index_.scalar_type() == ScalarType::Long, kOp, ": adapter_index must be int64");
     check_on_host(kOp, {{"adapter_index", index_}});
     const Tensor index = as_contiguous(index_);
-    STD_TORCH_CHECK(index.numel() == rows, kOp, ": adapter_index must name an adapter for each of the ", rows,
+    PEFTOPS_CHECK(index.numel() == rows, kOp, ": adapter_index must name an adapter for each of the ", rows,
                     " rows of x, not for ", index.numel());
     const int64_t* handle = index.const_data_ptr<int64_t>();
     std::vector<int64_t> next(at.slots + 1);
     for (int64_t i = 0; i < rows; ++i) {
       if (handle[i] == -1) continue;
       const int64_t slot = handle[i] < 0 || at.slots == 0 ? -1 : handle[i] % at.slots;
-      STD_TORCH_CHECK(slot >= 0 && at.handles[slot] == handle[i], kOp, ": adapter_index[", i, "] is ", handle[i],
+      PEFTOPS_CHECK(slot >= 0 && at.handles[slot] == handle[i], kOp, ": adapter_index[", i, "] is ", handle[i],
                       ", which is neither -1 nor an adapter that is loaded; indices come from pool.use(names), and are "
                       "out of date once their adapter is evicted or changed");
       ++next[slot + 1];
@@ -71,10 +71,10 @@ struct Grouped {
 };
 
 LoraPool pool_of(const Tensor& storage) {
-  STD_TORCH_CHECK(storage.dim() == 2 && storage.is_contiguous(), kOp,
+  PEFTOPS_CHECK(storage.dim() == 2 && storage.is_contiguous(), kOp,
                   ": storage must be contiguous, [pages, page_size]");
   const int64_t size = storage.size(1);
-  STD_TORCH_CHECK(size >= kLoraLine && (size & (size - 1)) == 0, kOp, ": page_size must be a power of two from ",
+  PEFTOPS_CHECK(size >= kLoraLine && (size & (size - 1)) == 0, kOp, ": page_size must be a power of two from ",
                   kLoraLine, ", not ", size);
   int shift = 0;
   while (int64_t(1) << shift < size) ++shift;
@@ -86,15 +86,15 @@ Tensor add(Tensor y, const Tensor& x_, const Tensor& index, const Tensor& storag
                           const Tensor& pages, const Tensor& where, const Tensor& scaling, bool transposed,
                           int64_t max_rank) {
   const OnDevice device(kOp, {{"x", x_}, {"y", y}, {"storage", storage}});
-  STD_TORCH_CHECK(y.is_contiguous(), kOp, ": y must be contiguous");
+  PEFTOPS_CHECK(y.is_contiguous(), kOp, ": y must be contiguous");
   const Tensor x = as_contiguous(x_);
   const int64_t m = rows_of(x), k = x.size(-1), n = y.size(-1);
-  STD_TORCH_CHECK(rows_of(y) == m, kOp, ": y must have the ", m, " rows of x, not ", rows_of(y));
-  STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), kOp, ": x and y must be of one dtype");
+  PEFTOPS_CHECK(rows_of(y) == m, kOp, ": y must have the ", m, " rows of x, not ", rows_of(y));
+  PEFTOPS_CHECK(x.scalar_type() == y.scalar_type(), kOp, ": x and y must be of one dtype");
   const Slots slots(handles, pages, where, scaling);
   const Grouped rows(index, m, slots, transposed);
   for (const LoraSegment& s : rows.segments)
-    STD_TORCH_CHECK(s.r <= std::min(max_rank, kLoraMaxRank), kOp, ": an adapter has rank ", s.r, ", more than ",
+    PEFTOPS_CHECK(s.r <= std::min(max_rank, kLoraMaxRank), kOp, ": an adapter has rank ", s.r, ", more than ",
                     std::min(max_rank, kLoraMaxRank));
   Tensor u = empty(x, {m, max_rank}, ScalarType::Float);
   fill_with_zeros(u);
@@ -123,13 +123,13 @@ Tensor gradient(const Tensor& u_, const Tensor& x_, const Tensor& index, const T
   std::vector<int64_t> start(slots.slots, -1);
   int64_t ranks = 0;
   for (int64_t i = 0; i < wanted.numel(); ++i) {
-    const int64_t handle = wanted.const_data_ptr<int64_t>()[i], slot = handle < 0 ? 0 : handle % slots.slots;
-    STD_TORCH_CHECK(handle >= 0 && slots.handles[slot] == handle, kOp,
+    const int64_t handle = integers_of<int64_t>(kOp, "wanted", wanted)[i], slot = handle < 0 ? 0 : handle % slots.slots;
+    PEFTOPS_CHECK(handle >= 0 && slots.handles[slot] == handle, kOp,
                     ": an adapter was evicted or changed between forward and backward");
     start[slot] = ranks * k;
     ranks += slots.where[3 * slot + 2];
   }
-  STD_TORCH_CHECK(ranks == total, kOp, ": the ranks of the wanted adapters add up to ", ranks, ", not ", total);
+  PEFTOPS_CHECK(ranks == total, kOp, ": the ranks of the wanted adapters add up to ", ranks, ", not ", total);
   std::vector<LoraSegment> kept;
   for (LoraSegment s : rows.segments) {
     s.first = start[(s.pages - slots.pages) / slots.most];

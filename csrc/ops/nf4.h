@@ -8,14 +8,14 @@ namespace peftops::ops {
 inline int64_t blocks_of(int64_t elements, int64_t block_size) { return (elements + block_size - 1) / block_size; }
 
 inline void check_block_size(const char* op, int64_t block_size) {
-  STD_TORCH_CHECK(block_size >= kMinBlock && block_size <= kMaxBlock && (block_size & (block_size - 1)) == 0, op,
+  PEFTOPS_CHECK(block_size >= kMinBlock && block_size <= kMaxBlock && (block_size & (block_size - 1)) == 0, op,
                   ": block_size must be a power of two from ", kMinBlock, " to ", kMaxBlock, ", not ", block_size);
 }
 
 inline void check_part(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t elements) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", torch::headeronly::toString(dtype),
+  PEFTOPS_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", torch::headeronly::toString(dtype),
                   ", not ", torch::headeronly::toString(t.scalar_type()));
-  STD_TORCH_CHECK(t.numel() == elements, op, ": ", name, " must have ", elements, " elements, not ", t.numel());
+  PEFTOPS_CHECK(t.numel() == elements, op, ": ", name, " must have ", elements, " elements, not ", t.numel());
 }
 
 // Keeps contiguous versions of the tensors alive while a kernel reads them.
@@ -28,13 +28,13 @@ struct Nf4Parts {
            const std::optional<Tensor>& offset_, int64_t block_size, int64_t rows, int64_t cols)
       : packed(as_contiguous(packed_)), absmax(as_contiguous(absmax_)), scale(scale_), offset(offset_) {
     check_block_size(op, block_size);
-    STD_TORCH_CHECK(rows >= 0 && cols >= 0, op, ": the weight must have shape [rows, cols], not [", rows, ", ", cols, "]");
+    PEFTOPS_CHECK(rows >= 0 && cols >= 0, op, ": the weight must have shape [rows, cols], not [", rows, ", ", cols, "]");
     const int64_t blocks = blocks_of(rows * cols, block_size);
     check_part(op, "packed", packed, ScalarType::Byte, (rows * cols + 1) / 2);
     weight = {};
     weight.packed = packed.const_data_ptr<uint8_t>();
     if (scale) {
-      STD_TORCH_CHECK(offset, op, ": absmax_scale and absmax_offset belong together");
+      PEFTOPS_CHECK(offset, op, ": absmax_scale and absmax_offset belong together");
       *scale = as_contiguous(*scale);
       check_part(op, "absmax", absmax, ScalarType::Byte, blocks);
       check_part(op, "absmax_scale", *scale, ScalarType::Float, blocks_of(blocks, kAbsmaxBlock));

@@ -9,7 +9,7 @@ std::tuple<Tensor, Tensor> shrink(const Tensor& x_, const Tensor& a_, int64_t gr
   constexpr const char* kOp = "qalora_shrink";
   const OnDevice device(kOp, {{"x", x_}, {"lora_A", a_}});
   const Tensor a = as_contiguous(a_);
-  STD_TORCH_CHECK(a.dim() == 2, kOp, ": lora_A must have shape [r, groups], not ", shape_of(a));
+  PEFTOPS_CHECK(a.dim() == 2, kOp, ": lora_A must have shape [r, groups], not ", shape_of(a));
   const int64_t r = a.size(0), groups = a.size(1), k = groups * group;
   check_groups(kOp, k, 4, group);
   check_last_dim(kOp, "x", x_, k);

@@ -8,8 +8,8 @@ Tensor merge(const Tensor& scales_, const Tensor& zeros_, const Tensor& a_, cons
   constexpr const char* kOp = "qalora_merge";
   const OnDevice device(kOp, {{"scales", scales_}, {"zeros", zeros_}, {"lora_A", a_}, {"lora_B", b_}});
   const Tensor scales = as_contiguous(scales_), zeros = as_contiguous(zeros_), a = as_contiguous(a_), b = as_contiguous(b_);
-  STD_TORCH_CHECK(scales.dim() == 2, kOp, ": scales must have shape [out, groups], not ", shape_of(scales));
-  STD_TORCH_CHECK(a.dim() == 2, kOp, ": lora_A must have shape [r, groups], not ", shape_of(a));
+  PEFTOPS_CHECK(scales.dim() == 2, kOp, ": scales must have shape [out, groups], not ", shape_of(scales));
+  PEFTOPS_CHECK(a.dim() == 2, kOp, ": lora_A must have shape [r, groups], not ", shape_of(a));
   const int64_t n = scales.size(0), groups = scales.size(1), r = a.size(0);
   check_shape(kOp, "zeros", zeros, {n, groups});
   check_shape(kOp, "lora_A", a, {r, groups});
