@@ -32,10 +32,94 @@ def quantize_blocks(flat, block_size, code):
     return torch.bucketize(scaled.flatten()[:n], midpoints), absmax
 
 
+def dynamic_lines(signed):
+    """Of kernels/adamw8bit.h: bounds of the decades, and slope and offset of the lines to a place and to a value."""
+    f32 = torch.float32
+    decades = [1e-6]
+    for _ in range(6):
+        decades.append(decades[-1] * 10)
+    counts = [2.0 ** (e + (not signed)) for e in range(7)]
+    slope = [n / (0.9 * ten) for n, ten in zip(counts, decades, strict=True)]
+    offset = [n * (8 / 9) - (0.5 if signed else 1) + 2**-16 for n in counts]
+    value = [(0.9 * ten / n, -0.8 * ten) for n, ten in zip(counts, decades, strict=True)]
+    tensors = (torch.tensor(t, dtype=torch.float64).to(f32) for t in (decades[:6], slope, offset, value))
+    return tuple(tensors)
+
+
+def dynamic_encode(x, inverse, signed):
+    """Codes of float32 ``x``, whose magnitude times ``inverse`` is no more than one."""
+    bounds, slope, offset, _ = dynamic_lines(signed)
+    scaled = x * inverse
+    e = (scaled.abs()[..., None] > bounds).sum(-1)
+    place = scaled.abs() * slope[e] + offset[e]
+    if signed:
+        return (place.copysign(scaled) + 127.5).trunc().to(torch.uint8)
+    return torch.maximum(place.trunc(), (x > 0).float()).to(torch.uint8)
+
+
+def dynamic_decode(codes, signed):
+    number = codes.float() - 127 * signed
+    value = dynamic_lines(signed)[3]
+    place = number.abs() + (0.5 if signed else 1.5)
+    e = place.log2().floor().long() - (0 if signed else 1)
+    line = value[e.clamp(0, 6)]
+    inside = place * line[..., 0] + line[..., 1]
+    ends = (e > 6).float()
+    return torch.where((e < 0) | (e > 6), ends, inside).copysign(number)
+
+
+def adamw8bit(p, g, moments, block_size, step, lr, betas, eps, weight_decay):
+    """One step of one parameter, to the bit: the new parameter and moments (two float32 ones, or codes and absmax)."""
+    f32 = lambda x: torch.tensor(x, dtype=torch.float64).float()
+    root = (1 - betas[1] ** step) ** 0.5
+    decay, size, floor = f32(1 - lr * weight_decay), f32(lr * root / (1 - betas[0] ** step)), f32(eps * root)
+    n, coded = p.numel(), len(moments) == 4
+    blocks = lambda t: torch.nn.functional.pad(t.flatten(), (0, -n % block_size)).view(-1, block_size)
+    if coded:
+        first, second, first_absmax, second_absmax = moments
+        first, second = first.view(-1, block_size), second.view(-1, block_size)
+        m = dynamic_decode(first, True) * first_absmax[:, None]
+        v = dynamic_decode(second, False) * second_absmax.abs()[:, None]
+        marked = second_absmax.signbit()[:, None] & (second == 0) & (first >= 191)
+        m = m.masked_fill(marked, 0)
+        v = torch.where(marked, (first.int() << 23).view(torch.float32), v)
+        p32, g = blocks(p.float()), blocks(g.float())
+    else:
+        (m, v), p32, g = (t.flatten() for t in moments), p.float().flatten(), g.float().flatten()
+    m = f32(betas[0]) * m + f32(1 - betas[0]) * g
+    v = f32(betas[1]) * v + f32(1 - betas[1]) * g * g
+    p32 = decay * p32 - size * m / (v.double().sqrt().float() + floor)  # torch.sqrt may be off by one
+    new = p32.flatten()[:n].to(p.dtype).view_as(p)
+    if not coded:
+        return new, (m.view_as(moments[0]), v.view_as(moments[1]))
+    apart = ~(v <= 2.0**63) | ~m.isfinite()
+    marks = torch.where(m.isfinite() & v.isfinite(), ((v.view(torch.int32).long() + 0x7FFFFF) >> 23), 255)
+    m, v = m.masked_fill(apart, 0), v.masked_fill(apart, 0)
+    first_absmax, second_absmax = m.abs().amax(1), v.amax(1)
+    inverse = lambda absmax: (1 / absmax.clamp(min=1e-38))[:, None]
+    first, second = dynamic_encode(m, inverse(first_absmax), True), dynamic_encode(v, inverse(second_absmax), False)
+    some = apart.any(1)
+    second[some[:, None] & (second == 0) & (first >= 191)] = 1
+    first[apart], second[apart] = marks[apart].to(torch.uint8), 0
+    return new, (first, second, first_absmax, torch.where(some, -second_absmax, second_absmax))
+
+
 def nf4_quantize(weight, block_size):
     codes, absmax = quantize_blocks(weight.float().flatten(), block_size, NF4)
     pairs = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=7).view(-1, 2)
     return (pairs[:, 0] * 16 + pairs[:, 1]).to(torch.uint8), absmax
+
+
+def nf4_quantize_absmax(absmax, offset):
+    """Codes and scales of float32 absmax less their mean; a code whose value overflows is the largest that does not."""
+    code, scale = quantize_blocks(absmax - offset, 256, dynamic_map())
+    while (over := (nf4_absmax(code, scale, offset) == torch.inf)).any():
+        code = code - over.long()
+    return code, scale
+
+
+def nf4_absmax(code, scale, offset):
+    return dynamic_map()[code] * scale.repeat_interleave(256)[: code.numel()] + offset
 
 
 def nf4_dequantize(packed, absmax, block_size, shape):

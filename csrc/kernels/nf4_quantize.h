@@ -4,7 +4,8 @@
 //                        code[i]   = how many of the 15 midpoints between neighbouring codes lie below
 //                                    w[i] * (1 / max(absmax[b], 1e-38))
 //   nf4_quantize_absmax  the same for the absmax values themselves: v = absmax - offset in blocks of 256,
-//                        codes of the dynamic map by its 255 midpoints
+//                        codes of the dynamic map by its 255 midpoints; if that is decoded beyond the largest
+//                        float32, the largest code that is not
 //
 // The product with the reciprocal and the strict comparison are bitsandbytes' own, so the codes are too.
 // An all-zero block has absmax 0 and code 7, which is zero. A block with a NaN or an infinity gets

@@ -114,6 +114,10 @@ int64_t nf4_quantize_absmax(const Nf4QuantizeAbsmax& a, int64_t group_begin, int
     int32_t code[kAbsmaxBlock];
     for (int64_t i = 0; i < kAbsmaxBlock; i += kLanes)
       store_int(code + i, nearest(load(centred + i) * set(inverse[0])));
+    if (!(a.scale[g] + *a.offset <= __FLT_MAX__) && a.scale[g] <= __FLT_MAX__) {
+      const auto value = [&](int c) { return kDynamicMap.at[c] * a.scale[g] + *a.offset; };
+      for (int64_t i = 0; i < n; ++i) while (!(value(code[i]) <= __FLT_MAX__)) --code[i];
+    }
     for (int64_t i = 0; i < n; ++i) a.code[begin + i] = uint8_t(code[i]);
   }
   return ceil_div(a.blocks, kAbsmaxBlock);

@@ -102,6 +102,8 @@ __global__ void __launch_bounds__(kAbsmaxBlock) quantize_absmax(Nf4QuantizeAbsma
 #pragma unroll
   for (int step = 128; step; step /= 2)
     if (scaled > midpoints[c + step - 1]) c += step;
+  if (!(__fadd_rn(scale, *a.offset) <= __FLT_MAX__) && scale <= __FLT_MAX__)
+    while (!(__fadd_rn(__fmul_rn(dynamic_map.at[c], scale), *a.offset) <= __FLT_MAX__)) --c;
   if (i < a.blocks) a.code[i] = uint8_t(c);
 }
 
