@@ -68,7 +68,7 @@ def smoke() -> dict:
     import torch
 
     sys.path.insert(0, str(ROOT / "tests"))
-    from operator_samples import on_gpu, operators, samples, written
+    from operator_samples import on_gpu, operators, samples, tensors_of, written
 
     results = {}
     for name, call in sorted(operators().items()):
@@ -78,11 +78,11 @@ def smoke() -> dict:
 
         def run(values, call=call):
             result = call(*values)
-            return [*(result if isinstance(result, (tuple, list)) else (result,)), *(values[i] for i in written(call))]
+            return tensors_of([result, *(values[i] for i in written(call))])
 
         got, want = run(moved), run(arguments)
         torch.cuda.synchronize()
-        pairs = [(g.cpu().double(), w.double()) for g, w in zip(got, want, strict=True) if isinstance(g, torch.Tensor)]
+        pairs = [(g.cpu().double(), w.double()) for g, w in zip(got, want, strict=True)]
         worst = max(float((g - w).abs().max() / w.abs().max().clamp(min=1e-30)) for g, w in pairs)
         results[name] = {"equal": all(map(torch.equal, *zip(*pairs, strict=True))), "worst_relative": worst}
         print(f"{name:24} {worst:.2e}", flush=True)

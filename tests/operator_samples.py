@@ -19,7 +19,9 @@ def samples():
     pool = peftops.AdapterPool({"layer": (k, n)}, pages=8, page_size=128, slots=2)
     pool.add("a", {"layer": (A, B)})
     index, layer = torch.tensor([pool.load("a")] * m), pool.layer("layer")
+    moments = [torch.randn(n, k)], [torch.rand(n, k)], [], []  # float32: the results follow from floats alone
     return {
+        "adamw8bit_": ([torch.randn(n, k)], [torch.randn(n, k)], *moments, k, 1, 0.1, 0.9, 0.999, 1e-8, 0.0),
         "nf4_quantize": (torch.randn(n, k), 64),
         "nf4_quantize_absmax": (torch.rand(300), torch.rand(1)),
         "nf4_absmax": (torch.zeros(300, dtype=torch.uint8), torch.rand(2), torch.rand(1)),
@@ -52,8 +54,9 @@ def operators():
 def on_gpu(call, arguments):
     """The same arguments with their tensors on the GPU, but for those that an operator reads on the host."""
     names = [argument.name for argument in call._schema.arguments]
+    moved = lambda value: [t.cuda() for t in value] if isinstance(value, list) else value.cuda()
     return [
-        value.cuda() if isinstance(value, torch.Tensor) and name not in ON_HOST else value
+        moved(value) if isinstance(value, (list, torch.Tensor)) and name not in ON_HOST else value
         for name, value in zip(names, arguments, strict=False)
     ]
 
@@ -62,3 +65,9 @@ def written(call):
     """The positions of the arguments that an operator writes to."""
     aliases = [argument.alias_info for argument in call._schema.arguments]
     return [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
+
+
+def tensors_of(values):
+    """All tensors of some values, those in lists too."""
+    lists = [value if isinstance(value, (list, tuple)) else [value] for value in values]
+    return [t for ts in lists for t in ts if isinstance(t, torch.Tensor)]

@@ -42,6 +42,9 @@ STABLE_TORCH_LIBRARY(peftops, m) {
         " -> (Tensor dquery, Tensor dprompt_key, Tensor dprompt_value, Tensor dgate)");
   m.def("gated_prompt_backward_(Tensor(a!) dquery, Tensor g, " GATED_PROMPT ")"
         " -> (Tensor dprompt_key, Tensor dprompt_value, Tensor dgate)");
+  m.def("adamw8bit_(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq,"
+        " Tensor(d!)[] exp_avg_absmax, Tensor(e!)[] exp_avg_sq_absmax, int block_size, int step, float lr, float beta1,"
+        " float beta2, float eps, float weight_decay) -> ()");
   m.def("multi_lora_add_(Tensor(a!) y, Tensor x, Tensor index, Tensor storage, " LORA_SLOTS ", bool transposed,"
         " int max_rank) -> Tensor");
   m.def("multi_lora_gradient(Tensor u, Tensor x, Tensor index, Tensor wanted, " LORA_SLOTS ", bool by_rank,"

@@ -1,48 +1,41 @@
-"""AdamW whose two moments are kept in 8 bits, block-wise; Dettmers et al. 2022 (arXiv:2110.02861).
-
-    m ~ signed_map[code] * absmax[block]
-    v ~ unsigned_map[code] * absmax[block]
-
-Plain torch operations, so that it runs wherever torch does; there is no kernel of its own.
-"""
+"""AdamW whose two moments are kept in 8 bits, block-wise; Dettmers et al. 2022 (arXiv:2110.02861)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from .dynamic_codes import codec, decode, encode
+from ..ops.adamw8bit import adamw8bit_
 from .paged_memory import paged_memory
 
-_CHUNK = 1 << 18  # elements updated at once: a dozen float32 temporaries of a megabyte
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class _Part(NamedTuple):
-    """Of one parameter, what is updated at once; all but ``grad`` are written."""
-
-    parameter: Tensor  # flat
-    grad: Tensor
-    moments: list[Tensor]  # exp_avg, exp_avg_sq, and their absmax if these are codes
+_MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
 
 
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW (arXiv:1711.05101) with 2.03 bytes of state per parameter where ``torch.optim.AdamW`` has 8.
 
     Each step decodes the moments, updates them in float32 and moves the parameter by these before they are encoded
-    again, so the first step is AdamW's to the bit. What the codes cost: an element within a factor ten of its block's
-    largest is kept to 0.7% of that largest (first moment) or 0.35% (second). A second moment above zero is never
-    stored as zero but at least as 3.25e-7 of its block's largest: the step would be divided by ``eps`` alone (here
-    we differ from bitsandbytes). Rounding is to nearest, so a change of an element relative to its block's largest
-    that is below half a code is lost, step after step, as in every such optimizer.
+    again, so the first step is AdamW's to float32 rounding; :func:`~peftops.ops.adamw8bit.adamw8bit_` does it, all
+    parameters of a group at once. What the codes cost: an element within a factor ten of its block's largest is kept
+    to 0.7% of that largest (first moment) or 0.35% (second). A second moment above zero is never stored as zero but at
+    least as 3.25e-7 of its block's largest: the step would be divided by ``eps`` alone (here we differ from
+    bitsandbytes). A change of an element that does not leave the interval of its code is lost, step after step, as in
+    every such optimizer.
 
-    The state lies where its parameter does; ``paged=True`` lets CUDA move it to the host while the GPU is full.
+    A gradient that is a NaN, infinite or huge touches its own element alone. As in AdamW, a NaN or an infinity makes
+    the parameter's element NaN for good, and after 1e25, whose square is infinite, it moves no more but by weight
+    decay. An element whose second moment is no number or above 2^63 (9e18, a gradient of 1e11 at once) does not count
+    in its block's absmax. It is stored as a power of two, its first moment as zero, and the sign of the block's second
+    absmax says that there is such a one; its neighbours keep their moments.
+
+    The state lies where its parameter does; ``paged=True`` lets CUDA move it to the host while the GPU is full. Under
+    ``torch.compile`` a step runs as it is, in eager mode: nothing is compiled again as ``step`` and ``lr`` change.
 
     Args:
         params: parameters or groups of them (of :func:`loraplus_groups`, say), dense, of float32, bfloat16 or float16.
@@ -72,6 +65,7 @@ class AdamW8bit(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns what ``closure``, if given, does."""
@@ -83,9 +77,9 @@ class AdamW8bit(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None and p.grad.layout != torch.strided:
                     raise TypeError(f"AdamW8bit needs dense gradients; one of {list(p.shape)} is {p.grad.layout}")
-        copies = []
         for group in self.param_groups:
-            alike: dict[Any, list[_Part]] = {}  # parts that take the same step
+            copies = []
+            alike: dict[Any, list[list[Tensor]]] = {}  # what takes the same step: parameter, gradient, moments
             for p in group["params"]:
                 if p.grad is None or p.numel() == 0:
                     continue
@@ -93,16 +87,17 @@ class AdamW8bit(torch.optim.Optimizer):
                 if not state:
                     state.update(_new_state(p, group))
                 state["step"] += 1
-                key = state["step"], p.device, p.dtype, state["exp_avg"].dtype
                 flat = p.detach().reshape(-1)
                 if not p.is_contiguous():
                     copies.append((p, flat))
-                alike.setdefault(key, []).extend(_parts(flat, p.grad.reshape(-1), state))
-            for (step, *_), parts in alike.items():
-                for batch in _batches(parts):
-                    _update(batch, step, group)
-        for p, flat in copies:
-            p.copy_(flat.view_as(p))
+                moments = [state[name] for name in _MOMENTS if name in state]
+                one = [flat, p.grad.reshape(-1), *moments]
+                alike.setdefault((state["step"], p.device, len(moments)), []).append(one)
+            options = {name: group[name] for name in ("block_size", "lr", "betas", "eps", "weight_decay")}
+            for (step, *_), tensors in alike.items():
+                adamw8bit_(*zip(*tensors, strict=True), step=step, **options)
+            for p, flat in copies:
+                p.copy_(flat.view_as(p))
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -161,63 +156,6 @@ def _checked(state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> dict[st
         raise ValueError(f"AdamW8bit: the state of a parameter of shape {list(p.shape)} is another's: it has {is_of}")
     with _memory(p, group):
         return {k: t.to(p.device, copy=True) if isinstance(t, Tensor) else t for k, t in state.items()}
-
-
-def _parts(flat: Tensor, grad: Tensor, state: dict[str, Any]) -> Iterator[_Part]:
-    """A parameter in parts of at most a chunk, which are views."""
-    moments = [t for name, t in state.items() if name != "step"]
-    unit = 1 if len(moments) == 2 else moments[0].shape[1]  # elements of a row of them
-    if unit == 1:
-        moments = [t.view(-1) for t in moments]
-    rows = _CHUNK // unit
-    for begin in range(0, moments[0].shape[0], rows):
-        elements = slice(begin * unit, (begin + rows) * unit)
-        yield _Part(flat[elements], grad[elements], [t[begin : begin + rows] for t in moments])
-
-
-def _batches(parts: list[_Part]) -> Iterator[list[_Part]]:
-    """Parts that are a chunk together, at most: a step of many small tensors is one of a few large ones."""
-    batch: list[_Part] = []
-    size = 0
-    for part in parts:
-        size += part.grad.numel()
-        if batch and size > _CHUNK:
-            yield batch
-            batch, size = [], part.grad.numel()
-        batch.append(part)
-    yield batch
-
-
-def _update(batch: list[_Part], step: int, group: dict[str, Any]) -> None:
-    """AdamW's step, the ``step``-th, of all parts of a batch."""
-    first, second, *absmax = map(torch.cat, zip(*(part.moments for part in batch), strict=True))
-    if absmax:
-        codecs = codec(True, first.device), codec(False, first.device)
-        first, second = decode(codecs[0], first, absmax[0]), decode(codecs[1], second, absmax[1])
-    unit = first[:1].numel()
-    rows = [part.moments[0].shape[0] for part in batch]
-    sizes = [n * unit for n in rows]
-    grads = [pad(part.grad, (0, n - part.grad.numel())) for part, n in zip(batch, sizes, strict=True)]
-    grad = torch.cat(grads).float().view_as(first)
-
-    beta1, beta2 = group["betas"]
-    first.lerp_(grad, 1 - beta1)
-    second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = second.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
-
-    own = [part.parameter.float() for part in batch]  # (itself, if it is float32)
-    of_parts = lambda t: [x[: p.numel()] for x, p in zip(t.flatten().split(sizes), own, strict=True)]
-    torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
-    torch._foreach_addcdiv_(own, of_parts(first), of_parts(denominator), -group["lr"] / (1 - beta1**step))
-    if own[0] is not batch[0].parameter:
-        torch._foreach_copy_([part.parameter for part in batch], own)
-
-    moments = [first, second]
-    if absmax:
-        (first, first_absmax), (second, second_absmax) = map(encode, codecs, moments)
-        moments = [first, second, first_absmax, second_absmax]
-    for i, moment in enumerate(moments):
-        torch._foreach_copy_([part.moments[i] for part in batch], list(moment.split(rows)))
 
 
 def _check(group: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ twice over. Samples are small; the sums of large ones are in test_sizes.py."""
 import pytest
 import torch
 
-from operator_samples import on_gpu, operators, samples, written
+from operator_samples import on_gpu, operators, samples, tensors_of, written
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 NAMES = sorted(operators())
@@ -20,10 +20,10 @@ def call(request):
     def run(values=arguments):
         result = operator(*values)
         results = result if isinstance(result, (tuple, list)) else (result,)
-        return [t for t in (*results, *(values[i] for i in written(operator))) if isinstance(t, torch.Tensor)]
+        return tensors_of([*results, *(values[i] for i in written(operator))])
 
     run.arguments = arguments
-    run.floats = [t for t in arguments if isinstance(t, torch.Tensor) and t.is_cuda and t.is_floating_point()]
+    run.floats = [t for t in tensors_of(arguments) if t.is_cuda and t.is_floating_point()]
     return run
 
 

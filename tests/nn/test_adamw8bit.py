@@ -1,20 +1,14 @@
-"""AdamW with moments in 8 bits: the codes against their definition, the step against float32 AdamW."""
+"""AdamW with moments in 8 bits: the optimizer around the step, whose own tests are in tests/ops."""
 
 import io
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+import torch._dynamo.testing
 
 import models
 import peftops
-import reference
 from peftops import AdamW8bit
-from peftops.nn import adamw8bit
-from peftops.nn.dynamic_codes import codec, decode, dynamic_map, encode
-
-CPU = torch.device("cpu")
 
 
 def parameters(*shapes, dtype=torch.float32, seed=0):
@@ -39,81 +33,22 @@ def all_equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_the_signed_map_is_the_kernels():
-    code = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(dynamic_map(True), torch.ops.peftops.nf4_absmax(code, torch.ones(1), torch.zeros(1)))
-
-
-@pytest.mark.parametrize("signed", [True, False])
-def test_the_maps_are_those_of_the_definition(signed):
-    got, want = dynamic_map(signed), reference.dynamic_map(signed)
-    assert got.shape == (256,) and got[-1] == 1 and (got == 0).sum() == 1 and (got.diff() > 0).all()
-    assert ((got - want).abs() <= 2**-23 * want.abs()).all()  # the rounding of torch.linspace, which may be either way
-    assert signed or got[0] == 0
-
-
-@pytest.mark.parametrize("signed", [True, False])
-def test_the_nearest_code_at_and_around_every_midpoint(signed):
-    values = dynamic_map(signed)
-    midpoints = (values[:-1] + values[1:]) / 2
-    around = [midpoints, midpoints.nextafter(torch.tensor(-2.0)), midpoints.nextafter(torch.tensor(2.0)), values]
-    x = torch.cat([*around, torch.tensor([0.0, 1.0, 1e-44])])
-    x = torch.cat([x, (torch.rand(1 << 16) - 0.5 * signed) * (1 + signed) * 10.0 ** torch.randint(-8, 1, (1 << 16,))])
-    want = torch.bucketize(x, midpoints)
-    if not signed:
-        want[(x > 0) & (want == 0)] = 1  # never zero
-    codes, absmax = encode(codec(signed, CPU), x[:, None].expand(-1, 1).T)  # one block, whose absmax is 1
-    assert absmax == 1 and torch.equal(codes.flatten().long(), want)
-
-
-@given(st.integers(0, 2**31), st.sampled_from([32, 256]), st.floats(-30, 30), st.booleans())
-def test_codes_as_the_reference_quantises(seed, size, exponent, signed):
-    torch.manual_seed(seed)
-    x = torch.randn(5, size) * 10.0**exponent
-    x[1] = 0
-    x = x if signed else x.abs()
-    codes, absmax = encode(codec(signed, CPU), x)
-    values = dynamic_map(signed)
-    want, want_absmax = reference.quantize_blocks(x.flatten(), size, values)
-    if not signed:
-        want[(x.flatten() > 0) & (want == 0)] = 1
-    assert torch.equal(codes.flatten().long(), want) and torch.equal(absmax, want_absmax)
-    back = values[want].view_as(x) * absmax[:, None]
-    assert torch.equal(decode(codec(signed, CPU), codes, absmax), back) and not back[1].any()
-
-
-def test_what_is_no_number_stays_none():
-    x = torch.ones(3, 32)
-    x[0, 5], x[1, 7] = torch.nan, torch.inf
-    back = decode(codec(True, CPU), *encode(codec(True, CPU), x))
-    assert not back[:2].isfinite().any() and torch.equal(back[2], x[2])
-
-
-def test_codes_compile():
-    x = torch.randn(4, 64)
-    both = torch.compile(lambda x: decode(pair, *encode(pair, x)), fullgraph=True, backend="aot_eager")
-    pair = codec(True, CPU)
-    assert torch.equal(both(x), decode(pair, *encode(pair, x)))
-
-
 SHAPES = [(64, 64), (5,), (4097,), (16, 300), (), (3, 5, 7), (0, 4), (100, 130)]
 
 
-@pytest.mark.parametrize("chunk", [1 << 18, 512])
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.0, "betas": (0.8, 0.95), "eps": 1e-3}])
-def test_the_first_step_is_adamws_and_small_tensors_stay_so(monkeypatch, chunk, options):
-    monkeypatch.setattr(adamw8bit, "_CHUNK", chunk)
+def test_the_first_step_is_adamws_and_small_tensors_stay_so(options):
+    """To a few roundings a step."""
+    lr = 0.1
     ours, theirs = parameters(*SHAPES), parameters(*SHAPES)
-    pair = AdamW8bit(ours, lr=0.1, **options), torch.optim.AdamW(theirs, lr=0.1, foreach=False, **options)
+    pair = AdamW8bit(ours, lr=lr, **options), torch.optim.AdamW(theirs, lr=lr, foreach=False, **options)
     for step in range(4):
         give_grads(ours, theirs, seed=step)
         for optimizer in pair:
             optimizer.step()
         for p, q in zip(ours, theirs, strict=True):
-            if step == 0 or p.numel() < 4096:
-                assert torch.equal(p, q)
-            else:
-                assert not torch.equal(p, q)
+            close = ((p - q).abs() <= 8 * (step + 1) * 2**-24 * (p.abs() + lr)).all()
+            assert close == (step == 0 or p.numel() < 4096)
 
 
 def half_code(x, absmax, signed):
@@ -196,18 +131,41 @@ def test_strides_of_parameters_and_gradients_do_not_matter():
     assert torch.equal(plain, turned)
 
 
-def test_how_tensors_are_cut_and_joined_does_not_matter(monkeypatch):
-    """Chunks of 512 elements, or all at once: the same bits of parameters and state."""
-    sides = [parameters(*SHAPES) for _ in range(2)]
-    states = []
-    for ps, chunk in zip(sides, (1 << 18, 512), strict=True):
-        monkeypatch.setattr(adamw8bit, "_CHUNK", chunk)
-        optimizer = AdamW8bit(ps)
-        for step in range(3):
-            give_grads(ps, seed=step)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e25])
+def test_one_bad_gradient_takes_one_element(bad):
+    """As in torch's own: it alone is NaN afterwards or moves no more, and the rest of its block moves on."""
+    ends = []
+    for kind in (AdamW8bit, torch.optim.AdamW):
+        (p,) = parameters((64, 128))
+        optimizer = kind([p], weight_decay=0.0)
+        for step in range(6):
+            give_grads([p], seed=step)
+            if step == 1:
+                p.grad[3, 5] = bad
+            before = p.detach().clone()
             optimizer.step()
-        states.append([t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)])
-    assert all_equal(*sides) and all_equal(*states)
+        still = ~(p != before)
+        ends.append((int(p.isnan().sum()), p[3, 5].item(), bool(still[3, 5])))
+        assert still[2:4].sum() <= 2
+    assert ends[0] == pytest.approx(ends[1], nan_ok=True)
+
+
+def test_a_compiled_step_is_the_same_and_compiles_once():
+    eager, compiled = parameters((64, 65), (8,)), parameters((64, 65), (8,))
+    optimizers = AdamW8bit(eager), AdamW8bit(compiled)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter)
+    def step(x):
+        optimizers[1].step()
+        return x + 1
+
+    for i in range(10):
+        give_grads(eager, compiled, seed=i)
+        optimizers[0].step()
+        step(torch.ones(2))
+        optimizers[1].param_groups[0]["lr"] = optimizers[0].param_groups[0]["lr"] = 1e-3 / (i + 1)
+    assert all_equal(eager, compiled) and counter.frame_count <= 1
 
 
 def test_bytes_of_state():

@@ -2,9 +2,9 @@
 //
 //   Vec, Int                     kLanes floats; kLanes 32-bit integers
 //   load, store, load_n, store_n float, bf16 and f16 memory; the conversions round to nearest even
-//   set, zero, fma, max, min, abs and + - * / of Vec; to_float, permute
+//   set, zero, fma, max, min, abs, sqrt and + - * / of Vec; to_float, permute
 //   transpose                    kLanes vectors of kLanes 32-bit lanes
-//   Table16                      sixteen values, looked up by the low four bits of each lane
+//   Table8, Table16              eight or sixteen values, looked up by the low three or four bits of each lane
 //   Table256                     256 values, looked up by lanes that are bytes
 //
 // Everything is in an unnamed namespace: each ISA build keeps its own copy, whatever the linker sees

@@ -14,6 +14,7 @@ inline Vec set(float a) { return _mm256_set1_ps(a); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }   // b where either is a NaN
 inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline Vec sqrt(Vec a) { return _mm256_sqrt_ps(a); }
 inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), a); }
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
@@ -57,6 +58,13 @@ inline void store_bytes(uint8_t* p, Int a) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes),
                                                                      _mm256_extracti128_si256(bytes, 1)));
 }
+// Two vectors, one after the other.
+inline void store_bytes(uint8_t* p, Int first, Int second) {
+  const Int words = _mm256_packs_epi32(first, second);   // interleaved by 128-bit halves
+  const Int order = _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5);
+  const Int bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words, words), order);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(bytes));
+}
 inline Vec gather(const float* p, Int at) { return _mm256_i32gather_ps(p, at, 4); }
 inline Int shift_left(Int a, int n) { return Int(__v8su(a) << n); }
 inline Int shift_right(Int a, int n) { return Int(__v8su(a) >> n); }
@@ -90,6 +98,12 @@ inline void transpose(Int (&v)[8]) {
     v[i] = low;
   }
 }
+
+struct Table8 {
+  Vec values;
+  explicit Table8(const float* at) : values(load(at)) {}
+  Vec operator()(Int codes) const { return _mm256_permutevar8x32_ps(values, codes); }
+};
 
 // vpermps picks one of eight by the low three bits; bit 3, moved to the sign, picks the half.
 struct Table16 {

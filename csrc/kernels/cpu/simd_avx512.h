@@ -14,6 +14,7 @@ inline Vec set(float a) { return _mm512_set1_ps(a); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }   // b where either is a NaN
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+inline Vec sqrt(Vec a) { return _mm512_sqrt_ps(a); }
 inline Vec abs(Vec a) { return _mm512_abs_ps(a); }
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -49,6 +50,10 @@ inline void store_int(void* p, Int a) { _mm512_storeu_si512(p, a); }
 inline Int load_int_n(const void* p, int64_t n) { return _mm512_maskz_loadu_epi32(__mmask16((1u << n) - 1), p); }
 inline Int load_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline void store_bytes(uint8_t* p, Int a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
+inline void store_bytes(uint8_t* p, Int first, Int second) {
+  store_bytes(p, first);
+  store_bytes(p + kLanes, second);
+}
 inline Vec gather(const float* p, Int at) { return _mm512_i32gather_ps(at, p, 4); }
 inline Int shift_left(Int a, int n) { return Int(__v16su(a) << n); }
 inline Int shift_right(Int a, int n) { return Int(__v16su(a) >> n); }
@@ -88,6 +93,12 @@ inline void transpose(Int (&v)[16]) {
     v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
   }
 }
+
+struct Table8 {
+  Vec values;
+  explicit Table8(const float* at) : values(_mm512_broadcast_f32x8(_mm256_loadu_ps(at))) {}
+  Vec operator()(Int codes) const { return _mm512_permutexvar_ps(codes, values); }
+};
 
 // vpermps reads only the low four bits of an index: codes need no mask.
 struct Table16 {

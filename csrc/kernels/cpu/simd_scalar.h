@@ -26,6 +26,9 @@ inline Int truncate(Vec a) { return __builtin_convertvector(a, Int); }
 inline Int set_int(int32_t a) { return Int{a, a, a, a}; }
 inline Vec to_float(Int a) { return __builtin_convertvector(a, Vec); }
 inline Vec permute(Vec a, Int from) { return Vec{a[from[0]], a[from[1]], a[from[2]], a[from[3]]}; }
+inline Vec sqrt(Vec a) {
+  return Vec{__builtin_sqrtf(a[0]), __builtin_sqrtf(a[1]), __builtin_sqrtf(a[2]), __builtin_sqrtf(a[3])};
+}
 inline Vec abs(Vec a) { return as_float(as_int(a) & 0x7fffffff); }
 
 inline uint32_t bits_of(float a) {
@@ -90,6 +93,10 @@ inline Int load_bytes(const uint8_t* p) { return Int{p[0], p[1], p[2], p[3]}; }
 inline void store_bytes(uint8_t* p, Int a) {
   for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(a[i]);
 }
+inline void store_bytes(uint8_t* p, Int first, Int second) {
+  store_bytes(p, first);
+  store_bytes(p + kLanes, second);
+}
 inline Vec gather(const float* p, Int at) { return Vec{p[at[0]], p[at[1]], p[at[2]], p[at[3]]}; }
 inline Int shift_left(Int a, int n) { return Int(Uint(a) << n); }
 inline Int shift_right(Int a, int n) { return Int(Uint(a) >> n); }
@@ -98,6 +105,12 @@ inline void transpose(Int (&v)[4]) {
   const Int t[4] = {v[0], v[1], v[2], v[3]};
   for (int i = 0; i < 4; ++i) v[i] = Int{t[0][i], t[1][i], t[2][i], t[3][i]};
 }
+
+struct Table8 {
+  const float* at;
+  explicit Table8(const float* values) : at(values) {}
+  Vec operator()(Int codes) const { return Vec{at[codes[0] & 7], at[codes[1] & 7], at[codes[2] & 7], at[codes[3] & 7]}; }
+};
 
 struct Table16 {
   const float* at;
