@@ -38,6 +38,7 @@ class Case:
     bytes: float = 0.0  # bytes that ours has to move, at least
     want: dict[str, float] = field(default_factory=dict)  # how many times faster than each peer it should be on a CPU
     dtype: torch.dtype = torch.float32  # of the activations: which peak of a GPU the operations are a share of
+    exact: Callable[[], torch.Tensor] | None = None  # in float64: then each provider's error stands beside its time
 
 
 def cpu_seconds(call: Callable[[], object], repeats: int) -> float:
@@ -78,6 +79,14 @@ def measure(
         for name, call in providers.items():
             times[name].append(of(call, repeats[name]))
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def errors(case: Case) -> dict[str, float]:
+    """How far what each provider returns is from the exact result, relative to that (Euclidean norms)."""
+    if case.exact is None:
+        return {}
+    exact = case.exact()
+    return {name: ((call().double() - exact).norm() / exact.norm()).item() for name, call in case.providers.items()}
 
 
 def on_device(cases: Iterable[Case], device: str) -> Iterator[Case]:
@@ -144,7 +153,8 @@ def cuda_peaks(args: argparse.Namespace) -> tuple[str, Callable[[torch.dtype], f
 
 
 def run(title: str, cases: Iterable[Case], arguments: argparse.ArgumentParser | None = None) -> None:
-    """Time the cases and print a table: time of each provider, ratios, share of what the machine can do."""
+    """Time the cases and print a table: time of each provider and its error, if known; ratios; share of what the
+    machine can do."""
     args = (arguments or parser()).parse_args()
     words, peak_of, bandwidth = {"cpu": cpu_peaks, "cuda": cuda_peaks}[args.device](args)
     print(f"{title}: {words}")
@@ -153,20 +163,23 @@ def run(title: str, cases: Iterable[Case], arguments: argparse.ArgumentParser | 
             continue
         times = measure(case.providers, args.rounds, device=args.device)
         ours, *peers = times
-        text = f"{case.label:44} {ours} {_time(times[ours])}"
+        off = errors(case)
+        error = lambda name, off=off: f" ({off[name]:.1e})" if off else ""
+        text = f"{case.label:44} {ours} {_time(times[ours])}{error(ours)}"
         missed = False
         for peer in peers:
             ratio, want = times[peer] / times[ours], case.want.get(peer) if args.device == "cpu" else None
             short = want is not None and ratio < want
             missed |= short
-            text += f" | {peer} {_time(times[peer])} {ratio:6.2f}x" + (f" (want {want:g}x)" if short else "")
+            text += f" | {peer} {_time(times[peer])}{error(peer)} {ratio:6.2f}x"
+            text += f" (want {want:g}x)" if short else ""
         if case.flops and (peak := peak_of(case.dtype)):
             text += f" | {100 * case.flops / times[ours] / peak:3.0f}% of peak"
         if case.bytes:
             text += f" | {100 * case.bytes / times[ours] / bandwidth:3.0f}% of copy"
         print(text, flush=True)
         if args.json:
-            record = {"title": title, "label": case.label, "seconds": times, "want": case.want}
+            record = {"title": title, "label": case.label, "seconds": times, "errors": off, "want": case.want}
             with open(args.json, "a") as file:
                 print(json.dumps(record), file=file)
 
