@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..ops import NF4Tensor, nf4_linear, nf4_quantize
 from .layers import is_conv1d, matrix
-from .quantized import is_quantized
+from .quantized import StoredInParts, is_quantized
 
 
-class NF4Linear(nn.Linear):
+class NF4Linear(StoredInParts, nn.Linear):
     """``nn.Linear`` whose weight is an :class:`~peftops.NF4Tensor`: frozen, an eighth of the memory of float32.
 
     ``compute="int8"`` lets it round activations and codes where that is faster, see :func:`peftops.nf4_linear`.
