@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..methods.targets import ALL_LINEAR, find_targets
 from ..nn import NF4Linear, as_matrix, is_conv1d, shell_of
+from ..nn.undo import about
 from ..ops import nf4_quantize
 from .bitsandbytes_files import PARTS, from_bitsandbytes
 from .gguf_files import gguf_tensors
@@ -109,7 +110,8 @@ def load_model(
                     tensor = tensor.float()
                 if prequantised is None:
                     tensor = as_matrix(parent, tensor).contiguous()
-                    tensor = nf4_quantize(tensor, block_size=block_size, double_quant=double_quant)
+                    with about(f"{path}: {layer}"):
+                        tensor = nf4_quantize(tensor, block_size=block_size, double_quant=double_quant)
                 elif is_conv1d(parent):
                     raise ValueError(f"{path} holds {layer}, a Conv1D, in NF4; read the dense model instead")
                 _replace(model, layer, NF4Linear(tensor.to(dtype), None, shell_of(parent)))

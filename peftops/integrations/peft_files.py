@@ -22,6 +22,7 @@ from ..methods import METHODS, attach, attachment, detach, hosts
 from ..methods.targets import is_within, suffixes_or_names
 from ..methods.targets import layers as modules_of
 from ..nn import PREFIX, Stored
+from ..nn.undo import all_or_nothing
 from .files import writable_directory, write_atomically
 
 CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "peftops.json"
@@ -115,12 +116,13 @@ def load(
         if strangers:
             raise ValueError(f"{folder / WEIGHTS} is for another model: this one has no {_some(strangers)}")
         config = dataclasses.replace(config, **{field: sorted(layers)})
-    attach(model, config, name=name)
-    try:
-        _fill(model, config, name, tensors, folder / WEIGHTS)
-    except BaseException:
-        detach(model, name)
-        raise
+    with all_or_nothing(model):
+        attach(model, config, name=name)
+        try:
+            _fill(model, config, name, tensors, folder / WEIGHTS)
+        except BaseException:
+            detach(model, name)
+            raise
     return model
 
 

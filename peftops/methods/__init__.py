@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..nn import AdaptedLayer, Adapter, MergeError, Prompt, Prompted, Stored, Switch, base_of, is_quantized, module_at
+from ..nn.undo import about, all_or_nothing
 from .selection import whole
 from .targets import find_targets, is_within, layers
 
@@ -61,7 +62,11 @@ def build(adapter_class: type[Stored], model: nn.Module, config: object) -> dict
     if hasattr(adapter_class, "build"):
         return adapter_class.build(model, config) | copied
     bases = each_target(adapter_class, model, config)
-    return {path: adapter_class(base, config, path) for path, base in bases.items()} | copied
+    adapters = {}
+    for path, base in bases.items():
+        with about(path):
+            adapters[path] = adapter_class(base, config, path)
+    return adapters | copied
 
 
 @dataclass
@@ -106,6 +111,10 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     Raises:
         TypeError: no method has this config; a target is not supported.
         ValueError: the name is taken or not a plain one; nothing matches ``config.target``.
+        RuntimeError: an operator cannot do with a weight what the method needs; the message names the layer.
+
+    Whatever is raised, an interrupt too, the model is then as it was. (So a method that quantises needs memory for the
+    dense model and its codes: :func:`peftops.load_model` quantises one tensor after the other.)
     """
     adapter_class = METHODS.get(type(config))
     if adapter_class is None:
@@ -121,22 +130,33 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     # Whatever can be wrong with the config shows here, before anything has changed.
     adapters = build(adapter_class, model, config)
 
+    configs, active = dict(state.configs), state.switch.active
+    try:
+        with all_or_nothing(model):
+            _put(model, state, name, config, adapters)
+    except BaseException:
+        state.configs, state.switch.active = configs, active
+        raise
+    return model
+
+
+def _put(model: nn.Module, state: Attachment, name: str, config: object, adapters: dict[str, Stored]) -> None:
     if not state.configs:
         state.trainable_before = [n for n, p in model.named_parameters() if p.requires_grad]
         state.ignored_before = list(getattr(model, _IGNORED, []))
-    prepare = getattr(adapter_class, "prepare", None)
+    prepare = getattr(METHODS[type(config)], "prepare", None)
     if prepare:
         prepare(model, config)
     if not state.configs:
         model.requires_grad_(False)
     for path, adapter in adapters.items():
         adapter.train(module_at(model, path).training)
-        (Prompted if isinstance(adapter, Prompt) else AdaptedLayer).put(model, path, name, adapter, state.switch)
+        with about(path):
+            (Prompted if isinstance(adapter, Prompt) else AdaptedLayer).put(model, path, name, adapter, state.switch)
     state.configs[name] = config
     state.switch.active = name
     model._peftops = state
     _ignore_codes(model, state)
-    return model
 
 
 def _ignore_codes(model: nn.Module, state: Attachment) -> None:
@@ -254,7 +274,8 @@ def merge(model: nn.Module, *, dense: bool = False) -> MergeReport:
     report = MergeReport({})
     try:
         for path, host in targets:
-            report.layers[path] = host.merge(name, dense=dense)
+            with about(path or type(model).__name__):
+                report.layers[path] = host.merge(name, dense=dense)
     except BaseException:
         unmerge(model)  # all or nothing
         raise

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..ops import NF4Tensor, nf4_linear, nf4_quantize
 from .layers import is_conv1d, matrix
 from .quantized import StoredInParts, is_quantized
+from .undo import about
 
 
 class NF4Linear(StoredInParts, nn.Linear):
@@ -79,7 +80,8 @@ def quantize_linears(
     for name, parent, leaf in list(_dense_linears(model)):
         if chosen(name):
             dense = getattr(parent, leaf)
-            setattr(parent, leaf, NF4Linear.from_dense(dense, block_size=block_size, double_quant=double_quant))
+            with about(name):
+                setattr(parent, leaf, NF4Linear.from_dense(dense, block_size=block_size, double_quant=double_quant))
             replaced.append(name)
             del dense
     return replaced

@@ -80,7 +80,7 @@ def test_a_bias_is_kept(tmp_path):
 def test_reads_what_bitsandbytes_quantised(tmp_path):
     """Its checkpoints hold six tensors per weight; ours are the same bits."""
     original = quantised(models.llama(tied=False))
-    tensors = {name: p.detach() for name, p in original.state_dict().items()}
+    tensors = {name: p.detach() for name, p in original.named_parameters()}
     for name, layer in original.named_modules():
         if isinstance(layer, NF4Linear):
             del tensors[f"{name}.weight"]
