@@ -23,7 +23,8 @@ from ..methods.targets import is_within, suffixes_or_names
 from ..methods.targets import layers as modules_of
 from ..nn import PREFIX, Stored
 from ..nn.undo import all_or_nothing
-from .files import writable_directory, write_atomically
+from .files import writable_directory
+from .together import write_together
 
 CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "peftops.json"
 _NOT_ADAPTERS = (".base_layer.weight", ".zeros")
@@ -42,7 +43,8 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
     If FSDP2 has sharded it, all ranks must call this: the shards are gathered, and rank 0 writes.
 
     Args:
-        directory: made if it is not there; files of another adapter in it are replaced, each at once.
+        directory: made if it is not there; files of another adapter in it are replaced, all at once: whenever the
+            process is killed, the old adapter is there or the new one.
         name: which adapter; by default the active one.
 
     Raises:
@@ -78,9 +80,11 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
     own = {"version": VERSION, "method": type(config).__name__, "options": dataclasses.asdict(config)}
     folder = writable_directory(directory, sum(t.nbytes for t in tensors.values()) + 2**20)
     text = lambda value: json.dumps(value, indent=2, sort_keys=True) + "\n"
-    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    write_atomically(folder / OWN, lambda path: path.write_text(text(own)))
-    write_atomically(folder / CONFIG, lambda path: path.write_text(text(fields)))
+    write_together(folder, {
+        WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+        OWN: lambda path: path.write_text(text(own)),
+        CONFIG: lambda path: path.write_text(text(fields)),
+    })  # fmt: skip
 
 
 def load(
