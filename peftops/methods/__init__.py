@@ -77,6 +77,7 @@ class Attachment:
     configs: dict[str, object] = field(default_factory=dict)
     trainable_before: list[str] = field(default_factory=list)  # parameters that trained before
     ignored_before: list[str] = field(default_factory=list)  # by DistributedDataParallel
+    resting: dict[str, set[str]] = field(default_factory=dict)  # what trains of an adapter while it is the active one
 
 
 def attachment(model: nn.Module) -> Attachment:
@@ -130,12 +131,12 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     # Whatever can be wrong with the config shows here, before anything has changed.
     adapters = build(adapter_class, model, config)
 
-    configs, active = dict(state.configs), state.switch.active
+    configs, active, resting = dict(state.configs), state.switch.active, dict(state.resting)
     try:
         with all_or_nothing(model):
             _put(model, state, name, config, adapters)
     except BaseException:
-        state.configs, state.switch.active = configs, active
+        state.configs, state.switch.active, state.resting = configs, active, resting
         raise
     return model
 
@@ -154,9 +155,24 @@ def _put(model: nn.Module, state: Attachment, name: str, config: object, adapter
         with about(path):
             (Prompted if isinstance(adapter, Prompt) else AdaptedLayer).put(model, path, name, adapter, state.switch)
     state.configs[name] = config
-    state.switch.active = name
+    _switch(model, state, name)
     model._peftops = state
     _ignore_codes(model, state)
+
+
+def _switch(model: nn.Module, state: Attachment, name: str | None) -> None:
+    """Make an adapter the active one, and the only one that trains: DistributedDataParallel waits for a gradient of
+    every parameter that does, and one that is not used never gets any."""
+    state.switch.active = name
+    adapters = [(path, other, adapter) for path, host in hosts(model) for other, adapter in host.adapters.items()]
+    for path, other, adapter in adapters:
+        for leaf, parameter in adapter.named_parameters():
+            if other == name and f"{path}.{leaf}" in state.resting.get(name, ()):
+                parameter.requires_grad_(True)
+            elif other != name and parameter.requires_grad:
+                state.resting.setdefault(other, set()).add(f"{path}.{leaf}")
+                parameter.requires_grad_(False)
+    state.resting = {other: names for other, names in state.resting.items() if other in state.configs and other != name}
 
 
 def _ignore_codes(model: nn.Module, state: Attachment) -> None:
@@ -192,7 +208,7 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
         if not host.adapters:
             host.leave(model, path)
     if state.switch.active not in state.configs:
-        state.switch.active = next(iter(state.configs), None)
+        _switch(model, state, next(iter(state.configs), None))
     if not state.configs:
         trainable = set(state.trainable_before)
         for path, parameter in model.named_parameters():
@@ -207,10 +223,10 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
 
 
 def activate(model: nn.Module, name: str) -> None:
-    """Make another of the attached adapters the active one."""
+    """Make another of the attached adapters the active one, whose parameters train; those of the others rest."""
     state = attachment(model)
     _check_name(state, name)
-    state.switch.active = name
+    _switch(model, state, name)
 
 
 @contextlib.contextmanager
