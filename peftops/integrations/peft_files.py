@@ -106,6 +106,7 @@ def load(
     """
     folder = Path(directory)
     config, tensors = read_adapter(folder, quantize)
+    _check_sizes(config, tensors, folder / WEIGHTS)
     # PEFT lists every name that a head may have: one that neither the file nor the model knows means nothing.
     owners = [_owner(key) for key in tensors] + [path for path, _ in modules_of(model)]
     whole = tuple(name for name in config.modules_to_save if any(is_within(owner, [name]) for owner in owners))
@@ -163,6 +164,27 @@ def _key(config: Any, adapter: Stored, name: str, path: str) -> str:
 def _owner(key: str) -> str:
     """The name of the module that a tensor of a file is in, perhaps with a part of PEFT's prefix before it."""
     return key.removeprefix(PREFIX).rpartition(".")[0]
+
+
+_SIZES = ("n", "tokens", "width", "image_features")  # options that are a dimension of some tensor
+
+
+def _check_sizes(config: Any, tensors: dict[str, Tensor], file: Path) -> None:
+    """Raise if an option asks for more than the file holds, before that is allocated and compared with it."""
+    most = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    asked = {name: getattr(config, name, None) or 0 for name in _SIZES}
+    if hasattr(config, "rank_and_scaling"):
+        asked |= {f"the rank of {layer}": config.rank_and_scaling(layer)[0] for layer in {_layer(k) for k in tensors}}
+    else:
+        asked["r"] = getattr(config, "r", 0)
+    for name, value in asked.items():
+        if value > most:
+            raise ValueError(f"{file} does not fit: {name} is {value}, and no tensor in it has a dimension above {most}")
+
+
+def _layer(key: str) -> str:
+    """The layer of a tensor of LoRA's family."""
+    return key.removeprefix(PREFIX).partition(".lora_")[0]
 
 
 def _layers(adapter_class: type, keys: list[str], file: Path) -> set[str]:
