@@ -179,7 +179,7 @@ def _check_sizes(config: Any, tensors: dict[str, Tensor], file: Path) -> None:
         asked["r"] = getattr(config, "r", 0)
     for name, value in asked.items():
         if value > most:
-            raise ValueError(f"{file} does not fit: {name} is {value}, and no tensor in it has a dimension above {most}")
+            raise ValueError(f"{file} does not fit: {name} is {value}, no tensor in it has a dimension above {most}")
 
 
 def _layer(key: str) -> str:

@@ -12,7 +12,7 @@ import peftops
 @pytest.mark.parametrize("config, file, options", [
     (peftops.PromptTuningConfig(tokens=3), "adapter_config.json", {"num_virtual_tokens": 2**31}),
     (peftops.PrefixTuningConfig(tokens=3), "adapter_config.json", {"num_virtual_tokens": 2**40}),
-    (peftops.LLaMAAdapterConfig(tokens=3, layers=1), "adapter_config.json", {"adapter_len": 2**31}),
+    (peftops.LLaMAAdapterConfig(tokens=3, layers=1), "adapter_config.json", {"tokens": 2**31}),
     (peftops.BottleneckConfig(width=4), "adapter_config.json", {"width": 2**33}),
     (peftops.LoRAConfig(r=4), "adapter_config.json", {"r": 2**31}),
     (peftops.LoRAConfig(r=4), "adapter_config.json", {"rank_pattern": {"q_proj": 2**31}}),

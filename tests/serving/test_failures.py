@@ -1,7 +1,10 @@
 """A request that goes wrong is the only one that notices."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import models
@@ -208,3 +211,22 @@ def test_scalings_of_zero_are_scalings(tmp_path, alphas):
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=None
     )
     assert got.ids == want[0, 3:].tolist()
+
+
+def test_an_adapter_without_its_other_half_is_refused(folder, tmp_path):
+    tensors = load_file(folder / "good" / "adapter_model.safetensors")
+    name = next(name for name in tensors if "v_proj.lora_B" in name)
+    shutil.copytree(folder / "good", tmp_path / "half")
+    save_file({n: t for n, t in tensors.items() if n != name}, tmp_path / "half" / "adapter_model.safetensors")
+    pool = pool_for(models.llama())
+    with pytest.raises(ValueError, match=f"half lacks {name}"):
+        add_adapter(pool, "half", tmp_path / "half")
+    add_adapter(pool, "half", folder / "good")  # the name is still free
+
+
+def test_twice_as_many_small_adapters_find_room():
+    pool = pool_for(models.llama(), adapters=3, rank=8)
+    for name in "abcdef":
+        pool.add(name, {"model.layers.0.self_attn.v_proj": (torch.ones(1, 64), torch.ones(32, 1))})
+        pool.load(name)
+    assert pool.resident == list("abcdef")
