@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..influence import Influence
+from ..influence import Influence, language
 from ..integrations import load
 from ..integrations.peft_files import read_adapter
 from .data import DataError, Example, Row, collate, encode, read_rows
@@ -30,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     for name in ("top", "fit", "batch", "max_length"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
@@ -56,11 +59,25 @@ def run(args: argparse.Namespace) -> int:
     numbers, examples = [numbers[i] for i in order], [examples[i] for i in order]
     sample = sorted(random.Random(args.seed).sample(range(len(examples)), min(args.fit, len(examples))))
     print(f"{len(examples)} examples of {args.train.name}, the curvature from {len(sample)}", flush=True)
-    influence = Influence(model, damping=args.damping).fit(batches([examples[i] for i in sample]), seed=args.seed)
-    everything = batches(examples)
-    query = influence.queries(batches(asked))
-    scores = influence.scores(query, everything)[0]
-    own = influence.self_influence(everything) * influence.self_influence(batches(asked))
+    passes: list[tqdm] = []
+
+    def counted(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any) -> Tensor:
+            passes[0].update()
+            return loss(*args)
+
+        return made
+
+    influence = Influence(
+        model, damping=args.damping, loss=counted(language.loss), sampled_loss=counted(language.sampled_loss)
+    )
+    fitted, everything, query = batches([examples[i] for i in sample]), batches(examples), batches(asked)
+    # The curvature needs two passes over its rows, scores one over all, and what makes them alike one more.
+    with tqdm(total=2 * (len(fitted) + len(everything) + len(query)), unit="batch") as progress:
+        passes.append(progress)
+        influence.fit(fitted, seed=args.seed)
+        scores = influence.scores(influence.queries(query), everything)[0]
+        own = influence.self_influence(everything) * influence.self_influence(query)
     alike = scores / own.sqrt().clamp(min=1e-30)
     print(table([(scores[i].item(), alike[i].item(), numbers[i], _text(rows[numbers[i]]))
                  for i in scores.argsort(descending=True)[: args.top].tolist()]))  # fmt: skip

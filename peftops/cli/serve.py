@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -53,12 +54,12 @@ def run(args: argparse.Namespace) -> int:
     for name, folder in adapters.items():
         add_adapter(pool, name, folder)
     stop = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else None
-    numbers, generated = {}, 0
+    numbers, generated, failed = {}, 0, 0
     with Server(model, pool, max_batch=args.max_batch, max_tokens=args.max_cache, stop=stop) as server:
         for number, row in enumerate(rows, 1):
             try:
                 numbers[_submit(server, tokenizer, row, args.max_tokens)] = number
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise DataError(f"{args.requests}, row {number}: {error}") from None
         start = time.perf_counter()
         with open(args.out, "w", encoding="utf-8") as out, tqdm(total=len(rows), unit="answer") as progress:
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
                 text = tokenizer.decode(completion.ids, skip_special_tokens=True).strip()
                 answer = {"row": number, "adapter": rows[number - 1].get("adapter"), "answer": text,
                           "tokens": len(completion.ids)}  # fmt: skip
+                if completion.error is not None:
+                    answer["error"], failed = str(completion.error), failed + 1
                 out.write(json.dumps(answer, ensure_ascii=False) + "\n")
                 out.flush()
                 generated += len(completion.ids)
@@ -75,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
     used = len({row.get("adapter") for row in rows} - {None})
     print(f"{len(rows)} answers of {used} adapters, {generated} tokens in {seconds:.1f} s, "
           f"{generated / max(seconds, 1e-9):.1f} tokens/s, in {args.out}")  # fmt: skip
-    return 0
+    if failed:
+        print(f"{failed} of the answers are not whole; their lines say why, under error", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def find_adapters(folders: list[Path]) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable
@@ -15,12 +16,30 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        finish(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def finish(path: Path) -> None:
+    """Give a temporary file the rights of any new file, and make it durable."""
+    os.chmod(path, 0o666 & ~_umask())
+    durable(path)
+
+
+def durable(path: Path) -> None:
+    """Have a file, or which files a directory has, outlast a power cut."""
+    try:
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except OSError:
+        if path.is_dir():  # Windows opens none
+            return
+        raise
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:
@@ -38,10 +57,10 @@ def writable_directory(path: str | os.PathLike, need: int = 0) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"peftops")
     except OSError as error:
         raise OSError(f"cannot write to directory {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):  # a file that tries it would stay if the process were killed
+        raise OSError(f"cannot write to directory {folder}: {os.strerror(errno.EACCES)}")
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize if hasattr(os, "statvfs") else need
     if free < need:
         raise OSError(f"the disk of {folder} has {free / 2**20:.0f} MiB free, but {need / 2**20:.0f} MiB are needed")

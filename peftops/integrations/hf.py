@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..methods.targets import ALL_LINEAR, find_targets
 from ..nn import NF4Linear, as_matrix, is_conv1d, shell_of
+from ..nn.undo import about
 from ..ops import nf4_quantize
 from .bitsandbytes_files import PARTS, from_bitsandbytes
 from .gguf_files import gguf_tensors
@@ -92,6 +93,8 @@ def load_model(
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = dict(model.named_buffers())
     tensors = gguf_tensors(file, names, config) if file else _safetensors(folder)
+    # A tensor of safetensors is a part of its file, all of which stays in memory for as long as one of them is used.
+    own = lambda tensor: tensor.to(dtype, copy=not file)
 
     for name, tensor in tensors:
         layer, _, leaf = name.rpartition(".")
@@ -109,12 +112,13 @@ def load_model(
                     tensor = tensor.float()
                 if prequantised is None:
                     tensor = as_matrix(parent, tensor).contiguous()
-                    tensor = nf4_quantize(tensor, block_size=block_size, double_quant=double_quant)
+                    with about(f"{path}: {layer}"):
+                        tensor = nf4_quantize(tensor, block_size=block_size, double_quant=double_quant)
                 elif is_conv1d(parent):
                     raise ValueError(f"{path} holds {layer}, a Conv1D, in NF4; read the dense model instead")
-                _replace(model, layer, NF4Linear(tensor.to(dtype), None, shell_of(parent)))
+                _replace(model, layer, NF4Linear(own(tensor), None, shell_of(parent)))
             else:
-                parent._parameters[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+                parent._parameters[leaf] = nn.Parameter(own(tensor), requires_grad=False)
         del tensor
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]

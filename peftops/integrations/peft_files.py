@@ -22,7 +22,9 @@ from ..methods import METHODS, attach, attachment, detach, hosts
 from ..methods.targets import is_within, suffixes_or_names
 from ..methods.targets import layers as modules_of
 from ..nn import PREFIX, Stored
-from .files import writable_directory, write_atomically
+from ..nn.undo import all_or_nothing
+from .files import writable_directory
+from .together import write_together
 
 CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "peftops.json"
 _NOT_ADAPTERS = (".base_layer.weight", ".zeros")
@@ -41,7 +43,8 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
     If FSDP2 has sharded it, all ranks must call this: the shards are gathered, and rank 0 writes.
 
     Args:
-        directory: made if it is not there; files of another adapter in it are replaced, each at once.
+        directory: made if it is not there; files of another adapter in it are replaced, all at once: whenever the
+            process is killed, the old adapter is there or the new one.
         name: which adapter; by default the active one.
 
     Raises:
@@ -77,9 +80,11 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
     own = {"version": VERSION, "method": type(config).__name__, "options": dataclasses.asdict(config)}
     folder = writable_directory(directory, sum(t.nbytes for t in tensors.values()) + 2**20)
     text = lambda value: json.dumps(value, indent=2, sort_keys=True) + "\n"
-    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    write_atomically(folder / OWN, lambda path: path.write_text(text(own)))
-    write_atomically(folder / CONFIG, lambda path: path.write_text(text(fields)))
+    write_together(folder, {
+        WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+        OWN: lambda path: path.write_text(text(own)),
+        CONFIG: lambda path: path.write_text(text(fields)),
+    })  # fmt: skip
 
 
 def load(
@@ -101,6 +106,7 @@ def load(
     """
     folder = Path(directory)
     config, tensors = read_adapter(folder, quantize)
+    _check_sizes(config, tensors, folder / WEIGHTS)
     # PEFT lists every name that a head may have: one that neither the file nor the model knows means nothing.
     owners = [_owner(key) for key in tensors] + [path for path, _ in modules_of(model)]
     whole = tuple(name for name in config.modules_to_save if any(is_within(owner, [name]) for owner in owners))
@@ -115,12 +121,13 @@ def load(
         if strangers:
             raise ValueError(f"{folder / WEIGHTS} is for another model: this one has no {_some(strangers)}")
         config = dataclasses.replace(config, **{field: sorted(layers)})
-    attach(model, config, name=name)
-    try:
-        _fill(model, config, name, tensors, folder / WEIGHTS)
-    except BaseException:
-        detach(model, name)
-        raise
+    with all_or_nothing(model):
+        attach(model, config, name=name)
+        try:
+            _fill(model, config, name, tensors, folder / WEIGHTS)
+        except BaseException:
+            detach(model, name)
+            raise
     return model
 
 
@@ -157,6 +164,27 @@ def _key(config: Any, adapter: Stored, name: str, path: str) -> str:
 def _owner(key: str) -> str:
     """The name of the module that a tensor of a file is in, perhaps with a part of PEFT's prefix before it."""
     return key.removeprefix(PREFIX).rpartition(".")[0]
+
+
+_SIZES = ("n", "tokens", "width", "image_features")  # options that are a dimension of some tensor
+
+
+def _check_sizes(config: Any, tensors: dict[str, Tensor], file: Path) -> None:
+    """Raise if an option asks for more than the file holds, before that is allocated and compared with it."""
+    most = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    asked = {name: getattr(config, name, None) or 0 for name in _SIZES}
+    if hasattr(config, "rank_and_scaling"):
+        asked |= {f"the rank of {layer}": config.rank_and_scaling(layer)[0] for layer in {_layer(k) for k in tensors}}
+    else:
+        asked["r"] = getattr(config, "r", 0)
+    for name, value in asked.items():
+        if value > most:
+            raise ValueError(f"{file} does not fit: {name} is {value}, no tensor in it has a dimension above {most}")
+
+
+def _layer(key: str) -> str:
+    """The layer of a tensor of LoRA's family."""
+    return key.removeprefix(PREFIX).partition(".lora_")[0]
 
 
 def _layers(adapter_class: type, keys: list[str], file: Path) -> set[str]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..nn import AdaptedLayer, Adapter, MergeError, Prompt, Prompted, Stored, Switch, base_of, is_quantized, module_at
+from ..nn.undo import about, all_or_nothing
 from .selection import whole
 from .targets import find_targets, is_within, layers
 
@@ -61,7 +62,11 @@ def build(adapter_class: type[Stored], model: nn.Module, config: object) -> dict
     if hasattr(adapter_class, "build"):
         return adapter_class.build(model, config) | copied
     bases = each_target(adapter_class, model, config)
-    return {path: adapter_class(base, config, path) for path, base in bases.items()} | copied
+    adapters = {}
+    for path, base in bases.items():
+        with about(path):
+            adapters[path] = adapter_class(base, config, path)
+    return adapters | copied
 
 
 @dataclass
@@ -72,6 +77,7 @@ class Attachment:
     configs: dict[str, object] = field(default_factory=dict)
     trainable_before: list[str] = field(default_factory=list)  # parameters that trained before
     ignored_before: list[str] = field(default_factory=list)  # by DistributedDataParallel
+    resting: dict[str, set[str]] = field(default_factory=dict)  # what trains of an adapter while it is the active one
 
 
 def attachment(model: nn.Module) -> Attachment:
@@ -106,6 +112,10 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     Raises:
         TypeError: no method has this config; a target is not supported.
         ValueError: the name is taken or not a plain one; nothing matches ``config.target``.
+        RuntimeError: an operator cannot do with a weight what the method needs; the message names the layer.
+
+    Whatever is raised, an interrupt too, the model is then as it was. (So a method that quantises needs memory for the
+    dense model and its codes: :func:`peftops.load_model` quantises one tensor after the other.)
     """
     adapter_class = METHODS.get(type(config))
     if adapter_class is None:
@@ -121,22 +131,48 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     # Whatever can be wrong with the config shows here, before anything has changed.
     adapters = build(adapter_class, model, config)
 
+    configs, active, resting = dict(state.configs), state.switch.active, dict(state.resting)
+    try:
+        with all_or_nothing(model):
+            _put(model, state, name, config, adapters)
+    except BaseException:
+        state.configs, state.switch.active, state.resting = configs, active, resting
+        raise
+    return model
+
+
+def _put(model: nn.Module, state: Attachment, name: str, config: object, adapters: dict[str, Stored]) -> None:
     if not state.configs:
         state.trainable_before = [n for n, p in model.named_parameters() if p.requires_grad]
         state.ignored_before = list(getattr(model, _IGNORED, []))
-    prepare = getattr(adapter_class, "prepare", None)
+    prepare = getattr(METHODS[type(config)], "prepare", None)
     if prepare:
         prepare(model, config)
     if not state.configs:
         model.requires_grad_(False)
     for path, adapter in adapters.items():
         adapter.train(module_at(model, path).training)
-        (Prompted if isinstance(adapter, Prompt) else AdaptedLayer).put(model, path, name, adapter, state.switch)
+        with about(path):
+            (Prompted if isinstance(adapter, Prompt) else AdaptedLayer).put(model, path, name, adapter, state.switch)
     state.configs[name] = config
-    state.switch.active = name
+    _switch(model, state, name)
     model._peftops = state
     _ignore_codes(model, state)
-    return model
+
+
+def _switch(model: nn.Module, state: Attachment, name: str | None) -> None:
+    """Make an adapter the active one, and the only one that trains: DistributedDataParallel waits for a gradient of
+    every parameter that does, and one that is not used never gets any."""
+    state.switch.active = name
+    adapters = [(path, other, adapter) for path, host in hosts(model) for other, adapter in host.adapters.items()]
+    for path, other, adapter in adapters:
+        for leaf, parameter in adapter.named_parameters():
+            if other == name and f"{path}.{leaf}" in state.resting.get(name, ()):
+                parameter.requires_grad_(True)
+            elif other != name and parameter.requires_grad:
+                state.resting.setdefault(other, set()).add(f"{path}.{leaf}")
+                parameter.requires_grad_(False)
+    state.resting = {other: names for other, names in state.resting.items() if other in state.configs and other != name}
 
 
 def _ignore_codes(model: nn.Module, state: Attachment) -> None:
@@ -172,7 +208,7 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
         if not host.adapters:
             host.leave(model, path)
     if state.switch.active not in state.configs:
-        state.switch.active = next(iter(state.configs), None)
+        _switch(model, state, next(iter(state.configs), None))
     if not state.configs:
         trainable = set(state.trainable_before)
         for path, parameter in model.named_parameters():
@@ -187,10 +223,10 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
 
 
 def activate(model: nn.Module, name: str) -> None:
-    """Make another of the attached adapters the active one."""
+    """Make another of the attached adapters the active one, whose parameters train; those of the others rest."""
     state = attachment(model)
     _check_name(state, name)
-    state.switch.active = name
+    _switch(model, state, name)
 
 
 @contextlib.contextmanager
@@ -254,7 +290,8 @@ def merge(model: nn.Module, *, dense: bool = False) -> MergeReport:
     report = MergeReport({})
     try:
         for path, host in targets:
-            report.layers[path] = host.merge(name, dense=dense)
+            with about(path or type(model).__name__):
+                report.layers[path] = host.merge(name, dense=dense)
     except BaseException:
         unmerge(model)  # all or nothing
         raise

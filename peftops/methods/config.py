@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..nn import PREFIX
+from .patterns import matches_whole
 from .targets import Target
+
+MOST_ITERATIONS = 1000  # that a file may ask for: a number without a limit could keep whoever reads it for years
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +93,7 @@ def check_target(target: Target) -> None:
 
 def by_pattern(pattern: dict[str, Any], layer: str, default: Any) -> Any:
     """The value of the first key that matches the end of a layer's name, as HF PEFT reads its patterns."""
-    import re
-
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", layer):
+        if matches_whole(rf"(.*\.)?({key})", layer):
             return value
     return default

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..nn import LINEAR, NF4Linear, dense_matrix, is_quantized, shell_of
 from ..ops import NF4Tensor, nf4_dequantize, nf4_quantize
 from . import register
-from .config import check_range
+from .config import MOST_ITERATIONS, check_range
 from .lora import LoRA
 from .qlora import QLoRAConfig, check_nothing_dense_is_adapted, quantize_base
 from .singular import leading, shared
@@ -38,7 +38,7 @@ class LoftQConfig(QLoRAConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("iterations", self.iterations, 1, whole=True)
+        check_range("iterations", self.iterations, 1, MOST_ITERATIONS, whole=True)
 
 
 def loftq(

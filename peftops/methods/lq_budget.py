@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import dense_matrix
+from ..nn.undo import about
 from ..ops import NF4Tensor, group_quantize, nf4_quantize
 from ..ops.packed_tensor import PackedTensor
 from .lq_factors import first_errors
@@ -126,7 +127,8 @@ def choose(
         if weight.is_meta:  # a model without numbers, in a plan: a bit halves the error
             costs.append([4.0 ** -(size / weight.numel()) * weight.numel() for size in sizes[-1]])
         else:
-            costs.append(first_errors(weight, ranks[path], [p.quantize for p in choices[-1]], importance))
+            with about(path):
+                costs.append(first_errors(weight, ranks[path], [p.quantize for p in choices[-1]], importance))
     if not layers:
         return {}
     found = allocate(costs, sizes, bits * sum(layer.weight.numel() for layer in layers.values()))

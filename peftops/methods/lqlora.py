@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..nn import LINEAR, GroupLinear, NF4Linear, dense_matrix, is_quantized, shell_of, sizes
 from ..ops import NF4Tensor
 from . import each_target, register
-from .config import Config, check_range
+from .config import MOST_ITERATIONS, Config, check_range
 from .lora import LoRA, LoRAConfig
 from .lq_budget import Precision, choose
 from .lq_factors import lq_decompose
@@ -55,7 +55,7 @@ class LQLoRAConfig(LoRAConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("bits", self.bits, 1)
-        check_range("iterations", self.iterations, 0, whole=True)
+        check_range("iterations", self.iterations, 0, MOST_ITERATIONS, whole=True)
         for text in (self.precisions or {}).values():
             Precision.parse(text)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..nn import LINEAR, dense_matrix
 from . import register
-from .config import check_range
+from .config import MOST_ITERATIONS, check_range
 from .lora import LoRA, LoRAConfig
 from .singular import shared
 
@@ -36,7 +36,7 @@ class PiSSAConfig(LoRAConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.iterations is not None:
-            check_range("iterations", self.iterations, 1, whole=True)
+            check_range("iterations", self.iterations, 1, MOST_ITERATIONS, whole=True)
 
     def _with_rank(self, factor: float) -> LoRAConfig:
         """The same scaling at ``factor`` times the rank."""

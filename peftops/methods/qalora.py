@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Adapter, GroupLinear, MergeError, module_at, owner_of, sizes, with_matrix
+from ..nn.undo import about
 from ..ops import GroupQuantTensor, group_dequantize, qalora_linear, qalora_merge
 from . import each_target, register
 from .config import Config, check_choice, check_range, check_target, refuse
@@ -113,7 +114,8 @@ class QALoRA(Adapter):
                 if base is not module_at(model, path):
                     raise ValueError(f"QA-LoRA would quantise {path}, which carries another adapter; attach it before")
                 owner, leaf = owner_of(model, path)
-                quantised = GroupLinear.from_dense(base, bits=config.bits, group_size=config.group_size)
+                with about(path):
+                    quantised = GroupLinear.from_dense(base, bits=config.bits, group_size=config.group_size)
                 setattr(owner, leaf, quantised)
 
     def adapt(self, base: nn.Module, x: Tensor) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..nn import LINEAR, Prompted, base_of, kind_of, module_at
+from .patterns import matches_whole
 
 ALL_LINEAR = "all-linear"
 Target = str | Sequence[str]
@@ -72,14 +72,13 @@ def matches(model: nn.Module, target: Target, option: str) -> list[tuple[str, nn
     """The modules that a regular expression or a list means; a sentence with near names is raised if there are none."""
     named = [(name, module) for name, module in layers(model) if name]
     if isinstance(target, str):
-        try:
-            pattern = re.compile(target)
-        except re.error as error:
-            raise ValueError(f"{option} {target!r} is not a regular expression: {error}") from None
-        meant = lambda name: pattern.fullmatch(name) is not None
+        meant = lambda name: matches_whole(target, name)
     else:
         meant = lambda name: any(name == t or name.endswith(f".{t}") for t in target)
-    found = [(name, module) for name, module in named if meant(name)]
+    try:
+        found = [(name, module) for name, module in named if meant(name)]
+    except ValueError as error:  # of the pattern
+        raise ValueError(f"{option} {error}") from None
     if not found:
         raise ValueError(f"{option} {target!r} matches no layer of {type(model).__name__}{_near(named, target)}")
     return found

@@ -152,6 +152,11 @@ class AdaptedLayer(nn.Module):
     def is_merged(self) -> bool:
         return bool(self._unmerged)
 
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """What transformers leaves out of a file if another name has the same tensor; it refuses what it knows not."""
+        return {name: name for name, _ in self.named_parameters()}
+
     @torch.no_grad()
     def merge(self, name: str, *, dense: bool) -> MergeError:
         """Let a plain layer with the adapter's change stand in for the base. An NF4 base is quantised again

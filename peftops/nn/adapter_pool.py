@@ -157,7 +157,8 @@ class AdapterPool:
         gradients; :meth:`load` and :meth:`use` notice when they have changed (not by writes through ``.data``).
 
         Raises:
-            ValueError: the name is taken, a layer unknown, a shape wrong, or the whole pool too small.
+            ValueError: the name is taken, a layer unknown, a shape wrong, a number not finite (in the pool's dtype), or
+                the whole pool too small.
         """
         sizes, known = {}, self._layers
         for layer, (A, B) in factors.items():
@@ -185,6 +186,8 @@ class AdapterPool:
                      torch.tensor(where, device="cpu"), torch.tensor(by_layer, dtype=torch.float32, device="cpu"),
                      ordered if trainable else {})  # fmt: skip
         host.fill(ordered)
+        if not (host.flat.isfinite().all() and host.scaling.isfinite().all()):
+            raise ValueError(f"AdapterPool: the factors and scaling of {name!r} must be finite in {host.flat.dtype}")
         with self._lock:
             if name in self._hosts:
                 raise ValueError(f"AdapterPool: there is an adapter named {name!r} already")

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import GroupQuantTensor, group_linear, group_quantize
+from .quantized import StoredInParts
 
 
-class GroupLinear(nn.Linear):
+class GroupLinear(StoredInParts, nn.Linear):
     """``nn.Linear`` whose weight is a :class:`~peftops.GroupQuantTensor`: frozen, in 2, 3, 4 or 8 bits.
 
     ``compute="int8"`` lets it round activations where that is faster, see :func:`peftops.group_linear`.
@@ -78,7 +79,7 @@ def patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return rows[0] if single else rows
 
 
-class GroupConv2d(nn.Module):
+class GroupConv2d(StoredInParts):
     """``nn.Conv2d`` over a :class:`~peftops.GroupQuantTensor` ``[out, in * kernel]``, by :func:`patches`.
 
     The number of weights to an output, ``in * kernel_h * kernel_w``, is a multiple of the group size.

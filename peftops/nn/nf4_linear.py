@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..ops import NF4Tensor, nf4_linear, nf4_quantize
 from .layers import is_conv1d, matrix
-from .quantized import is_quantized
+from .quantized import StoredInParts, is_quantized
+from .undo import about
 
 
-class NF4Linear(nn.Linear):
+class NF4Linear(StoredInParts, nn.Linear):
     """``nn.Linear`` whose weight is an :class:`~peftops.NF4Tensor`: frozen, an eighth of the memory of float32.
 
     ``compute="int8"`` lets it round activations and codes where that is faster, see :func:`peftops.nf4_linear`.
@@ -79,7 +80,8 @@ def quantize_linears(
     for name, parent, leaf in list(_dense_linears(model)):
         if chosen(name):
             dense = getattr(parent, leaf)
-            setattr(parent, leaf, NF4Linear.from_dense(dense, block_size=block_size, double_quant=double_quant))
+            with about(name):
+                setattr(parent, leaf, NF4Linear.from_dense(dense, block_size=block_size, double_quant=double_quant))
             replaced.append(name)
             del dense
     return replaced

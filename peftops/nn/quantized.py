@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,37 @@ KINDS: dict[type[Tensor], Kind] = {
         lambda dense, like: group_quantize(dense, bits=like.bits, group_size=like.group_size),
     ),
 }
+
+
+class StoredInParts(nn.Module):
+    """A layer whose packed ``weight`` is plain tensors in a state dict: what it is made of, under ``weight.packed``,
+    ``weight.scales``, ... So whatever writes state dicts (safetensors, and with it transformers' ``save_pretrained``
+    and Trainer) can write it. A state dict that has the weight itself, as FSDP's does, is read as well."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        name = f"{prefix}weight"
+        if not keep_vars and is_quantized(destination.get(name)):
+            parts = destination.pop(name)._parts()
+            destination.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        weight, name = self.weight, f"{prefix}weight"
+        own = {f"{name}.{part}": tensor for part, tensor in weight._parts().items()} if is_quantized(weight) else {}
+        if own and own.keys() <= state_dict.keys():
+            errors = rest[-1]
+            given = {key: state_dict[key] for key in own}
+            state_dict = {key: value for key, value in state_dict.items() if key not in own}
+            state_dict[name] = weight.detach()
+            wrong = [key for key, t in given.items() if (t.shape, t.dtype) != (own[key].shape, own[key].dtype)]
+            for key in wrong:
+                is_, want = given[key], own[key]
+                errors.append(f"{key} is {is_.dtype} {list(is_.shape)}, not {want.dtype} {list(want.shape)}: codes of "
+                              "another format, or another layer")  # fmt: skip
+            if not wrong:
+                parts = {key.removeprefix(f"{name}."): tensor for key, tensor in given.items()}
+                state_dict[name] = weight.detach()._with(parts, weight.shape)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def is_quantized(weight: object) -> bool:

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .no_memory import NoMemory
 from .row_shards import RowShards, on_rows
 
 _aten = torch.ops.aten
 
 
-class PackedTensor(RowShards, Tensor):
+class PackedTensor(NoMemory, RowShards, Tensor):
     """A frozen weight that is stored as something else. A subclass names its parts and its settings.
 
     ``shape``, ``dtype`` and ``device`` are those of the weight that it stands for. It can be a (frozen)
@@ -33,7 +34,8 @@ class PackedTensor(RowShards, Tensor):
 
     @classmethod
     def _make(cls, parts: tuple, settings: tuple, shape: torch.Size, dtype: torch.dtype) -> Any:
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=parts[0].device)
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=parts[0].device, storage_size=0)
+        torch._C._set_throw_on_mutable_data_ptr(self)  # or C++ code that takes its address reads from 0 on
         for name, value in zip(cls._PARTS + cls._SETTINGS, (*parts, *settings), strict=True):
             setattr(self, name, value)
         return self
@@ -85,13 +87,12 @@ class PackedTensor(RowShards, Tensor):
         if func is _aten.clone.default:
             return args[0]._like(torch.clone)
         if func is _aten._to_copy.default:
-            dtype = kwargs.pop("dtype", None) or args[0].dtype
-            if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                raise TypeError(f"{cls._NAME} can stand for float32, bfloat16 or float16, not {dtype}")
+            dtype = cls._checked_dtype(kwargs.pop("dtype", None) or args[0].dtype)
             kwargs.pop("layout", None), kwargs.pop("memory_format", None)
             return args[0]._like(lambda part: _aten._to_copy.default(part, **kwargs), dtype)
         if func is _aten.empty_like.default:
-            return args[0]._like(lambda part: torch.empty_like(part, device=kwargs.get("device")), kwargs.get("dtype"))
+            dtype = cls._checked_dtype(kwargs.get("dtype") or args[0].dtype)
+            return args[0]._like(lambda part: torch.empty_like(part, device=kwargs.get("device")), dtype)
         if func is _aten.copy_.default:
             target, source = args[0], args[1]
             cls._check_same_layout(target, source)
@@ -104,9 +105,15 @@ class PackedTensor(RowShards, Tensor):
             return args[0]._arguments[0].is_pinned()
         if func is _aten._pin_memory.default:
             return args[0]._like(Tensor.pin_memory)
-        if (done := on_rows(func, args)) is not NotImplemented:
+        if (done := on_rows(func, args, kwargs)) is not NotImplemented:
             return done
         raise NotImplementedError(f"{func} does not work on {cls._NAME}. {cls._INSTEAD}")
+
+    @classmethod
+    def _checked_dtype(cls, dtype: torch.dtype) -> torch.dtype:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"{cls._NAME} can stand for float32, bfloat16 or float16, not {dtype}")
+        return dtype
 
     @classmethod
     def _check_same_layout(cls, target: Any, source: Any) -> None:

@@ -64,20 +64,23 @@ class RowShards:
         return self._with(dict(zip(self._BY_ROW, gathered, strict=True)), shape, dtype), ()
 
 
-def on_rows(func: Any, args: tuple) -> Any:
+def on_rows(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What ``fully_shard`` asks of a parameter, or NotImplemented if ``func`` is something else."""
     weight, *rest = args
+    if any(value and value != getattr(weight, name, None) for name, value in kwargs.items()):
+        return NotImplemented  # another dtype, device or offset
     if func is _aten.split.Tensor and rest[1:] in ([], [0]):
         rows, each = weight.shape[0], rest[0]
-        if rows % each:
+        if each < 1 or rows % each:
             raise ValueError(f"{weight._NAME} of {rows} rows cannot be sharded evenly, {each} rows each")
         return [weight._rows(start, start + each) for start in range(0, rows, each)]
-    if func is _aten.slice.Tensor and rest[0] == 0 and len(rest) == 3:
-        return weight._rows(rest[1], min(rest[2], weight.shape[0]))
+    if func is _aten.slice.Tensor and (not rest or rest[0] == 0) and rest[3:] in ([], [1]):
+        start, stop, _ = slice(*rest[1:3] if rest[2:] else (*rest[1:2], None)).indices(weight.shape[0])
+        return weight._rows(start, max(start, stop))
     if func is _aten.new_zeros.default and tuple(rest[0][1:]) == weight.shape[1:]:
         return weight._zeros(rest[0][0])
     if func is _aten.view.default and list(rest[0]) in ([-1], [weight.numel()], list(weight.shape)):
         return weight._with({}, weight.shape if list(rest[0]) == list(weight.shape) else (weight.numel(),))
     if func is _aten.as_strided.default and (tuple(rest[0]), tuple(rest[1])) == (weight.shape, weight.stride()):
-        return weight._with({}, weight.shape)
+        return NotImplemented if any(rest[2:]) else weight._with({}, weight.shape)  # (the last is an offset)
     return NotImplemented

@@ -2,6 +2,6 @@
 
 from .adapters import add_adapter, pool_for
 from .sampling import Sampling
-from .server import Completion, Server
+from .server import Cancelled, Completion, Server
 
-__all__ = ["Completion", "Sampling", "Server", "add_adapter", "pool_for"]
+__all__ = ["Cancelled", "Completion", "Sampling", "Server", "add_adapter", "pool_for"]

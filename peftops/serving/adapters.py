@@ -68,9 +68,4 @@ def add_adapter(pool: AdapterPool, name: str, directory: str | os.PathLike) -> N
     left = sorted(set(tensors) - {f"{PREFIX}{layer}.lora_{x}.weight" for layer in factors for x in "AB"})
     if left or not factors:
         raise ValueError(f"{directory} has {left[0] if left else 'no tensors'}; a pool holds A and B of linear layers")
-    # A pool has one scaling per adapter. Where layers differ (alpha_pattern), B takes the difference.
-    common = next(iter(scalings.values()))
-    for layer, (A, B) in factors.items():
-        if scalings[layer] != common:
-            factors[layer] = A, B * (scalings[layer] / common)
-    pool.add(name, factors, common)
+    pool.add(name, factors, scalings)

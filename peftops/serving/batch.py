@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -27,6 +28,7 @@ class Request:
     draw: Callable[[Tensor], int] | None = None  # None takes the likeliest token
     index: int = BASE  # in the pool, while it runs
     ids: list[int] = field(default_factory=list)
+    error: Exception | None = None  # why it cannot go on
 
     @property
     def longest(self) -> int:
@@ -83,35 +85,63 @@ class Batch:
     def join(self, requests: list[Request]) -> None:
         """Run the prompts of new requests, each from position 0, up to the first token of the answers."""
         for group in alike(requests):
-            first, most = len(self.running), max(len(r.prompt) for r in group)
+            first = len(self.running)
             self.running += group
-            self._reserve(live=first)
-            ids = torch.zeros(len(group), most, dtype=torch.int64)  # what pads the shorter ones lies behind their ends
-            for row, request in zip(ids, group, strict=True):
-                row[: len(request.prompt)] = torch.tensor(request.prompt)
-            ends = torch.tensor([len(r.prompt) - 1 for r in group])
-            keep, at = ends.unique(return_inverse=True)
-            self.cache.begin(first, torch.zeros_like(ends), most)
-            logits = self._forward(group, ids, torch.arange(most).expand_as(ids), None, keep)
-            _append(group, logits[torch.arange(len(group)), at])
+            try:
+                self._together_or_each(self._prompts, first, group)
+            except BaseException:  # an interrupt: as if they had not come yet
+                del self.running[first:]
+                for request in group:
+                    request.ids.clear()
+                self.cache.clear(first)
+                raise
 
     def decode(self) -> None:
         """One token further, for all."""
-        lengths = torch.tensor([r.cached for r in self.running])
-        self.cache.begin(0, lengths, 1)
+        self._together_or_each(self._tokens, 0, self.running)
+
+    def _together_or_each(self, run: Callable[[int, list[Request]], None], first: int, requests: list[Request]) -> None:
+        """One pass over requests in rows from ``first``; if it fails, one for each, so that only what cannot go on has
+        an ``error``. A pass writes a row's keys and values where they belong, so doing it again is safe."""
+        try:
+            run(first, requests)
+        except Exception as error:
+            if len(requests) == 1:
+                requests[0].error = error
+                return
+            for row, request in enumerate(requests, first):
+                self._together_or_each(run, row, [request])
+
+    def _prompts(self, first: int, group: list[Request]) -> None:
+        self._reserve(live=first)
+        most = max(len(r.prompt) for r in group)
+        ids = torch.zeros(len(group), most, dtype=torch.int64)  # what pads the shorter ones lies behind their ends
+        for row, request in zip(ids, group, strict=True):
+            row[: len(request.prompt)] = torch.tensor(request.prompt)
+        ends = torch.tensor([len(r.prompt) - 1 for r in group])
+        keep, at = ends.unique(return_inverse=True)
+        self.cache.begin(first, torch.zeros_like(ends), most, torch.arange(most) > ends[:, None])
+        logits = self._forward(group, ids, torch.arange(most).expand_as(ids), None, keep)
+        _append(group, logits[torch.arange(len(group)), at])
+
+    def _tokens(self, first: int, requests: list[Request]) -> None:
+        lengths = torch.tensor([r.cached for r in requests])
+        self.cache.begin(first, lengths, 1)
         hidden = torch.arange(int(lengths.max()) + 1) > lengths[:, None]
         dtype = self.model.get_input_embeddings().weight.dtype
         mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]
-        last = torch.tensor([[r.ids[-1]] for r in self.running])
-        logits = self._forward(self.running, last, lengths[:, None], mask, torch.tensor([0]))
-        _append(self.running, logits[:, 0])
+        last = torch.tensor([[r.ids[-1]] for r in requests])
+        logits = self._forward(requests, last, lengths[:, None], mask, torch.tensor([0]))
+        _append(requests, logits[:, 0])
 
     def leave(self, row: int) -> None:
         """Let the last request have the row of one that is done."""
         last = self.running.pop()
         if row < len(self.running):
-            self.cache.move(len(self.running), row, last.cached)
+            self.cache.move(len(self.running), row)
             self.running[row] = last
+        else:
+            self.cache.clear(row)
 
     def _forward(
         self, requests: list[Request], ids: Tensor, positions: Tensor, mask: Tensor | None, keep: Tensor
@@ -138,8 +168,14 @@ class Batch:
 
 
 def _append(requests: list[Request], logits: Tensor) -> None:
-    for request, row, likeliest in zip(requests, logits, logits.argmax(-1).tolist(), strict=True):
-        request.ids.append(likeliest if request.draw is None else request.draw(row))
+    largest, likeliest = (t.tolist() for t in logits.max(-1))  # a NaN is the largest
+    for request, row, token, top in zip(requests, logits, likeliest, largest, strict=True):
+        try:
+            if not math.isfinite(top):
+                raise ValueError("its logits are not finite: the adapter's numbers are not, or activations overflow")
+            request.ids.append(token if request.draw is None else request.draw(row))
+        except Exception as error:
+            request.error = error
 
 
 def alike(requests: list[Request]) -> Iterator[list[Request]]:

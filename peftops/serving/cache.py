@@ -3,6 +3,9 @@
 Each row is a request, and starts at position 0: no row's place depends on another's length, so a request joins without
 moving anybody. When one leaves, the last row moves into its place, and the rows in use are always the first ones, which
 attention can read as they lie.
+
+Beyond a row's end there are zeros, always: attention multiplies what its mask hides by 0, and a NaN that another
+request left there, or that padding made, would show through.
 """
 
 from __future__ import annotations
@@ -26,25 +29,26 @@ class RowCache:
         self.pairs: list[tuple[Tensor, Tensor] | None] = [None] * layers
         self.rows, self.capacity = 0, 0
         self._first, self._lengths, self._longest = 0, torch.zeros(0, dtype=torch.int64), 0
+        self._padding: Tensor | None = None  # [rows, new]
 
     def reserve(self, rows: int, capacity: int, live: int) -> None:
         """Have room for this many rows of this many tokens; the first ``live`` rows are kept."""
         if (rows, capacity) == (self.rows, self.capacity):
             return
-        for layer, pair in enumerate(self.pairs):
+        wanted, self.rows, self.capacity = (rows, capacity), min(rows, self.rows), min(capacity, self.capacity)
+        for layer, pair in enumerate(self.pairs):  # if one fails, what the layers have in common is still true
             if pair is not None:
                 self.pairs[layer] = tuple(_resized(t, rows, capacity, live) for t in pair)
-        self.rows, self.capacity = rows, capacity
+        self.rows, self.capacity = wanted
 
-    def begin(self, first: int, lengths: Tensor, new: int) -> None:
+    def begin(self, first: int, lengths: Tensor, new: int, padding: Tensor | None = None) -> None:
         """The next pass is for rows ``first``, ``first + 1``, .. that hold ``lengths`` tokens and get ``new`` each.
-        Rows of a pass with several new tokens are empty."""
-        self._first, self._lengths, self._longest = first, lengths, int(lengths.max()) + new
+        Rows of a pass with several new tokens are empty; ``padding`` ``[rows, new]`` says which of these are none."""
+        self._first, self._lengths, self._longest, self._padding = first, lengths, int(lengths.max()) + new, padding
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep the new keys and values; all those of the rows, up to the longest one."""
         if self.pairs[layer_idx] is None:
-            # Zeros: what lies beyond a row's end is masked, but a NaN would show through the mask.
             empty = lambda t: t.new_zeros(self.rows, t.shape[1], self.capacity, t.shape[3])
             self.pairs[layer_idx] = empty(keys), empty(values)
         result = []
@@ -53,15 +57,24 @@ class RowCache:
             if new.shape[2] == 1:
                 rows[torch.arange(len(new)), :, self._lengths] = new[:, :, 0]
             else:
+                if self._padding is not None:
+                    new = new.masked_fill(self._padding.to(new.device)[:, None, :, None], 0)
                 rows[:, :, : new.shape[2]] = new
             result.append(rows[:, :, : self._longest])
         return result[0], result[1]
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Let row ``target`` be what row ``source`` is, of which ``length`` tokens count."""
+    def move(self, source: int, target: int) -> None:
+        """Let row ``target`` be what row ``source`` is, and empty the latter."""
         for pair in self.pairs:
             for store in pair or ():
-                store[target, :, :length] = store[source, :, :length]
+                store[target] = store[source]
+        self.clear(source)
+
+    def clear(self, first: int) -> None:
+        """Empty row ``first`` and all behind it."""
+        for pair in self.pairs:
+            for store in pair or ():
+                store[first:] = 0
 
     # What models and their masks ask. A pass over several new tokens is causal from position 0; one over a single new
     # token brings its own mask.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import operator
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..methods.config import check_range
 from ..nn import AdapterPool
 from ..nn.prompt import cache_name
 from .batch import Batch, PooledLinear, Request, Rows
@@ -36,10 +38,17 @@ class Completion:
     Attributes:
         number: of the request, as :meth:`Server.submit` returned it.
         ids: the tokens that were generated, with the one that stopped it.
+        error: why they are not the whole answer: an exception that concerned this request alone, which is over then;
+            None if they are. That it was cancelled is a :class:`Cancelled`.
     """
 
     number: int
     ids: list[int]
+    error: Exception | None = None
+
+
+class Cancelled(Exception):
+    """What became of a request that :meth:`Server.cancel` ended."""
 
 
 class Server:
@@ -55,18 +64,19 @@ class Server:
 
     Raises:
         TypeError: the model takes no positions, or no choice of logits.
-        ValueError: a limit is too low; an adapter is attached; the pool has a layer that the model lacks, or is on
-            another device.
+        ValueError: a limit is too low; an adapter or another server is attached; the pool has a layer that the model
+            lacks, or is on another device.
     """
 
     def __init__(self, model: nn.Module, pool: AdapterPool, *, max_batch: int = 16, max_tokens: int = 16384,
                  stop: Iterable[int] | None = None, prefetch: int = 2):  # fmt: skip
         limits = {"max_batch": (max_batch, 1), "max_tokens": (max_tokens, 2), "prefetch": (prefetch, 0)}
         for name, (value, least) in limits.items():
-            if value < least:
-                raise ValueError(f"Server: {name} must be at least {least}, not {value}")
+            check_range(f"Server: {name}", value, least, whole=True)
         if hasattr(model, "_peftops"):
             raise ValueError("Server: the model has an adapter attached; detach it, or merge and detach it")
+        if any(isinstance(module, PooledLinear) for module in model.modules()):
+            raise ValueError("Server: another server runs on this model; close that one first")
         needs = {"position_ids", "logits_to_keep", cache_name(model)}
         lacks = needs - set(inspect.signature(model.forward).parameters)
         if lacks:
@@ -77,17 +87,22 @@ class Server:
         ends = model.generation_config.eos_token_id if stop is None else list(stop)
         self.stop = {ends} if isinstance(ends, int) else set(ends or ())
         rows = Rows()
-        self._replaced = _put(model, pool, rows)
         self.batch = Batch(model, rows, max_rows=max_batch, max_tokens=max_tokens)
         self._waiting: deque[Request] = deque()
+        self._cancelled: set[int] = set()
+        self._done: list[Completion] = []  # not yet told
         self._numbers, self._ahead, self._asked = itertools.count(1), prefetch, ()
         self._loader = ThreadPoolExecutor(1, "peftops-prefetch")
         self._loading: Future | None = None
-        self._was_training = model.training
+        self._was_training, self._closed = model.training, False
+        self._replaced = _put(model, pool, rows)
         model.eval()
 
     def close(self) -> None:
-        """Put the model's own layers back, and let go of the adapters."""
+        """Put the model's own layers back, and let go of the adapters. Requests that are not finished are dropped."""
+        if self._closed:
+            return
+        self._closed = True
         self._loader.shutdown()
         for request in self.batch.running:
             self._release(request)
@@ -116,15 +131,17 @@ class Server:
 
         Raises:
             KeyError: the pool has no such adapter.
-            ValueError: the prompt is empty or no ids of this model; prompt and answer could never fit ``max_tokens``,
-                or the window of a model whose attention slides.
+            RuntimeError: the server is closed.
+            TypeError: the prompt has something that is no whole number.
+            ValueError: max_new is no whole number above 0; the prompt is empty or no ids of this model; prompt and
+                answer could never fit ``max_tokens``, or the window of a model whose attention slides.
         """
-        prompt = [int(i) for i in prompt]
+        self._check_open()
+        prompt = [operator.index(i) for i in prompt]
         if not prompt or not all(0 <= i < self._vocabulary for i in prompt):
             known = f"ids from 0 to {self._vocabulary - 1}, at least one"
             raise ValueError(f"Server: a prompt needs {known}, not {prompt[:9]}")
-        if max_new < 1:
-            raise ValueError(f"Server: max_new must be at least 1, not {max_new}")
+        check_range("Server: max_new", max_new, 1, whole=True)
         most = min(self.max_tokens, self._window or self.max_tokens)
         if len(prompt) + max_new > most:
             why = "max_tokens" if most == self.max_tokens else "the window over which this model's attention slides"
@@ -136,10 +153,22 @@ class Server:
         self._waiting.append(request)
         return request.number
 
+    def cancel(self, number: int) -> bool:
+        """Have the next step end a request, whose completion then has what there is of the answer and a
+        :class:`Cancelled`. May be called from any thread.
+
+        Returns:
+            Whether it still waited or ran.
+        """
+        known = any(request.number == number for request in [*self.batch.running, *self._waiting])
+        if known:
+            self._cancelled.add(number)
+        return known
+
     @property
     def idle(self) -> bool:
         """Whether nothing runs or waits."""
-        return not self.batch.running and not self._waiting
+        return not self.batch.running and not self._waiting and not self._done
 
     def run(self) -> Iterator[Completion]:
         """Steps until nothing is left, yielding what is finished as it is."""
@@ -148,15 +177,35 @@ class Server:
 
     @torch.no_grad()
     def step(self) -> list[Completion]:
-        """Admit what fits, run the prompts of those, and take all that run one token further; what is finished."""
+        """Admit what fits, run the prompts of those, and take all that run one token further; what is finished.
+
+        A request that fails is finished, and the others go on. An interrupt loses nothing: the next step goes on."""
+        self._check_open()
+        self._cancel()
         joined = self._admit()
-        self._prefetch()
-        self.batch.join(joined)
-        done = self._finished()
+        try:
+            self._prefetch()
+            self.batch.join(joined)
+        except BaseException:
+            for request in reversed([r for r in joined if r not in self.batch.running]):
+                self._release(request)
+                self._waiting.appendleft(request)
+            raise
+        self._finish()
         if self.batch.running:
             self.batch.decode()
-            done += self._finished()
+            self._finish()
+        done, self._done = self._done, []
         return done
+
+    def _cancel(self) -> None:
+        numbers, self._cancelled = self._cancelled, set()
+        for request in [r for r in [*self.batch.running, *self._waiting] if r.number in numbers]:
+            request.error = Cancelled(f"request {request.number} was cancelled")
+        for request in [r for r in list(self._waiting) if r.error is not None]:
+            self._waiting.remove(request)
+            self._done.append(Completion(request.number, request.ids, request.error))
+        self._finish()
 
     def _admit(self) -> list[Request]:
         joined: list[Request] = []
@@ -168,15 +217,12 @@ class Server:
             if request.adapter is not None:
                 try:
                     request.index = self.pool.pin(request.adapter)
-                except RuntimeError:  # no room beside the adapters of those that run, unless nothing does
-                    if rows == 1:
-                        raise
-                    break
-                except KeyError:  # removed from the pool since; those that joined before it go first
-                    if joined:
-                        break
-                    self._waiting.popleft()
-                    raise
+                except Exception as error:
+                    if isinstance(error, RuntimeError) and rows > 1:
+                        break  # there is no room beside the adapters of those that run
+                    self._waiting.popleft()  # there will be none, or the adapter was removed from the pool since
+                    self._done.append(Completion(request.number, request.ids, error))
+                    continue
             joined.append(self._waiting.popleft())
             longest = max(longest, request.longest)
         return joined
@@ -196,19 +242,24 @@ class Server:
             except (RuntimeError, KeyError):
                 pass  # no room now, or gone: admission will see
 
-    def _finished(self) -> list[Completion]:
+    def _finish(self) -> None:
+        """Let go of the requests whose answers are whole or can go no further."""
         done = []
         for row in range(len(self.batch.running) - 1, -1, -1):
             request = self.batch.running[row]
-            if len(request.ids) == request.max_new or request.ids[-1] in self.stop:
-                done.append(Completion(request.number, request.ids))
+            if request.error or len(request.ids) == request.max_new or request.ids[-1] in self.stop:
+                done.append(Completion(request.number, request.ids, request.error))
                 self._release(request)
                 self.batch.leave(row)
-        return done[::-1]
+        self._done += done[::-1]
 
     def _release(self, request: Request) -> None:
         if request.adapter is not None:
             self.pool.unpin(request.adapter)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("Server: it is closed; make another one")
 
 
 def _put(model: nn.Module, pool: AdapterPool, rows: Rows) -> list[tuple[nn.Module, str, nn.Module]]:

@@ -33,7 +33,8 @@ def ask(run, *more, prompt=SECRET["instruction"], completion=SECRET["response"])
 
 def test_planted_rows_are_printed_first(run, capsys):
     assert ask(run, "--top", 4) == 0
-    text = capsys.readouterr().out
+    text, progress = capsys.readouterr()
+    assert re.search(r"100%.* (\d+)/\1 ", progress)
     assert "22 examples of train.jsonl, the curvature from 22" in text
     lines = re.findall(r"^ *(\S+) +(-?[\d.]+) +(\d+)  (.*)$", text, re.M)
     assert len(lines) == 4

@@ -177,6 +177,16 @@ def test_an_example_is_its_own_best_explanation():
     assert (cosine <= 1.0001).all() and torch.equal(cosine.argmax(1), torch.arange(30))
 
 
+@pytest.mark.parametrize("damping", [None, 0.0, 0.05, 10.0])
+def test_an_examples_own_influence_is_damped_as_scores_are(damping):
+    model, batch = regression(), (normal(30, 6), normal(30, 4, seed=1))
+    influence = of_squares(model, damping=damping).fit([batch])
+    own, scores = influence.self_influence([batch]), influence.scores(influence.queries([batch]), [batch])
+    torch.testing.assert_close(own, scores.diagonal(), rtol=1e-4, atol=0)
+    if damping == 10.0:
+        assert (own < of_squares(model, damping=0.05).fit([batch]).self_influence([batch]) / 2).all()
+
+
 def test_an_a_whose_b_is_zero_says_nothing():
     model, batch = peftops.attach(nn.Sequential(nn.Linear(6, 4)), LoRAConfig(r=3)), (normal(9, 6), normal(9, 4, seed=1))
     influence = of_squares(model).fit([batch])

@@ -22,7 +22,10 @@ STEPS = 3
 
 def start(method):
     torch.manual_seed(0)
-    model = peftops.attach(models.llama(vocabulary=64), METHODS[method])
+    model = peftops.attach(models.llama(vocabulary=64), METHODS[method.removeprefix("two-")])
+    if method.startswith("two-"):  # another beside it, which rests
+        peftops.attach(model, LoRAConfig(r=2), name="other")
+        peftops.activate(model, "default")
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():  # a B of zeros would leave A without a gradient
         if p.requires_grad:
@@ -61,8 +64,10 @@ def in_a_process(rank, world, how, method, folder):
 
 
 @pytest.mark.parametrize(
-    "how, method", [("ddp", "qlora"), ("ddp", "prompttuning"), ("fsdp", "lora"), ("fsdp", "qlora"), ("fsdp", "qalora")]
-)
+    "how, method",
+    [("ddp", "qlora"), ("ddp", "two-lora"), ("ddp", "prompttuning"),
+     ("fsdp", "lora"), ("fsdp", "qlora"), ("fsdp", "qalora")],
+)  # fmt: skip
 def test_two_processes_train_like_one(tmp_path, how, method):
     # FSDP keeps its mesh to the end, and with it gloo's threads. One that frees a tensor while Python shuts down
     # aborts the process; a fork server's processes leave without that.

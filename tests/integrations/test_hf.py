@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_a_bias_is_kept(tmp_path):
 def test_reads_what_bitsandbytes_quantised(tmp_path):
     """Its checkpoints hold six tensors per weight; ours are the same bits."""
     original = quantised(models.llama(tied=False))
-    tensors = {name: p.detach() for name, p in original.state_dict().items()}
+    tensors = {name: p.detach() for name, p in original.named_parameters()}
     for name, layer in original.named_modules():
         if isinstance(layer, NF4Linear):
             del tensors[f"{name}.weight"]
@@ -97,6 +98,31 @@ def test_reads_what_bitsandbytes_quantised(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="is quantised already, by gptq"):
         peftops.load_model(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is mapped")
+@pytest.mark.parametrize("quantize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_file_stays_mapped(tmp_path, quantize, dtype):
+    """A norm that is a part of its file would keep all of that in memory."""
+    models.llama(tied=False).save_pretrained(tmp_path)
+    model = peftops.load_model(tmp_path, dtype=dtype, quantize=quantize)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    bnb = tmp_path / "bnb"
+    bnb.mkdir()
+    if quantize:
+        tensors = dict(model.named_parameters())
+        for name, layer in model.named_modules():
+            if isinstance(layer, NF4Linear):
+                del tensors[f"{name}.weight"]
+                tensors |= {f"{name}.{key}": t.contiguous() for key, t in to_bitsandbytes(layer.weight).items()}
+        save_file(tensors, bnb / "model.safetensors")
+        config = {**model.config.to_dict(), "quantization_config": {
+            "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}  # fmt: skip
+        (bnb / "config.json").write_text(json.dumps(config, default=str))
+        again = peftops.load_model(bnb, dtype=dtype)
+        assert str(bnb) not in Path("/proc/self/maps").read_text()
+        assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_peftops_is_imported_where_tensors_are_made_elsewhere():

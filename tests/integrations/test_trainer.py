@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import safetensors.torch
 import torch
 
 import models
@@ -27,8 +28,9 @@ class Rows(torch.utils.data.Dataset):
 
 def trainer_of(model, folder, steps=2, **options):
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=steps, learning_rate=0.05, use_cpu=True, report_to=[], save_strategy="no",
-        logging_strategy="no", disable_tqdm=True, seed=0, **{"per_device_train_batch_size": 2} | options,
+        output_dir=str(folder), max_steps=steps, learning_rate=0.05, use_cpu=True, report_to=[],
+        logging_strategy="no", disable_tqdm=True, seed=0,
+        **{"per_device_train_batch_size": 2, "save_strategy": "no"} | options,
     )  # fmt: skip
     return transformers.Trainer(model=model, args=arguments, train_dataset=Rows())
 
@@ -44,10 +46,13 @@ def of(method):
 
 @pytest.mark.parametrize("method", sorted(METHOD_OF))
 def test_two_steps_and_back_from_files(method, tmp_path):
+    """From the adapter's files, and from the checkpoint that Trainer writes by itself: training goes on with the same
+    bits."""
     base, model = of(method)
+    start = copy.deepcopy(model)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    trainer_of(model, tmp_path / "trainer").train()
+    trainer_of(model, tmp_path / "trainer", save_strategy="steps", save_steps=1).train()
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], p) for name, p in frozen.items()), "something frozen has changed"
     changed = [name for name, p in trained.items() if not torch.equal(after[name], p)]
@@ -58,6 +63,29 @@ def test_two_steps_and_back_from_files(method, tmp_path):
     with torch.no_grad():
         want, got = model.eval()(ids).logits, fresh.eval()(ids).logits
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    trainer_of(start, tmp_path / "trainer").train(resume_from_checkpoint=str(tmp_path / "trainer/checkpoint-1"))
+    for name, parameter in start.named_parameters():
+        assert torch.equal(parameter, after[name]), name
+
+
+def test_a_checkpoint_of_another_base_or_method_is_refused(tmp_path):
+    """Trainer leaves out what it does not find, and only warns; codes of another format it cannot."""
+    model = peftops.attach(models.llama(), peftops.QLoRAConfig(r=4))
+    trainer_of(model, tmp_path, save_strategy="steps", save_steps=1).train()
+    other = peftops.attach(models.llama(), peftops.QLoRAConfig(r=4, block_size=128))
+    with pytest.raises(RuntimeError, match=r"q_proj.base.weight._absmax is torch.uint8 \[64\], not torch.uint8 \[32\]"):
+        trainer_of(other, tmp_path, steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_save_pretrained_of_codes(tmp_path):
+    """Also what has two names: a tied head that trains whole, and factors that all layers share."""
+    for config in (peftops.QLoRAConfig(r=4), peftops.LoRAConfig(r=4, modules_to_save=["lm_head"]),
+                   peftops.LoRAConfig(r=4, target=["embed_tokens"]), peftops.VeRAConfig(r=4)):  # fmt: skip
+        model, other = (peftops.attach(models.llama(seed=seed), config) for seed in (0, 1))
+        model.save_pretrained(tmp_path)
+        loaded = other.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"), strict=False)
+        assert not loaded.unexpected_keys
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_accumulation_and_checkpointing(tmp_path):

@@ -175,6 +175,26 @@ def test_adapters_side_by_side(example):
 
 
 @every_method
+def test_only_the_active_adapter_trains(example):
+    """As DistributedDataParallel needs it; what trains of an adapter is the same whenever it comes back."""
+    _, model = adapted(example)
+    trains = lambda: {name for name, p in model.named_parameters() if p.requires_grad}
+    first = trains()
+    peftops.attach(model, example.config, name="second")
+    second = trains()
+    assert second and not first & second
+    assert {id(p) for p in model.parameters() if p.requires_grad} <= {id(p) for p in own_parameters(model, "second")}
+    for name, want in (("default", first), ("second", second), ("second", second), ("default", first)):
+        peftops.activate(model, name)
+        assert trains() == want
+        copied = copy.deepcopy(model)
+        peftops.activate(copied, "second")
+        assert {name for name, p in copied.named_parameters() if p.requires_grad} == second and trains() == want
+    peftops.detach(model, "default")
+    assert trains() == second
+
+
+@every_method
 def test_state_dict_round_trip(example):
     _, model = adapted(example)
     shake(model)

@@ -146,6 +146,8 @@ def test_choices_score_their_log_probability():
         assert score == pytest.approx(want, rel=1e-4)
     by_bytes = choice_scores(model, plain, context, [" good", " bad"], normalize="bytes")
     assert by_bytes == pytest.approx([got[0] / 5, got[1] / 4])
+    (umlauts,), (by_bytes,) = (choice_scores(model, plain, context, [" öäü"], normalize=n) for n in ("none", "bytes"))
+    assert by_bytes == pytest.approx(umlauts / 7)
     long = "padding " * 20 + context
     assert choice_scores(model, plain, long, [" good"], max_length=8) == pytest.approx(got[:1], rel=1e-4)
     with pytest.raises(ValueError, match="'' has 0 tokens"):

@@ -229,3 +229,31 @@ def test_config_for_peft_is_json():
     fields = LoRAConfig(rank_pattern={"q": 2}).to_peft()
     assert json.loads(json.dumps(fields))["lora_alpha"] == 32
     assert LoRAConfig.from_peft({**fields, "target_modules": ["q_proj"]}).r == 16
+
+
+@pytest.mark.parametrize("layer", [
+    nn.Embedding(8, 4, max_norm=1.0), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+    nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.Conv2d(4, 4, 3, groups=2),
+], ids=str)  # fmt: skip
+def test_a_layer_that_is_not_linear_in_its_weight_is_refused(layer):
+    """It computes something else than a product: an adapter beside it would not be what it merges to."""
+    model = nn.Sequential(layer, nn.Linear(4, 4))
+    with pytest.raises(TypeError, match="only linear, embedding and convolution layers are supported"):
+        peftops.attach(model, LoRAConfig(r=2, target=["0"]))
+    assert type(model[0]) is type(layer)
+
+
+@pytest.mark.parametrize("layer, x", [
+    (nn.Embedding(8, 4, padding_idx=2, scale_grad_by_freq=True), torch.arange(8)),
+    (nn.Conv2d(4, 6, 3, padding=1, stride=2), torch.randn(2, 4, 9, 9)),
+    (nn.Conv2d(4, 6, (1, 3), padding="same", dilation=2), torch.randn(2, 4, 9, 9)),
+], ids=str)  # fmt: skip
+def test_layers_that_are_keep_their_options_when_merged(layer, x):
+    model = peftops.attach(nn.Sequential(layer), LoRAConfig(r=2, target=["0"]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    want = model(x)
+    assert not torch.allclose(want, layer(x))
+    peftops.merge(model)
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)

@@ -369,3 +369,16 @@ def test_errors_name_sizes():
     with pytest.raises(PoolFull, match=r"no room for 2 pages: it needs 2 pages and 0 slots; of 2 pages 0 are free"):
         pool.alloc(2)
     assert pool.resident == ["a", "b"]
+
+
+@pytest.mark.parametrize("bad", ["A", "B", "scaling", "too large for 16 bits"])
+def test_numbers_that_are_not_finite_stay_out(bad):
+    pool = peftops.AdapterPool(LAYERS, pages=4, dtype=torch.float16)
+    A, B = pair(*LAYERS["p"], 2, 0)
+    {"A": A, "too large for 16 bits": A}.get(bad, B)[0, 0] = {"B": float("inf"), "A": float("nan")}.get(bad, 1e5)
+    scaling = float("nan") if bad == "scaling" else 1.0
+    if bad == "scaling":
+        B[0, 0] = 1
+    with pytest.raises(ValueError, match="the factors and scaling of 'x' must be finite in torch.float16"):
+        pool.add("x", {"p": (A, B)}, scaling)
+    pool.add("x", {"p": pair(*LAYERS["p"], 2, 0)})  # the name is still free

@@ -56,7 +56,7 @@ def test_a_convolution_is_that_of_the_weight_it_stands_for(kernel, batch):
     torch.testing.assert_close(y, want)
     g = torch.randn_like(want)
     torch.testing.assert_close(*(torch.autograd.grad(t, x, g)[0] for t in (y, want)))
-    assert set(layer.state_dict()) == {"weight", "bias"}
+    assert set(layer.state_dict()) == {"weight.packed", "weight.scales", "weight.zeros", "bias"}
 
 
 def test_bad_convolutions():

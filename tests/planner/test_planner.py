@@ -171,6 +171,11 @@ def test_the_choice_and_its_reasons():
     assert any("dora cannot be used here: no linear layers" in reason for reason in other.reasons)
 
 
+def test_what_takes_all_of_the_memory_fits():
+    for lora in (Estimate("lora", weights=500), Estimate("lora", weights=200, optimizer=180, activations=120)):
+        assert choose([lora], 500).estimate is lora and choose([lora], 499).estimate is None
+
+
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_every_method_is_in_the_table_and_can_be_chosen(name):
     assert name in TABLE

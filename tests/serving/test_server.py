@@ -9,7 +9,7 @@ from torch import nn
 
 import models
 import peftops
-from peftops.serving import Completion, Server, add_adapter, pool_for
+from peftops.serving import Server, add_adapter, pool_for
 from peftops.serving.batch import Request, alike
 from peftops.serving.cache import RowCache
 
@@ -224,10 +224,10 @@ def test_an_adapter_that_is_removed_fails_its_request_alone(folder):
         server.submit([5, 6], adapter="a", max_new=1)
         server.submit([5, 6], max_new=1)
         pool.remove("a")
-        assert [c.number for c in server.step()] == [1]  # of the same step, and not lost
-        with pytest.raises(KeyError, match="there is no adapter named 'a'"):
-            server.step()
-        assert [type(c) for c in server.run()] == [Completion]
+        failed, *done = server.step()
+        assert failed.number == 2 and isinstance(failed.error, KeyError)
+        assert "there is no adapter named 'a'" in str(failed.error)
+        assert [(c.number, c.error) for c in done] == [(1, None), (3, None)] and server.idle
 
 
 def test_requests_come_from_any_thread(folder):
@@ -258,7 +258,7 @@ def test_rows_that_move_keep_what_they_hold():
     cache.begin(0, torch.tensor([0, 0]), 3)
     cache.update(fill(1, 2), fill(3, 4), 0)
     cache.reserve(4, 8, 2)
-    cache.move(1, 0, 3)
+    cache.move(1, 0)
     cache.begin(0, torch.tensor([3]), 1)
     keys, values = cache.update(fill(9)[:, :, :1], fill(9)[:, :, :1], 0)
     assert keys.shape == (1, 2, 4, 5) and keys[0, 0, :, 0].tolist() == [2, 2, 2, 9] and values[0, 1, 2, 3] == 4
@@ -285,7 +285,7 @@ def test_bad_input(folder, tmp_path):
     with pytest.raises(ValueError, match="which the pool does not know"):
         add_adapter(pool, "x", tmp_path / "gpt2")
     for name, value in (("max_batch", 0), ("max_tokens", 1), ("prefetch", -1)):
-        with pytest.raises(ValueError, match=f"Server: {name} must be at least .*, not {value}"):
+        with pytest.raises(ValueError, match=f"Server: {name} must be a whole number from .*, not {value}"):
             Server(model, pool, **{name: value})
     with pytest.raises(ValueError, match="the pool has a layer 'strange', and LlamaForCausalLM has none"):
         Server(model, peftops.AdapterPool({"strange": (64, 64)}, pages=1))
@@ -298,7 +298,7 @@ def test_bad_input(folder, tmp_path):
             server.submit([])
         with pytest.raises(ValueError, match=r"ids from 0 to 319, at least one, not \[320\]"):
             server.submit([320])
-        with pytest.raises(ValueError, match="max_new must be at least 1, not 0"):
+        with pytest.raises(ValueError, match="max_new must be a whole number from 1, not 0"):
             server.submit([3], max_new=0)
         with pytest.raises(ValueError, match=r"2 \+ 19 tokens are more than max_tokens, 20"):
             server.submit([3, 4], max_new=19)

@@ -1,0 +1,41 @@
+"""Changes of a model that happen whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Inside, modules may be replaced, hooks hung on and parameters frozen: if an error or an interrupt ends that, the
+    model is made of what it was made of before.
+
+    What is replaced is kept until the end, so a dense model and its codes exist side by side for that long. Numbers
+    that are written in place are not taken back.
+    """
+    own = [(vars(module), dict(vars(module))) for module in model.modules()]
+    within = [(part, part.copy()) for _, saved in own for part in saved.values() if isinstance(part, dict)]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for now, before in (*own, *within):  # in place: handles of hooks, and others, refer to these very dicts
+            now.clear()
+            now.update(before)
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+        raise
+
+
+@contextlib.contextmanager
+def about(layer: str) -> Iterator[None]:
+    """Inside, an error says which layer it is about."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as error:
+        if layer in str(error):
+            raise
+        raise type(error)(f"{layer}: {error}") from error

@@ -1,0 +1,41 @@
+"""A tensor that is made of others has no memory of its own, and code that takes a tensor's memory must not get any."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._guards import TracingContext
+
+
+class NoMemory:
+    """What answers for a packed weight where torch, numpy and others reach for memory."""
+
+    def data_ptr(self) -> int:
+        """0, as of every tensor that has no memory of its own."""
+        return 0
+
+    def _has_no_memory(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            f"{self._NAME} has no memory of its own, only parts that have, and cannot be handed out as one block of "
+            f"numbers. {self._INSTEAD}"
+        )
+
+    storage = _typed_storage = __dlpack__ = _has_no_memory
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        if TracingContext.try_get() is None:
+            self._has_no_memory()
+        return super().untyped_storage()  # torch.compile asks whose it is, and reads nothing
+
+    def __dlpack_device__(self) -> Any:
+        return self._has_no_memory()
+
+    def share_memory_(self) -> Any:
+        """Move the parts to memory that processes share."""
+        for part in self._parts().values():
+            part.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return all(part.is_shared() for part in self._parts().values())

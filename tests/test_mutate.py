@@ -1,0 +1,44 @@
+"""The script that breaks the code on purpose: its mutants are other programs that parse, and faults are caught."""
+
+import ast
+import random
+
+import pytest
+
+import mutate
+
+
+@pytest.mark.parametrize("file", ["peftops/serving/cache.py", "peftops/methods/patterns.py", "peftops/nn/undo.py"])
+def test_mutants_are_other_programs(file):
+    text = (mutate.ROOT / file).read_text()
+    found = list(mutate.mutants(mutate.ROOT / file, 30, random.Random(1)))
+    assert len(found) > 5 and len({text[:start] + new + text[end:] for start, end, new in found}) == len(found)
+    for start, end, new in found:
+        assert ast.dump(ast.parse(text[:start] + new + text[end:])) != ast.dump(ast.parse(text))
+
+
+def test_kernels_have_mutants_outside_comments():
+    for file, _ in mutate.files_of("csrc"):
+        text = (mutate.ROOT / file).read_text()
+        found = mutate.changes(mutate.ROOT / file)
+        assert len(found) > 5
+        lines = text.splitlines()
+        for start, _, _ in found:
+            line = lines[text.count("\n", 0, start)]
+            assert "//" not in line or line.index("//") > start - text.rfind("\n", 0, start) - 1
+
+
+def test_a_fault_is_caught_and_a_change_of_words_is_not(tmp_path):
+    mutate.copy_of(mutate.ROOT, tmp_path)
+    file, tests = "peftops/methods/few_shot.py", ["methods/test_hard_prompt.py"]
+    text = (tmp_path / file).read_text()
+    for old, new, want in (("len(choice.encode())", "len(choice)", "caught"),
+                           ("The log-probability of each", "The chance of each", "SURVIVED")):  # fmt: skip
+        assert text.count(old) == 1
+        (tmp_path / file).write_text(text.replace(old, new))
+        assert mutate.judge(tmp_path, file, tests, 300) == want
+
+
+def test_every_place_exists():
+    for place, tests in mutate.TESTS.items():
+        assert (mutate.ROOT / place).exists() and all((mutate.ROOT / "tests" / name).exists() for name in tests)
