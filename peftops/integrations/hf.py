@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..methods.targets import ALL_LINEAR, find_targets
 from ..nn import NF4Linear, as_matrix, is_conv1d, shell_of
+from ..nn.ties import forget_broken_ties, parameter_at, tie, tied_names
 from ..ops import nf4_quantize
 from .bitsandbytes_files import PARTS, from_bitsandbytes
 from .gguf_files import gguf_tensors
@@ -87,11 +88,11 @@ def load_model(
         del config.quantization_config
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
     linears = set(find_targets(model, ALL_LINEAR)) if quantize else set()
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = dict(model.named_buffers())
     tensors = gguf_tensors(file, names, config) if file else _safetensors(folder)
+    held = set()
 
     for name, tensor in tensors:
         layer, _, leaf = name.rpartition(".")
@@ -115,8 +116,9 @@ def load_model(
                 _replace(model, layer, NF4Linear(tensor.to(dtype), None, shell_of(parent)))
             else:
                 parent._parameters[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+        held.add(name)
         del tensor
-    model.tie_weights()
+    _tie(model, held)
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} tensors, among them {', '.join(missing[:4])}")
@@ -124,6 +126,21 @@ def load_model(
     model.config._name_or_path = str(path)
     _read_generation_config(model, folder)
     return model.eval()
+
+
+def _tie(model: nn.Module, held: set[str]) -> None:
+    """Let the weights be one that the configuration ties, but for those that the file holds two different ones of: it
+    is of a model whose head, or embedding, went its own way."""
+    for name, source in tied_names(model).items():
+        if name in held and source in held:
+            one = torch.equal(parameter_at(model, name), parameter_at(model, source))
+        else:
+            one = True
+        if one and name in held and source not in held:
+            tie(model, source, name)
+        elif one:
+            tie(model, name, source)
+    forget_broken_ties(model)
 
 
 def _replace(model: nn.Module, name: str, new: NF4Linear) -> None:

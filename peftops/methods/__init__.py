@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..nn import AdaptedLayer, Adapter, MergeError, Prompt, Prompted, Stored, Switch, base_of, is_quantized, module_at
+from ..nn.ties import forget_broken_ties
 from .selection import whole
 from .targets import find_targets, is_within, layers
 
@@ -181,6 +182,8 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
         delattr(model, _IGNORED)
         if state.ignored_before:
             setattr(model, _IGNORED, state.ignored_before)
+        if merged:
+            forget_broken_ties(model)
     else:
         _ignore_codes(model, state)  # layers that are no adapted ones any more have other names
     return model
