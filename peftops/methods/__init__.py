@@ -20,7 +20,19 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..nn import AdaptedLayer, Adapter, MergeError, Prompt, Prompted, Stored, Switch, base_of, is_quantized, module_at
+from ..nn import (
+    AdaptedLayer,
+    Adapter,
+    MergeError,
+    Prompt,
+    Prompted,
+    Stored,
+    Switch,
+    base_of,
+    is_quantized,
+    module_at,
+    unwrapped,
+)
 from ..nn.ties import forget_broken_ties
 from .selection import whole
 from .targets import find_targets, is_within, layers
@@ -76,6 +88,7 @@ class Attachment:
 
 
 def attachment(model: nn.Module) -> Attachment:
+    model = unwrapped(model)
     found = getattr(model, "_peftops", None)
     if found is None:
         raise ValueError(f"{type(model).__name__} has no adapters; attach one first: peftops.attach(model, config)")
@@ -106,14 +119,20 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
 
     Raises:
         TypeError: no method has this config; a target is not supported.
-        ValueError: the name is taken or not a plain one; nothing matches ``config.target``.
+        ValueError: the name is taken or not a plain one; nothing matches ``config.target``; the model is in
+            DistributedDataParallel already.
     """
     adapter_class = METHODS.get(type(config))
     if adapter_class is None:
         known = ", ".join(sorted(c.__name__ for c in METHODS))
         raise TypeError(f"config must be one of {known}, not a {type(config).__name__}")
-    if not name or "." in name or hasattr(nn.ModuleDict, name):
+    if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"an adapter needs a plain name without dots, not {name!r}")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"an adapter cannot be called {name!r}, as an attribute of torch's modules is")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("DistributedDataParallel sums the gradients of what it found as it was made: attach first")
+    given, model = model, unwrapped(model)
     state = getattr(model, "_peftops", None) or Attachment()
     if name in state.configs:
         raise ValueError(f"the model already has an adapter named {name!r}; give this one another name")
@@ -137,7 +156,7 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     state.switch.active = name
     model._peftops = state
     _ignore_codes(model, state)
-    return model
+    return given
 
 
 def _ignore_codes(model: nn.Module, state: Attachment) -> None:
@@ -155,6 +174,7 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
         name: which adapter; None for all.
         merged: leave behind the weights that :func:`merge` made, in plain layers, for good.
     """
+    given, model = model, unwrapped(model)
     state = attachment(model)
     if name is not None:
         _check_name(state, name)
@@ -186,7 +206,7 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
             forget_broken_ties(model)
     else:
         _ignore_codes(model, state)  # layers that are no adapted ones any more have other names
-    return model
+    return given
 
 
 def activate(model: nn.Module, name: str) -> None:

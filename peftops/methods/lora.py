@@ -22,6 +22,16 @@ from .config import Config, by_pattern, check_range, check_target, needs, refuse
 from .targets import ALL_LINEAR, Target
 
 
+# PEFT's names of where A and B started, where that left the base as it was. (None: files of old versions.)
+STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+def start_of(fields: dict[str, Any]) -> Any:
+    """Where PEFT's A and B started; it reads the names in any case."""
+    start = fields.get("init_lora_weights")
+    return start.lower() if isinstance(start, str) else start
+
+
 @dataclass(frozen=True)
 class LoRAConfig(Config):
     """Options of LoRA.
@@ -70,9 +80,16 @@ class LoRAConfig(Config):
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> LoRAConfig:
         needs(fields, "r", "lora_alpha", "target_modules")
-        refuse(fields, bias="none", use_dora=False, use_qalora=False, lora_bias=False,
+        refuse(fields, bias="none", use_dora=False, use_qalora=False, lora_bias=False, ensure_weight_tying=False,
                trainable_token_indices=None, target_parameters=None, layer_replication=None,
-               alora_invocation_tokens=None)  # fmt: skip
+               alora_invocation_tokens=None, arrow_config=None, kasa_config=None, monteclora_config=None,
+               use_bdlora=None, velora_config=None)  # fmt: skip
+        if start_of(fields) not in STARTS:
+            raise ValueError(
+                f"this adapter needs init_lora_weights={fields['init_lora_weights']!r}, a start that HF PEFT may have "
+                "taken off the base's weights, and peftops cannot make again; let PEFT convert it to plain LoRA "
+                "(save_pretrained with path_initial_model_for_weight_conversion)"
+            )
         return cls(
             r=fields["r"], alpha=fields["lora_alpha"], dropout=fields.get("lora_dropout", 0.0),
             target=fields["target_modules"], rslora=fields.get("use_rslora", False),

@@ -40,10 +40,12 @@ def copies(
 
 
 def whole(model: nn.Module, names: Sequence[str]) -> dict[str, Select]:
-    """Copies of all parameters in the modules that have these names or end in them: HF PEFT's ``modules_to_save``."""
+    """Copies of all parameters in the modules whose names end in one of these: HF PEFT's ``modules_to_save``."""
     if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"modules_to_save must be a list of names, not {names!r}")
+    paths = [path for path, _ in layers(model)]
     for name in names:
-        matches(model, [name], "modules_to_save")
+        if not any(is_within(path, [name]) for path in paths):
+            matches(model, [name], "modules_to_save")  # raises, and tells near names
     chosen = lambda path, layer, leaf: is_within(path, names)
     return copies(Select, model, chosen, f"parameters in {', '.join(names)}" if names else None)

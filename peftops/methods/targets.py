@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from ..nn import LINEAR, Prompted, base_of, kind_of, module_at
+from ..nn import LINEAR, Prompted, base_of, kind_of, module_at, unwrapped
 
 ALL_LINEAR = "all-linear"
 Target = str | Sequence[str]
@@ -17,10 +17,11 @@ Target = str | Sequence[str]
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module by the dotted name that it has while nothing is adapted; an adapted layer counts as the layer that
-    it was, with what that contains, and what prompts contain does not count."""
+    it was, with what that contains, and what prompts contain does not count. Wrappers of torch have no part in it."""
     stack = [("", model)]
     while stack:
         name, module = stack.pop()
+        module = unwrapped(module)
         yield name, module
         if not isinstance(module, Prompted):
             children = list(base_of(module).named_children())
@@ -86,8 +87,9 @@ def matches(model: nn.Module, target: Target, option: str) -> list[tuple[str, nn
 
 
 def is_within(path: str, names: Sequence[str]) -> bool:
-    """Whether a layer is in a module whose name ends in one of these, or is that module."""
-    return any(f".{name}." in f".{path}." for name in names)
+    """Whether a layer is in a module whose name ends in one of these, or is that module. As in HF PEFT, "norm" is the
+    end of "input_norm", too."""
+    return any(f"{name}." in f"{path}." for name in names)
 
 
 def _near(named: list[tuple[str, nn.Module]], target: Target) -> str:
@@ -98,11 +100,13 @@ def _near(named: list[tuple[str, nn.Module]], target: Target) -> str:
     return f"; {'did you mean' if near else 'its linear layers are'}: {', '.join(names)}" if names else ""
 
 
-def suffixes_or_names(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """The shortest list of targets that means exactly these layers: last parts of names if they do."""
-    leaves = {name.rpartition(".")[2] for name in names}
-    meant = {name for name, _ in layers(model) if name.rpartition(".")[2] in leaves}
-    return sorted(leaves) if meant == set(names) else sorted(names)
+def exact_target(model: nn.Module, names: Collection[str]) -> Target:
+    """The shortest target that means exactly these layers: last parts of names, or names, or, where a name is the end
+    of another one, an expression."""
+    for target in ({name.rpartition(".")[2] for name in names}, set(names)):
+        if {name for name, _ in layers(model) if any(f".{name}".endswith(f".{t}") for t in target)} == set(names):
+            return sorted(target)
+    return "|".join(re.escape(name) for name in sorted(names))
 
 
 def has_parameters(module: nn.Module, *, recurse: bool = True) -> bool:

@@ -12,6 +12,7 @@ from .layers import LINEAR, dense_matrix, matrix, sizes, with_matrix
 from .quantized import dequantized, is_quantized, quantized_like
 
 PREFIX = "base_model.model."  # of PEFT's keys, for its wrappers around the model
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # where they keep what they are around
 
 
 class Switch:
@@ -48,6 +49,10 @@ class Stored(nn.Module):
         """The tensors of a file, by the names of ``peft_keys`` and ``peft_shared``."""
         values = {name: getattr(self, name, None) for name in (*self.peft_keys, *self.peft_shared)}
         return {name: value for name, value in values.items() if value is not None}
+
+    def complete(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file that has all of :meth:`stored`, with what it leaves to be made of the base again."""
+        return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """The reverse, under ``torch.no_grad()``; the shapes are those of :meth:`stored`."""
@@ -120,7 +125,7 @@ class AdaptedLayer(nn.Module):
     def put(cls, model: nn.Module, path: str, name: str, adapter: Adapter, switch: Switch) -> None:
         """Let the layer at ``path`` have one more adapter."""
         owner, leaf = owner_of(model, path)
-        layer = getattr(owner, leaf)
+        layer = unwrapped(getattr(owner, leaf))
         if not isinstance(layer, cls):
             layer = cls(adapter.begin(layer), switch).train(layer.training)
             setattr(owner, leaf, layer)
@@ -168,8 +173,21 @@ class AdaptedLayer(nn.Module):
             self._unmerged = []
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What torch's wrappers are around (``torch.compile``, DistributedDataParallel, checkpointing); usually ``module``
+    itself. Their names are no part of a model's."""
+    while True:
+        leaf = next((leaf for leaf in WRAPPERS if leaf in module._modules), None)
+        if leaf is None and isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            leaf = "module"
+        if leaf is None:
+            return module
+        module = module._modules[leaf]
+
+
 def base_of(module: nn.Module) -> nn.Module:
     """The layer that an adapted layer was, or the layer itself."""
+    module = unwrapped(module)
     return module.base if isinstance(module, AdaptedLayer) else module
 
 
@@ -179,7 +197,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     module = model
     for leaf in path.split(".") if path else ():
         module = getattr(base_of(module), leaf)
-    return module
+    return unwrapped(module)
 
 
 def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:

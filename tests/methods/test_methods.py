@@ -225,7 +225,7 @@ def test_loraplus_groups():
     (lambda: PrefixTuningConfig(init="none"), "init must be one of"),
     (lambda: GLoRAConfig(C="constant"), "C must be one of"),
     (lambda: TiedLoRAConfig(train_B=False, train_v=False), "train_B or train_v must be True"),
-    (lambda: NormTuningConfig("norm"), "norms must be 'all' or a list of names"),
+    (lambda: NormTuningConfig(""), "norms must be 'all', names or a regular expression"),
     (lambda: peftops.attach(models.mlp(), NormTuningConfig()), "Sequential has no norms to train"),
     (lambda: peftops.attach(models.mlp(), DoRAConfig(r=33)), "r=33 is more than 2 can use"),
     (lambda: peftops.attach(models.mlp(), TiedLoRAConfig(r=33)), "r=33 is more than 2 can use"),
