@@ -168,7 +168,8 @@ def _fill(model: nn.Module, config: Any, name: str, tensors: dict[str, Tensor], 
         wrong += [f"{path}.{parameter} is missing" for parameter in missing]
         if missing:
             continue
-        own = adapter.complete({parameter: tensors[key].to(stored[parameter].device) for parameter, key in keys.items()})
+        given = {parameter: tensors[key].to(stored[parameter].device) for parameter, key in keys.items()}
+        own = adapter.complete(given)
         wrong += [
             f"{path}.{parameter} has shape {list(own[parameter].shape)}, expected {list(tensor.shape)}"
             for parameter, tensor in stored.items() if own[parameter].shape != tensor.shape

@@ -39,7 +39,7 @@ class IA3Config(Config):
         check_target(self.target)
 
     def as_built(self, adapters: dict[str, Any]) -> IA3Config:
-        """As an expression for whole names: PEFT takes a list for ends of names, and wants its members in the target."""
+        """An expression for whole names: PEFT takes a list for ends of names, and wants its members in the target."""
         inputs = [path for path, adapter in adapters.items() if isinstance(adapter, IA3) and adapter.scales_input]
         short = rf"(.*\.)?({'|'.join(sorted({re.escape(path.rpartition('.')[2]) for path in inputs}))})"
         exact = all((re.fullmatch(short, path) is not None) == (path in inputs) for path in adapters)

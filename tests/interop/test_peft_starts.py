@@ -35,7 +35,8 @@ def test_a_start_is_made_again(tmp_path, start, build):
     torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-5)
     # and what we write of it stands on the base as it is, for both
     peftops.save(model, tmp_path / "again")
-    for again in (peft.PeftModel.from_pretrained(build(), tmp_path / "again"), peftops.load(build(), tmp_path / "again")):
+    for read in (peft.PeftModel.from_pretrained, peftops.load):
+        again = read(build(), tmp_path / "again")
         torch.testing.assert_close(again(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-5)
 
 
