@@ -34,6 +34,7 @@ from ..nn import (
     unwrapped,
 )
 from ..nn.ties import forget_broken_ties
+from ..nn.unreached import watch
 from .selection import whole
 from .targets import find_targets, is_within, layers
 
@@ -156,6 +157,7 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     state.switch.active = name
     model._peftops = state
     _ignore_codes(model, state)
+    watch({f"{path}.{n}": p for path, adapter in adapters.items() for n, p in adapter.named_parameters()})
     return given
 
 

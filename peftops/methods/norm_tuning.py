@@ -16,7 +16,7 @@ from ..nn import Select
 from . import register
 from .config import Config, needs
 from .selection import copies
-from .targets import Target, matches
+from .targets import Target, check_called, matches
 
 
 @dataclass(frozen=True)
@@ -60,5 +60,6 @@ class NormTuning(Select):
     def build(model: nn.Module, config: NormTuningConfig) -> dict[str, NormTuning]:
         every = config.norms == "all"
         named = set() if every else {path for path, _ in matches(model, config.norms, "norms")}
+        check_called(model, named, f"norms {config.norms!r}")
         chosen = lambda path, layer, leaf: is_norm(layer) and (every or path in named)
         return copies(NormTuning, model, chosen, "norms" if every else f"norms {config.norms}")
