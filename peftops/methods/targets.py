@@ -59,7 +59,8 @@ def find_targets(model: nn.Module, target: Target, kinds: Sequence[str] = (LINEA
         linear = [name for name, module in layers(model) if is_linear(module) and name not in left_out]
         if not linear:
             raise ValueError(
-                f"target {ALL_LINEAR!r}: the model has no linear layers but its output layer, and such as are not called"
+                f"target {ALL_LINEAR!r}: the model has no linear layers but its output layer "
+                "and such as are not called"
             )
         return linear
     found = matches(model, target, "target")

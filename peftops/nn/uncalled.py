@@ -16,14 +16,13 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 # What is asked of a weight that is not its values.
-_LOOKS = {"dtype", "device", "shape", "requires_grad", "ndim", "is_meta", "size", "dim", "numel", "layout", "element_size"}
+_LOOKS = {"device", "dim", "dtype", "is_meta", "layout", "ndim", "numel", "requires_grad", "shape", "size"}
 _TESTS = {"isinstance", "hasattr", "getattr"}
 
 
 def uncalled(named: Iterable[tuple[str, nn.Module]]) -> set[str]:
     """The names of the layers among these modules that another one of them reads the weights of."""
-    found = {f"{path}.{name}".lstrip(".") for path, module in named for name in read_by(type(module))}
-    return found
+    return {f"{path}.{name}".lstrip(".") for path, module in named for name in read_by(type(module))}
 
 
 @functools.cache

@@ -33,7 +33,8 @@ def watch(parameters: dict[str, nn.Parameter]) -> None:
         for handle in handles:
             handle.remove()
         if waiting:
-            names = ", ".join(list(waiting)[:MOST]) + (f" and {len(waiting) - MOST} more" if len(waiting) > MOST else "")
+            rest = f" and {len(waiting) - MOST} more" if len(waiting) > MOST else ""
+            names = ", ".join(list(waiting)[:MOST]) + rest
             warnings.warn(
                 f"the first backward gave no gradient to {names}: what they are in was not called, or not used. Unless "
                 "other inputs reach them, they do not learn (and merging what they are would change the model)",

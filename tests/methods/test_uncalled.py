@@ -42,10 +42,10 @@ def wavlm():
 
     torch.manual_seed(0)
     return WavLMModel(WavLMConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, conv_dim=(16,), conv_kernel=(3,),
-        conv_stride=(2,), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, num_feat_extract_layers=1,
-        hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, feat_proj_dropout=0.0, layerdrop=0.0,
-        mask_time_prob=0.0,
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, conv_dim=(16,),
+        conv_kernel=(3,), conv_stride=(2,), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        num_feat_extract_layers=1, hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+        feat_proj_dropout=0.0, layerdrop=0.0, mask_time_prob=0.0,
     ))  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def test_by_its_name_such_a_layer_is_refused(build):
 
 
 def test_a_model_of_such_layers_alone():
-    with pytest.raises(ValueError, match="no linear layers but its output layer, and such as are not called"):
+    with pytest.raises(ValueError, match="no linear layers but its output layer and such as are not called"):
         peftops.attach(encoder().inside, LoRAConfig(r=4))
     with pytest.raises(TypeError, match="no transformer block with linear layers"):
         peftops.attach(encoder().inside, BottleneckConfig())
