@@ -103,8 +103,8 @@ def from_gptq(
 
     Raises:
         KeyError: a part is missing.
-        ValueError: there is no such format, the shapes do not fit, or ``g_idx`` permutes the columns (act-order), which groups of
-            neighbouring columns cannot hold.
+        ValueError: there is no such format, the shapes do not fit, or ``g_idx`` permutes the columns (act-order),
+            which groups of neighbouring columns cannot hold.
     """
     if checkpoint_format not in (None, *FORMATS):
         raise ValueError(f"from_gptq: checkpoint_format must be one of {', '.join(FORMATS)}, not {checkpoint_format!r}")

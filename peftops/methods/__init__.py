@@ -157,6 +157,7 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     state.switch.active = name
     model._peftops = state
     _ignore_codes(model, state)
+    _keep_vocabulary(model)
     watch({f"{path}.{n}": p for path, adapter in adapters.items() for n, p in adapter.named_parameters()})
     return given
 
@@ -165,6 +166,20 @@ def _ignore_codes(model: nn.Module, state: Attachment) -> None:
     """DistributedDataParallel makes all ranks alike by sending every parameter as one flat tensor, which codes are not.
     They come from the same file by the same arithmetic on every rank: tell it to leave them alone."""
     setattr(model, _IGNORED, state.ignored_before + [n for n, p in model.named_parameters() if is_quantized(p)])
+
+
+def _keep_vocabulary(model: nn.Module) -> None:
+    """Let transformers' ``resize_token_embeddings`` say that it cannot where embeddings or the head are adapted: the
+    adapter is of the old size, and one of two layers would be resized before that shows."""
+    vars(model).pop("resize_token_embeddings", None)
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            if isinstance(getattr(model, get)(), AdaptedLayer):
+                model.resize_token_embeddings = _refuse_to_resize
+
+
+def _refuse_to_resize(*args: object, **kwargs: object) -> None:
+    raise ValueError("an adapter stands on the embeddings or the head; resize_token_embeddings before you attach it")
 
 
 def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -> nn.Module:
@@ -194,6 +209,7 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
     for path, host in list(hosts(model)):
         if not host.adapters:
             host.leave(model, path)
+    _keep_vocabulary(model)
     if state.switch.active not in state.configs:
         state.switch.active = next(iter(state.configs), None)
     if not state.configs:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .layers import LINEAR, dense_matrix, matrix, sizes, with_matrix
+from .layers import LINEAR, dense_matrix, kind_of, sizes, with_matrix
 from .quantized import dequantized, is_quantized, quantized_like
 
 PREFIX = "base_model.model."  # of PEFT's keys, for its wrappers around the model
@@ -147,11 +147,29 @@ class AdaptedLayer(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return sizes(self.base)[0]
+        return self._sizes()[0]
 
     @property
     def out_features(self) -> int:
-        return matrix(self.base).shape[0]
+        return self._sizes()[1]
+
+    @out_features.setter
+    def out_features(self, count: int) -> None:
+        self.base.out_features = count
+
+    def _sizes(self) -> tuple[int, int]:
+        if kind_of(self.base) is None:
+            raise AttributeError(f"a {type(self.base).__name__} has no in_features and out_features")
+        return sizes(self.base)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """(What ties weights sets them. A layer that is merged stands in for one that they are tied of no longer.)"""
+        if name not in ("weight", "bias") or "base" not in self._modules:
+            super().register_parameter(name, param)
+        elif not self.is_merged:
+            setattr(self.base, name, param)
+        elif getattr(self.base, name) is not param:
+            raise ValueError(f"an adapter is merged into this {name}; unmerge it before it is tied to another one")
 
     @property
     def is_merged(self) -> bool:

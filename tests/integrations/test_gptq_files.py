@@ -1,4 +1,5 @@
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_both_formats_are_read_and_told_apart_where_they_can_be(bits, symmetric)
     second = first | {"qzeros": pack_bits(zeros, bits).contiguous().view(torch.int32)}
     want = peftops.group_dequantize(weight)
     for name, parts in (("gptq", first), ("gptq_v2", second)):
-        read = lambda **options: peftops.group_dequantize(from_gptq(parts, bits=bits, **options))
+        read = partial(lambda parts, **options: peftops.group_dequantize(from_gptq(parts, bits=bits, **options)), parts)
         assert torch.equal(read(checkpoint_format=name), want)
         if symmetric:
             with warnings.catch_warnings():
