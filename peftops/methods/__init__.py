@@ -31,6 +31,7 @@ from ..nn import (
     base_of,
     is_quantized,
     module_at,
+    sizes,
     unwrapped,
 )
 from ..nn.ties import forget_broken_ties
@@ -141,6 +142,7 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
         raise ValueError("an adapter is merged into the model; unmerge it first: peftops.unmerge(model)")
     # Whatever can be wrong with the config shows here, before anything has changed.
     adapters = build(adapter_class, model, config)
+    _tell_large_ranks(model, adapters)
 
     if not state.configs:
         state.trainable_before = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -166,6 +168,18 @@ def _ignore_codes(model: nn.Module, state: Attachment) -> None:
     """DistributedDataParallel makes all ranks alike by sending every parameter as one flat tensor, which codes are not.
     They come from the same file by the same arithmetic on every rank: tell it to leave them alone."""
     setattr(model, _IGNORED, state.ignored_before + [n for n, p in model.named_parameters() if is_quantized(p)])
+
+
+def _tell_large_ranks(model: nn.Module, adapters: dict[str, Stored]) -> None:
+    """They are allowed, as in HF PEFT: a model may have a gate of one row among its layers."""
+    ranks = {path: adapter.rank for path, adapter in adapters.items() if getattr(adapter, "rank", 0)}
+    smaller = [path for path, r in ranks.items() if r > min(sizes(base_of(module_at(model, path))))]
+    if smaller:
+        path, rest = smaller[0], f" and {len(smaller) - 1} other layers" if len(smaller) > 1 else ""
+        in_, out = sizes(base_of(module_at(model, path)))
+        warnings.warn(
+            f"r={ranks[path]} is more than {path} can use{rest}: its weight is {out} x {in_}", stacklevel=3
+        )
 
 
 def _keep_vocabulary(model: nn.Module) -> None:

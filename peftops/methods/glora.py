@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from ..nn import Adapter, dense_matrix, product, sizes
 from . import register
 from .config import Config, check_choice, check_range, check_target, needs
-from .lora import check_rank
 from .targets import ALL_LINEAR, Target
 
 _WEIGHT = ("lora", "vector", "constant", "none")
@@ -86,7 +85,7 @@ class GLoRA(Adapter):
         if base.bias is None:
             self.kinds["D"] = "none"  # b * D of no b
         if "lora" in self.kinds.values():
-            check_rank(r, base, layer)
+            self.rank = r
         for name, kind in self.kinds.items():
             rows, columns = (in_, 1) if name == "C" else (out, in_)
             if kind == "lora":

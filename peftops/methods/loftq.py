@@ -56,7 +56,7 @@ def loftq(
         lost = want - nf4_dequantize(codes, dtype=torch.float32)
         if not errors:
             errors.append((lost.norm() / size).item())
-        A, B = shared(*leading(lost, r), scaling)
+        A, B = shared(*leading(lost, min(r, *lost.shape)), scaling)
         rest = want - scaling * B @ A
         errors.append(((lost - scaling * B @ A).norm() / size).item())
         if best is None or errors[-1] < min(errors[1:-1], default=float("inf")):
@@ -91,8 +91,8 @@ class LoftQ(LoRA):
             return NF4Linear(codes, base.bias, shell_of(base)).train(base.training)
         codes, A, B, self.errors = loftq(weight, r, self.scaling, iterations=c.iterations, block_size=c.block_size,
                                          double_quant=c.double_quant)  # fmt: skip
-        self.lora_A.copy_(A)
-        self.lora_B.copy_(B)
+        self.lora_A[: len(A)] = A  # (a small weight has fewer vectors than r: the rest starts as LoRA's)
+        self.lora_B[:, : len(A)] = B
         return NF4Linear(codes, base.bias, shell_of(base)).train(base.training)
 
     def extra_repr(self) -> str:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import CONVOLUTION, EMBEDDING, LINEAR, Adapter, factor_shapes, kind_of, low_rank, sizes
+from ..nn import CONVOLUTION, EMBEDDING, LINEAR, Adapter, factor_shapes, kind_of, low_rank
 from . import register
 from .config import Config, by_pattern, check_range, check_target, needs, refuse
 from .targets import ALL_LINEAR, Target
@@ -107,7 +107,7 @@ class LoRA(Adapter):
     def __init__(self, base: nn.Module, config: LoRAConfig, layer: str):
         super().__init__()
         r, self.scaling = config.rank_and_scaling(layer)
-        check_rank(r, base, layer)
+        self.rank = r
         self.dropout = config.dropout
         device = base.weight.device
         A, B = (nn.Parameter(torch.zeros(shape, device=device)) for shape in factor_shapes(base, r))  # in float32
@@ -134,9 +134,3 @@ class LoRA(Adapter):
 
     def extra_repr(self) -> str:
         return f"r={self.factors()[0].shape[0]}, scaling={self.scaling:g}, dropout={self.dropout}"
-
-
-def check_rank(r: int, base: nn.Module, layer: str) -> None:
-    in_, out = sizes(base)
-    if r > min(in_, out):
-        raise ValueError(f"r={r} is more than {layer} can use: its weight is {out} x {in_}")

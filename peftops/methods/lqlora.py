@@ -119,8 +119,8 @@ class LQLoRA(LoRA):
                 weight, r, self.precision.quantize, iterations=self.iterations, importance=importance
             )
         if left is not None:
-            self.lora_A.copy_(right / self.scaling**0.5)
-            self.lora_B.copy_(left / self.scaling**0.5)
+            self.lora_A[: len(right)] = right / self.scaling**0.5
+            self.lora_B[:, : len(right)] = left / self.scaling**0.5
         kind = NF4Linear if isinstance(codes, NF4Tensor) else GroupLinear
         self._base, self._importance = [kind(codes, base.bias, shell_of(base)).train(base.training)], [None]
         return self._base[0]

@@ -72,8 +72,8 @@ class PiSSA(LoRA):
         super().__init__(base, config, layer)
         A, B = self.start(dense_matrix(base), config)
         with torch.no_grad():
-            self.lora_A.copy_(A)
-            self.lora_B.copy_(B)
+            self.lora_A[: len(A)] = A  # (a small weight has fewer vectors than r: the rest starts as LoRA's)
+            self.lora_B[:, : len(A)] = B
         self.rounded = is_quantized(base.weight)
         self.start_A = nn.Parameter(self.lora_A.detach().clone(), requires_grad=False)
         self.start_B = nn.Parameter(self.lora_B.detach().clone(), requires_grad=False)

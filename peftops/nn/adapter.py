@@ -72,6 +72,7 @@ class Adapter(Stored):
     """
 
     layers: ClassVar[tuple[str, ...]] = (LINEAR,)  # kinds of layers it can adapt, as nn.layers has them
+    rank: int = 0  # of the product that it adds to a weight, if it does; more than a weight's own is of no use
 
     def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
         """What the adapted layer computes."""

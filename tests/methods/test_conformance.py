@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import re
 
 import pytest
 import torch
@@ -307,12 +308,22 @@ def test_codes_that_it_cannot_change_are_refused(example):
 
 
 @methods_that(lambda e: hasattr(e.config, "r") and type(e.config) is not peftops.VeRAConfig)  # whose rank may be any
-def test_a_rank_above_a_layers_size_is_refused(example):
-    model = example.build()
-    kinds = [type(m) for m in model.modules()]
-    with pytest.raises(ValueError, match="r=1000 is more than [a-z0-9_.]+ can use: its weight is [0-9]+ x [0-9]+"):
-        peftops.attach(model, dataclasses.replace(example.config, r=1000))
-    assert not hasattr(model, "_peftops") and [type(m) for m in model.modules()] == kinds
+def test_a_rank_above_a_layers_size_is_allowed_and_said_once(example, tmp_path):
+    """As in HF PEFT. It computes, merges and goes through a file as any other does."""
+    config = dataclasses.replace(example.config, r=100)
+    said = r"r=100 is more than [a-z0-9_.]+ can use and \d+ other layers: its weight is \d+ x \d+"
+    with pytest.warns(UserWarning) as caught:
+        model = peftops.attach(example.build(), config)
+    assert [bool(re.match(said, str(w.message))) for w in caught] == [True]
+    if example.starts_as_base and not config.quantizes and type(config) is not peftops.QALoRAConfig:
+        torch.testing.assert_close(example.run(model), example.run(example.build()), rtol=1e-4, atol=1e-4)
+    shake(model)
+    want = example.run(model)
+    peftops.save(model, tmp_path)
+    torch.testing.assert_close(example.run(peftops.load(example.build(), tmp_path)), want, rtol=1e-4, atol=1e-3)
+    if example.merges:
+        peftops.merge(model, dense=True)
+        torch.testing.assert_close(example.run(model), want, rtol=1e-3, atol=1e-3)
 
 
 def narrower(example):

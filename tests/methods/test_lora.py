@@ -180,8 +180,6 @@ def test_bad_calls():
     ):
         with pytest.raises(ValueError, match="merged"):
             call(model)
-    with pytest.raises(ValueError, match="r=33 is more than 2 can use: its weight is 32 x 96"):
-        peftops.attach(models.mlp(), LoRAConfig(r=33))
 
 
 def test_training_flags_come_back():
