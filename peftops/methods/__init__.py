@@ -128,10 +128,10 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     if adapter_class is None:
         known = ", ".join(sorted(c.__name__ for c in METHODS))
         raise TypeError(f"config must be one of {known}, not a {type(config).__name__}")
-    if not isinstance(name, str) or not name or "." in name:
-        raise ValueError(f"an adapter needs a plain name without dots, not {name!r}")
-    if hasattr(nn.ModuleDict(), name):
-        raise ValueError(f"an adapter cannot be called {name!r}, as an attribute of torch's modules is")
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"an adapter needs a plain name without dots, which no attribute of torch's modules has, not {name!r}"
+        )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("DistributedDataParallel sums the gradients of what it found as it was made: attach first")
     given, model = model, unwrapped(model)

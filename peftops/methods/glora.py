@@ -97,11 +97,11 @@ class GLoRA(Adapter):
                 self.register_parameter(f"{name}_X", nn.Parameter(torch.zeros(shape, device=device)))
 
     def value(self, name: str) -> Tensor | float:
-        """A, B, C, D or E, in a shape that broadcasts to its own."""
+        """A, B, C, D or E in float32, in a shape that broadcasts to its own."""
         kind = self.kinds[name]
         if kind == "lora":
-            return getattr(self, f"{name}_Xd") @ getattr(self, f"{name}_Xu")
-        return 0.0 if kind == "none" else getattr(self, f"{name}_X")
+            return getattr(self, f"{name}_Xd").float() @ getattr(self, f"{name}_Xu").float()
+        return 0.0 if kind == "none" else getattr(self, f"{name}_X").float()
 
     def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
         if self.kinds["A"] == "lora":

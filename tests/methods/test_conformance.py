@@ -220,6 +220,18 @@ def test_bf16_base_with_float32_adapter(example):
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
+@methods_that(lambda e: e.merges)
+def test_what_is_cast_with_its_adapter_merges(example):
+    """``model.to(bfloat16)`` casts the factors, too."""
+    _, model = adapted(example)
+    shake(model)
+    model.to(torch.bfloat16)
+    run = lambda: (model(x.bfloat16()) if example.build is models.mlp else example.run(model)).float()
+    want = run()
+    peftops.merge(model, dense=True)
+    assert (run() - want).norm() < 0.02 * want.norm()
+
+
 @every_method
 def test_gradient_checkpointing_gives_the_same_gradients(example):
     _, model = adapted(example, build=models.llama if example.build is models.mlp else example.build)

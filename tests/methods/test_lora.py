@@ -130,11 +130,10 @@ def test_an_error_leaves_the_model_as_it_was():
     before = [type(m) for m in model.modules()]
     for config in (
         LoRAConfig(target=["nothing"]),
-        LoRAConfig(r=65),
         QLoRAConfig(target=["nothing"]),
-        QLoRAConfig(r=65),
+        QLoRAConfig(target=["norm"]),
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises((TypeError, ValueError)):
             peftops.attach(model, config)
         assert [type(m) for m in model.modules()] == before
         assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "_peftops")
