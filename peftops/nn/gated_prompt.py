@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import with_gated_prompt
+from ..ops.lora_linear import autocasting
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # its name in the files of transformers' models
 ARGUMENT = "peftops_attention"  # a call's own attention: modules hand on what they do not know
@@ -104,7 +105,8 @@ class GatedPrompt(nn.Module):
         open_registry(attention)
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         make = lambda: self._project(attention, hidden.dtype, kwargs, image)
-        key, value = self._kept((image, self.prompt, *attention.parameters()), hidden.dtype, make)
+        dtypes = hidden.dtype, autocasting(hidden) and torch.get_autocast_dtype(hidden.device.type)
+        key, value = self._kept((image, self.prompt, *attention.parameters()), dtypes, make)
 
         def with_prompt(function: Callable, module: nn.Module, query: Tensor, *rest: Any, **options: Any) -> Any:
             weights = None
@@ -139,7 +141,8 @@ class GatedPrompt(nn.Module):
             return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1]), None
 
         attention(prompt, attention_mask=None, **still, **{ARGUMENT: take})
-        return found[0], found[1]
+        key, value = found
+        return key.to(value.dtype), value  # (under autocast, turning keys makes them float32 again)
 
     def extra_repr(self) -> str:
         tokens, hidden = self.prompt.shape

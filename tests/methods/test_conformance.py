@@ -233,6 +233,23 @@ def test_what_is_cast_with_its_adapter_merges(example):
 
 
 @every_method
+def test_autocast_of_a_float32_model(example):
+    """As ``Trainer(bf16=True)`` runs it: all gradients arrive, and what is computed is about the same."""
+    _, model = adapted(example)
+    shake(model)
+    want = example.run(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = example.run(model)
+    assert (y.float() - want).norm() < 0.1 * want.norm()
+    y.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():  # nothing that was kept under autocast is taken for what is computed without
+        with torch.autocast("cpu", torch.bfloat16):
+            example.run(model)
+        torch.testing.assert_close(example.run(model), want, rtol=1e-4, atol=1e-4)
+
+
+@every_method
 def test_gradient_checkpointing_gives_the_same_gradients(example):
     _, model = adapted(example, build=models.llama if example.build is models.mlp else example.build)
     shake(model)
