@@ -219,7 +219,7 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
         del state.configs[adapter]
         for _, host in hosts(model):
             if adapter in host.adapters:
-                del host.adapters[adapter]
+                host.adapters.pop(adapter).left()
     for path, host in list(hosts(model)):
         if not host.adapters:
             host.leave(model, path)

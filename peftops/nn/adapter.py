@@ -60,6 +60,9 @@ class Stored(nn.Module):
         for name, value in tensors.items():
             own[name].copy_(value)
 
+    def left(self) -> None:
+        """It has been taken off its model."""
+
     def merge_into(self, base: nn.Module, *, dense: bool) -> tuple[nn.Module, MergeError]:
         """A plain layer that computes what the adapted one does."""
         raise TypeError(f"{type(self).__name__} cannot be merged into the weights that it adapts")

@@ -2,7 +2,8 @@
 
 Which model it is does not matter, only that its attention goes through transformers' registry of attention
 functions. There it hands over queries, keys and values as they are attended to, normed and rotated. The functions
-in the registry are wrapped once; a call that brings no prompt along passes straight through.
+in the registry are wrapped once; a call that brings no prompt along passes straight through. When the last who needs
+that leaves, they are as they were.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +39,11 @@ def check_attention(module: nn.Module, name: str) -> None:
         raise TypeError(f"{name}, a {type(module).__name__}, hands no arguments on to its attention function")
 
 
-def open_registry(module: nn.Module) -> None:
-    """Let the attention function that a module uses give way to :data:`ARGUMENT`."""
+_OPENED: list[tuple[Any, str]] = []  # registries, and the names of the functions in them that give way
+
+
+def open_registry(module: nn.Module, user: nn.Module) -> None:
+    """Let the attention function that a module uses give way to :data:`ARGUMENT`, until the user leaves."""
     registry = inspect.unwrap(type(module).forward).__globals__[REGISTRY]
     name = module.config._attn_implementation
     if name not in registry:
@@ -48,6 +53,21 @@ def open_registry(module: nn.Module) -> None:
         )
     if not hasattr(registry[name], ARGUMENT):
         registry[name] = _giving_way(registry[name])
+        _OPENED.append((registry, name))
+    if not torch.compiler.is_compiling():
+        getattr(registry[name], ARGUMENT).add(user)
+
+
+def close_registry(user: nn.Module) -> None:
+    """The user leaves: functions that nobody needs to give way any more are what they were."""
+    for registry, name in list(_OPENED):
+        users = getattr(registry[name], ARGUMENT, None)  # None: somebody has put another function there
+        if users is not None:
+            users.discard(user)
+            if users:
+                continue
+            registry[name] = registry[name].__wrapped__
+        _OPENED.remove((registry, name))
 
 
 def _giving_way(function: Callable) -> Callable:
@@ -56,7 +76,7 @@ def _giving_way(function: Callable) -> Callable:
         own = kwargs.pop(ARGUMENT, None)
         return function(module, *args, **kwargs) if own is None else own(function, module, *args, **kwargs)
 
-    setattr(attention, ARGUMENT, True)
+    setattr(attention, ARGUMENT, WeakSet())  # who needs it
     return attention
 
 
@@ -102,7 +122,7 @@ class GatedPrompt(nn.Module):
 
         ``image`` ``[batch, 1 or tokens, hidden]`` is added to the prompt of each sample.
         """
-        open_registry(attention)
+        open_registry(attention, self)
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         make = lambda: self._project(attention, hidden.dtype, kwargs, image)
         dtypes = hidden.dtype, autocasting(hidden) and torch.get_autocast_dtype(hidden.device.type)
