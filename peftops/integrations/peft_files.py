@@ -22,7 +22,7 @@ from ..methods.targets import exact_target, is_within
 from ..methods.targets import layers as modules_of
 from ..nn import PREFIX, Stored, unwrapped
 from .files import writable_directory, write_atomically
-from .peft_tensors import adapted_layers_of, adapters_own, check_sizes, plain_names, some
+from .peft_tensors import adapted_layers_of, adapters_own, plain_names, some
 
 CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "peftops.json"
 # The end of a model's class: PEFT's name of its task, and the heads of which PEFT expects one in the file then.
@@ -102,7 +102,6 @@ def load(
     folder = Path(directory)
     config, tensors = read_adapter(folder, quantize)
     tensors = adapters_own(plain_names(tensors, model, folder / WEIGHTS), model, folder / WEIGHTS)
-    check_sizes(config, tensors, folder / WEIGHTS)
     # PEFT lists every name that a head may have: one that neither the file nor the model knows means nothing.
     owners = [_owner(key) for key in tensors] + [path for path, _ in modules_of(model)]
     whole = tuple(name for name in config.modules_to_save if any(is_within(owner, [name]) for owner in owners))

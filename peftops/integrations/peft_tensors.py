@@ -12,7 +12,6 @@ from ..methods.targets import is_within, layers
 from ..nn import PREFIX, WRAPPERS, Stored, base_of, is_quantized, module_at
 
 _BASE = ".base_layer.weight"
-_SIZES = ("r", "tokens", "width", "n", "image_features")  # options that say how large tensors are
 
 
 def plain_names(tensors: dict[str, Tensor], model: nn.Module, file: object) -> dict[str, Tensor]:
@@ -87,15 +86,6 @@ def adapted_layers_of(
     if strangers:
         raise ValueError(f"{file} is for another model: this one has no {some(sorted(strangers))}")
     return found
-
-
-def check_sizes(config: object, tensors: dict[str, Tensor], file: object) -> None:
-    """Raise before memory is taken for options that ask for more than any tensor has."""
-    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
-    asked = {name: getattr(config, name, None) for name in _SIZES}
-    for name, value in [*asked.items(), *getattr(config, "rank_pattern", {}).items()]:
-        if isinstance(value, int) and value > largest:
-            raise ValueError(f"{file} does not fit: the options have {name}={value}, and no tensor is that large")
 
 
 def some(things: list[str], most: int = 4) -> str:

@@ -19,7 +19,7 @@ from ..nn import LINEAR, NF4Linear, dense_matrix, is_quantized, shell_of
 from ..ops import NF4Tensor, nf4_dequantize, nf4_quantize
 from . import register
 from .config import check_range
-from .lora import LoRA
+from .lora import LoRA, needs_scaling
 from .qlora import QLoRAConfig, check_nothing_dense_is_adapted, quantize_base
 from .singular import leading, shared
 from .targets import ALL_LINEAR, find_targets
@@ -70,6 +70,7 @@ class LoftQ(LoRA):
 
     def __init__(self, base: nn.Module, config: LoftQConfig, layer: str):
         super().__init__(base, config, layer)
+        needs_scaling("LoftQ", self.scaling, layer)
         self.config = config
         self.errors: list[float] = []  # relative: of plain NF4, then of each iterate
 

@@ -134,3 +134,9 @@ class LoRA(Adapter):
 
     def extra_repr(self) -> str:
         return f"r={self.factors()[0].shape[0]}, scaling={self.scaling:g}, dropout={self.dropout}"
+
+
+def needs_scaling(method: str, scaling: float, layer: str) -> None:
+    """For methods that divide by s, or take its root."""
+    if not scaling > 0:
+        raise ValueError(f"{method} needs a scaling above 0, and alpha makes that of {layer} {scaling:g}")

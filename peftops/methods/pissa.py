@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..nn import LINEAR, dense_matrix, is_quantized
 from . import register
 from .config import check_range
-from .lora import LoRA, LoRAConfig, start_of
+from .lora import LoRA, LoRAConfig, needs_scaling, start_of
 from .singular import shared
 
 
@@ -70,6 +70,7 @@ class PiSSA(LoRA):
 
     def __init__(self, base: nn.Module, config: PiSSAConfig, layer: str):
         super().__init__(base, config, layer)
+        needs_scaling(type(self).__name__, self.scaling, layer)
         A, B = self.start(dense_matrix(base), config)
         with torch.no_grad():
             self.lora_A[: len(A)] = A  # (a small weight has fewer vectors than r: the rest starts as LoRA's)

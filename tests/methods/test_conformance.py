@@ -336,6 +336,23 @@ def test_codes_that_it_cannot_change_are_refused(example):
     assert all(torch.equal(value, state[key]) for key, value in base.state_dict().items())
 
 
+@methods_that(lambda e: hasattr(e.config, "alpha"))
+@pytest.mark.parametrize("alpha", [0, -3.0])
+def test_any_scaling_computes_or_is_refused(example, alpha):
+    """One of 0 is none, and one below 0 a sign; some methods divide by it, or take its root."""
+    model = example.build()
+    kinds = [type(m) for m in model.modules()]
+    try:
+        peftops.attach(model, dataclasses.replace(example.config, alpha=alpha))
+    except ValueError as error:
+        assert re.match(".* needs a scaling above 0, and alpha makes that of [a-z0-9_.]+ (0|-)", str(error))
+        assert [type(m) for m in model.modules()] == kinds and not hasattr(model, "_peftops")
+        return
+    y = example.run(model)
+    y.sum().backward()
+    assert y.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
 @methods_that(lambda e: hasattr(e.config, "r") and type(e.config) is not peftops.VeRAConfig)  # whose rank may be any
 def test_a_rank_above_a_layers_size_is_allowed_and_said_once(example, tmp_path):
     """As in HF PEFT. It computes, merges and goes through a file as any other does."""

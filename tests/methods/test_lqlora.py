@@ -206,7 +206,7 @@ def test_other_methods_train_and_merge_on_whole_number_codes(config):
     (lambda: peftops.attach(wide(), LQLoRAConfig(r=4, precisions={"0": "nf4-64"})), "precisions has nothing for 2, 4"),
     (lambda: peftops.attach(wide(), LQLoRAConfig(r=4, fisher={"0": torch.ones(2, 2)})),
      r"fisher must have a tensor \[128, 128\] for 0"),
-    (lambda: peftops.attach(wide(), LQLoRAConfig(r=4, alpha=-1)), "needs a scaling above 0, not alpha=-1"),
+    (lambda: peftops.attach(wide(), LQLoRAConfig(r=4, alpha=-1)), "LQ-LoRA needs a scaling above 0"),
     (lambda: peftops.attach(peftops.attach(wide(), peftops.LoRAConfig(r=4), name="a"), LQLoRAConfig(r=4)),
      "attach it before them"),
     (lambda: peftops.fisher(wide(), lambda s: s, []), "fisher needs at least one sample"),
