@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import pkgutil
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ from ..nn import (
 from ..nn.ties import forget_broken_ties
 from ..nn.unreached import watch
 from .selection import whole
-from .targets import find_targets, is_within, layers
+from .targets import body_of, find_targets, head_of, is_within, layers
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks
 METHODS: dict[type, type[Stored]] = {}  # config class -> class of its adapters
@@ -143,6 +144,7 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     # Whatever can be wrong with the config shows here, before anything has changed.
     adapters = build(adapter_class, model, config)
     _tell_large_ranks(model, adapters)
+    _tell_frozen_head(model, adapters)
 
     if not state.configs:
         state.trainable_before = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -179,6 +181,19 @@ def _tell_large_ranks(model: nn.Module, adapters: dict[str, Stored]) -> None:
         in_, out = sizes(base_of(module_at(model, path)))
         warnings.warn(
             f"r={ranks[path]} is more than {path} can use{rest}: its weight is {out} x {in_}", stacklevel=3
+        )
+
+
+def _tell_frozen_head(model: nn.Module, adapters: dict[str, Stored]) -> None:
+    """A model for a task, made of one that was trained on text, has a head of random numbers."""
+    if not re.search("For.*(Classification|Answering|Choice)$", type(model).__name__) or not body_of(model):
+        return
+    head = head_of(model)
+    if head and not any(is_within(path, [name]) for path in adapters for name in head):
+        warnings.warn(
+            f"{', '.join(head)} of {type(model).__name__} will not train; if that is new, and so random, attach with "
+            f"modules_to_save={sorted({name.partition('.')[0] for name in head})}",
+            stacklevel=3,
         )
 
 
