@@ -39,7 +39,8 @@ def check_attention(module: nn.Module, name: str) -> None:
         raise TypeError(f"{name}, a {type(module).__name__}, hands no arguments on to its attention function")
 
 
-_OPENED: list[tuple[Any, str]] = []  # registries, and the names of the functions in them that give way
+# Of functions that give way, by registry and name: the registry, and who needs that. (torch.compile traces no sets.)
+_USERS: dict[tuple[int, str], tuple[Any, WeakSet]] = {}
 
 
 def open_registry(module: nn.Module, user: nn.Module) -> None:
@@ -53,21 +54,19 @@ def open_registry(module: nn.Module, user: nn.Module) -> None:
         )
     if not hasattr(registry[name], ARGUMENT):
         registry[name] = _giving_way(registry[name])
-        _OPENED.append((registry, name))
     if not torch.compiler.is_compiling():
-        getattr(registry[name], ARGUMENT).add(user)
+        _USERS.setdefault((id(registry), name), (registry, WeakSet()))[1].add(user)
 
 
 def close_registry(user: nn.Module) -> None:
     """The user leaves: functions that nobody needs to give way any more are what they were."""
-    for registry, name in list(_OPENED):
-        users = getattr(registry[name], ARGUMENT, None)  # None: somebody has put another function there
-        if users is not None:
-            users.discard(user)
-            if users:
-                continue
-            registry[name] = registry[name].__wrapped__
-        _OPENED.remove((registry, name))
+    for key, (registry, users) in list(_USERS.items()):
+        users.discard(user)
+        if not users:
+            del _USERS[key]
+            function = registry[key[1]]
+            if hasattr(function, ARGUMENT):  # (somebody may have put another one there)
+                registry[key[1]] = function.__wrapped__
 
 
 def _giving_way(function: Callable) -> Callable:
@@ -76,7 +75,7 @@ def _giving_way(function: Callable) -> Callable:
         own = kwargs.pop(ARGUMENT, None)
         return function(module, *args, **kwargs) if own is None else own(function, module, *args, **kwargs)
 
-    setattr(attention, ARGUMENT, WeakSet())  # who needs it
+    setattr(attention, ARGUMENT, True)
     return attention
 
 
