@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # llama.cpp permutes the rows of q and k of these, for its own way to rotate; transformers' way needs them back.
 _PERMUTED = {"llama"}
+FREQUENCIES = "rope_freqs.weight"
 _SUPPORTED = {*_PERMUTED, "qwen2", "qwen3"}
 
 
-def gguf_tensors(path: Path, names: Iterable[str], config: object) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a GGUF file, dequantised to float32, by their names in a transformers model.
-
-    Args:
-        names: the model's parameters.
-        config: its configuration; the counts of heads and layers are read.
+def open_gguf(path: Path, config: Any) -> Any:
+    """A reader of a GGUF file, whose rotary frequencies go into the configuration that transformers made of the rest.
 
     Raises:
-        ValueError: the file is damaged, or of an architecture that is not supported.
+        ValueError: the file is damaged, of an architecture that is not supported, or turns positions in a way that
+            is not.
     """
     import gguf
-    import numpy as np
 
     try:
         reader = gguf.GGUFReader(path)
@@ -36,6 +34,50 @@ def gguf_tensors(path: Path, names: Iterable[str], config: object) -> Iterator[t
             f"{path} is a GGUF of architecture {architecture!r}; supported are {', '.join(sorted(_SUPPORTED))}. "
             "Others load from safetensors, which transformers converts them to."
         )
+    scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
+    if scaling is not None and scaling.contents() != "none":
+        raise ValueError(f"{path} scales rotary positions ({scaling.contents()}), which is not read from a GGUF")
+    factors = next((tensor for tensor in reader.tensors if tensor.name == FREQUENCIES), None)
+    if factors is not None:
+        _stretch(config, torch.tensor(factors.data, dtype=torch.float32), path)
+    return reader
+
+
+def _stretch(config: Any, factors: Tensor, path: Path) -> None:
+    """Let a configuration have the rotary frequencies of the base, each divided by one of ``factors``: those that Llama
+    3.1 and 3.2 have are made by a rule, of which the file tells the result alone."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if factors.eq(1).all():
+        return
+    plain = config.rope_parameters
+    theta, width = plain["rope_theta"], 2 * len(factors)
+    config.rope_parameters = {
+        **plain, "rope_type": "llama3", "factor": factors.max().item(), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    made, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    wanted = 1 / theta ** (torch.arange(0, width, 2).float() / width) / factors
+    if made.shape != wanted.shape or not torch.allclose(made, wanted, rtol=1e-3, atol=0):
+        config.rope_parameters = plain
+        raise ValueError(f"{path} has {FREQUENCIES}, which are not those of Llama 3.1 or 3.2; no others are read")
+
+
+def gguf_tensors(path: Path, reader: Any, names: Iterable[str], config: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a GGUF file, dequantised to float32, by their names in a transformers model.
+
+    Args:
+        reader: of :func:`open_gguf`.
+        names: the model's parameters.
+        config: its configuration; the counts of heads and layers are read.
+
+    Raises:
+        ValueError: the file has a tensor that the model has not.
+    """
+    import gguf
+    import numpy as np
+
+    architecture = reader.fields["general.architecture"].contents()
     kind = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     to_gguf = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     wanted = {}
@@ -47,7 +89,7 @@ def gguf_tensors(path: Path, names: Iterable[str], config: object) -> Iterator[t
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for tensor in reader.tensors:
         if tensor.name not in wanted:
-            if tensor.name == "rope_freqs.weight":  # derived from the configuration
+            if tensor.name == FREQUENCIES:  # in the configuration by now
                 continue
             raise ValueError(f"{path} has a tensor {tensor.name} that the model has no place for")
         values = gguf.dequantize(tensor.data, tensor.tensor_type)

@@ -1,13 +1,15 @@
 """The tensors of a GPTQ checkpoint, from and to a group-quantised weight.
 
 GPTQ packs along the inputs: ``qweight`` int32 ``[in * bits / 32, out]``, ``scales`` ``[in / group, out]``,
-``qzeros`` int32 ``[in / group, out * bits / 32]`` holding each zero less one, and ``g_idx`` int32 ``[in]``. Our own
+``qzeros`` int32 ``[in / group, out * bits / 32]`` holding each zero less one (in format "gptq_v2" as it is; nothing in
+the tensors tells, so the configuration's ``checkpoint_format`` does), and ``g_idx`` int32 ``[in]``. Our own
 form keeps ``scales`` and ``qzeros`` as float32, so that nothing is lost, least of all what QA-LoRA merged
 into the zeros; GPTQ's kernels need whole zeros, and rounding them costs what :class:`ZeroRounding` tells.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from ..ops import GroupQuantTensor, group_dequantize
 from ..ops.group_tensor import pack_bits, unpack_bits
+
+FORMATS = {"gptq": 1, "gptq_v2": 0}  # what a stored zero is less
 
 
 @dataclass
@@ -70,7 +74,8 @@ def to_gptq_integers(
     whole = rounded.clamp(1, 2**bits)  # stored less one, in `bits` bits
     parts["qzeros"] = _words(pack_bits((whole - 1).t().to(torch.uint8), bits))
     parts["scales"] = parts["scales"].half()
-    want, got = (group_dequantize(w, dtype=torch.float32) for w in (weight, from_gptq(parts, bits=bits)))
+    again = from_gptq(parts, bits=bits, checkpoint_format="gptq")
+    want, got = (group_dequantize(w, dtype=torch.float32) for w in (weight, again))
     lost = None
     if before is not None:
         change = want - group_dequantize(before, dtype=torch.float32)
@@ -83,19 +88,26 @@ def to_gptq_integers(
     )
 
 
-def from_gptq(parts: dict[str, Tensor], *, bits: int, dtype: torch.dtype = torch.float32) -> GroupQuantTensor:
+def from_gptq(
+    parts: dict[str, Tensor], *, bits: int, dtype: torch.dtype = torch.float32, checkpoint_format: str | None = None
+) -> GroupQuantTensor:
     """A weight from a layer of a GPTQ checkpoint, with packed int32 ``qzeros`` or, from :func:`to_gptq`, float ones.
 
     Args:
         parts: ``qweight``, ``scales``, ``qzeros`` and, if there is one, ``g_idx``.
         bits: 2, 3, 4 or 8.
         dtype: what the weight stands for.
+        checkpoint_format: "gptq" or "gptq_v2", as the checkpoint's ``quantization_config`` has it (which means "gptq"
+            where it has nothing). With None, the zeros of a symmetric weight tell; others are read as "gptq", and a
+            warning says so.
 
     Raises:
         KeyError: a part is missing.
-        ValueError: the shapes do not fit, or ``g_idx`` permutes the columns (act-order), which groups of
-            neighbouring columns cannot hold.
+        ValueError: there is no such format, the shapes do not fit, or ``g_idx`` permutes the columns (act-order),
+            which groups of neighbouring columns cannot hold.
     """
+    if checkpoint_format not in (None, *FORMATS):
+        raise ValueError(f"from_gptq: checkpoint_format must be one of {', '.join(FORMATS)}, not {checkpoint_format!r}")
     qweight, scales, qzeros = (parts[name] for name in ("qweight", "scales", "qzeros"))
     if qweight.dim() != 2 or qweight.dtype != torch.int32:
         raise ValueError(
@@ -113,13 +125,28 @@ def from_gptq(parts: dict[str, Tensor], *, bits: int, dtype: torch.dtype = torch
             raise ValueError(
                 f"from_gptq: qzeros must have shape [{groups}, {n * bits // 32}], not {list(qzeros.shape)}"
             )
-        zeros = unpack_bits(_bytes(qzeros), bits).float() + 1
+        stored = unpack_bits(_bytes(qzeros), bits).float()
+        zeros = stored + (_less(stored, bits) if checkpoint_format is None else FORMATS[checkpoint_format])
     else:
         zeros = qzeros
     order = torch.arange(k, device=qweight.device) // (k // groups)
     if "g_idx" in parts and not torch.equal(parts["g_idx"].long(), order):
         raise ValueError("from_gptq: g_idx permutes the columns (act-order); quantise without it")
     return GroupQuantTensor.from_codes(codes, scales.t(), zeros.t(), bits=bits, dtype=dtype)
+
+
+def _less(stored: Tensor, bits: int) -> int:
+    """What zeros are stored less, as a symmetric weight tells: all of its zeros are the middle code."""
+    middle = 2 ** (bits - 1)
+    for less in FORMATS.values():
+        if (stored + less == middle).all():
+            return less
+    warnings.warn(
+        "from_gptq: nothing tells whether zeros are stored less one; they are read so, as in format 'gptq'. Pass the "
+        "checkpoint_format of the checkpoint's quantization_config",
+        stacklevel=3,
+    )
+    return FORMATS["gptq"]
 
 
 def _words(packed: Tensor) -> Tensor:

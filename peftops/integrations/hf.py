@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ..methods.targets import ALL_LINEAR, find_targets
 from ..nn import NF4Linear, as_matrix, is_conv1d, shell_of
+from ..nn.ties import forget_broken_ties, parameter_at, tie, tied_names
 from ..nn.undo import about
 from ..ops import nf4_quantize
 from .bitsandbytes_files import PARTS, from_bitsandbytes
-from .gguf_files import gguf_tensors
+from .gguf_files import gguf_tensors, open_gguf
 
-_DERIVED = re.compile(r".*rotary_emb\.inv_freq")  # in old checkpoints; computed from the configuration
+_DERIVED = re.compile(r".*rotary_emb\.inv_freq")  # in old checkpoints; computed from the configuration, and compared
 
 
 def gguf_file(path: str | os.PathLike) -> Path | None:
@@ -86,25 +87,27 @@ def load_model(
     if prequantised is not None:
         _check_prequantised(folder, prequantised)
         del config.quantization_config
+    reader = open_gguf(file, config) if file else None
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
     linears = set(find_targets(model, ALL_LINEAR)) if quantize else set()
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = dict(model.named_buffers())
-    tensors = gguf_tensors(file, names, config) if file else _safetensors(folder)
+    tensors = gguf_tensors(file, reader, names, config) if file else _safetensors(folder)
     # A tensor of safetensors is a part of its file, all of which stays in memory for as long as one of them is used.
     own = lambda tensor: tensor.to(dtype, copy=not file)
+    held = set()
 
     for name, tensor in tensors:
         layer, _, leaf = name.rpartition(".")
         parent = model.get_submodule(layer) if name in names else None
-        if parent is None and name in buffers:
+        if _DERIVED.fullmatch(name):
+            _check_frequencies(path, name, tensor, buffers)
+        elif parent is None and name in buffers:
             _check_shape(path, name, tensor, buffers[name].shape)
             buffers[name].copy_(tensor)
         elif parent is None:
-            if not _DERIVED.fullmatch(name):
-                raise ValueError(f"{path} has a tensor {name} that {type(model).__name__} has no place for")
+            raise ValueError(f"{path} has a tensor {name} that {type(model).__name__} has no place for")
         else:
             _check_shape(path, name, tensor, getattr(parent, leaf).shape)
             if leaf == "weight" and layer in linears:
@@ -119,8 +122,9 @@ def load_model(
                 _replace(model, layer, NF4Linear(own(tensor), None, shell_of(parent)))
             else:
                 parent._parameters[leaf] = nn.Parameter(own(tensor), requires_grad=False)
+        held.add(name)
         del tensor
-    model.tie_weights()
+    _tie(model, held)
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} tensors, among them {', '.join(missing[:4])}")
@@ -128,6 +132,21 @@ def load_model(
     model.config._name_or_path = str(path)
     _read_generation_config(model, folder)
     return model.eval()
+
+
+def _tie(model: nn.Module, held: set[str]) -> None:
+    """Let the weights be one that the configuration ties, but for those that the file holds two different ones of: it
+    is of a model whose head, or embedding, went its own way."""
+    for name, source in tied_names(model).items():
+        if name in held and source in held:
+            one = torch.equal(parameter_at(model, name), parameter_at(model, source))
+        else:
+            one = True
+        if one and name in held and source not in held:
+            tie(model, source, name)
+        elif one:
+            tie(model, name, source)
+    forget_broken_ties(model)
 
 
 def _replace(model: nn.Module, name: str, new: NF4Linear) -> None:
@@ -165,6 +184,13 @@ def _check_prequantised(folder: Path, config: object) -> None:
     get = config.get if isinstance(config, dict) else lambda key, default=None: getattr(config, key, default)
     if get("quant_method") != "bitsandbytes" or get("bnb_4bit_quant_type") != "nf4":
         raise ValueError(f"{folder} is quantised already, by {get('quant_method')}; only NF4 of bitsandbytes is read")
+
+
+def _check_frequencies(path: object, name: str, tensor: Tensor, buffers: dict[str, Tensor]) -> None:
+    own = [value for key, value in buffers.items() if _DERIVED.fullmatch(key) and value.shape == tensor.shape]
+    # (in as many digits as the file has)
+    if not any(torch.allclose(tensor.float(), value.to(tensor.dtype).float(), rtol=1e-2, atol=1e-7) for value in own):
+        raise ValueError(f"{path}: {name} has other rotary frequencies than those that its configuration gives")
 
 
 def _check_shape(path: object, name: str, tensor: Tensor, shape: torch.Size) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..methods import METHODS, attach, attachment, detach, hosts
-from ..methods.targets import is_within, suffixes_or_names
+from ..methods.targets import exact_target, is_within
 from ..methods.targets import layers as modules_of
-from ..nn import PREFIX, Stored
+from ..nn import PREFIX, Stored, unwrapped
 from ..nn.undo import all_or_nothing
 from .files import writable_directory
+from .peft_tensors import adapted_layers_of, adapters_own, plain_names, some
 from .together import write_together
 
 CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "peftops.json"
-_NOT_ADAPTERS = (".base_layer.weight", ".zeros")
 # The end of a model's class: PEFT's name of its task, and the heads of which PEFT expects one in the file then.
 _TASKS = {
     "ForSequenceClassification": ("SEQ_CLS", {"classifier", "score"}),
@@ -51,6 +50,7 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
         ValueError: there is no such adapter.
         OSError: the directory cannot be written to, or has no room.
     """
+    model = unwrapped(model)
     state = attachment(model)
     name = state.switch.active if name is None else name
     if name not in state.configs:
@@ -66,7 +66,7 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
     if rank != 0:
         return
     adapted = [path for path in adapters if not is_within(path, config.modules_to_save)]
-    targets = {"target_modules": suffixes_or_names(model, adapted)} if _target_field(config) else {}
+    targets = {"target_modules": exact_target(model, adapted)} if _target_field(config) else {}
     fields = {
         **config.to_peft(),
         **targets,
@@ -106,7 +106,9 @@ def load(
     """
     folder = Path(directory)
     config, tensors = read_adapter(folder, quantize)
+    tensors = plain_names(tensors, model, folder / WEIGHTS)
     _check_sizes(config, tensors, folder / WEIGHTS)
+    tensors = adapters_own(tensors, model, folder / WEIGHTS)
     # PEFT lists every name that a head may have: one that neither the file nor the model knows means nothing.
     owners = [_owner(key) for key in tensors] + [path for path, _ in modules_of(model)]
     whole = tuple(name for name in config.modules_to_save if any(is_within(owner, [name]) for owner in owners))
@@ -114,13 +116,8 @@ def load(
     field = _target_field(config)
     if field:
         # The tensors tell best which layers are adapted: PEFT has several more ways to choose them.
-        adapted = [key for key in tensors if not is_within(_owner(key), whole)]
-        layers = _layers(METHODS[type(config)], adapted, folder / WEIGHTS)
-        known = {path for path, _ in modules_of(model)}
-        strangers = sorted(layers - known)
-        if strangers:
-            raise ValueError(f"{folder / WEIGHTS} is for another model: this one has no {_some(strangers)}")
-        config = dataclasses.replace(config, **{field: sorted(layers)})
+        adapted = adapted_layers_of(METHODS[type(config)], tensors, model, whole, folder / WEIGHTS)
+        config = dataclasses.replace(config, **{field: exact_target(model, adapted)})
     with all_or_nothing(model):
         attach(model, config, name=name)
         try:
@@ -137,9 +134,7 @@ def read_adapter(directory: str | os.PathLike, quantize: bool | None = None) -> 
     fields, own = _read_json(folder / CONFIG), {}
     if (folder / OWN).exists():
         own = _read_json(folder / OWN)
-    # PEFT also writes what is no adapter's: an embedding's own weight, and zeros where GLoRA has nothing.
-    tensors = {k: t for k, t in _read_tensors(folder / WEIGHTS).items() if not k.endswith(_NOT_ADAPTERS)}
-    return _config(fields, own, quantize), tensors
+    return _config(fields, own, quantize), _read_tensors(folder / WEIGHTS)
 
 
 def _task(model: nn.Module, config: Any) -> str | None:
@@ -187,19 +182,6 @@ def _layer(key: str) -> str:
     return key.removeprefix(PREFIX).partition(".lora_")[0]
 
 
-def _layers(adapter_class: type, keys: list[str], file: Path) -> set[str]:
-    """The names of the adapted layers that a file has tensors for."""
-    suffixes = [f".{key}" for key in adapter_class.peft_keys.values()]
-    found = set()
-    for key in keys:
-        suffix = next((s for s in suffixes if key.endswith(s)), None)
-        if key.startswith(PREFIX) and suffix is not None:
-            found.add(key[len(PREFIX) : -len(suffix)])
-        elif not any(fnmatch(key, shared) for shared in adapter_class.peft_shared.values()):
-            raise ValueError(f"{file} has an unexpected tensor {key}")
-    return found
-
-
 @torch.no_grad()
 def _fill(model: nn.Module, config: Any, name: str, tensors: dict[str, Tensor], file: Path) -> None:
     """Copy the tensors into the adapters, all of which must be there and fit, before the first is copied."""
@@ -207,21 +189,24 @@ def _fill(model: nn.Module, config: Any, name: str, tensors: dict[str, Tensor], 
     for path, host in hosts(model):
         if name not in host.adapters:
             continue
-        adapter, own = host.adapters[name], {}
-        for parameter, tensor in adapter.stored().items():
-            key = _key(config, adapter, parameter, path)
-            source = tensors.get(key)
-            used.add(key)
-            if source is None:
-                wrong.append(f"{path}.{parameter} is missing")
-            elif source.shape != tensor.shape:
-                wrong.append(f"{path}.{parameter} has shape {list(source.shape)}, expected {list(tensor.shape)}")
-            else:
-                own[parameter] = source.to(tensor.device)
+        adapter = host.adapters[name]
+        stored = adapter.stored()
+        keys = {parameter: _key(config, adapter, parameter, path) for parameter in stored}
+        used.update(keys.values())
+        missing = [parameter for parameter, key in keys.items() if key not in tensors]
+        wrong += [f"{path}.{parameter} is missing" for parameter in missing]
+        if missing:
+            continue
+        given = {parameter: tensors[key].to(stored[parameter].device) for parameter, key in keys.items()}
+        own = adapter.complete(given)
+        wrong += [
+            f"{path}.{parameter} has shape {list(own[parameter].shape)}, expected {list(tensor.shape)}"
+            for parameter, tensor in stored.items() if own[parameter].shape != tensor.shape
+        ]  # fmt: skip
         filled.append((adapter, own))
     wrong += [f"{key} is unexpected" for key in sorted(tensors.keys() - used)]
     if wrong:
-        raise ValueError(f"{file} does not fit: {_some(wrong)}")
+        raise ValueError(f"{file} does not fit: {some(wrong)}")
     for adapter, own in filled:
         adapter.restore(own)
 
@@ -268,8 +253,3 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged or cut short: {error}") from None
-
-
-def _some(things: list[str], most: int = 4) -> str:
-    rest = len(things) - most
-    return ", ".join(things[:most]) + (f" and {rest} more" if rest > 0 else "")

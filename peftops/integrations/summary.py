@@ -8,7 +8,7 @@ from torch import nn
 
 from ..methods import adapted_layers
 from ..methods.targets import layers
-from ..nn import base_of, is_quantized
+from ..nn import base_of, is_quantized, unwrapped
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Summary:
 
 def summary(model: nn.Module) -> Summary:
     """Count the parameters of ``model`` that train, and the memory of the linear weights that do not."""
-    state = getattr(model, "_peftops", None)
+    state = getattr(unwrapped(model), "_peftops", None)
     inside = (base_of(module) for _, layer in adapted_layers(model) for _, module in layers(layer.base))
     adapted = {id(p) for module in inside for p in module.parameters(recurse=False) if p.dim() > 1}
     result = Summary({}, None, sum(1 for _ in adapted_layers(model)), 0, 0, 0, 0)

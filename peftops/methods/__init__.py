@@ -14,16 +14,32 @@ from __future__ import annotations
 import contextlib
 import importlib
 import pkgutil
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..nn import AdaptedLayer, Adapter, MergeError, Prompt, Prompted, Stored, Switch, base_of, is_quantized, module_at
+from ..nn import (
+    AdaptedLayer,
+    Adapter,
+    MergeError,
+    Prompt,
+    Prompted,
+    Stored,
+    Switch,
+    base_of,
+    is_quantized,
+    module_at,
+    sizes,
+    unwrapped,
+)
+from ..nn.ties import forget_broken_ties
 from ..nn.undo import about, all_or_nothing
+from ..nn.unreached import watch
 from .selection import whole
-from .targets import find_targets, is_within, layers
+from .targets import body_of, find_targets, head_of, is_within, layers
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks
 METHODS: dict[type, type[Stored]] = {}  # config class -> class of its adapters
@@ -81,6 +97,7 @@ class Attachment:
 
 
 def attachment(model: nn.Module) -> Attachment:
+    model = unwrapped(model)
     found = getattr(model, "_peftops", None)
     if found is None:
         raise ValueError(f"{type(model).__name__} has no adapters; attach one first: peftops.attach(model, config)")
@@ -111,7 +128,8 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
 
     Raises:
         TypeError: no method has this config; a target is not supported.
-        ValueError: the name is taken or not a plain one; nothing matches ``config.target``.
+        ValueError: the name is taken or not a plain one; nothing matches ``config.target``; the model is in
+            DistributedDataParallel already.
         RuntimeError: an operator cannot do with a weight what the method needs; the message names the layer.
 
     Whatever is raised, an interrupt too, the model is then as it was. (So a method that quantises needs memory for the
@@ -121,8 +139,13 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     if adapter_class is None:
         known = ", ".join(sorted(c.__name__ for c in METHODS))
         raise TypeError(f"config must be one of {known}, not a {type(config).__name__}")
-    if not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"an adapter needs a plain name without dots, not {name!r}")
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"an adapter needs a plain name without dots, which no attribute of torch's modules has, not {name!r}"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("DistributedDataParallel sums the gradients of what it found as it was made: attach first")
+    given, model = model, unwrapped(model)
     state = getattr(model, "_peftops", None) or Attachment()
     if name in state.configs:
         raise ValueError(f"the model already has an adapter named {name!r}; give this one another name")
@@ -130,6 +153,8 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
         raise ValueError("an adapter is merged into the model; unmerge it first: peftops.unmerge(model)")
     # Whatever can be wrong with the config shows here, before anything has changed.
     adapters = build(adapter_class, model, config)
+    _tell_large_ranks(model, adapters)
+    _tell_frozen_head(model, adapters)
 
     configs, active, resting = dict(state.configs), state.switch.active, dict(state.resting)
     try:
@@ -138,7 +163,7 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     except BaseException:
         state.configs, state.switch.active, state.resting = configs, active, resting
         raise
-    return model
+    return given
 
 
 def _put(model: nn.Module, state: Attachment, name: str, config: object, adapters: dict[str, Stored]) -> None:
@@ -158,6 +183,8 @@ def _put(model: nn.Module, state: Attachment, name: str, config: object, adapter
     _switch(model, state, name)
     model._peftops = state
     _ignore_codes(model, state)
+    _keep_vocabulary(model)
+    watch({f"{path}.{n}": p for path, adapter in adapters.items() for n, p in adapter.named_parameters()})
 
 
 def _switch(model: nn.Module, state: Attachment, name: str | None) -> None:
@@ -181,6 +208,45 @@ def _ignore_codes(model: nn.Module, state: Attachment) -> None:
     setattr(model, _IGNORED, state.ignored_before + [n for n, p in model.named_parameters() if is_quantized(p)])
 
 
+def _tell_large_ranks(model: nn.Module, adapters: dict[str, Stored]) -> None:
+    """They are allowed, as in HF PEFT: a model may have a gate of one row among its layers."""
+    ranks = {path: adapter.rank for path, adapter in adapters.items() if getattr(adapter, "rank", 0)}
+    smaller = [path for path, r in ranks.items() if r > min(sizes(base_of(module_at(model, path))))]
+    if smaller:
+        path, rest = smaller[0], f" and {len(smaller) - 1} other layers" if len(smaller) > 1 else ""
+        in_, out = sizes(base_of(module_at(model, path)))
+        warnings.warn(
+            f"r={ranks[path]} is more than {path} can use{rest}: its weight is {out} x {in_}", stacklevel=3
+        )
+
+
+def _tell_frozen_head(model: nn.Module, adapters: dict[str, Stored]) -> None:
+    """A model for a task, made of one that was trained on text, has a head of random numbers."""
+    if not re.search("For.*(Classification|Answering|Choice)$", type(model).__name__) or not body_of(model):
+        return
+    head = head_of(model)
+    if head and not any(is_within(path, [name]) for path in adapters for name in head):
+        warnings.warn(
+            f"{', '.join(head)} of {type(model).__name__} will not train; if that is new, and so random, attach with "
+            f"modules_to_save={sorted({name.partition('.')[0] for name in head})}",
+            stacklevel=3,
+        )
+
+
+def _keep_vocabulary(model: nn.Module) -> None:
+    """Let transformers' ``resize_token_embeddings`` say that it cannot where embeddings or the head are adapted: the
+    adapter is of the old size, and one of two layers would be resized before that shows."""
+    vars(model).pop("resize_token_embeddings", None)
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            if isinstance(getattr(model, get)(), AdaptedLayer):
+                model.resize_token_embeddings = _refuse_to_resize
+
+
+def _refuse_to_resize(*args: object, **kwargs: object) -> None:
+    raise ValueError("an adapter stands on the embeddings or the head; resize_token_embeddings before you attach it")
+
+
 def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -> nn.Module:
     """Take an adapter off, or all of them: with the last one, the model is as it was before :func:`attach`.
 
@@ -190,6 +256,7 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
         name: which adapter; None for all.
         merged: leave behind the weights that :func:`merge` made, in plain layers, for good.
     """
+    given, model = model, unwrapped(model)
     state = attachment(model)
     if name is not None:
         _check_name(state, name)
@@ -203,10 +270,11 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
         del state.configs[adapter]
         for _, host in hosts(model):
             if adapter in host.adapters:
-                del host.adapters[adapter]
+                host.adapters.pop(adapter).left()
     for path, host in list(hosts(model)):
         if not host.adapters:
             host.leave(model, path)
+    _keep_vocabulary(model)
     if state.switch.active not in state.configs:
         _switch(model, state, next(iter(state.configs), None))
     if not state.configs:
@@ -217,9 +285,11 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
         delattr(model, _IGNORED)
         if state.ignored_before:
             setattr(model, _IGNORED, state.ignored_before)
+        if merged:
+            forget_broken_ties(model)
     else:
         _ignore_codes(model, state)  # layers that are no adapted ones any more have other names
-    return model
+    return given
 
 
 def activate(model: nn.Module, name: str) -> None:

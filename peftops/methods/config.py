@@ -19,8 +19,9 @@ class Config:
     """Base of every method's options, which are a frozen dataclass.
 
     Args:
-        modules_to_save: names of modules, or last parts of names, that train whole beside what the method trains, as a
-            new head does; they are in the adapter's file. (The name is HF PEFT's.)
+        modules_to_save: names, or ends of names, of modules that train whole beside what the method trains, as a new
+            head does; they are in the adapter's file. (The name is HF PEFT's, and so is the meaning: "norm" is
+            "input_norm", too.)
 
     By default the fields are written as they are, under a ``peft_type`` that PEFT does not know and refuses. A
     method that PEFT has, translates. Several methods may share PEFT's type (all that are LoRA once trained); the

@@ -3,12 +3,14 @@
     y = m / n * (W x + s B A D(x)) + b    n_i = || W_i + s (B A)_i ||, of which no gradient is taken (section 4.3)
 
 m in R^out starts as the lengths of W's rows, B at 0: the model starts as it was. n comes without forming B A:
-n^2 = ||W||^2 + 2 s diag(W A^T B^T) + s^2 diag(B A A^T B^T). HF PEFT differs with dropout alone, which it also
-applies to the x that meets W.
+n^2 = ||W||^2 + 2 s diag(W A^T B^T) + s^2 diag(B A A^T B^T), in float64, as rows may be so short that their squares are
+nothing in float32. A row of zeros has no direction and a length of 0: it stays. HF PEFT differs with dropout alone,
+which it also applies to the x that meets W, and has NaN for such rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,18 +45,28 @@ class DoRA(LoRA):
 
     def __init__(self, base: nn.Module, config: DoRAConfig, layer: str):
         super().__init__(base, config, layer)
+        lengths = torch.linalg.vector_norm(dense_matrix(base), dim=1, dtype=torch.float64)
         # Of the weight alone, so it is not in the state: a file of the adapter fits any base.
-        self.register_buffer("squares", dense_matrix(base).square().sum(1), persistent=False)
-        self.magnitude = nn.Parameter(self.squares.sqrt())
+        self.register_buffer("squares", lengths.square(), persistent=False)
+        self.magnitude = nn.Parameter(lengths.float())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoRA:
+        """(Lengths keep their digits, whatever the model is cast to.)"""
+        squares = self.squares
+        super()._apply(fn, recurse)
+        if not squares.is_meta:
+            self.squares = squares.to(self.squares.device)
+        return self
 
     @torch.no_grad()
     def lengths(self, base: nn.Module) -> Tensor:
-        """n."""
+        """n, float64, above 0."""
         A, B = self.lora_A, self.lora_B
         projected = product(base, A if is_quantized(base.weight) else A.to(base.weight.dtype))
-        cross = (B * projected.float().t()).sum(1)
+        A, B = A.double(), B.double()
+        cross = (B * projected.double().t()).sum(1)
         own = ((B @ (A @ A.t())) * B).sum(1)
-        return (self.squares + 2 * self.scaling * cross + self.scaling**2 * own).sqrt()
+        return above_zero((self.squares + 2 * self.scaling * cross + self.scaling**2 * own).clamp(min=0).sqrt())
 
     def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
         y = low_rank(base, x, *self.factors(), self.scaling, dropout=self.dropout, training=self.training, bias=False)
@@ -63,4 +75,10 @@ class DoRA(LoRA):
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         direction, bias = super().merged(weight, bias)
-        return self.magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True), bias
+        lengths = above_zero(torch.linalg.vector_norm(direction, dim=1, keepdim=True, dtype=torch.float64))
+        return (self.magnitude[:, None] * (direction / lengths)).float(), bias
+
+
+def above_zero(lengths: Tensor) -> Tensor:
+    """What may be divided by: 1 where a row is nothing, and stays that."""
+    return torch.where(lengths > 0, lengths, 1.0)

@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from ..nn import Adapter, dense_matrix, product, sizes
 from . import register
 from .config import Config, check_choice, check_range, check_target, needs
-from .lora import check_rank
 from .targets import ALL_LINEAR, Target
 
 _WEIGHT = ("lora", "vector", "constant", "none")
@@ -86,7 +85,7 @@ class GLoRA(Adapter):
         if base.bias is None:
             self.kinds["D"] = "none"  # b * D of no b
         if "lora" in self.kinds.values():
-            check_rank(r, base, layer)
+            self.rank = r
         for name, kind in self.kinds.items():
             rows, columns = (in_, 1) if name == "C" else (out, in_)
             if kind == "lora":
@@ -98,11 +97,11 @@ class GLoRA(Adapter):
                 self.register_parameter(f"{name}_X", nn.Parameter(torch.zeros(shape, device=device)))
 
     def value(self, name: str) -> Tensor | float:
-        """A, B, C, D or E, in a shape that broadcasts to its own."""
+        """A, B, C, D or E in float32, in a shape that broadcasts to its own."""
         kind = self.kinds[name]
         if kind == "lora":
-            return getattr(self, f"{name}_Xd") @ getattr(self, f"{name}_Xu")
-        return 0.0 if kind == "none" else getattr(self, f"{name}_X")
+            return getattr(self, f"{name}_Xd").float() @ getattr(self, f"{name}_Xu").float()
+        return 0.0 if kind == "none" else getattr(self, f"{name}_X").float()
 
     def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
         if self.kinds["A"] == "lora":

@@ -8,7 +8,8 @@ l starts at 1: the model starts as it was. The paper scales keys, values and wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..nn import Adapter, sizes
 from . import each_target, register
 from .config import Config, check_target, needs
-from .targets import ALL_LINEAR, Target, find_targets
+from .targets import ALL_LINEAR, Target, matches
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class IA3Config(Config):
 
     Args:
         target: as in :class:`LoRAConfig`.
-        feedforward: which of these layers have their input scaled instead of their output.
+        feedforward: which of these layers have their input scaled instead of their output; as target.
     """
 
     peft_type: ClassVar[str] = "IA3"
@@ -37,6 +38,13 @@ class IA3Config(Config):
     def __post_init__(self) -> None:
         check_target(self.target)
 
+    def as_built(self, adapters: dict[str, Any]) -> IA3Config:
+        """An expression for whole names: PEFT takes a list for ends of names, and wants its members in the target."""
+        inputs = [path for path, adapter in adapters.items() if isinstance(adapter, IA3) and adapter.scales_input]
+        short = rf"(.*\.)?({'|'.join(sorted({re.escape(path.rpartition('.')[2]) for path in inputs}))})"
+        exact = all((re.fullmatch(short, path) is not None) == (path in inputs) for path in adapters)
+        return replace(self, feedforward=(short if exact else "|".join(map(re.escape, inputs))) if inputs else ())
+
     def to_peft(self) -> dict[str, Any]:
         feedforward = self.feedforward if isinstance(self.feedforward, str) else list(self.feedforward)
         return {"peft_type": "IA3", "feedforward_modules": feedforward, "fan_in_fan_out": False,
@@ -45,7 +53,10 @@ class IA3Config(Config):
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> IA3Config:
         needs(fields, "target_modules", "feedforward_modules")
-        return cls(target=fields["target_modules"], feedforward=fields["feedforward_modules"] or (), **own)
+        feedforward = fields["feedforward_modules"] or ()
+        if feedforward and not isinstance(feedforward, str):
+            feedforward = rf".*({'|'.join(map(re.escape, feedforward))})"  # ends of names
+        return cls(target=fields["target_modules"], feedforward=feedforward, **own)
 
 
 @register(IA3Config)
@@ -54,7 +65,8 @@ class IA3(Adapter):
 
     @staticmethod
     def build(model: nn.Module, config: IA3Config) -> dict[str, IA3]:
-        inputs = set(find_targets(model, config.feedforward)) if config.feedforward else set()
+        found = matches(model, config.feedforward, "feedforward") if config.feedforward else []
+        inputs = {path for path, _ in found}
         return {path: IA3(base, path in inputs) for path, base in each_target(IA3, model, config).items()}
 
     def __init__(self, base: nn.Module, scales_input: bool):

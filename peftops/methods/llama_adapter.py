@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..nn import PREFIX, Adapter, GatedPrompt, Stored, base_of
-from ..nn.gated_prompt import check_attention, is_attention
+from ..nn.gated_prompt import check_attention, close_registry, is_attention
 from . import register
 from .config import Config, check_choice, check_range, needs, refuse
 from .image_prompts import ImagePrompts
@@ -118,20 +118,18 @@ class LLaMAAdapter(Adapter):
         super().__init__()
         self.config = config
         self.images: list[ImagePrompts] = []  # (a list hides it: it belongs to the body)
-        per_head = config.gate != "peft"
-        self.gated = GatedPrompt(attention, config.tokens, _ACTIVATIONS[config.gate], gate_per_head=per_head)
+        activation, per_head = _ACTIVATIONS[config.gate], config.gate != "peft"
+        self.gated = GatedPrompt(attention, config.tokens, activation, gate_per_head=per_head)
 
-    @property
-    def prompt(self) -> nn.Parameter:
-        return self.gated.prompt
-
-    @property
-    def gate(self) -> nn.Parameter:
-        return self.gated.gate
+    prompt = property(lambda self: self.gated.prompt)
+    gate = property(lambda self: self.gated.gate)
 
     def adapt(self, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
         image = self.images[0].given_to(base, kwargs) if self.images else None
         return self.gated.attend(base, *args, image=image, **kwargs)
+
+    def left(self) -> None:
+        close_registry(self.gated)
 
     def file_key(self, name: str, layer: str) -> str:
         return f"{PREFIX}{layer}.adaption_{name}" if self.config.gate == "peft" else super().file_key(name, layer)
@@ -142,8 +140,7 @@ class LLaMAAdapter(Adapter):
 
 
 def check_output(attention: nn.Module, name: str) -> None:
-    """Raise a sentence where PEFT's variant is not ours: it adds the output projection's bias a second time, and
-    leaves out a projection of another name than LLaMA's."""
-    projection = getattr(attention, "o_proj", None)
-    if projection is None or getattr(projection, "bias", None) is not None:
+    """Raise a sentence where PEFT's variant is not ours: it adds the output projection's bias twice, and knows no
+    projection of another name than LLaMA's."""
+    if getattr(getattr(attention, "o_proj", None), "bias", 0) is not None:
         raise TypeError(f"gate='peft' needs attentions with an o_proj without bias, which {name} has not")

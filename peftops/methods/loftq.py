@@ -19,7 +19,7 @@ from ..nn import LINEAR, NF4Linear, dense_matrix, is_quantized, shell_of
 from ..ops import NF4Tensor, nf4_dequantize, nf4_quantize
 from . import register
 from .config import MOST_ITERATIONS, check_range
-from .lora import LoRA
+from .lora import LoRA, needs_scaling
 from .qlora import QLoRAConfig, check_nothing_dense_is_adapted, quantize_base
 from .singular import leading, shared
 from .targets import ALL_LINEAR, find_targets
@@ -56,7 +56,7 @@ def loftq(
         lost = want - nf4_dequantize(codes, dtype=torch.float32)
         if not errors:
             errors.append((lost.norm() / size).item())
-        A, B = shared(*leading(lost, r), scaling)
+        A, B = shared(*leading(lost, min(r, *lost.shape)), scaling)
         rest = want - scaling * B @ A
         errors.append(((lost - scaling * B @ A).norm() / size).item())
         if best is None or errors[-1] < min(errors[1:-1], default=float("inf")):
@@ -70,6 +70,7 @@ class LoftQ(LoRA):
 
     def __init__(self, base: nn.Module, config: LoftQConfig, layer: str):
         super().__init__(base, config, layer)
+        needs_scaling("LoftQ", self.scaling, layer)
         self.config = config
         self.errors: list[float] = []  # relative: of plain NF4, then of each iterate
 
@@ -91,8 +92,8 @@ class LoftQ(LoRA):
             return NF4Linear(codes, base.bias, shell_of(base)).train(base.training)
         codes, A, B, self.errors = loftq(weight, r, self.scaling, iterations=c.iterations, block_size=c.block_size,
                                          double_quant=c.double_quant)  # fmt: skip
-        self.lora_A.copy_(A)
-        self.lora_B.copy_(B)
+        self.lora_A[: len(A)] = A  # (a small weight has fewer vectors than r: the rest starts as LoRA's)
+        self.lora_B[:, : len(A)] = B
         return NF4Linear(codes, base.bias, shell_of(base)).train(base.training)
 
     def extra_repr(self) -> str:

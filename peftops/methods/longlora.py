@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..nn import MergeError, Prompt, Select, Stored, base_of
-from ..nn.gated_prompt import ARGUMENT, check_attention, is_attention, open_registry
+from ..nn.gated_prompt import ARGUMENT, check_attention, close_registry, is_attention, open_registry
 from ..nn.shifted_attention import ShiftedAttention
 from . import each_target, register
 from .config import Config, check_range, check_target
@@ -114,8 +114,11 @@ class Groups(Prompt):
         if not body.training:
             return arguments
         for attention in self._attentions:
-            open_registry(attention)
+            open_registry(attention, self)
         return {**arguments, ARGUMENT: self.attend}
+
+    def left(self) -> None:
+        close_registry(self)
 
     def merge_into(self, base: nn.Module, *, dense: bool) -> tuple[nn.Module, MergeError]:
         return base, MergeError(0.0, 0.0)  # a merged model attends in full

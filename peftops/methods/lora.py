@@ -16,10 +16,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import CONVOLUTION, EMBEDDING, LINEAR, Adapter, factor_shapes, kind_of, low_rank, sizes
+from ..nn import CONVOLUTION, EMBEDDING, LINEAR, Adapter, factor_shapes, kind_of, low_rank
 from . import register
 from .config import Config, by_pattern, check_range, check_target, needs, refuse
 from .targets import ALL_LINEAR, Target
+
+# PEFT's names of where A and B started, where that left the base as it was. (None: files of old versions.)
+STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+def start_of(fields: dict[str, Any]) -> Any:
+    """Where PEFT's A and B started; it reads the names in any case."""
+    start = fields.get("init_lora_weights")
+    return start.lower() if isinstance(start, str) else start
 
 
 @dataclass(frozen=True)
@@ -70,9 +79,16 @@ class LoRAConfig(Config):
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> LoRAConfig:
         needs(fields, "r", "lora_alpha", "target_modules")
-        refuse(fields, bias="none", use_dora=False, use_qalora=False, lora_bias=False,
+        refuse(fields, bias="none", use_dora=False, use_qalora=False, lora_bias=False, ensure_weight_tying=False,
                trainable_token_indices=None, target_parameters=None, layer_replication=None,
-               alora_invocation_tokens=None)  # fmt: skip
+               alora_invocation_tokens=None, arrow_config=None, kasa_config=None, monteclora_config=None,
+               use_bdlora=None, velora_config=None)  # fmt: skip
+        if start_of(fields) not in STARTS:
+            raise ValueError(
+                f"this adapter needs init_lora_weights={fields['init_lora_weights']!r}, a start that HF PEFT may have "
+                "taken off the base's weights, and peftops cannot make again; let PEFT convert it to plain LoRA "
+                "(save_pretrained with path_initial_model_for_weight_conversion)"
+            )
         return cls(
             r=fields["r"], alpha=fields["lora_alpha"], dropout=fields.get("lora_dropout", 0.0),
             target=fields["target_modules"], rslora=fields.get("use_rslora", False),
@@ -91,7 +107,7 @@ class LoRA(Adapter):
     def __init__(self, base: nn.Module, config: LoRAConfig, layer: str):
         super().__init__()
         r, self.scaling = config.rank_and_scaling(layer)
-        check_rank(r, base, layer)
+        self.rank = r
         self.dropout = config.dropout
         device = base.weight.device
         A, B = (nn.Parameter(torch.zeros(shape, device=device)) for shape in factor_shapes(base, r))  # in float32
@@ -120,7 +136,7 @@ class LoRA(Adapter):
         return f"r={self.factors()[0].shape[0]}, scaling={self.scaling:g}, dropout={self.dropout}"
 
 
-def check_rank(r: int, base: nn.Module, layer: str) -> None:
-    in_, out = sizes(base)
-    if r > min(in_, out):
-        raise ValueError(f"r={r} is more than {layer} can use: its weight is {out} x {in_}")
+def needs_scaling(method: str, scaling: float, layer: str) -> None:
+    """For methods that divide by s, or take its root."""
+    if not scaling > 0:
+        raise ValueError(f"{method} needs a scaling above 0, and alpha makes that of {layer} {scaling:g}")

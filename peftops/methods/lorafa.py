@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..nn import LINEAR
 from . import register
-from .lora import LoRA, LoRAConfig
+from .lora import LoRA, LoRAConfig, needs_scaling
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class LoRAFA(LoRA):
         super().__init__(base, config, layer)
         self.lora_A.requires_grad_(False)
         self.precondition = config.precondition
+        if config.precondition:
+            needs_scaling("LoRA-FA with precondition", self.scaling, layer)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         if not self.precondition or not torch.is_grad_enabled():

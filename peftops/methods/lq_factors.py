@@ -130,7 +130,7 @@ def lq_decompose(
     best: tuple = (codes, None, None)
     errors, rest = [weigh.size(want - _dense(codes)) / scale], want
     for _ in range(iterations):
-        left, right = weigh.factors(rest, r)
+        left, right = weigh.factors(rest, min(r, *rest.shape))
         low = left @ right
         codes = quantize((want - low).to(weight.dtype))
         rest = want - _dense(codes)

@@ -23,7 +23,7 @@ from ..nn import LINEAR, GroupLinear, NF4Linear, dense_matrix, is_quantized, she
 from ..ops import NF4Tensor
 from . import each_target, register
 from .config import MOST_ITERATIONS, Config, check_range
-from .lora import LoRA, LoRAConfig
+from .lora import LoRA, LoRAConfig, needs_scaling
 from .lq_budget import Precision, choose
 from .lq_factors import lq_decompose
 from .qlora import check_nothing_dense_is_adapted
@@ -95,8 +95,7 @@ class LQLoRA(LoRA):
 
     def __init__(self, base: nn.Module, config: LQLoRAConfig, layer: str):
         super().__init__(base, config, layer)
-        if self.scaling <= 0:
-            raise ValueError(f"LQ-LoRA needs a scaling above 0, not alpha={config.alpha}")
+        needs_scaling("LQ-LoRA", self.scaling, layer)
         self._base, self.given = [base], is_quantized(base.weight)
         self.iterations, self.errors = config.iterations, []  # relative: of plain codes, then of each iterate
         self._importance = [None if config.fisher is None else config.fisher.get(layer)]
@@ -119,8 +118,8 @@ class LQLoRA(LoRA):
                 weight, r, self.precision.quantize, iterations=self.iterations, importance=importance
             )
         if left is not None:
-            self.lora_A.copy_(right / self.scaling**0.5)
-            self.lora_B.copy_(left / self.scaling**0.5)
+            self.lora_A[: len(right)] = right / self.scaling**0.5
+            self.lora_B[:, : len(right)] = left / self.scaling**0.5
         kind = NF4Linear if isinstance(codes, NF4Tensor) else GroupLinear
         self._base, self._importance = [kind(codes, base.bias, shell_of(base)).train(base.training)], [None]
         return self._base[0]

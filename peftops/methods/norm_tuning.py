@@ -16,6 +16,7 @@ from ..nn import Select
 from . import register
 from .config import Config, needs
 from .selection import copies
+from .targets import Target, check_called, matches
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,17 @@ class NormTuningConfig(Config):
     """Options of norm tuning.
 
     Args:
-        norms: "all", or names of norm layers or their last parts.
+        norms: "all", or names of norm layers or their last parts, or a regular expression, as a target.
     """
 
     peft_type: ClassVar[str] = "LN_TUNING"
     target_field: ClassVar[str] = "norms"
 
-    norms: str | list[str] = "all"
+    norms: Target = "all"
 
     def __post_init__(self) -> None:
-        if not self.norms or (isinstance(self.norms, str) and self.norms != "all"):
-            raise ValueError(f"norms must be 'all' or a list of names, not {self.norms!r}")
+        if not self.norms:
+            raise ValueError(f"norms must be 'all', names or a regular expression, not {self.norms!r}")
 
     def to_peft(self) -> dict[str, Any]:
         return {"peft_type": "LN_TUNING"}
@@ -41,7 +42,7 @@ class NormTuningConfig(Config):
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> NormTuningConfig:
         needs(fields, "target_modules")
-        return cls(norms=list(fields["target_modules"]))
+        return cls(norms=fields["target_modules"], **own)
 
 
 def is_norm(layer: nn.Module) -> bool:
@@ -57,6 +58,8 @@ class NormTuning(Select):
 
     @staticmethod
     def build(model: nn.Module, config: NormTuningConfig) -> dict[str, NormTuning]:
-        named = lambda path: config.norms == "all" or any(path == n or path.endswith(f".{n}") for n in config.norms)
-        what = "norms" if config.norms == "all" else f"norms {config.norms}"
-        return copies(NormTuning, model, lambda path, layer, leaf: is_norm(layer) and named(path), what)
+        every = config.norms == "all"
+        named = set() if every else {path for path, _ in matches(model, config.norms, "norms")}
+        check_called(model, named, f"norms {config.norms!r}")
+        chosen = lambda path, layer, leaf: is_norm(layer) and (every or path in named)
+        return copies(NormTuning, model, chosen, "norms" if every else f"norms {config.norms}")

@@ -8,6 +8,7 @@ A and B start as A0 and B0, so the model starts as it was; the rest is as in :mo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from .pissa import PiSSA, PiSSAConfig
 @dataclass(frozen=True)
 class OLoRAConfig(PiSSAConfig):
     """Options of OLoRA: those of :class:`LoRAConfig` (``iterations`` has no meaning)."""
+
+    start: ClassVar[str] = "olora"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,7 +4,8 @@
 
 A and B start as A0 and B0, so the model starts as it was. The paper puts W - s B0 A0 in the place of W. Here W
 stays and the frozen A0, B0 are subtracted in the same product, of rank 2 r: an adapter can be switched off, is
-one of several, and its file is LoRA of rank 2 r ([A; A0], [B, -B0]) that HF PEFT reads on the original base.
+one of several, and its file is LoRA of rank 2 r ([A; A0], [B, -B0]) that HF PEFT reads on the original base. What
+PEFT saves unconverted are A and B alone, of rank r: A0 and B0 are made of the base again.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import LINEAR, dense_matrix
+from ..nn import LINEAR, dense_matrix, is_quantized
 from . import register
 from .config import MOST_ITERATIONS, check_range
-from .lora import LoRA, LoRAConfig
+from .lora import LoRA, LoRAConfig, needs_scaling, start_of
 from .singular import shared
 
 
@@ -30,6 +31,8 @@ class PiSSAConfig(LoRAConfig):
     Args:
         iterations: of a randomised SVD, faster for large layers (16 is plenty); None for the exact one.
     """
+
+    start: ClassVar[str] = "pissa"  # PEFT's name of it
 
     iterations: int | None = None
 
@@ -51,7 +54,13 @@ class PiSSAConfig(LoRAConfig):
         return super(PiSSAConfig, self._with_rank(2)).to_peft()
 
     @classmethod
+    def claims(cls, fields: dict[str, Any]) -> bool:
+        return fields.get("peft_type") == cls.peft_type and start_of(fields) == cls.start
+
+    @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> PiSSAConfig:
+        if cls.claims(fields):
+            return super().from_peft({**fields, "init_lora_weights": True}, **own)
         return super().from_peft(fields, **own)._with_rank(0.5)
 
 
@@ -61,10 +70,12 @@ class PiSSA(LoRA):
 
     def __init__(self, base: nn.Module, config: PiSSAConfig, layer: str):
         super().__init__(base, config, layer)
+        needs_scaling(type(self).__name__, self.scaling, layer)
         A, B = self.start(dense_matrix(base), config)
         with torch.no_grad():
-            self.lora_A.copy_(A)
-            self.lora_B.copy_(B)
+            self.lora_A[: len(A)] = A  # (a small weight has fewer vectors than r: the rest starts as LoRA's)
+            self.lora_B[:, : len(A)] = B
+        self.rounded = is_quantized(base.weight)
         self.start_A = nn.Parameter(self.lora_A.detach().clone(), requires_grad=False)
         self.start_B = nn.Parameter(self.lora_B.detach().clone(), requires_grad=False)
 
@@ -78,6 +89,15 @@ class PiSSA(LoRA):
 
     def stored(self) -> dict[str, Tensor]:
         return dict(zip(("lora_A", "lora_B"), self.factors(), strict=True))
+
+    def complete(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        alone = self.lora_A.shape, self.lora_B.shape
+        if (tensors["lora_A"].shape, tensors["lora_B"].shape) != alone:
+            return tensors
+        if self.rounded:
+            raise ValueError("HF PEFT took the start of this adapter off a dense base, and this one is quantised")
+        A, B = tensors["lora_A"].to(self.start_A), tensors["lora_B"].to(self.start_B)
+        return {"lora_A": torch.cat([A, self.start_A]), "lora_B": torch.cat([B, -self.start_B], 1)}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         A, B = tensors["lora_A"].chunk(2), tensors["lora_B"].chunk(2, 1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Prompt
-from ..nn.prompt import cached, shifted
+from ..nn.prompt import cached, check_one_sequence, shifted
 from . import register
 from .config import Config, check_choice, check_range, needs, refuse
 from .prefix_cache import PrefixCache, keeping_the_cache, prefilled
@@ -116,6 +116,7 @@ class PrefixTuning(Prompt):
         self.flat.copy_(tensors["prefix"])
 
     def before(self, body: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        check_one_sequence(arguments)
         old = cached(arguments)
         arguments = shifted(arguments, self.shape[0], new=False)
         if old:

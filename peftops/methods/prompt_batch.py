@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Prompt, Prompted
-from ..nn.prompt import cached
+from ..nn.prompt import cached, check_one_sequence
 from . import attachment, hosts
 from .prompt_tuning import PromptTuning
 
@@ -77,6 +77,7 @@ class PromptBatch(Prompt):
         self._longest, self._new = max(self._lengths), False
 
     def before(self, body: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        check_one_sequence(arguments)
         given = next(t for key in ("input_ids", "inputs_embeds") if (t := arguments.get(key)) is not None)
         (rows, tokens), device, many = given.shape[:2], given.device, self._longest
         if rows % len(self._prompts):

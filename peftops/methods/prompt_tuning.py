@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Prompt
-from ..nn.prompt import cached, shifted
+from ..nn.prompt import cached, check_one_sequence, shifted
 from . import register
 from .config import Config, check_choice, check_range, needs, refuse
 from .prompt_start import encoded, frequent
@@ -99,6 +99,7 @@ class PromptTuning(Prompt):
             self.prompt.copy_(torch.cat(rows)[: config.tokens])
 
     def before(self, body: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        check_one_sequence(arguments)
         tokens = len(self.prompt)
         self._new = not cached(arguments)
         if not self._new:

@@ -24,7 +24,7 @@ from ..nn.undo import about
 from ..ops import GroupQuantTensor, group_dequantize, qalora_linear, qalora_merge
 from . import each_target, register
 from .config import Config, check_choice, check_range, check_target, refuse
-from .lora import LoRAConfig, check_rank
+from .lora import LoRAConfig
 from .targets import ALL_LINEAR, Target
 
 
@@ -101,7 +101,7 @@ class QALoRA(Adapter):
             )
         if in_ % group:
             raise ValueError(f"{layer} has {in_} inputs, which is no multiple of group_size={group}")
-        check_rank(config.r, base, layer)
+        self.rank = config.r
         self.lora_A = nn.Parameter(torch.empty(config.r, in_ // group, device=weight.device))
         self.lora_B = nn.Parameter(torch.zeros(out, config.r, device=weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from ..nn import Select, base_of
-from .targets import is_within, layers, matches
+from .targets import check_called, is_within, layers, matches, read_without_calls
 
 
 def copies(
     select_class: type[Select], model: nn.Module, chosen: Callable[[str, nn.Module, str], bool], what: str | None
 ) -> dict[str, Select]:
-    """A ``select_class`` for each layer that has chosen parameters.
+    """A ``select_class`` for each layer that has chosen parameters, and is called.
 
     Args:
         chosen: tells of a layer's name, the layer and a parameter's name in it whether that trains.
@@ -24,7 +24,10 @@ def copies(
         TypeError: a chosen parameter belongs to a module that contains others, not to a layer.
     """
     found: dict[str, Select] = {}
+    not_called = read_without_calls(model)
     for path, module in layers(model):
+        if path in not_called:
+            continue
         base = base_of(module)
         leaves = [leaf for leaf, _ in base.named_parameters(recurse=False) if chosen(path, base, leaf)]
         if not leaves:
@@ -40,10 +43,13 @@ def copies(
 
 
 def whole(model: nn.Module, names: Sequence[str]) -> dict[str, Select]:
-    """Copies of all parameters in the modules that have these names or end in them: HF PEFT's ``modules_to_save``."""
+    """Copies of all parameters in the modules whose names end in one of these: HF PEFT's ``modules_to_save``."""
     if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"modules_to_save must be a list of names, not {names!r}")
+    paths = [path for path, _ in layers(model)]
     for name in names:
-        matches(model, [name], "modules_to_save")
+        if not any(is_within(path, [name]) for path in paths):
+            matches(model, [name], "modules_to_save")  # raises, and tells near names
+    check_called(model, [path for path in paths if is_within(path, names)], f"modules_to_save {list(names)}")
     chosen = lambda path, layer, leaf: is_within(path, names)
     return copies(Select, model, chosen, f"parameters in {', '.join(names)}" if names else None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from ..nn import LINEAR, Prompted, base_of, kind_of, module_at
+from ..nn import LINEAR, Prompted, base_of, kind_of, module_at, unwrapped
+from ..nn.uncalled import uncalled
 from .patterns import matches_whole
 
 ALL_LINEAR = "all-linear"
@@ -17,10 +19,11 @@ Target = str | Sequence[str]
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module by the dotted name that it has while nothing is adapted; an adapted layer counts as the layer that
-    it was, with what that contains, and what prompts contain does not count."""
+    it was, with what that contains, and what prompts contain does not count. Wrappers of torch have no part in it."""
     stack = [("", model)]
     while stack:
         name, module = stack.pop()
+        module = unwrapped(module)
         yield name, module
         if not isinstance(module, Prompted):
             children = list(base_of(module).named_children())
@@ -45,20 +48,24 @@ def find_targets(model: nn.Module, target: Target, kinds: Sequence[str] = (LINEA
     Args:
         target: "all-linear" for every linear layer but the output layer; any other string is a regular
             expression for whole names; a list holds names or their last parts (``"q_proj"`` matches
-            ``"model.layers.0.self_attn.q_proj"``).
+            ``"model.layers.0.self_attn.q_proj"``). Layers whose weights are read without calling them are left out.
         kinds: of layers that are supported; "all-linear" means linear ones anyway.
 
     Raises:
         ValueError: nothing matches; the sentence lists near names.
-        TypeError: a match is of no such kind.
+        TypeError: a match is of no such kind, or is not called.
     """
     if target == ALL_LINEAR:
-        outputs = output_layers(model)
-        linear = [name for name, module in layers(model) if is_linear(module) and name not in outputs]
+        left_out = {*output_layers(model), *read_without_calls(model)}
+        linear = [name for name, module in layers(model) if is_linear(module) and name not in left_out]
         if not linear:
-            raise ValueError(f"target {ALL_LINEAR!r}: the model has no linear layers but its output layer")
+            raise ValueError(
+                f"target {ALL_LINEAR!r}: the model has no linear layers but its output layer "
+                "and such as are not called"
+            )
         return linear
     found = matches(model, target, "target")
+    check_called(model, [name for name, _ in found], f"target {target!r}")
     for name, module in found:
         if kind_of(base_of(module)) not in kinds:
             supported = " and ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
@@ -66,6 +73,21 @@ def find_targets(model: nn.Module, target: Target, kinds: Sequence[str] = (LINEA
                 f"target {target!r} matches {name}, a {type(module).__name__}; only {supported} layers are supported"
             )
     return [name for name, _ in found]
+
+
+def read_without_calls(model: nn.Module) -> set[str]:
+    """The names of the layers that some module reads the weights of: what is in their place would do nothing."""
+    return uncalled((name, base_of(module)) for name, module in layers(model))
+
+
+def check_called(model: nn.Module, names: Collection[str], what: str) -> None:
+    """Raise a TypeError if one of these layers cannot be adapted because it is not called."""
+    for name in sorted(read_without_calls(model) & set(names)):
+        owner = type(base_of(module_at(model, name.rpartition(".")[0]))).__name__
+        raise TypeError(
+            f"{what} matches {name}, whose weights {owner} reads by itself, at least at times: an adapter would do "
+            "nothing then"
+        )
 
 
 def matches(model: nn.Module, target: Target, option: str) -> list[tuple[str, nn.Module]]:
@@ -85,8 +107,9 @@ def matches(model: nn.Module, target: Target, option: str) -> list[tuple[str, nn
 
 
 def is_within(path: str, names: Sequence[str]) -> bool:
-    """Whether a layer is in a module whose name ends in one of these, or is that module."""
-    return any(f".{name}." in f".{path}." for name in names)
+    """Whether a layer is in a module whose name ends in one of these, or is that module. As in HF PEFT, "norm" is the
+    end of "input_norm", too."""
+    return any(f"{name}." in f"{path}." for name in names)
 
 
 def _near(named: list[tuple[str, nn.Module]], target: Target) -> str:
@@ -97,11 +120,13 @@ def _near(named: list[tuple[str, nn.Module]], target: Target) -> str:
     return f"; {'did you mean' if near else 'its linear layers are'}: {', '.join(names)}" if names else ""
 
 
-def suffixes_or_names(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """The shortest list of targets that means exactly these layers: last parts of names if they do."""
-    leaves = {name.rpartition(".")[2] for name in names}
-    meant = {name for name, _ in layers(model) if name.rpartition(".")[2] in leaves}
-    return sorted(leaves) if meant == set(names) else sorted(names)
+def exact_target(model: nn.Module, names: Collection[str]) -> Target:
+    """The shortest target that means exactly these layers: last parts of names, or names, or, where a name is the end
+    of another one, an expression."""
+    for target in ({name.rpartition(".")[2] for name in names}, set(names)):
+        if {name for name, _ in layers(model) if any(f".{name}".endswith(f".{t}") for t in target)} == set(names):
+            return sorted(target)
+    return "|".join(re.escape(name) for name in sorted(names))
 
 
 def has_parameters(module: nn.Module, *, recurse: bool = True) -> bool:
@@ -151,14 +176,14 @@ def sublayers(model: nn.Module) -> list[Sublayers]:
     Raises:
         TypeError: a block is not of that shape.
     """
-    result = []
+    result, not_called = [], read_without_calls(model)
     for block in blocks(model):
         named = [(f"{block}.{name}" if name else block, m) for name, m in layers(model.get_submodule(block))]
         outer: list[str] = []
         for name, module in named:
             if "Attention" in type(base_of(module)).__name__ and not any(name.startswith(f"{o}.") for o in outer):
                 outer.append(name)
-        linear = [name for name, module in named if is_linear(module)]
+        linear = [name for name, module in named if is_linear(module) and name not in not_called]
         attention = [[n for n in linear if n.startswith(f"{o}.")] for o in outer]
         rest = [n for n in linear if not any(n.startswith(f"{o}.") for o in outer)]
         if not rest or not outer or not all(attention):

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from ..nn import Adapter, low_rank, sizes
 from . import each_target, register
 from .config import Config, check_range, check_target
-from .lora import check_rank
 from .targets import ALL_LINEAR, Target
 
 
@@ -99,7 +98,7 @@ class TiedLoRA(ScaledFactors):
 
     def __init__(self, base: nn.Module, config: TiedLoRAConfig, layer: str, like: TiedLoRA | None = None):
         super().__init__()
-        check_rank(config.r, base, layer)
+        self.rank = config.r
         (in_, out), r, device = sizes(base), config.r, base.weight.device
         self.shape, self.tied = f"{in_}x{out}", {"tied_A": config.tie_A, "tied_B": config.tie_B}
         self.scaling, self.dropout = (r if config.alpha is None else config.alpha) / r, config.dropout

@@ -1,7 +1,19 @@
 """The blocks that methods are made of."""
 
 from .adamw8bit import AdamW8bit
-from .adapter import PREFIX, AdaptedLayer, Adapter, MergeError, Stored, Switch, base_of, module_at, owner_of
+from .adapter import (
+    PREFIX,
+    WRAPPERS,
+    AdaptedLayer,
+    Adapter,
+    MergeError,
+    Stored,
+    Switch,
+    base_of,
+    module_at,
+    owner_of,
+    unwrapped,
+)
 from .adapter_pool import AdapterPool, PoolFull, peak_tokens
 from .gated_prompt import GatedPrompt
 from .group_linear import GroupConv2d, GroupLinear
@@ -25,11 +37,11 @@ from .select import Select
 from .tensor_parallel import column_parallel_lora, row_parallel_lora, shard_lora, unshard_lora
 
 __all__ = [
-    "CONVOLUTION", "EMBEDDING", "LINEAR", "PREFIX", "AdamW8bit",
+    "CONVOLUTION", "EMBEDDING", "LINEAR", "PREFIX", "WRAPPERS", "AdamW8bit",
     "AdaptedLayer", "Adapter", "AdapterPool", "GatedPrompt",
     "GroupConv2d", "GroupLinear", "MergeError", "NF4Linear", "PoolFull", "Prompt", "Prompted", "Select", "Stored",
     "Switch", "as_matrix", "base_of", "column_parallel_lora", "dense_matrix", "dequantized", "factor_shapes",
     "is_conv1d", "is_quantized", "kind_of", "low_rank", "matrix", "module_at", "owner_of", "peak_tokens", "product",
     "quantize_linears", "quantized_like", "row_parallel_lora", "shard_lora", "shell_of", "sizes", "unshard_lora",
-    "with_matrix",
+    "unwrapped", "with_matrix",
 ]  # fmt: skip

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .layers import LINEAR, dense_matrix, matrix, sizes, with_matrix
+from .layers import LINEAR, dense_matrix, kind_of, sizes, with_matrix
 from .quantized import dequantized, is_quantized, quantized_like
 
 PREFIX = "base_model.model."  # of PEFT's keys, for its wrappers around the model
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # where they keep what they are around
 
 
 class Switch:
@@ -49,11 +50,18 @@ class Stored(nn.Module):
         values = {name: getattr(self, name, None) for name in (*self.peft_keys, *self.peft_shared)}
         return {name: value for name, value in values.items() if value is not None}
 
+    def complete(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file that has all of :meth:`stored`, with what it leaves to be made of the base again."""
+        return tensors
+
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """The reverse, under ``torch.no_grad()``; the shapes are those of :meth:`stored`."""
         own = self.stored()
         for name, value in tensors.items():
             own[name].copy_(value)
+
+    def left(self) -> None:
+        """It has been taken off its model."""
 
     def merge_into(self, base: nn.Module, *, dense: bool) -> tuple[nn.Module, MergeError]:
         """A plain layer that computes what the adapted one does."""
@@ -67,6 +75,7 @@ class Adapter(Stored):
     """
 
     layers: ClassVar[tuple[str, ...]] = (LINEAR,)  # kinds of layers it can adapt, as nn.layers has them
+    rank: int = 0  # of the product that it adds to a weight, if it does; more than a weight's own is of no use
 
     def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
         """What the adapted layer computes."""
@@ -120,7 +129,7 @@ class AdaptedLayer(nn.Module):
     def put(cls, model: nn.Module, path: str, name: str, adapter: Adapter, switch: Switch) -> None:
         """Let the layer at ``path`` have one more adapter."""
         owner, leaf = owner_of(model, path)
-        layer = getattr(owner, leaf)
+        layer = unwrapped(getattr(owner, leaf))
         if not isinstance(layer, cls):
             layer = cls(adapter.begin(layer), switch).train(layer.training)
             setattr(owner, leaf, layer)
@@ -142,11 +151,29 @@ class AdaptedLayer(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return sizes(self.base)[0]
+        return self._sizes()[0]
 
     @property
     def out_features(self) -> int:
-        return matrix(self.base).shape[0]
+        return self._sizes()[1]
+
+    @out_features.setter
+    def out_features(self, count: int) -> None:
+        self.base.out_features = count
+
+    def _sizes(self) -> tuple[int, int]:
+        if kind_of(self.base) is None:
+            raise AttributeError(f"a {type(self.base).__name__} has no in_features and out_features")
+        return sizes(self.base)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """(What ties weights sets them. A layer that is merged stands in for one that they are tied of no longer.)"""
+        if name not in ("weight", "bias") or "base" not in self._modules:
+            super().register_parameter(name, param)
+        elif not self.is_merged:
+            setattr(self.base, name, param)
+        elif getattr(self.base, name) is not param:
+            raise ValueError(f"an adapter is merged into this {name}; unmerge it before it is tied to another one")
 
     @property
     def is_merged(self) -> bool:
@@ -173,8 +200,21 @@ class AdaptedLayer(nn.Module):
             self._unmerged = []
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What torch's wrappers are around (``torch.compile``, DistributedDataParallel, checkpointing); usually ``module``
+    itself. Their names are no part of a model's."""
+    while True:
+        leaf = next((leaf for leaf in WRAPPERS if leaf in module._modules), None)
+        if leaf is None and isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            leaf = "module"
+        if leaf is None:
+            return module
+        module = module._modules[leaf]
+
+
 def base_of(module: nn.Module) -> nn.Module:
     """The layer that an adapted layer was, or the layer itself."""
+    module = unwrapped(module)
     return module.base if isinstance(module, AdaptedLayer) else module
 
 
@@ -184,7 +224,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     module = model
     for leaf in path.split(".") if path else ():
         module = getattr(base_of(module), leaf)
-    return module
+    return unwrapped(module)
 
 
 def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:

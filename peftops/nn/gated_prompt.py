@@ -2,7 +2,8 @@
 
 Which model it is does not matter, only that its attention goes through transformers' registry of attention
 functions. There it hands over queries, keys and values as they are attended to, normed and rotated. The functions
-in the registry are wrapped once; a call that brings no prompt along passes straight through.
+in the registry are wrapped once; a call that brings no prompt along passes straight through. When the last who needs
+that leaves, they are as they were.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import with_gated_prompt
+from ..ops.lora_linear import autocasting
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # its name in the files of transformers' models
 ARGUMENT = "peftops_attention"  # a call's own attention: modules hand on what they do not know
@@ -36,8 +39,12 @@ def check_attention(module: nn.Module, name: str) -> None:
         raise TypeError(f"{name}, a {type(module).__name__}, hands no arguments on to its attention function")
 
 
-def open_registry(module: nn.Module) -> None:
-    """Let the attention function that a module uses give way to :data:`ARGUMENT`."""
+# Of functions that give way, by registry and name: the registry, and who needs that. (torch.compile traces no sets.)
+_USERS: dict[tuple[int, str], tuple[Any, WeakSet]] = {}
+
+
+def open_registry(module: nn.Module, user: nn.Module) -> None:
+    """Let the attention function that a module uses give way to :data:`ARGUMENT`, until the user leaves."""
     registry = inspect.unwrap(type(module).forward).__globals__[REGISTRY]
     name = module.config._attn_implementation
     if name not in registry:
@@ -47,6 +54,19 @@ def open_registry(module: nn.Module) -> None:
         )
     if not hasattr(registry[name], ARGUMENT):
         registry[name] = _giving_way(registry[name])
+    if not torch.compiler.is_compiling():
+        _USERS.setdefault((id(registry), name), (registry, WeakSet()))[1].add(user)
+
+
+def close_registry(user: nn.Module) -> None:
+    """The user leaves: functions that nobody needs to give way any more are what they were."""
+    for key, (registry, users) in list(_USERS.items()):
+        users.discard(user)
+        if not users:
+            del _USERS[key]
+            function = registry[key[1]]
+            if hasattr(function, ARGUMENT):  # (somebody may have put another one there)
+                registry[key[1]] = function.__wrapped__
 
 
 def _giving_way(function: Callable) -> Callable:
@@ -101,10 +121,11 @@ class GatedPrompt(nn.Module):
 
         ``image`` ``[batch, 1 or tokens, hidden]`` is added to the prompt of each sample.
         """
-        open_registry(attention)
+        open_registry(attention, self)
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         make = lambda: self._project(attention, hidden.dtype, kwargs, image)
-        key, value = self._kept((image, self.prompt, *attention.parameters()), hidden.dtype, make)
+        dtypes = hidden.dtype, autocasting(hidden) and torch.get_autocast_dtype(hidden.device.type)
+        key, value = self._kept((image, self.prompt, *attention.parameters()), dtypes, make)
 
         def with_prompt(function: Callable, module: nn.Module, query: Tensor, *rest: Any, **options: Any) -> Any:
             weights = None
@@ -139,7 +160,8 @@ class GatedPrompt(nn.Module):
             return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1]), None
 
         attention(prompt, attention_mask=None, **still, **{ARGUMENT: take})
-        return found[0], found[1]
+        key, value = found
+        return key.to(value.dtype), value  # (under autocast, turning keys makes them float32 again)
 
     def extra_repr(self) -> str:
         tokens, hidden = self.prompt.shape

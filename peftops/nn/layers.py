@@ -1,6 +1,14 @@
 """The layers that low-rank methods can adapt, each seen as one matrix ``[out, in]``.
 
-==============  =========================  ==================="""
+===================  ==========================================  =================================
+layer                its weight                                  as a matrix
+===================  ==========================================  =================================
+``nn.Linear``        ``[out, in]``                               itself
+``Conv1D`` (GPT-2)   ``[in, out]``                               transposed
+``nn.Embedding``     ``[ids, width]``                            transposed: in = ids, out = width
+``nn.Conv2d``        ``[out, channels, height, width]``          in = channels * height * width
+===================  ==========================================  =================================
+"""
 
 from __future__ import annotations
 

@@ -99,6 +99,24 @@ def cached(arguments: dict[str, Any]) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+def check_one_sequence(arguments: dict[str, Any]) -> None:
+    """Raise a ValueError for rows that several sequences are packed into: a prompt would stand before the first one
+    alone, and a prefix join them all. transformers takes positions for such where they do not go on one by one and
+    there is no mask."""
+    what = "several sequences in a row, and a prompt stands before one; give each sequence a row of its own"
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx"):
+        if arguments.get(name) is not None:
+            raise ValueError(f"{name} tells of {what}")
+    positions = arguments.get("position_ids")
+    if positions is None or positions.dim() > 2 or arguments.get("attention_mask") is not None or cached(arguments):
+        return
+    in_turn = (positions.diff(dim=-1) == 1).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(in_turn, f"position_ids tell of {what}")
+    elif not in_turn:
+        raise ValueError(f"position_ids tell of {what}")
+
+
 def shifted(arguments: dict[str, Any], by: int, *, new: bool) -> dict[str, Any]:
     """The mask and the positions of a call whose tokens have ``by`` more in front of them.
 

@@ -81,6 +81,8 @@ class _Query(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dquery):
+        if not ctx.arrived:  # the loss is of something that the attention keeps beside its output
+            return dquery, None, None, None, None, None, None
         query, prompt_key, prompt_value, gate = ctx.saved_tensors
         weight = _weight(gate, ctx.tanh, query.shape[1])
         if not (dquery.is_contiguous() or dquery.transpose(1, 2).is_contiguous()):

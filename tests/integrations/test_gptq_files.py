@@ -1,8 +1,12 @@
+import warnings
+from functools import partial
+
 import pytest
 import torch
 
 import peftops
 from peftops.integrations.gptq_files import from_gptq, to_gptq, to_gptq_integers
+from peftops.ops.group_tensor import pack_bits, unpack_bits
 
 every_width = pytest.mark.parametrize("bits", [2, 3, 4, 8])
 
@@ -38,7 +42,7 @@ def test_the_layout_is_gptqs(bits):
     dense = integers["scales"].float().repeat_interleave(32, 0) * (
         gptq_unpack(integers["qweight"], bits) - (zeros + 1).repeat_interleave(32, 0)
     )
-    assert torch.equal(peftops.group_dequantize(from_gptq(integers, bits=bits)), dense.t())
+    assert torch.equal(peftops.group_dequantize(from_gptq(integers, bits=bits, checkpoint_format="gptq")), dense.t())
 
 
 @every_width
@@ -59,7 +63,7 @@ def test_the_report_on_whole_zeros_is_honest(bits):
     merged = peftops.qalora_merge(weight, torch.randn(4, 6), 1e-3 * torch.randn(64, 4))
     parts, report = to_gptq_integers(merged, weight)
     dense = lambda w: peftops.group_dequantize(w).double()
-    want, got = dense(merged), dense(from_gptq(parts, bits=bits))
+    want, got = dense(merged), dense(from_gptq(parts, bits=bits, checkpoint_format="gptq"))
     assert report.weight_error == pytest.approx(float((got - want).norm() / want.norm()), rel=1e-4)
     assert report.lost_change == pytest.approx(float((got - want).norm() / (want - dense(weight)).norm()), rel=1e-4)
     shift = (merged.zeros.round().clamp(1, 2**bits) - merged.zeros).abs()
@@ -97,3 +101,29 @@ def test_bad_input():
             from_gptq({**parts, **bad}, bits=4)
     with pytest.raises(KeyError, match="qzeros"):
         from_gptq({name: t for name, t in parts.items() if name != "qzeros"}, bits=4)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_both_formats_are_read_and_told_apart_where_they_can_be(bits, symmetric):
+    weight = peftops.group_quantize(torch.randn(64, 128), bits=bits, symmetric=symmetric)
+    weight = peftops.GroupQuantTensor.from_codes(
+        weight.codes, weight.scales.half().float(), weight.zeros.round().clamp(1, 2**bits - 1), bits=bits,
+        dtype=torch.float32,
+    )  # fmt: skip
+    first, _ = to_gptq_integers(weight)
+    zeros = unpack_bits(first["qzeros"].view(torch.uint8), bits) + 1
+    second = first | {"qzeros": pack_bits(zeros, bits).contiguous().view(torch.int32)}
+    want = peftops.group_dequantize(weight)
+    for name, parts in (("gptq", first), ("gptq_v2", second)):
+        read = partial(lambda parts, **options: peftops.group_dequantize(from_gptq(parts, bits=bits, **options)), parts)
+        assert torch.equal(read(checkpoint_format=name), want)
+        if symmetric:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert torch.equal(read(), want)
+        else:
+            with pytest.warns(UserWarning, match="nothing tells whether zeros are stored less one"):
+                assert torch.equal(read(), want) == (name == "gptq")
+    with pytest.raises(ValueError, match="checkpoint_format must be one of gptq, gptq_v2, not 'marlin'"):
+        from_gptq(first, bits=bits, checkpoint_format="marlin")

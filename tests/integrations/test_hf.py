@@ -152,7 +152,7 @@ def test_bitsandbytes_tensors_round_trip(kw):
         from_bitsandbytes({**tensors, "weight.quant_map": torch.zeros(16)})
 
 
-def write_gguf(path, model, kind="llama"):
+def write_gguf(path, model, kind="llama", factors=None, scaling=None):
     """A GGUF of a llama with float32 and Q8_0 tensors, written from llama.cpp's rules: names, permuted q and k."""
     import gguf
 
@@ -167,6 +167,11 @@ def write_gguf(path, model, kind="llama"):
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if scaling:
+        writer.add_rope_scaling_type(scaling)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", np.array(factors, dtype=np.float32))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         values = tensor.float().numpy()
@@ -204,6 +209,67 @@ def test_reads_gguf(llama_gguf, what):
     assert torch.equal(dense.model.layers[1].self_attn.q_proj.weight, attention.q_proj.weight)
     model = peftops.load_model(path)
     assert torch.equal(model(ids).logits, quantised(dense)(ids).logits)
+
+
+def llama3_factors(theta, width, factor):
+    """By what each frequency is divided in Llama 3.1, as llama.cpp writes it."""
+    factors = []
+    for frequency in 1 / theta ** (np.arange(0, width, 2) / width):
+        length = 2 * np.pi / frequency
+        smooth = (8192 / length - 1) / (4 - 1)
+        between = 1 / ((1 - smooth) / factor + smooth)
+        factors.append(1.0 if length < 8192 / 4 else factor if length > 8192 else between)
+    return factors
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_rotary_frequencies_of_a_gguf_are_used(tmp_path, factor):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    pytest.importorskip("gguf")
+    config = models.llama(tied=False).config.to_dict() | {"rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192}}  # fmt: skip
+    original = LlamaForCausalLM(LlamaConfig(**config))
+    write_gguf(tmp_path / "model.gguf", original, factors=llama3_factors(5e5, 16, factor))
+    model = peftops.load_model(tmp_path, quantize=False)
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, original.model.rotary_emb.inv_freq, rtol=1e-5, atol=0)
+    model.save_pretrained(tmp_path / "again")
+    again = peftops.load_model(tmp_path / "again", quantize=False)
+    assert torch.equal(again.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+
+
+def test_factors_of_one_change_nothing_and_others_are_refused(tmp_path):
+    pytest.importorskip("gguf")
+    original = models.llama(tied=False)
+    write_gguf(tmp_path / "model.gguf", original, factors=[1.0] * 8)
+    model = peftops.load_model(tmp_path, quantize=False)
+    assert torch.equal(model.model.rotary_emb.inv_freq, original.model.rotary_emb.inv_freq)
+    for factors in ([1.0] * 7 + [2.5], [1.0] * 3 + [8.0]):
+        write_gguf(tmp_path / "model.gguf", original, factors=factors)
+        with pytest.raises(ValueError, match="rope_freqs.weight, which are not those of Llama 3.1"):
+            peftops.load_model(tmp_path)
+
+
+def test_scaled_positions_of_a_gguf_are_refused(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    write_gguf(tmp_path / "model.gguf", models.llama(tied=False), scaling=gguf.RopeScalingType.YARN)
+    with pytest.raises(ValueError, match="scales rotary positions .yarn."):
+        peftops.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_frequencies_of_old_files_are_compared(dense, dtype):
+    original, folder = dense
+    file, own = folder / "model.safetensors", original.model.rotary_emb.inv_freq
+    tensors, key = load_file(file), "model.layers.{}.self_attn.rotary_emb.inv_freq"
+    save_file(tensors | {key.format(i): own.to(dtype).clone() for i in range(2)}, file)
+    model = peftops.load_model(folder, quantize=False)
+    assert torch.equal(model(ids).logits, original(ids).logits)
+    for other in (own * 0.9, own[:4].clone()):
+        save_file(tensors | {key.format(0): other.to(dtype)}, file)
+        with pytest.raises(ValueError, match="inv_freq has other rotary frequencies than"):
+            peftops.load_model(folder)
 
 
 def test_a_damaged_gguf_raises(llama_gguf):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import re
 
 import pytest
 import torch
@@ -239,6 +240,35 @@ def test_bf16_base_with_float32_adapter(example):
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
+@methods_that(lambda e: e.merges)
+def test_what_is_cast_with_its_adapter_merges(example):
+    """``model.to(bfloat16)`` casts the factors, too."""
+    _, model = adapted(example)
+    shake(model)
+    model.to(torch.bfloat16)
+    run = lambda: (model(x.bfloat16()) if example.build is models.mlp else example.run(model)).float()
+    want = run()
+    peftops.merge(model, dense=True)
+    assert (run() - want).norm() < 0.02 * want.norm()
+
+
+@every_method
+def test_autocast_of_a_float32_model(example):
+    """As ``Trainer(bf16=True)`` runs it: all gradients arrive, and what is computed is about the same."""
+    _, model = adapted(example)
+    shake(model)
+    want = example.run(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = example.run(model)
+    assert (y.float() - want).norm() < 0.1 * want.norm()
+    y.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():  # nothing that was kept under autocast is taken for what is computed without
+        with torch.autocast("cpu", torch.bfloat16):
+            example.run(model)
+        torch.testing.assert_close(example.run(model), want, rtol=1e-4, atol=1e-4)
+
+
 @every_method
 def test_gradient_checkpointing_gives_the_same_gradients(example):
     _, model = adapted(example, build=models.llama if example.build is models.mlp else example.build)
@@ -326,13 +356,40 @@ def test_codes_that_it_cannot_change_are_refused(example):
     assert all(torch.equal(value, state[key]) for key, value in base.state_dict().items())
 
 
-@methods_that(lambda e: hasattr(e.config, "r") and type(e.config) is not peftops.VeRAConfig)  # whose rank may be any
-def test_a_rank_above_a_layers_size_is_refused(example):
+@methods_that(lambda e: hasattr(e.config, "alpha"))
+@pytest.mark.parametrize("alpha", [0, -3.0])
+def test_any_scaling_computes_or_is_refused(example, alpha):
+    """One of 0 is none, and one below 0 a sign; some methods divide by it, or take its root."""
     model = example.build()
     kinds = [type(m) for m in model.modules()]
-    with pytest.raises(ValueError, match="r=1000 is more than [a-z0-9_.]+ can use: its weight is [0-9]+ x [0-9]+"):
-        peftops.attach(model, dataclasses.replace(example.config, r=1000))
-    assert not hasattr(model, "_peftops") and [type(m) for m in model.modules()] == kinds
+    try:
+        peftops.attach(model, dataclasses.replace(example.config, alpha=alpha))
+    except ValueError as error:
+        assert re.match(".* needs a scaling above 0, and alpha makes that of [a-z0-9_.]+ (0|-)", str(error))
+        assert [type(m) for m in model.modules()] == kinds and not hasattr(model, "_peftops")
+        return
+    y = example.run(model)
+    y.sum().backward()
+    assert y.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@methods_that(lambda e: hasattr(e.config, "r") and type(e.config) is not peftops.VeRAConfig)  # whose rank may be any
+def test_a_rank_above_a_layers_size_is_allowed_and_said_once(example, tmp_path):
+    """As in HF PEFT. It computes, merges and goes through a file as any other does."""
+    config = dataclasses.replace(example.config, r=100)
+    said = r"r=100 is more than [a-z0-9_.]+ can use and \d+ other layers: its weight is \d+ x \d+"
+    with pytest.warns(UserWarning) as caught:
+        model = peftops.attach(example.build(), config)
+    assert [bool(re.match(said, str(w.message))) for w in caught] == [True]
+    if example.starts_as_base and not config.quantizes and type(config) is not peftops.QALoRAConfig:
+        torch.testing.assert_close(example.run(model), example.run(example.build()), rtol=1e-4, atol=1e-4)
+    shake(model)
+    want = example.run(model)
+    peftops.save(model, tmp_path)
+    torch.testing.assert_close(example.run(peftops.load(example.build(), tmp_path)), want, rtol=1e-4, atol=1e-3)
+    if example.merges:
+        peftops.merge(model, dense=True)
+        torch.testing.assert_close(example.run(model), want, rtol=1e-3, atol=1e-3)
 
 
 def narrower(example):

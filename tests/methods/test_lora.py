@@ -130,11 +130,10 @@ def test_an_error_leaves_the_model_as_it_was():
     before = [type(m) for m in model.modules()]
     for config in (
         LoRAConfig(target=["nothing"]),
-        LoRAConfig(r=65),
         QLoRAConfig(target=["nothing"]),
-        QLoRAConfig(r=65),
+        QLoRAConfig(target=["norm"]),
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises((TypeError, ValueError)):
             peftops.attach(model, config)
         assert [type(m) for m in model.modules()] == before
         assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "_peftops")
@@ -180,8 +179,6 @@ def test_bad_calls():
     ):
         with pytest.raises(ValueError, match="merged"):
             call(model)
-    with pytest.raises(ValueError, match="r=33 is more than 2 can use: its weight is 32 x 96"):
-        peftops.attach(models.mlp(), LoRAConfig(r=33))
 
 
 def test_training_flags_come_back():

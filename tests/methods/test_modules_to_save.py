@@ -1,6 +1,8 @@
 """modules_to_save: what trains whole beside adapters."""
 
 import json
+import re
+import warnings
 
 import pytest
 import torch
@@ -164,3 +166,24 @@ def test_a_pool_holds_no_head(saved):
     pool = pool_for(models.bert(), target=["query"])
     with pytest.raises(ValueError, match=r"has base_model.model.classifier.\w+; a pool holds A and B of linear layers"):
         add_adapter(pool, "one", saved)
+
+
+HEADS = [
+    (models.bert, LoRAConfig(r=2), "classifier"), (models.vit, LoRAConfig(r=2), "classifier"),
+    (models.bert, peftops.TopLayersConfig(layers=1), "classifier"),
+    (models.bert, peftops.SurgicalConfig(), "classifier"),
+    (models.llama, LoRAConfig(r=2), None), (models.mlp, LoRAConfig(r=2), None),
+    (models.bert, peftops.HeadOnlyConfig(), None), (models.bert, LoRAConfig(r=2, modules_to_save=["classifier"]), None),
+    (models.bert, LoRAConfig(r=2, target=["query", "classifier"]), None),
+    (models.bert, peftops.TopLayersConfig(layers=1, head=True), None),
+]
+
+
+@pytest.mark.parametrize("build, config, head", HEADS)
+def test_a_head_that_will_not_train_is_told(build, config, head):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peftops.attach(build(), config)
+    told = [str(w.message) for w in caught if "will not train" in str(w.message)]
+    assert len(told) == (head is not None)
+    assert all(re.match(f"{head} of .* modules_to_save=\\['{head}'\\]", message) for message in told)

@@ -1,6 +1,7 @@
 """A prompt beside the attention of any decoder of transformers, without a word about whose it is."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import models
 import reference
-from peftops import LoRAConfig, attach
+from peftops import LLaMAAdapterConfig, LongLoRAConfig, LoRAConfig, attach, detach
 from peftops.nn.gated_prompt import GatedPrompt, check_attention, is_attention
 from peftops.nn.prompt import cache_name
 
@@ -194,3 +195,25 @@ def test_compiles_without_a_graph_break(kind):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(ids).logits, model(ids).logits)
     compiled(ids).logits.sum().backward()
+
+
+@pytest.mark.parametrize("config", [LLaMAAdapterConfig(tokens=3, layers=1), LongLoRAConfig(r=2)], ids=["LLaMA", "Long"])
+def test_the_registry_is_as_it_was_when_the_last_one_has_left(config, monkeypatch):
+    registry = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    name = models.llama().config._attn_implementation
+    plain = inspect.unwrap(registry[name])  # (other tests may have left models)
+    monkeypatch.setitem(registry, name, plain)
+    first, second = (attach(models.llama(), config).train() for _ in range(2))
+    assert registry[name] is plain
+    copied = copy.deepcopy(first)
+    for model in (first, second, copied):
+        model(ids)
+    assert registry[name] is not plain
+    want = second(ids).logits
+    for model in (copied, first):
+        detach(model)
+        assert registry[name] is not plain and torch.equal(second(ids).logits, want)
+    detach(second)
+    assert registry[name] is plain
+    second(ids)
+    assert registry[name] is plain

@@ -461,3 +461,28 @@ def test_bad_input(device):
         op.gated_prompt_backward_(dquery.bfloat16(), good["out"], *args)
     with pytest.raises(RuntimeError, match=r"g must have shape \[2, 4, 5, 8\]"):
         op.gated_prompt_backward(good["out"][:, :2], *args, True)
+
+
+def test_a_loss_on_what_the_attention_keeps():
+    """Not on what is returned, or on both: the prompt has no part in what the attention keeps for itself."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, 5, 8, requires_grad=True) for _ in range(3))
+    prompt = [torch.randn(4, 3, 8, requires_grad=True) for _ in range(2)]
+    gate = torch.randn(4, requires_grad=True)
+    kept = []
+
+    def attend(q):
+        kept[:] = [F.scaled_dot_product_attention(q, key, value)]
+        return kept[0]
+
+    leaves = [query, key, value, *prompt, gate]
+    product = lambda f: f(attend, query, *prompt, gate)
+    plain = lambda attend, query, *rest: peftops.add_gated_prompt(attend(query), query, *rest)
+    for loss in (lambda y: kept[0].sum(), lambda y: y.sum() + kept[0].square().sum(), lambda y: y.square().sum()):
+        got, want = (
+            torch.autograd.grad(loss(product(f)), leaves, allow_unused=True) for f in (peftops.with_gated_prompt, plain)
+        )
+        for a, b in zip(got, want, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

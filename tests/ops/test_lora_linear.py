@@ -157,3 +157,21 @@ def test_bad_input(device):
         op.lora_shrink(x, B, True, 1.0, 0.0, None)
     with pytest.raises(RuntimeError, match="u must be float32"):
         op.lora_gradient(torch.zeros(5, 4, device=device).bfloat16(), x, torch.float32, True, 1.0, 0.0, None)
+
+
+@pytest.mark.parametrize("op", ["lora_linear", "nf4_linear", "group_linear", "qalora_linear"])
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 64), (2, 1, 3, 64)], ids=str)
+def test_what_an_op_returns_can_be_changed_in_place(op, shape):
+    """As models do: ``y += residual``, ``y[mask] = value``."""
+    torch.manual_seed(0)
+    x, dense = torch.randn(shape, requires_grad=True), torch.randn(96, 64)
+    weight = {"lora_linear": lambda w: w, "nf4_linear": peftops.nf4_quantize}.get(op, peftops.group_quantize)(dense)
+    inputs = 64 // 32 if op == "qalora_linear" else 64
+    factors = {"lora_A": torch.randn(4, inputs, requires_grad=True), "lora_B": torch.randn(96, 4, requires_grad=True)}
+    product = lambda: getattr(peftops, op)(x, weight, **factors)
+    grads = lambda y: torch.autograd.grad(y.square().sum(), [x, *factors.values()])
+    want = grads(product() + 1)
+    y = product()
+    y += 1
+    for got, grad in zip(grads(y), want, strict=True):
+        torch.testing.assert_close(got, grad)

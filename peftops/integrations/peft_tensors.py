@@ -1,0 +1,93 @@
+"""What the tensors of an adapter's file are of: each is found a place, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatch
+
+import torch
+from torch import Tensor, nn
+
+from ..methods.targets import is_within, layers
+from ..nn import PREFIX, WRAPPERS, Stored, base_of, is_quantized, module_at
+
+_BASE = ".base_layer.weight"
+
+
+def plain_names(tensors: dict[str, Tensor], model: nn.Module, file: object) -> dict[str, Tensor]:
+    """The tensors by the names of the model that torch's wrappers were around as they were saved."""
+    ddp = "" if any(path == "module" for path, _ in layers(model)) else "module."
+    result: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+        name = name.removeprefix(ddp)
+        if name.startswith(PREFIX):
+            name = PREFIX + name.removeprefix(PREFIX).removeprefix(ddp)
+        if name in result:
+            raise ValueError(f"{file} holds {name} twice, once under the name of a wrapper")
+        result[name] = tensor
+    return result
+
+
+def adapters_own(tensors: dict[str, Tensor], model: nn.Module, file: object) -> dict[str, Tensor]:
+    """Without what HF PEFT adds that is no adapter's: the weight of a layer that is adapted, and zeros where GLoRA has
+    nothing.
+
+    Raises:
+        ValueError: such a weight is not the model's own, or such zeros are none.
+    """
+    result = {}
+    for key, tensor in tensors.items():
+        if key.endswith(_BASE):
+            _check_base(key.removeprefix(PREFIX).removesuffix(_BASE), tensor, model, file)
+        elif key.endswith(".zeros") and not tensor.any():
+            pass
+        else:
+            result[key] = tensor
+    return result
+
+
+def _check_base(path: str, tensor: Tensor, model: nn.Module, file: object) -> None:
+    if path not in (name for name, _ in layers(model)):
+        raise ValueError(f"{file} is for another model: this one has no {path}")
+    weight = getattr(base_of(module_at(model, path)), "weight", None)
+    if weight is None or is_quantized(weight) or weight.shape != tensor.shape:
+        own = "no dense weight" if weight is None or is_quantized(weight) else list(weight.shape)
+        raise ValueError(f"{file} holds the weight of {path} itself, {list(tensor.shape)}; the model's is {own}")
+    if not torch.equal(weight, tensor.to(weight.device, weight.dtype)):
+        raise ValueError(
+            f"{file} holds the weight of {path} itself, and the model has another one (PEFT saves it where the "
+            f"vocabulary was resized). The adapter stands on that: copy the file's tensor {PREFIX}{path}{_BASE} into "
+            f"model.get_submodule({path!r}).weight before you load it"
+        )
+
+
+def adapted_layers_of(
+    adapter_class: type[Stored], tensors: dict[str, Tensor], model: nn.Module, whole: Sequence[str], file: object
+) -> set[str]:
+    """The names of the layers that the tensors adapt, those that train whole left out.
+
+    Raises:
+        ValueError: a tensor is of no such layer; the model has no layer of that name.
+    """
+    suffixes = [f".{key}" for key in adapter_class.peft_keys.values()]
+    known = {path for path, _ in layers(model)}
+    found, strangers = set(), set()
+    for key in tensors:
+        name = key.removeprefix(PREFIX)
+        owner = name.rpartition(".")[0]
+        path = next((name.removesuffix(s) for s in suffixes if name.endswith(s)), None) if name != key else None
+        if (path is None or owner in known) and is_within(owner, whole):
+            continue
+        if path is not None:
+            (found if path in known else strangers).add(path)
+        elif not any(fnmatch(key, shared) for shared in adapter_class.peft_shared.values()):
+            raise ValueError(f"{file} has an unexpected tensor {key}")
+    if strangers:
+        raise ValueError(f"{file} is for another model: this one has no {some(sorted(strangers))}")
+    return found
+
+
+def some(things: list[str], most: int = 4) -> str:
+    rest = len(things) - most
+    return ", ".join(things[:most]) + (f" and {rest} more" if rest > 0 else "")

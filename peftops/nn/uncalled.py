@@ -1,0 +1,82 @@
+"""Layers whose weights a module reads by itself, without calling them: what stands in for such a layer does nothing.
+
+``nn.MultiheadAttention`` hands ``self.out_proj.weight`` to a function, ``nn.TransformerEncoderLayer`` in eval mode all
+that it has, and some of transformers' modules (WavLM's attention, Mamba's mixers with their fused kernels) do the like.
+Only the code of their ``forward`` tells, so that is read.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+# What is asked of a weight that is not its values.
+_LOOKS = {"device", "dim", "dtype", "is_meta", "layout", "ndim", "numel", "requires_grad", "shape", "size"}
+_TESTS = {"isinstance", "hasattr", "getattr"}
+
+
+def uncalled(named: Iterable[tuple[str, nn.Module]]) -> set[str]:
+    """The names of the layers among these modules that another one of them reads the weights of."""
+    return {f"{path}.{name}".lstrip(".") for path, module in named for name in read_by(type(module))}
+
+
+@functools.cache
+def read_by(kind: type[nn.Module]) -> frozenset[str]:
+    """The layers, as ``self.NAME`` or ``self.NAME.NAME``, of which a class's forward reads a weight.
+
+    One that it also calls counts if the weight is handed on as it is, which is a faster way to do the same. (Parts of
+    a weight that are read beside are for cases of old models that hardly occur.)
+    """
+    read, whole, called, done, to_do = set(), set(), set(), set(), ["forward"]
+    while to_do:
+        method = to_do.pop()
+        done.add(method)
+        for body in _bodies(kind, method):
+            aside = {id(node) for node in _not_values(body)}
+            parts = {id(n.value) for n in ast.walk(body) if isinstance(n, ast.Attribute | ast.Subscript)}
+            for node in ast.walk(body):
+                if isinstance(node, ast.Call) and (name := _own(node.func)):
+                    called.add(name)
+                name = _own(node)
+                if name and "." not in name and name not in done and callable(getattr(kind, name, None)):
+                    to_do.append(name)
+                layer, _, leaf = (name or "").rpartition(".")
+                if layer and leaf in ("weight", "bias") and isinstance(node.ctx, ast.Load) and id(node) not in aside:
+                    read.add(layer)
+                    whole |= set() if id(node) in parts else {layer}
+    return frozenset(layer for layer in read if layer in whole or layer not in called)
+
+
+def _bodies(kind: type, method: str) -> Iterator[ast.AST]:
+    """A method, as each of a class and its bases writes it: they may call one another."""
+    for base in kind.__mro__:
+        if base in (nn.Module, object) or method not in vars(base):
+            continue
+        try:
+            yield ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(vars(base)[method]))))
+        except (OSError, TypeError, SyntaxError):  # made by a program, or not in Python
+            continue
+
+
+def _own(node: ast.AST) -> str | None:
+    """``a.b`` of ``self.a.b``."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join(reversed(parts)) if parts and isinstance(node, ast.Name) and node.id == "self" else None
+
+
+def _not_values(body: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.walk(body):
+        if isinstance(node, ast.Attribute) and node.attr in _LOOKS:
+            yield node.value
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _TESTS:
+            yield from node.args
+        elif isinstance(node, ast.Compare) and all(isinstance(op, ast.Is | ast.IsNot) for op in node.ops):
+            yield node.left
