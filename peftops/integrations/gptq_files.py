@@ -93,17 +93,15 @@ def from_gptq(parts: dict[str, Tensor], *, bits: int, dtype: torch.dtype = torch
 
     Raises:
         KeyError: a part is missing.
-        ValueError: the shapes do not fit, or ``g_idx`` permutes the columns (act-order), which groups of
+        TypeError: a part is no dense tensor.
+        ValueError: the shapes or dtypes do not fit, or ``g_idx`` permutes the columns (act-order), which groups of
             neighbouring columns cannot hold.
     """
-    qweight, scales, qzeros = (parts[name] for name in ("qweight", "scales", "qzeros"))
-    if qweight.dim() != 2 or qweight.dtype != torch.int32:
-        raise ValueError(
-            f"from_gptq: qweight must be int32 [in * bits / 32, out], not {qweight.dtype} {list(qweight.shape)}"
-        )
+    _check_parts(parts, bits)
+    qweight, scales, qzeros = (parts[name] for name in _PARTS)
     codes = unpack_bits(_bytes(qweight.t()), bits)
     n, k = codes.shape
-    if scales.dim() != 2 or scales.shape[1] != n or k % max(1, scales.shape[0]):
+    if scales.shape[1] != n or not scales.shape[0] or k % scales.shape[0]:
         raise ValueError(
             f"from_gptq: scales must have shape [groups, {n}] with groups a divisor of {k}, not {list(scales.shape)}"
         )
@@ -114,12 +112,41 @@ def from_gptq(parts: dict[str, Tensor], *, bits: int, dtype: torch.dtype = torch
                 f"from_gptq: qzeros must have shape [{groups}, {n * bits // 32}], not {list(qzeros.shape)}"
             )
         zeros = unpack_bits(_bytes(qzeros), bits).float() + 1
-    else:
+    elif qzeros.shape == scales.shape:
         zeros = qzeros
+    else:
+        raise ValueError(f"from_gptq: qzeros must have shape {list(scales.shape)}, not {list(qzeros.shape)}")
     order = torch.arange(k, device=qweight.device) // (k // groups)
     if "g_idx" in parts and not torch.equal(parts["g_idx"].long(), order):
         raise ValueError("from_gptq: g_idx permutes the columns (act-order); quantise without it")
     return GroupQuantTensor.from_codes(codes, scales.t(), zeros.t(), bits=bits, dtype=dtype)
+
+
+_PARTS = ("qweight", "scales", "qzeros")
+
+
+def _check_parts(parts: dict[str, Tensor], bits: int) -> None:
+    """Raise unless these are the tensors of a layer, as far as their kinds go."""
+    if bits not in (2, 3, 4, 8):
+        raise ValueError(f"from_gptq: bits must be 2, 3, 4 or 8, not {bits!r}")
+    if not isinstance(parts, dict):
+        raise TypeError(f"from_gptq: parts must be a dict of tensors, not a {type(parts).__name__}")
+    missing = [name for name in _PARTS if name not in parts]
+    if missing:
+        raise KeyError(f"from_gptq: {', '.join(missing)} is missing")
+    for name in (*_PARTS, "g_idx"):
+        part, words = parts.get(name), name in ("qweight", "g_idx")
+        if part is None and name == "g_idx":
+            continue
+        if not isinstance(part, Tensor) or part.layout != torch.strided or part.is_meta:
+            raise TypeError(f"from_gptq: {name} must be a dense tensor, not a {type(part).__name__}")
+        kinds = "int32" if words else "float or int32" if name == "qzeros" else "float"
+        fits = (part.dtype == torch.int32 and kinds != "float") or (part.is_floating_point() and not words)
+        if part.dim() != (1 if name == "g_idx" else 2) or not (fits or (name == "g_idx" and part.dtype == torch.int64)):
+            shape = "[in]" if name == "g_idx" else "[in * bits / 32, out]" if name == "qweight" else "[groups, out]"
+            raise ValueError(f"from_gptq: {name} must be {kinds} {shape}, not {part.dtype} {list(part.shape)}")
+    if parts["qweight"].shape[0] * 32 % bits or not parts["qweight"].numel():
+        raise ValueError(f"from_gptq: qweight {list(parts['qweight'].shape)} holds no whole codes of {bits} bits")
 
 
 def _words(packed: Tensor) -> Tensor:

@@ -29,24 +29,41 @@ def gguf_file(path: str | os.PathLike) -> Path | None:
     return files[0] if len(files) == 1 and not (path / "config.json").exists() else None
 
 
-def model_config(path: str | os.PathLike) -> Any:
-    """The configuration of the model that is in a directory or a GGUF file.
+def model_config(path: str | os.PathLike, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of the causal language model that is in a directory or a GGUF file.
 
     Raises:
         FileNotFoundError: there is no model at ``path``.
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, wants to run code of its own, or the model is none of that kind.
     """
     from transformers import AutoConfig
 
     file, folder = gguf_file(path), Path(path)
-    if file:
-        try:
-            return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-        except Exception as error:  # whatever a reader stumbles over in a damaged file
-            raise ValueError(f"{file} is damaged or no GGUF: {error}") from error
-    if (folder / "config.json").is_file():
-        return AutoConfig.from_pretrained(folder)
-    raise FileNotFoundError(f"no model at {path}: neither a GGUF file nor a directory with config.json")
+    if not file and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no model at {path}: neither a GGUF file nor a directory with config.json")
+    where, how = (file.parent, {"gguf_file": file.name}) if file else (folder, {})
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **how)
+    except Exception as error:  # whatever a reader stumbles over in a damaged file
+        name = file or folder / "config.json"
+        raise ValueError(f"{name} is damaged or not supported: {_first_line(error)}") from error
+    _check_causal(path, config)
+    return config
+
+
+def _check_causal(path: str | os.PathLike, config: Any) -> None:
+    """Raise for an encoder, say: transformers would build a language model of it whose head is new."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    made = getattr(config, "architectures", None)
+    if made and not getattr(config, "auto_map", None):
+        if not set(made) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+            raise ValueError(f"{path} is not a causal language model: it holds a {', '.join(map(str, made))} and no "
+                             f"causal language model of a {config.model_type}")  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def load_model(
@@ -56,6 +73,7 @@ def load_model(
     quantize: bool = True,
     block_size: int = 64,
     double_quant: bool = True,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Read a causal language model, each linear layer but the output layer straight into NF4.
 
@@ -68,6 +86,7 @@ def load_model(
         dtype: of what is not quantised, and what the 4-bit weights stand for.
         quantize: False for a dense model.
         block_size, double_quant: see :func:`peftops.nf4_quantize`.
+        trust_remote_code: run the Python code that the directory comes with; nothing ever asks for that.
 
     Returns:
         The model, in evaluation mode, on the CPU.
@@ -80,14 +99,17 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     file, folder = gguf_file(path), Path(path)
-    config = model_config(path)
+    config = model_config(path, trust_remote_code=trust_remote_code)
     prequantised = getattr(config, "quantization_config", None)
     if prequantised is not None:
         _check_prequantised(folder, prequantised)
         del config.quantization_config
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model.tie_weights()
+    except Exception as error:  # whatever the numbers of a damaged configuration lead to
+        raise ValueError(f"{path}: transformers cannot build this model: {_first_line(error)}") from error
     linears = set(find_targets(model, ALL_LINEAR)) if quantize else set()
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = dict(model.named_buffers())
