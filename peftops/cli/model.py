@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..integrations import load
-from ..integrations.hf import gguf_file, load_model
+from ..integrations.hf import check_own_code, gguf_file, load_model
 from ..integrations.peft_files import read_adapter
 from ..methods.chat import stop_ids
 from ..methods.config import Config
@@ -51,6 +51,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **how)
     except Exception as error:  # whatever a reader stumbles over in a damaged file
+        check_own_code(path, error)
         raise ValueError(f"the tokenizer of {path} cannot be read: {' '.join(str(error).split())}") from error
 
 

@@ -46,9 +46,17 @@ def model_config(path: str | os.PathLike, *, trust_remote_code: bool = False) ->
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **how)
     except Exception as error:  # whatever a reader stumbles over in a damaged file
         name = file or folder / "config.json"
+        check_own_code(path, error)
         raise ValueError(f"{name} is damaged or not supported: {_first_line(error)}") from error
     _check_causal(path, config)
     return config
+
+
+def check_own_code(path: str | os.PathLike, error: Exception) -> None:
+    """Say what transformers means where it wants to run code out of a model's directory."""
+    if "trust_remote_code" in str(error):
+        raise ValueError(f"{path} comes with Python code of its own, which is not run unless you ask for it: read it, "
+                         "then allow it with --trust-remote-code, or trust_remote_code=True") from error  # fmt: skip
 
 
 def _check_causal(path: str | os.PathLike, config: Any) -> None:

@@ -10,6 +10,7 @@ a file can neither fill the machine nor stop the run.
 from __future__ import annotations
 
 import argparse
+import atexit
 import copy
 import functools
 import json
@@ -48,24 +49,33 @@ def base() -> nn.Module:
 
 
 @functools.cache
-def seeds() -> Path:
-    """Sound files of every kind, small."""
-    folder = Path(tempfile.mkdtemp(prefix="fuzz"))
-    base().save_pretrained(folder / "config")
+def seeds(kind: str) -> Path:
+    """Sound files of a kind, small."""
+    folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{kind}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _MAKE[kind](folder / kind)
+    return folder / kind
+
+
+def _config(folder: Path) -> None:
+    base().save_pretrained(folder)
+
+
+def _adapter(folder: Path) -> None:
     for name, config in {
         "lora": peftops.LoRAConfig(r=4, rank_pattern={"q_proj": 2}), "qlora": peftops.QLoRAConfig(r=4),
         "dora": peftops.DoRAConfig(r=4), "ia3": peftops.IA3Config(), "loftq": peftops.LoftQConfig(r=4, iterations=1),
         "prefix": peftops.PrefixTuningConfig(tokens=3), "qalora": peftops.QALoRAConfig(r=4),
         "whole": peftops.LoRAConfig(r=4, target=["q_proj"], modules_to_save=["lm_head"]),
     }.items():  # fmt: skip
-        peftops.save(peftops.attach(base(), config), folder / "adapter" / name)
-    _bitsandbytes(folder / "bitsandbytes")
-    _gguf(folder / "model.gguf")
+        peftops.save(peftops.attach(base(), config), folder / name)
+
+
+def _report(folder: Path) -> None:
     made = {"method": "lora", "losses": [1.0], "evaluations": [[0, 2.0]], "loss_before": 2.0, "loss_after": 1.5}
     counts = "trainable total frozen_bytes dense_bytes peak_bytes steps rows_per_step seconds tokens".split()
-    (folder / "report").mkdir()
-    (folder / "report" / "report.json").write_text(json.dumps({**made, **dict.fromkeys(counts, 3)}))
-    return folder
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps({**made, **dict.fromkeys(counts, 3)}))
 
 
 def _bitsandbytes(folder: Path) -> None:
@@ -83,7 +93,7 @@ def _bitsandbytes(folder: Path) -> None:
             tensors[name] = parameter.detach().clone()
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder.parent / "config" / "config.json").read_text())
+    config = model.config.to_dict()
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -117,9 +127,12 @@ def _gguf(path: Path) -> None:
     writer.close()
 
 
+_MAKE = {"adapter": _adapter, "config": _config, "bitsandbytes": _bitsandbytes, "gguf": _gguf, "report": _report}
+
+
 def adapter(folder: Path, rng: Random) -> None:
-    name = rng.choice(sorted(p.name for p in (seeds() / "adapter").iterdir()))
-    shutil.copytree(seeds() / "adapter" / name, folder / "a")
+    name = rng.choice(sorted(p.name for p in seeds("adapter").iterdir()))
+    shutil.copytree(seeds("adapter") / name, folder / "a")
     file = folder / "a" / rng.choice(["adapter_config.json", "peftops.json", "adapter_model.safetensors"])
     damage = damage_safetensors if file.suffix == ".safetensors" else damage_json
     file.write_bytes(damage(file.read_bytes(), rng))
@@ -132,13 +145,13 @@ def adapter(folder: Path, rng: Random) -> None:
 
 
 def config(folder: Path, rng: Random) -> None:
-    shutil.copytree(seeds() / "config", folder / "m")
+    shutil.copytree(seeds("config"), folder / "m")
     (folder / "m" / "config.json").write_bytes(damage_json((folder / "m" / "config.json").read_bytes(), rng))
     peftops.load_model(folder / "m", quantize=rng.random() < 0.5)
 
 
 def bitsandbytes(folder: Path, rng: Random) -> None:
-    shutil.copytree(seeds() / "bitsandbytes", folder / "m")
+    shutil.copytree(seeds("bitsandbytes"), folder / "m")
     file = folder / "m" / "model.safetensors"
     if rng.random() < 0.4:
         file.write_bytes(damage_safetensors(file.read_bytes(), rng))
@@ -161,14 +174,14 @@ def bitsandbytes(folder: Path, rng: Random) -> None:
 
 
 def gguf(folder: Path, rng: Random) -> None:
-    (folder / "m.gguf").write_bytes(damage_bytes((seeds() / "model.gguf").read_bytes(), rng))
+    (folder / "m.gguf").write_bytes(damage_bytes(seeds("gguf").read_bytes(), rng))
     peftops.load_model(folder / "m.gguf", quantize=rng.random() < 0.5)
 
 
 def report(folder: Path, rng: Random) -> None:
     from peftops.cli.report import read, table
 
-    (folder / "report.json").write_bytes(damage_json((seeds() / "report" / "report.json").read_bytes(), rng))
+    (folder / "report.json").write_bytes(damage_json((seeds("report") / "report.json").read_bytes(), rng))
     table([read(folder)])
 
 
@@ -256,6 +269,8 @@ def run_case(kind: str, number: int) -> str | None:
         raise TookTooLong
 
     old = signal.signal(signal.SIGALRM, stop)
+    if kind in _MAKE:
+        seeds(kind)  # before the clock starts
     with tempfile.TemporaryDirectory() as folder:
         signal.alarm(SECONDS)
         try:
@@ -274,7 +289,6 @@ def run_here(kind: str, numbers: range) -> int:
     """Cases in this process, whose memory is bounded; how many went wrong."""
     import resource
 
-    seeds()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     wrong = 0
     for number in numbers:
@@ -291,16 +305,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=20000, help="in all (default 20000)")
     parser.add_argument("--first", type=int, default=0, help="number of the first case of a kind")
-    parser.add_argument("--kind", choices=[*KINDS], help="one kind, in this process")
+    parser.add_argument("--kind", nargs="+", choices=[*KINDS], help="--cases of each of these, in this process")
     parser.add_argument("--case", type=int, help="one case of it, with its traceback")
     args = parser.parse_args()
     if args.case is not None:
         with tempfile.TemporaryDirectory() as folder:
-            KINDS[args.kind](Path(folder), Random(f"{args.kind}-{args.case}"))
+            KINDS[args.kind[0]](Path(folder), Random(f"{args.kind[0]}-{args.case}"))
         return 0
     if args.kind:
         warnings.simplefilter("ignore")
-        return min(run_here(args.kind, range(args.first, args.first + args.cases)), 100)
+        return min(sum(run_here(kind, range(args.first, args.first + args.cases)) for kind in args.kind), 100)
     failed, each = 0, -(-args.cases // len(KINDS))
     for kind in KINDS:
         for first in range(args.first, args.first + each, CHUNK):
