@@ -97,7 +97,7 @@ def _check_progress(path: Path, state: dict[str, Any], steps: int) -> None:
 
 
 def _check_like(path: Path, name: str, have: Any, shape: torch.Size, dtype: torch.dtype) -> None:
-    if not isinstance(have, Tensor) or have.layout != torch.strided:
+    if not isinstance(have, Tensor) or have.layout != torch.strided or have.is_meta:
         raise ValueError(f"{path} does not fit: {name} is a {type(have).__name__}")
     if have.shape != shape or have.dtype != dtype:
         raise ValueError(f"{path} does not fit: {name} is {have.dtype} {list(have.shape)}, expected {dtype} "

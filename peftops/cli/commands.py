@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 
 from ..integrations.files import check_new_directory
+from ..integrations.peft_files import read_adapter
 from ..methods import detach
 from ..methods import merge as merge_adapter
-from .export import write_dense
+from ..methods.qalora import QALoRAConfig
+from .export import write_dense, write_packed
 from .model import answer, load_adapted, load_base, load_tokenizer
 
 
@@ -22,14 +24,18 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def merge(args: argparse.Namespace) -> int:
-    """Into dense weights: those that the adapter was trained on, so that the merged model is what was trained."""
+    """Into the weights that the adapter was trained on, so that the merged model is what was trained: dense ones, or,
+    with QA-LoRA, the codes themselves."""
     if not args.adapter:
         raise ValueError("merge needs --adapter")
+    if args.packed and not isinstance(config := read_adapter(args.adapter)[0], QALoRAConfig):
+        kind = type(config).__name__.removesuffix("Config")
+        raise ValueError(f"--packed is for QA-LoRA, which merges into codes; {args.adapter} is of {kind}")
     folder = check_new_directory(args.out)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     model = load_adapted(args)
-    print(merge_adapter(model, dense=True))
+    print(merge_adapter(model, dense=not args.packed))
     detach(model, merged=True)
-    write_dense(model, tokenizer, folder)
+    (write_packed if args.packed else write_dense)(model, tokenizer, folder)
     print(f"merged model is in {folder}")
     return 0

@@ -1,16 +1,19 @@
-"""A model as files that stand alone: dense, and read back as what it was."""
+"""A model as files that stand alone and are read back as what it was: dense, or in codes as GPTQ lays them out."""
 
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from ..integrations.files import whole_directory
-from ..nn import dense_matrix, is_quantized, with_matrix
+from ..integrations.gptq_files import FORMAT, to_gptq
+from ..nn import GroupLinear, dense_matrix, is_quantized, with_matrix
 
 
 def write_dense(model: nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -29,6 +32,27 @@ def write_dense(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     _check_finite(model)
     with whole_directory(folder, sum(p.nbytes for p in model.parameters())) as temporary:
         model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def write_packed(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Write a model whose layers are group-quantised as it is: codes, scales and zeros in GPTQ's layout, the last two
+    in float32, so that nothing is lost. Raises what :func:`write_dense` does."""
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, GroupLinear)}
+    coded = {f"{path}.weight" for path in layers}
+    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters() if name not in coded}
+    for path, layer in layers.items():
+        tensors |= {f"{path}.{part}": tensor for part, tensor in to_gptq(layer.weight).items()}
+    (how,) = {(layer.weight.bits, layer.weight.group_size) for layer in layers.values()}
+    _untie(model)
+    with whole_directory(folder, sum(t.nbytes for t in tensors.values())) as temporary:
+        save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
+        model.config.architectures = [type(model).__name__]
+        codes = {"quant_method": "gptq", "checkpoint_format": FORMAT, "bits": how[0], "group_size": how[1],
+                 "desc_act": False, "sym": False, "zeros": "float32"}  # fmt: skip
+        config = model.config.to_dict() | {"quantization_config": codes}
+        (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        model.generation_config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 
 import torch
@@ -61,6 +62,8 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor]) -> NF4Tensor:
         raise ValueError(f"weight.{_STATE} is damaged: {error!r}") from None
     if not isinstance(dtype, torch.dtype) or offset.dim() or not offset.isfinite():
         raise ValueError(f"weight.{_STATE} is damaged: its dtype or nested_offset is none")
+    if -(-math.prod(shape) // 2) != tensors["weight"].nbytes:
+        raise ValueError(f"weight has {tensors['weight'].nbytes} bytes, which are no codes of shape {list(shape)}")
     for name, own in (("quant_map", _CODE), ("nested_quant_map", _MAP)):
         given = tensors.get(f"weight.{name}")
         # torch.linspace, of which bitsandbytes makes its map, rounds differently on some CPUs

@@ -16,6 +16,10 @@ from torch import Tensor
 from ..ops import GroupQuantTensor, group_dequantize
 from ..ops.group_tensor import pack_bits, unpack_bits
 
+FORMAT = "gptq"  # what checkpoints of this layout call it; in "gptq_v2", zeros are not less one
+_PARTS = ("qweight", "scales", "qzeros")
+GPTQ_PARTS = (*_PARTS, "g_idx")
+
 
 @dataclass
 class ZeroRounding:
@@ -122,9 +126,6 @@ def from_gptq(parts: dict[str, Tensor], *, bits: int, dtype: torch.dtype = torch
     return GroupQuantTensor.from_codes(codes, scales.t(), zeros.t(), bits=bits, dtype=dtype)
 
 
-_PARTS = ("qweight", "scales", "qzeros")
-
-
 def _check_parts(parts: dict[str, Tensor], bits: int) -> None:
     """Raise unless these are the tensors of a layer, as far as their kinds go."""
     if bits not in (2, 3, 4, 8):
@@ -134,7 +135,7 @@ def _check_parts(parts: dict[str, Tensor], bits: int) -> None:
     missing = [name for name in _PARTS if name not in parts]
     if missing:
         raise KeyError(f"from_gptq: {', '.join(missing)} is missing")
-    for name in (*_PARTS, "g_idx"):
+    for name in GPTQ_PARTS:
         part, words = parts.get(name), name in ("qweight", "g_idx")
         if part is None and name == "g_idx":
             continue

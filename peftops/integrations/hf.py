@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.targets import ALL_LINEAR, find_targets
-from ..nn import NF4Linear, as_matrix, is_conv1d, shell_of
-from ..ops import nf4_quantize
+from ..nn import GroupLinear, NF4Linear, as_matrix, is_conv1d, shell_of
+from ..ops import GroupQuantTensor, nf4_quantize
 from .bitsandbytes_files import PARTS, from_bitsandbytes
 from .gguf_files import gguf_tensors
+from .gptq_files import FORMAT, GPTQ_PARTS, from_gptq
 
 _DERIVED = re.compile(r".*rotary_emb\.inv_freq")  # in old checkpoints; computed from the configuration
 
@@ -89,8 +90,8 @@ def load_model(
     and one dense tensor. (Pages of the file itself come and go as the system likes.)
 
     Args:
-        path: a directory with ``config.json`` and safetensors, dense or quantised to NF4 by bitsandbytes; or a
-            GGUF file (of a llama, qwen2 or qwen3), or a directory with one.
+        path: a directory with ``config.json`` and safetensors, dense, quantised to NF4 by bitsandbytes, or in GPTQ's
+            layout, whose codes stay as they are; or a GGUF file (of a llama, qwen2 or qwen3), or a directory with one.
         dtype: of what is not quantised, and what the 4-bit weights stand for.
         quantize: False for a dense model.
         block_size, double_quant: see :func:`peftops.nf4_quantize`.
@@ -108,9 +109,9 @@ def load_model(
 
     file, folder = gguf_file(path), Path(path)
     config = model_config(path, trust_remote_code=trust_remote_code)
-    prequantised = getattr(config, "quantization_config", None)
+    prequantised, bits = getattr(config, "quantization_config", None), None
     if prequantised is not None:
-        _check_prequantised(folder, prequantised)
+        bits = _check_prequantised(folder, prequantised)
         del config.quantization_config
     try:
         with init_empty_weights(include_buffers=False):
@@ -121,7 +122,7 @@ def load_model(
     linears = set(find_targets(model, ALL_LINEAR)) if quantize else set()
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = dict(model.named_buffers())
-    tensors = gguf_tensors(file, names, config) if file else _safetensors(folder)
+    tensors = gguf_tensors(file, names, config) if file else _safetensors(folder, bits)
 
     for name, tensor in tensors:
         layer, _, leaf = name.rpartition(".")
@@ -134,7 +135,9 @@ def load_model(
                 raise ValueError(f"{path} has a tensor {name} that {type(model).__name__} has no place for")
         else:
             _check_shape(path, name, tensor, getattr(parent, leaf).shape)
-            if leaf == "weight" and layer in linears:
+            if isinstance(tensor, GroupQuantTensor):
+                _replace(model, layer, GroupLinear(tensor.to(dtype), None, shell_of(parent)))
+            elif leaf == "weight" and layer in linears:
                 if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                     tensor = tensor.float()
                 if prequantised is None:
@@ -156,15 +159,16 @@ def load_model(
     return model.eval()
 
 
-def _replace(model: nn.Module, name: str, new: NF4Linear) -> None:
+def _replace(model: nn.Module, name: str, new: NF4Linear | GroupLinear) -> None:
     parent, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent)
     new.bias = getattr(parent, leaf).bias
     setattr(parent, leaf, new)
 
 
-def _safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a directory; the parts of a weight that bitsandbytes quantised, as one."""
+def _safetensors(folder: Path, bits: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a directory; the parts of a weight that bitsandbytes quantised, or in GPTQ's layout of ``bits``,
+    as one."""
     from safetensors import SafetensorError, safe_open
 
     files = sorted(folder.glob("*.safetensors"))
@@ -175,6 +179,11 @@ def _safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             with safe_open(file, "pt") as tensors:
                 keys = list(tensors.keys())
                 parts = {key for key in keys if any(key.endswith(f".weight.{part}") for part in PARTS)}
+                packed = {key.removesuffix(".qweight") for key in keys if bits and key.endswith(".qweight")}
+                for layer in sorted(packed):
+                    own = {key: tensors.get_tensor(f"{layer}.{key}") for key in GPTQ_PARTS if f"{layer}.{key}" in keys}
+                    yield f"{layer}.weight", from_gptq(own, bits=bits)
+                    parts |= {f"{layer}.{key}" for key in GPTQ_PARTS}
                 for key in keys:
                     if key in parts:
                         continue
@@ -187,10 +196,15 @@ def _safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{file} is damaged or cut short: {error}") from None
 
 
-def _check_prequantised(folder: Path, config: object) -> None:
+def _check_prequantised(folder: Path, config: object) -> int | None:
+    """Raise unless the quantisation is one that is read; the bits of GPTQ's."""
     get = config.get if isinstance(config, dict) else lambda key, default=None: getattr(config, key, default)
+    if get("quant_method") == "gptq" and get("checkpoint_format") == FORMAT:
+        return get("bits")
     if get("quant_method") != "bitsandbytes" or get("bnb_4bit_quant_type") != "nf4":
-        raise ValueError(f"{folder} is quantised already, by {get('quant_method')}; only NF4 of bitsandbytes is read")
+        raise ValueError(f"{folder} is quantised already, by {get('quant_method')}; only NF4 of bitsandbytes is read, "
+                         f"and GPTQ with checkpoint_format {FORMAT!r}")  # fmt: skip
+    return None
 
 
 def _check_shape(path: object, name: str, tensor: Tensor, shape: torch.Size) -> None:

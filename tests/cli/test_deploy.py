@@ -13,6 +13,7 @@ from peftops.cli.data import encode, read_rows
 from peftops.cli.finetune import METHOD_NAMES
 from peftops.cli.model import answer
 from peftops.cli.training import evaluate
+from peftops.nn import GroupLinear
 
 ROWS = [{"instruction": f"repeat {c}", "response": c * 6} for c in "abcdefgh"]
 PLAIN = {"vera", "ia3", "headonly", "normtuning", "toplayers", "surgical", "prompttuning", "prefixtuning", "bottleneck"}
@@ -77,6 +78,26 @@ def test_modules_that_train_whole_are_merged_too(folder, tmp_path):
     report = train(folder, tmp_path / "run", "lora", "--r", 4, "--set", "modules_to_save=['lm_head']")
     assert command("merge", "--model", folder / "model", "--adapter", tmp_path / "run", "--out", tmp_path / "m") == 0
     assert losses(folder, tmp_path / "m") == pytest.approx([report["loss_after"]] * 2, rel=2e-6)
+
+
+@pytest.mark.parametrize("kind, bits", [("tied", 4), ("untied", 3), ("untied", 8)])
+def test_qalora_is_deployed_in_its_codes(folders, tmp_path, kind, bits):
+    """That is what it is for: the merged model has the adapter's loss, and the size of codes."""
+    folder = folders[kind]
+    report = train(folder, tmp_path / "run", "qalora", "--r", 4, "--set", f"bits={bits}")
+    argv = ["merge", "--model", folder / "model", "--adapter", tmp_path / "run", "--packed", "--out"]
+    assert command(*argv, tmp_path / "m") == 0
+    model = peftops.load_model(tmp_path / "m", quantize=False)
+    examples = encode(read_rows(folder / "rows.jsonl"), models.tokenizer(), 512)
+    assert evaluate(model, examples, 4, 2) == pytest.approx(report["loss_after"], rel=1e-6)
+    layer = model.model.layers[0].mlp.up_proj
+    assert isinstance(layer, GroupLinear) and layer.weight.bits == bits
+
+
+def test_only_qalora_stays_in_codes(folder, tmp_path, capsys):
+    train(folder, tmp_path / "run", "lora")
+    argv = ["merge", "--model", folder / "model", "--adapter", tmp_path / "run", "--packed", "--out", tmp_path / "m"]
+    assert command(*argv) == 2 and "--packed is for QA-LoRA" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["lora", "qalora", "qlora", "relora"])

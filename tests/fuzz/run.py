@@ -34,7 +34,7 @@ import peftops  # noqa: E402
 from fuzz.damage import STRANGE, damage_bytes, damage_json, damage_safetensors  # noqa: E402
 
 RIGHT = (ValueError, TypeError, OSError, KeyError)  # what the docstrings promise
-SECONDS, MEMORY = 20, 6 << 30  # a case may take, and a process
+SECONDS, MEMORY = 60, 6 << 30  # a case may take, and a process
 CHUNK = 500  # cases of a process
 
 
