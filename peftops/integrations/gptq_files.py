@@ -119,7 +119,8 @@ def from_gptq(parts: dict[str, Tensor], *, bits: int, dtype: torch.dtype = torch
     elif qzeros.shape == scales.shape:
         zeros = qzeros
     else:
-        raise ValueError(f"from_gptq: qzeros must have shape {list(scales.shape)}, not {list(qzeros.shape)}")
+        shapes = f"{list(scales.shape)}, not {list(qzeros.shape)}"
+        raise ValueError(f"from_gptq: zeros must have the shape of scales, {shapes}")
     order = torch.arange(k, device=qweight.device) // (k // groups)
     if "g_idx" in parts and not torch.equal(parts["g_idx"].long(), order):
         raise ValueError("from_gptq: g_idx permutes the columns (act-order); quantise without it")
