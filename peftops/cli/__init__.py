@@ -47,7 +47,7 @@ def give_blocks_back() -> None:
     """Let glibc return every large block to the system as it is freed.
 
     By itself it raises the size from which it does so, up to 32 MiB, and then keeps what training frees: a third of
-    the peak is memory that nothing uses.
+    the peak is memory that nothing uses. What that costs in time is in docs/memory.md.
     """
     if sys.platform.startswith("linux"):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
