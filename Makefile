@@ -4,13 +4,16 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(abspath $(VENV))/bin
 
-.PHONY: demo test bench gpu gpu-build sanitize lint isa-check build clean
+.PHONY: demo test fuzz bench gpu gpu-build sanitize lint isa-check build clean
 
 demo: $(VENV)/.demo            # fine-tunes SmolLM2-135M in 4 bits and dense, and compares
 	$(BIN)/python examples/finetune_smollm2.py --out demo
 
 test: $(VENV)/.dev build       # everything, on every instruction set that this CPU has
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(VENV)/.dev build       # damaged files of every kind, 20,000 of them; ARGS="--cases 700" for fewer
+	$(BIN)/python tests/fuzz/run.py $(ARGS)
 
 bench: $(VENV)/.dev build      # peers are dense torch, HF PEFT and bitsandbytes; ARGS="--only M=1" picks cases
 	for file in bench/bench_*.py; do $(BIN)/python $$file $(ARGS) || exit 1; done

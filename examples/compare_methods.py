@@ -49,7 +49,7 @@ METHODS = {
 def finetune(method: str, out: Path, steps: int, rows: Path) -> dict:
     done = out / "report.json"
     if not done.is_file():  # a comparison that was interrupted goes on where it was
-        options = f"--method {method} --steps {steps} --batch 8 --warmup 4 --seed 0 {METHODS[method]}"
+        options = f"--method {method} --steps {steps} --batch 8 --warmup 4 --seed 0 --overwrite {METHODS[method]}"
         files = ["--model", smollm2(), "--train", DATA / "wordnet_nouns_train.jsonl", "--eval", rows, "--out", out]
         subprocess.run([sys.executable, "-m", "peftops", "finetune", *options.split(), *map(str, files)], check=True)
     return json.loads(done.read_text())

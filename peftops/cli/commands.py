@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import argparse
 
-from ..integrations import load
-from ..integrations.files import writable_directory
+from ..integrations.files import check_new_directory
+from ..integrations.peft_files import read_adapter
 from ..methods import detach
 from ..methods import merge as merge_adapter
-from .model import answer, load_base, load_tokenizer
+from ..methods.qalora import QALoRAConfig
+from .export import write_dense, write_packed
+from .model import answer, load_adapted, load_base, load_tokenizer
 
 
 def generate(args: argparse.Namespace) -> int:
-    tokenizer = load_tokenizer(args.model)
-    model = load_base(args.model, args.dtype, quantize=not args.dense)
-    if args.adapter:
-        load(model, args.adapter, quantize=False)
+    if args.max_tokens < 1:
+        raise ValueError(f"--max-tokens must be at least 1, not {args.max_tokens}")
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    model = load_adapted(args) if args.adapter else load_base(args, quantize=args.quantize)
     for prompt in args.prompt:
         print(answer(model, tokenizer, [{"role": "user", "content": prompt}], args.max_tokens), flush=True)
     return 0
 
 
 def merge(args: argparse.Namespace) -> int:
-    """Into the dense weights of the model, not those that QLoRA rounded: nothing is rounded twice."""
+    """Into the weights that the adapter was trained on, so that the merged model is what was trained: dense ones, or,
+    with QA-LoRA, the codes themselves."""
     if not args.adapter:
         raise ValueError("merge needs --adapter")
-    folder = writable_directory(args.out)
-    tokenizer = load_tokenizer(args.model)
-    model = load_base(args.model, args.dtype, quantize=False)
-    load(model, args.adapter, quantize=False)
-    print(merge_adapter(model))
+    if args.packed and not isinstance(config := read_adapter(args.adapter)[0], QALoRAConfig):
+        kind = type(config).__name__.removesuffix("Config")
+        raise ValueError(f"--packed is for QA-LoRA, which merges into codes; {args.adapter} is of {kind}")
+    folder = check_new_directory(args.out)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    model = load_adapted(args)
+    print(merge_adapter(model, dense=not args.packed))
     detach(model, merged=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    (write_packed if args.packed else write_dense)(model, tokenizer, folder)
     print(f"merged model is in {folder}")
     return 0

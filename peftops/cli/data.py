@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import random
 from collections.abc import Iterator
@@ -12,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..methods.chat import ids_of, pieces, render
 from ..methods.hard_prompt import HardPrompt
 
 IGNORE = -100  # the label of a position that has no target
 
 _PAIRS = (("instruction", "response"), ("instruction", "output"), ("prompt", "completion"), ("prompt", "response"))
 _KEYS = "instruction and response, prompt and completion, messages, or text"
+_JSON, _TABLES, _PROSE = (".jsonl", ".ndjson", ".json"), {".csv": ",", ".tsv": "\t"}, (".txt", ".text", ".md")
 
 
 class DataError(ValueError):
@@ -26,7 +30,7 @@ class DataError(ValueError):
 
 @dataclass
 class Row:
-    """One line of data: chat messages, the last of which is to be learnt; or text, all of it to be learnt."""
+    """One line of data: chat messages, the assistant's of which are to be learnt; or text, all of it to be learnt."""
 
     messages: list[dict[str, str]] | None = None
     text: str | None = None
@@ -35,55 +39,131 @@ class Row:
 
 @dataclass
 class Example:
-    """Token ids; the last ``targets`` of them are to be predicted."""
+    """Token ids, and the same as labels where they are to be predicted, IGNORE elsewhere."""
 
     ids: list[int]
-    targets: int
+    labels: list[int]
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are to be predicted."""
+        return len(self.labels) - self.labels.count(IGNORE)
+
+    @property
+    def tail(self) -> int:
+        """How many tokens there are from the first that is to be predicted."""
+        return next((len(self.labels) - i for i, label in enumerate(self.labels) if label != IGNORE), 0)
 
 
 def read_rows(path: Path, prompt: HardPrompt | None = None) -> list[Row]:
-    """The rows of a JSONL file, or of a plain text file (one row, cut up later).
+    """The rows of a file: JSON (an object a line, or one array of them), a table with a header, or plain text (one
+    row, cut up later). The suffix tells which, in upper or lower case.
 
     With a ``prompt``, a row may have any fields that its template needs.
     """
+    suffix = path.suffix.lower()
+    if suffix not in (*_JSON, *_TABLES, *_PROSE):
+        known = ", ".join((*_JSON, *_TABLES, *_PROSE))
+        raise DataError(f"{path}: the suffix tells what a data file holds, and {suffix or 'none'} is not of {known}")
+    text = read_text(path)
+    if suffix in _PROSE:
+        if prompt is not None:
+            raise DataError(f"a template needs rows of fields, and {path} is plain text; give it JSONL")
+        first = text.lstrip().split("\n", 1)[0]
+        if first.startswith("{") and _is_json(first):
+            raise DataError(f"{path} is named as plain text, but holds JSON; give it the suffix .jsonl")
+        return [Row(text=text)]
+    rows = []
+    for where, value in _values(path, text) if suffix in _JSON else _records(path, text, _TABLES[suffix]):
+        try:
+            rows.append(_row(value, prompt))
+        except ValueError as error:
+            raise DataError(f"{path}, {where}: {error}") from None
+    if not rows:
+        raise DataError(f"{path} has no rows")
+    return rows
+
+
+def read_text(path: Path, what: str = "data file") -> str:
+    """The text of a file that has any, without a byte-order mark."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise DataError(f"no data file {path}") from None
+        raise DataError(f"no {what} {path}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: byte {error.start} cannot be read") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     if not text.strip():
         raise DataError(f"{path} is empty")
-    if path.suffix not in (".jsonl", ".json"):
-        if prompt is not None:
-            raise DataError(f"a template needs rows of fields, and {path} is plain text; give it JSONL")
-        return [Row(text=text)]
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(_row(json.loads(line), prompt))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}") from None
-            except ValueError as error:
-                raise DataError(f"{path}, line {number}: {error}") from None
-    return rows
+    return text
+
+
+def lines_of(text: str) -> Iterator[tuple[int, str]]:
+    """The lines of JSONL that hold something, by number. Only a line feed ends one: a string may hold U+2028 and the
+    like as they are."""
+    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def _values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    if text.lstrip().startswith("["):
+        for number, value in enumerate(parsed(text, f"{path} begins as an array, but is not JSON"), 1):
+            yield f"row {number}", value
+    elif path.suffix.lower() == ".json" and _is_json(text):
+        yield "row 1", json.loads(text)
+    else:
+        for number, line in lines_of(text):
+            yield f"line {number}", parsed(line, f"{path}, line {number} is not JSON")
+
+
+def parsed(text: str, problem: str) -> Any:
+    """The value of a JSON text, or a sentence that begins with the problem."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f" of line {error.lineno}" if error.lineno > 1 else ""
+        raise DataError(f"{problem}: {error.msg} at column {error.colno}{line}") from None
+    except ValueError as error:  # a number of too many digits
+        raise DataError(f"{problem}: {error}") from None
+    except RecursionError:
+        raise DataError(f"{problem}: it is nested too deeply") from None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
+    """The lines of a table by the names in its first."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = next(reader)
+        if len(set(header)) < len(header) or not all(name.strip() for name in header):
+            raise DataError(f"{path}, line 1: a table needs a header of different names, not {header}")
+        for record in reader:
+            if record and len(record) != len(header):
+                raise DataError(f"{path}, line {reader.line_num} has {len(record)} fields, the header {len(header)}")
+            if record:
+                yield f"line {reader.line_num}", dict(zip(header, record, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num} cannot be read as a table: {error}") from None
 
 
 def _row(value: Any, prompt: HardPrompt | None) -> Row:
     if not isinstance(value, dict):
         raise DataError(f"expected an object with {_KEYS}, not {type(value).__name__}")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError("a string has half of a surrogate pair, which is no character") from None
     if prompt is not None:
         return Row(messages=prompt.messages(value), fields=value)
-    if isinstance(value.get("messages"), list):
-        messages = value["messages"]
-        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
-            raise DataError("each of messages must have a role and a content")
-        if not messages or messages[-1]["role"] != "assistant":
-            raise DataError("the last of messages must be the assistant's")
-        return Row(messages=messages)
+    if value.get("messages") is not None:
+        return Row(messages=check_messages(value["messages"]))
     for ask, answer in _PAIRS:
         if isinstance(value.get(ask), str) and isinstance(value.get(answer), str):
             question = value[ask] + (f"\n\n{value['input']}" if value.get("input") else "")
@@ -93,40 +173,64 @@ def _row(value: Any, prompt: HardPrompt | None) -> Row:
     raise DataError(f"expected {_KEYS}; it has {', '.join(map(str, value)) or 'nothing'}")
 
 
+def check_messages(messages: Any) -> list[dict[str, str]]:
+    whole = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
+    if not whole or not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
+        raise DataError("each of messages must have a role and a content, which are text")
+    if not messages or messages[-1]["role"] != "assistant":
+        raise DataError("the last of messages must be the assistant's")
+    return messages
+
+
 def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     """The ids that ask for an answer to ``messages``."""
     if getattr(tokenizer, "chat_template", None):
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+        return ids_of(tokenizer, render(tokenizer, messages, ask=True))
     text = "\n".join(m["content"] for m in messages) + "\n"
     return list(tokenizer(text)["input_ids"])
 
 
-def encode(rows: list[Row], tokenizer: Any, max_length: int, prompt: HardPrompt | None = None) -> list[Example]:
+def encode(
+    rows: list[Row], tokenizer: Any, max_length: int, prompt: HardPrompt | None = None, turns: str = "last"
+) -> list[Example]:
     """Token ids of the rows, with the answers as targets; longer ones lose their end, text is cut into pieces. With
     a ``prompt``, they lose demonstrations and what it may shorten, and must fit then.
 
+    Args:
+        turns: of a conversation that are learnt: the "last" answer, or "all" of the assistant's.
+
     Raises:
-        DataError: no row leaves room for an answer within ``max_length``.
+        DataError: no row leaves room for an answer within ``max_length``; the chat template fails.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     examples = []
     for row in rows:
         if prompt is not None:
             made = prompt.encode(tokenizer, row.fields, max_length)
-            examples.append(Example(made.ids, made.targets))
+            context = len(made.ids) - made.targets
+            examples.append(Example(made.ids, [IGNORE] * context + made.ids[context:]))
         elif row.messages is not None:
-            asked = prompt_ids(tokenizer, row.messages[:-1])
-            answer = tokenizer(row.messages[-1]["content"], add_special_tokens=False)["input_ids"] + end
-            answer = answer[: max(0, max_length - len(asked))]
-            if asked and answer:
-                examples.append(Example(asked + answer, len(answer)))
+            parts = _parts(row.messages, tokenizer, end, turns)
+            ids = [i for part, _ in parts for i in part]
+            labels = [i if learnt else IGNORE for part, learnt in parts for i in part]
+            example = Example(ids[:max_length], labels[:max_length])
+            if example.ids and example.labels[0] == IGNORE and example.targets:
+                examples.append(example)
         else:
             ids = list(tokenizer(row.text)["input_ids"]) + end
-            pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-            examples += [Example(piece, len(piece) - 1) for piece in pieces if len(piece) > 1]
+            cuts = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
+            examples += [Example(cut, [IGNORE, *cut[1:]]) for cut in cuts if len(cut) > 1]
     if not examples:
         raise DataError(f"no row of the data leaves room for an answer within {max_length} tokens; raise --max-length")
     return examples
+
+
+def _parts(messages: list[dict[str, str]], tokenizer: Any, end: list[int], turns: str) -> list[tuple[list[int], bool]]:
+    """A conversation as stretches of ids, each with whether it is to be learnt."""
+    if getattr(tokenizer, "chat_template", None):
+        return pieces(tokenizer, messages, turns)
+    answer = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"] + end
+    return [(prompt_ids(tokenizer, messages[:-1]), False), (answer, True)]
 
 
 def batches(examples: list[Example], size: int, seed: int) -> Iterator[list[Example]]:
@@ -162,6 +266,6 @@ def collate(batch: list[Example], pad: int) -> dict[str, Tensor]:
         row = torch.tensor(example.ids)
         ids[i, length - len(row) :] = row
         mask[i, length - len(row) :] = 1
-        labels[i, length - example.targets :] = row[len(row) - example.targets :]
+        labels[i, length - len(row) :] = torch.tensor(example.labels)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}

@@ -11,10 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from ..influence import Influence, language
-from ..integrations import load
-from ..integrations.peft_files import read_adapter
 from .data import DataError, Example, Row, collate, encode, read_rows
-from .model import load_base, load_tokenizer
+from .model import load_adapted, load_tokenizer, pad_id
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,17 +37,12 @@ def run(args: argparse.Namespace) -> int:
     if not args.adapter:
         raise ValueError("influence needs --adapter: its parameters are what examples have an influence on")
     rows = read_rows(args.train)
-    config, _ = read_adapter(args.adapter)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     numbers, examples = _examples(rows, tokenizer, args)
     conversation = [{"role": "user", "content": args.prompt}, {"role": "assistant", "content": args.completion}]
     asked = encode([Row(messages=conversation)], tokenizer, args.max_length)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-
-    # The base as it was in training: in 4 bits if the adapter's method put it there.
-    kind = {name: getattr(config, name) for name in ("block_size", "double_quant") if hasattr(config, name)}
-    model = load_base(args.model, args.dtype, quantize=config.quantizes, **kind)
-    load(model, args.adapter, quantize=False)
+    model = load_adapted(args)
+    pad = pad_id(tokenizer, model)
 
     def batches(chosen: list[Example]) -> list[dict[str, Tensor]]:
         made = [collate(chosen[i : i + args.batch], pad) for i in range(0, len(chosen), args.batch)]

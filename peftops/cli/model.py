@@ -2,25 +2,57 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..integrations.hf import gguf_file, load_model
+from ..integrations import load
+from ..integrations.hf import check_own_code, gguf_file, load_model
+from ..integrations.peft_files import read_adapter
+from ..methods.chat import stop_ids
+from ..methods.config import Config
+from ..methods.qlora import QLoRAConfig
 from .data import prompt_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_tokenizer(path: Path) -> Any:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command says of its model."""
+    arg = parser.add_argument
+    arg("--model", type=Path, required=True, help="directory with config.json and safetensors, or a GGUF file")
+    arg("--dtype", choices=["auto", *DTYPES], default="auto")
+    arg("--trust-remote-code", action="store_true",
+        help="run the Python code that the model's directory comes with; only for code that you have read")  # fmt: skip
+
+
+def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
+    """The same with an adapter, which says itself which base it was trained on."""
+    add_arguments(parser)
+    parser.add_argument("--adapter", type=Path, help="directory with an adapter")
+    add_base_arguments(parser)
+
+
+def add_base_arguments(parser: argparse.ArgumentParser) -> None:
+    """By default the model is what it is in its files, or what it was while the adapter was trained."""
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument("--dense", action="store_true", help="leave the model dense, though QLoRA trained in 4 bits")
+    base.add_argument("--quantize", action="store_true", help="quantise the model to 4 bits, though nobody trained so")
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     file = gguf_file(path)
-    if file is None:
-        return AutoTokenizer.from_pretrained(path)
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    where, how = (path, {}) if file is None else (file.parent, {"gguf_file": file.name})
+    try:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **how)
+    except Exception as error:  # whatever a reader stumbles over in a damaged file
+        check_own_code(path, error)
+        raise ValueError(f"the tokenizer of {path} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -31,21 +63,68 @@ def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
     return device, DTYPES[dtype]
 
 
-def load_base(path: Path, dtype: str, *, quantize: bool, **options: Any) -> nn.Module:
-    device, wanted = device_and_dtype(dtype)
-    return load_model(path, dtype=wanted, quantize=quantize, **options).to(device)
+def load_base(args: argparse.Namespace, *, quantize: bool, **options: Any) -> nn.Module:
+    device, dtype = device_and_dtype(args.dtype)
+    return load_model(
+        args.model, dtype=dtype, quantize=quantize, trust_remote_code=args.trust_remote_code, **options
+    ).to(device)
+
+
+def base_options(config: Config) -> dict[str, Any]:
+    """How to read the model that an adapter is put on: dense, of which many methods then make what they need; with
+    QLoRA in its blocks of 4 bits, so that the dense model is never there."""
+    if type(config) is QLoRAConfig:
+        return {"quantize": True, "block_size": config.block_size, "double_quant": config.double_quant}
+    return {"quantize": False}
+
+
+def load_adapted(args: argparse.Namespace) -> nn.Module:
+    """The model with the adapter, on the base that it was trained on or that the options ask for."""
+    config, _ = read_adapter(args.adapter)
+    if not args.dense and not args.quantize:
+        return load(load_base(args, **base_options(config)), args.adapter)
+    model = load_base(args, quantize=args.quantize)
+    # LoRA's factors mean the same on any base, so QLoRA's may stand on a dense one; those of the methods that choose
+    # codes themselves fit these codes alone.
+    return load(model, args.adapter, quantize=False if type(config) is QLoRAConfig else None)
+
+
+def vocabulary(model: nn.Module) -> int:
+    """How many tokens the model has embeddings of."""
+    return len(model.get_input_embeddings().weight)
+
+
+def pad_id(tokenizer: Any, model: nn.Module) -> int:
+    """An id for padding, which is masked, so any will do that the model has."""
+    known = (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < vocabulary(model))
+    return next(known, 0)
+
+
+def positions(model: nn.Module) -> float:
+    """How many tokens the model can read."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
 @torch.no_grad()
 def answer(model: nn.Module, tokenizer: Any, messages: list[dict[str, str]], max_tokens: int) -> str:
-    """The model's greedy answer."""
+    """The model's greedy answer, at most as long as the model has positions.
+
+    Raises:
+        ValueError: the prompt alone has more tokens than that.
+    """
     was_training = model.training
     model.eval()
     ids = torch.tensor([prompt_ids(tokenizer, messages)], device=model.device)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if ids.numel() == 0 or int(ids.max()) >= vocabulary(model):
+        raise ValueError(f"the tokenizer makes {ids[0].tolist()[:9]} of the prompt, and the model knows the tokens "
+                         f"from 0 to {vocabulary(model) - 1}")  # fmt: skip
+    room = positions(model) - ids.shape[1]
+    if room < 1:
+        raise ValueError(f"a prompt of {ids.shape[1]} tokens leaves no room for an answer in the model's "
+                         f"{positions(model)} positions")  # fmt: skip
     out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False,
-        pad_token_id=pad, eos_token_id=tokenizer.eos_token_id,
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=int(min(max_tokens, room)), do_sample=False,
+        pad_token_id=pad_id(tokenizer, model), eos_token_id=stop_ids(tokenizer, model.generation_config) or None,
     )  # fmt: skip
     model.train(was_training)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 
 from ..planner import MOMENTS, WANTS, Estimate, choose, estimate_all, skeleton, traits_of
+from .model import add_arguments as add_model_arguments
 from .model import device_and_dtype
 
-_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+_UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
           "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg = parser.add_argument
-    arg("--model", type=Path, required=True, help="directory with config.json, or a GGUF file; no weights are read")
+    add_model_arguments(parser)
     arg("--memory", required=True, help="what there is of it: 16GiB, 24GB, 800M")
     arg("--tasks", type=int, default=1, help="how many adapters for the one base (default 1)")
     arg("--want", choices=sorted(WANTS), default="quality", help="what matters most (default quality)")
     arg("--batch", type=int, default=8, help="rows computed at once (default 8)")
     arg("--max-length", type=int, default=512, help="tokens per row (default 512)")
     arg("--r", type=int, default=16, help="rank (default 16)")
-    arg("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     arg("--optimizer", choices=[*MOMENTS], default="adamw", help="whose state counts (default adamw)")
     arg("--checkpointing", action="store_true", help="compute activations again in backward")
 
@@ -30,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     memory = parse_bytes(args.memory)
     _, dtype = device_and_dtype(args.dtype)
-    model = skeleton(args.model, dtype)
+    model = skeleton(args.model, dtype, trust_remote_code=args.trust_remote_code)
     options = {"batch": args.batch, "length": args.max_length, "checkpointing": args.checkpointing,
                "optimizer": args.optimizer}  # fmt: skip
     estimates = estimate_all(model, r=args.r, **options)
@@ -54,7 +53,9 @@ def parse_bytes(text: str) -> int:
         ValueError: it is none.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not found or found[2].upper() not in _UNITS or float(found[1]) == 0:
+    if found and not found[2]:
+        raise ValueError(f"--memory {text} has no unit: {found[1]}GiB, say, or {found[1]}B for bytes")
+    if not found or found[2].upper() not in _UNITS or not 0 < float(found[1]) < 2**63:
         raise ValueError(f"--memory must be a size such as 16GiB, 24GB or 800M, not {text!r}")
     return int(float(found[1]) * _UNITS[found[2].upper()])
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..integrations.files import write_atomically
+from .data import parsed, read_text
 
-FILE = "report.json"
+FILE, PLOT = "report.json", "loss.png"
 
 
 def mebibytes(count: float) -> str:
@@ -27,9 +28,18 @@ _LINES = {
     "tokens/s": lambda r: f"{r['tokens'] / max(r['seconds'], 1e-9):,.0f}",
     "held-out loss before": lambda r: _number(r["loss_before"]),
     "held-out loss after": lambda r: _number(r["loss_after"]),
-    "perplexity before": lambda r: _number(r["loss_before"] and math.exp(r["loss_before"]), 1),
-    "perplexity after": lambda r: _number(r["loss_after"] and math.exp(r["loss_after"]), 1),
+    "perplexity before": lambda r: _number(_perplexity(r["loss_before"]), 1),
+    "perplexity after": lambda r: _number(_perplexity(r["loss_after"]), 1),
 }
+
+
+_COUNTS = ("trainable", "total", "frozen_bytes", "dense_bytes", "peak_bytes", "steps", "rows_per_step", "seconds",
+           "tokens")  # fmt: skip
+_LOSSES = ("loss_before", "loss_after")
+
+
+def _perplexity(loss: float | None) -> float | None:
+    return None if loss is None else math.exp(loss) if loss < 700 else math.inf  # beyond a double's range
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -49,10 +59,24 @@ def write(folder: Path, report: dict[str, Any]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
+    """A run's report, of which at least all that :func:`table` shows is there and is a number.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
     path = folder / FILE
     if not path.is_file():
         raise FileNotFoundError(f"no {FILE} in {folder}; is it the output of peftops finetune?")
-    return json.loads(path.read_text())
+    report = parsed(read_text(path, "report"), f"{path} is damaged")
+    if not isinstance(report, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(report).__name__}, not an object")
+    finite = lambda value: isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
+    wrong = [key for key in _COUNTS if not finite(report.get(key)) or report[key] < 0]
+    wrong += [key for key in _LOSSES if report.get(key, "") is not None and not finite(report.get(key))]
+    if wrong or not report["total"] or not isinstance(report.get("method"), str):
+        raise ValueError(f"{path} is damaged: its {', '.join(wrong) or 'method or total'} cannot be right")
+    return report
 
 
 def plot(path: Path, losses: list[float], evaluations: list[tuple[int, float]], title: str) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 
 from ..integrations.files import writable_directory
 from ..integrations.peft_files import CONFIG, read_adapter
+from ..methods.chat import stop_ids
 from ..serving import Sampling, Server, add_adapter, pool_for
-from .data import DataError, prompt_ids
-from .model import load_base, load_tokenizer
+from .data import DataError, lines_of, parsed, prompt_ids, read_text
+from .model import add_arguments as add_model_arguments
+from .model import add_base_arguments, base_options, load_base, load_tokenizer
 
 _SAMPLING = tuple(field.name for field in fields(Sampling))
 _KEYS = ("prompt", "messages", "adapter", "max_tokens", *_SAMPLING)
@@ -22,14 +24,13 @@ _KEYS = ("prompt", "messages", "adapter", "max_tokens", *_SAMPLING)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg = parser.add_argument
-    arg("--model", type=Path, required=True, help="directory of a model, or GGUF file")
+    add_model_arguments(parser)
+    add_base_arguments(parser)
     arg("--adapters", type=Path, nargs="*", default=[], metavar="DIR",
         help="directories of LoRA adapters, or of such directories; an adapter has its directory's name")  # fmt: skip
     arg("--requests", type=Path, required=True, help="JSONL: prompt or messages, and, as wished, adapter (none is the "
         "model itself), max_tokens, temperature, top_k, top_p, seed (without any of these four: greedy)")  # fmt: skip
     arg("--out", type=Path, required=True, help="JSONL: a line per answer, as it is done, with its row's number")
-    arg("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    arg("--dense", action="store_true", help="do not quantise the model to 4 bits")
     arg("--max-tokens", type=int, default=128, help="of an answer whose row does not say (default 128)")
     arg("--max-batch", type=int, default=16, help="requests that run at once (default 16)")
     arg("--max-cache", type=int, default=16384, help="tokens whose keys and values are kept at once (default 16384)")
@@ -48,12 +49,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out must be a file of its own, not {args.out}")
     writable_directory(args.out.parent)
     ranks = [_rank(folder) for folder in adapters.values()]
-    tokenizer = load_tokenizer(args.model)
-    model = load_base(args.model, args.dtype, quantize=not args.dense)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    model = load_base(args, **_base(args, adapters))
     pool = pool_for(model, adapters=min(args.resident, max(1, len(ranks))), rank=max(ranks, default=1))
     for name, folder in adapters.items():
         add_adapter(pool, name, folder)
-    stop = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else None
+    stop = stop_ids(tokenizer, model.generation_config)
     numbers, generated, failed = {}, 0, 0
     with Server(model, pool, max_batch=args.max_batch, max_tokens=args.max_cache, stop=stop) as server:
         for number, row in enumerate(rows, 1):
@@ -99,15 +100,12 @@ def find_adapters(folders: list[Path]) -> dict[str, Path]:
 
 def read_requests(path: Path, adapters: dict[str, Path]) -> list[dict[str, Any]]:
     """The rows of a file of requests, each checked as far as it can be without a model."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except FileNotFoundError:
-        raise DataError(f"no file of requests {path}") from None
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, (_, line) in enumerate(lines_of(read_text(path, "file of requests")), 1):
+        value = parsed(line, f"{path}, row {number}")
         try:
-            rows.append(_checked(json.loads(line), adapters))
-        except ValueError as error:  # of JSON, too
+            rows.append(_checked(value, adapters))
+        except ValueError as error:
             raise DataError(f"{path}, row {number}: {error}") from None
     if not rows:
         raise DataError(f"{path} is empty")
@@ -130,6 +128,23 @@ def _checked(row: Any, adapters: dict[str, Path]) -> dict[str, Any]:
         raise ValueError(f"no adapter named {row['adapter']!r} in --adapters; there is {', '.join(adapters) or 'none'}")
     _sampling(row)
     return row
+
+
+def _base(args: argparse.Namespace, adapters: dict[str, Path]) -> dict[str, Any]:
+    """How to read the model that all of the adapters stand on: as they were trained, or as the options have it."""
+    wanted = {name: base_options(read_adapter(folder)[0]) for name, folder in adapters.items()}
+    if args.dense or args.quantize or not wanted:
+        return {"quantize": args.quantize}
+    name, first = next(iter(wanted.items()))
+    other = next((other for other, options in wanted.items() if options != first), None)
+    if other is not None:
+        raise ValueError(f"the adapters {name} and {other} were trained on different bases, {_words(first)} and "
+                         f"{_words(wanted[other])}; choose one for all with --dense or --quantize")  # fmt: skip
+    return first
+
+
+def _words(base: dict[str, Any]) -> str:
+    return f"in blocks of {base['block_size']} in 4 bits" if base["quantize"] else "dense"
 
 
 def _sampling(row: dict[str, Any]) -> Sampling | None:

@@ -1,30 +1,27 @@
-"""The training loop's parts: loss, evaluation, learning rate, checkpoints, memory."""
+"""The training loop's parts: loss, evaluation, learning rate, memory."""
 
 from __future__ import annotations
 
 import inspect
 import math
-import resource
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..integrations.files import write_atomically
 from ..nn import AdamW8bit
 from .data import IGNORE, Example, collate, in_order
 
 
 def answer_loss(model: nn.Module, batch: list[Example], pad: int) -> tuple[Tensor, int]:
-    """Sum of the negative log-likelihoods of the targets, and their number. Logits are computed at the
-    positions that have targets alone: with a large vocabulary they would be most of the memory."""
+    """Sum of the negative log-likelihoods of the targets, and their number. Logits are computed from
+    the first target of the batch on: with a large vocabulary they would be most of the memory."""
     tensors = collate(batch, pad)
     labels = tensors.pop("labels").to(model.device)
-    keep = max(example.targets for example in batch) + 1
+    keep = max(example.tail for example in batch) + 1
     extra = {"logits_to_keep": keep} if _takes_logits_to_keep(model) else {}
     inputs = {name: t.to(model.device) for name, t in tensors.items()}
     logits = model(**inputs, use_cache=False, **extra).logits[:, -keep:-1]
@@ -67,49 +64,37 @@ def optimizer_for(name: str, parameters: list[nn.Parameter], weight_decay: float
     return OPTIMIZERS[name](parameters, lr=0.0, weight_decay=weight_decay)
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
-
-
-def load_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint that was written with the same settings.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or a setting differs; the sentence says which.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"nothing to resume: no {path}")
-    try:
-        state = torch.load(path, weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} is damaged or cut short: {error}") from None
-    different = [key for key, value in settings.items() if state["settings"].get(key) != value]
-    if different:
-        was = ", ".join(f"{key}={state['settings'].get(key)!r} (now {settings[key]!r})" for key in different)
-        raise ValueError(f"{path} was made with other settings: {was}")
-    return state
-
-
 def memory_now() -> int:
-    """Bytes of memory in use: of the GPU if there is one, else resident in this process."""
+    """Bytes of memory in use: of the GPU if there is one, else this process's own, without the pages of files that it
+    has mapped (the system takes those back when it likes)."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:
+        return _status("VmRSS") - _status("RssFile")
+    except (OSError, LookupError):
         return memory_peak()
 
 
 def memory_peak() -> int:
-    """The most bytes since :func:`reset_memory_peak`, or since the start where the system cannot forget."""
+    """The most such bytes since :func:`reset_memory_peak`, or since the start where the system cannot forget; 0 where
+    it cannot tell."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        # The pages of files are those of now: Linux keeps no peak of them.
+        return _status("VmHWM") - _status("RssFile")
+    except (OSError, LookupError):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _status(name: str) -> int:
+    """A line of Linux's account of this process, in bytes."""
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
 
 
 def reset_memory_peak() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 
 import torch
@@ -56,17 +57,24 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor]) -> NF4Tensor:
     try:
         state = json.loads(bytes(tensors[f"weight.{_STATE}"].tolist()))
         shape, block_size, dtype = torch.Size(state["shape"]), state["blocksize"], getattr(torch, state["dtype"])
-    except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        offset = torch.tensor(state.get("nested_offset", 0.0), dtype=torch.float32, device=tensors["weight"].device)
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"weight.{_STATE} is damaged: {error!r}") from None
+    if not isinstance(dtype, torch.dtype) or offset.dim() or not offset.isfinite():
+        raise ValueError(f"weight.{_STATE} is damaged: its dtype or nested_offset is none")
+    if -(-math.prod(shape) // 2) != tensors["weight"].nbytes:
+        raise ValueError(f"weight has {tensors['weight'].nbytes} bytes, which are no codes of shape {list(shape)}")
     for name, own in (("quant_map", _CODE), ("nested_quant_map", _MAP)):
         given = tensors.get(f"weight.{name}")
         # torch.linspace, of which bitsandbytes makes its map, rounds differently on some CPUs
-        if given is not None and not torch.allclose(given.float().cpu(), own, rtol=2**-22, atol=0):
+        close = lambda a, b: a.shape == b.shape and torch.allclose(a.float().cpu(), b, rtol=2**-22, atol=0)
+        if given is not None and not close(given, own):
             raise ValueError(f"weight.{name} is not the one that bitsandbytes uses for NF4")
     packed, absmax = tensors["weight"].flatten().view(torch.uint8), tensors["weight.absmax"]
     if "nested_offset" not in state:
         return NF4Tensor(packed, absmax, None, None, block_size, shape, dtype)
     if state.get("nested_blocksize") != 256:
         raise ValueError(f"nested blocks must have 256 elements, not {state.get('nested_blocksize')}")
-    offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device)
+    if "weight.nested_absmax" not in tensors:
+        raise ValueError("not an NF4 weight of bitsandbytes: weight.nested_absmax is missing")
     return NF4Tensor(packed, absmax, tensors["weight.nested_absmax"], offset, block_size, shape, dtype)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -40,6 +42,40 @@ def durable(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def whole_directory(path: str | os.PathLike, need: int = 0) -> Iterator[Path]:
+    """A directory to write to, which is called ``path`` once the block is done, and is gone if the block fails.
+
+    Raises:
+        OSError: ``path`` is there and not empty, cannot be written, or its disk has less room than ``need`` bytes.
+    """
+    path = check_new_directory(path)
+    parent = writable_directory(path.parent, need)
+    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
+        os.chmod(temporary, 0o777 & ~_umask())
+        if path.exists():
+            path.rmdir()
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new_directory(path: str | os.PathLike) -> Path:
+    """The whole path of a directory that is not there yet, or empty; an OSError if it holds something."""
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file, not a directory")
+    if path.exists() and any(path.iterdir()):
+        raise FileExistsError(f"{path} holds files already, which would be overwritten; give a new directory")
+    return path
 
 
 def _umask() -> int:

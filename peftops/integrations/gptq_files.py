@@ -19,6 +19,9 @@ from ..ops import GroupQuantTensor, group_dequantize
 from ..ops.group_tensor import pack_bits, unpack_bits
 
 FORMATS = {"gptq": 1, "gptq_v2": 0}  # what a stored zero is less
+FORMAT = "gptq"  # what checkpoints of this layout call it
+_PARTS = ("qweight", "scales", "qzeros")
+GPTQ_PARTS = (*_PARTS, "g_idx")
 
 
 @dataclass
@@ -103,19 +106,17 @@ def from_gptq(
 
     Raises:
         KeyError: a part is missing.
-        ValueError: there is no such format, the shapes do not fit, or ``g_idx`` permutes the columns (act-order),
-            which groups of neighbouring columns cannot hold.
+        TypeError: a part is no dense tensor.
+        ValueError: there is no such format, the shapes or dtypes do not fit, or ``g_idx`` permutes the columns
+            (act-order), which groups of neighbouring columns cannot hold.
     """
     if checkpoint_format not in (None, *FORMATS):
         raise ValueError(f"from_gptq: checkpoint_format must be one of {', '.join(FORMATS)}, not {checkpoint_format!r}")
-    qweight, scales, qzeros = (parts[name] for name in ("qweight", "scales", "qzeros"))
-    if qweight.dim() != 2 or qweight.dtype != torch.int32:
-        raise ValueError(
-            f"from_gptq: qweight must be int32 [in * bits / 32, out], not {qweight.dtype} {list(qweight.shape)}"
-        )
+    _check_parts(parts, bits)
+    qweight, scales, qzeros = (parts[name] for name in _PARTS)
     codes = unpack_bits(_bytes(qweight.t()), bits)
     n, k = codes.shape
-    if scales.dim() != 2 or scales.shape[1] != n or k % max(1, scales.shape[0]):
+    if scales.shape[1] != n or not scales.shape[0] or k % scales.shape[0]:
         raise ValueError(
             f"from_gptq: scales must have shape [groups, {n}] with groups a divisor of {k}, not {list(scales.shape)}"
         )
@@ -127,8 +128,11 @@ def from_gptq(
             )
         stored = unpack_bits(_bytes(qzeros), bits).float()
         zeros = stored + (_less(stored, bits) if checkpoint_format is None else FORMATS[checkpoint_format])
-    else:
+    elif qzeros.shape == scales.shape:
         zeros = qzeros
+    else:
+        shapes = f"{list(scales.shape)}, not {list(qzeros.shape)}"
+        raise ValueError(f"from_gptq: zeros must have the shape of scales, {shapes}")
     order = torch.arange(k, device=qweight.device) // (k // groups)
     if "g_idx" in parts and not torch.equal(parts["g_idx"].long(), order):
         raise ValueError("from_gptq: g_idx permutes the columns (act-order); quantise without it")
@@ -147,6 +151,30 @@ def _less(stored: Tensor, bits: int) -> int:
         stacklevel=3,
     )
     return FORMATS["gptq"]
+
+
+def _check_parts(parts: dict[str, Tensor], bits: int) -> None:
+    """Raise unless these are the tensors of a layer, as far as their kinds go."""
+    if bits not in (2, 3, 4, 8):
+        raise ValueError(f"from_gptq: bits must be 2, 3, 4 or 8, not {bits!r}")
+    if not isinstance(parts, dict):
+        raise TypeError(f"from_gptq: parts must be a dict of tensors, not a {type(parts).__name__}")
+    missing = [name for name in _PARTS if name not in parts]
+    if missing:
+        raise KeyError(f"from_gptq: {', '.join(missing)} is missing")
+    for name in GPTQ_PARTS:
+        part, words = parts.get(name), name in ("qweight", "g_idx")
+        if part is None and name == "g_idx":
+            continue
+        if not isinstance(part, Tensor) or part.layout != torch.strided or part.is_meta:
+            raise TypeError(f"from_gptq: {name} must be a dense tensor, not a {type(part).__name__}")
+        kinds = "int32" if words else "float or int32" if name == "qzeros" else "float"
+        fits = (part.dtype == torch.int32 and kinds != "float") or (part.is_floating_point() and not words)
+        if part.dim() != (1 if name == "g_idx" else 2) or not (fits or (name == "g_idx" and part.dtype == torch.int64)):
+            shape = "[in]" if name == "g_idx" else "[in * bits / 32, out]" if name == "qweight" else "[groups, out]"
+            raise ValueError(f"from_gptq: {name} must be {kinds} {shape}, not {part.dtype} {list(part.shape)}")
+    if parts["qweight"].shape[0] * 32 % bits or not parts["qweight"].numel():
+        raise ValueError(f"from_gptq: qweight {list(parts['qweight'].shape)} holds no whole codes of {bits} bits")
 
 
 def _words(packed: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.targets import ALL_LINEAR, find_targets
-from ..nn import NF4Linear, as_matrix, is_conv1d, shell_of
+from ..nn import GroupLinear, NF4Linear, as_matrix, is_conv1d, shell_of
 from ..nn.ties import forget_broken_ties, parameter_at, tie, tied_names
 from ..nn.undo import about
-from ..ops import nf4_quantize
+from ..ops import GroupQuantTensor, nf4_quantize
 from .bitsandbytes_files import PARTS, from_bitsandbytes
 from .gguf_files import gguf_tensors, open_gguf
+from .gptq_files import FORMAT, GPTQ_PARTS, from_gptq
 
 _DERIVED = re.compile(r".*rotary_emb\.inv_freq")  # in old checkpoints; computed from the configuration, and compared
 
@@ -31,24 +32,49 @@ def gguf_file(path: str | os.PathLike) -> Path | None:
     return files[0] if len(files) == 1 and not (path / "config.json").exists() else None
 
 
-def model_config(path: str | os.PathLike) -> Any:
-    """The configuration of the model that is in a directory or a GGUF file.
+def model_config(path: str | os.PathLike, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of the causal language model that is in a directory or a GGUF file.
 
     Raises:
         FileNotFoundError: there is no model at ``path``.
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, wants to run code of its own, or the model is none of that kind.
     """
     from transformers import AutoConfig
 
     file, folder = gguf_file(path), Path(path)
-    if file:
-        try:
-            return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-        except Exception as error:  # whatever a reader stumbles over in a damaged file
-            raise ValueError(f"{file} is damaged or no GGUF: {error}") from error
-    if (folder / "config.json").is_file():
-        return AutoConfig.from_pretrained(folder)
-    raise FileNotFoundError(f"no model at {path}: neither a GGUF file nor a directory with config.json")
+    if not file and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no model at {path}: neither a GGUF file nor a directory with config.json")
+    where, how = (file.parent, {"gguf_file": file.name}) if file else (folder, {})
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **how)
+    except Exception as error:  # whatever a reader stumbles over in a damaged file
+        name = file or folder / "config.json"
+        check_own_code(path, error)
+        raise ValueError(f"{name} is damaged or not supported: {_first_line(error)}") from error
+    _check_causal(path, config)
+    return config
+
+
+def check_own_code(path: str | os.PathLike, error: Exception) -> None:
+    """Say what transformers means where it wants to run code out of a model's directory."""
+    if "trust_remote_code" in str(error):
+        raise ValueError(f"{path} comes with Python code of its own, which is not run unless you ask for it: read it, "
+                         "then allow it with --trust-remote-code, or trust_remote_code=True") from error  # fmt: skip
+
+
+def _check_causal(path: str | os.PathLike, config: Any) -> None:
+    """Raise for an encoder, say: transformers would build a language model of it whose head is new."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    made = getattr(config, "architectures", None)
+    if made and not getattr(config, "auto_map", None):
+        if not set(made) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+            raise ValueError(f"{path} is not a causal language model: it holds a {', '.join(map(str, made))} and no "
+                             f"causal language model of a {config.model_type}")  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def load_model(
@@ -58,6 +84,7 @@ def load_model(
     quantize: bool = True,
     block_size: int = 64,
     double_quant: bool = True,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Read a causal language model, each linear layer but the output layer straight into NF4.
 
@@ -65,11 +92,12 @@ def load_model(
     and one dense tensor. (Pages of the file itself come and go as the system likes.)
 
     Args:
-        path: a directory with ``config.json`` and safetensors, dense or quantised to NF4 by bitsandbytes; or a
-            GGUF file (of a llama, qwen2 or qwen3), or a directory with one.
+        path: a directory with ``config.json`` and safetensors, dense, quantised to NF4 by bitsandbytes, or in GPTQ's
+            layout, whose codes stay as they are; or a GGUF file (of a llama, qwen2 or qwen3), or a directory with one.
         dtype: of what is not quantised, and what the 4-bit weights stand for.
         quantize: False for a dense model.
         block_size, double_quant: see :func:`peftops.nf4_quantize`.
+        trust_remote_code: run the Python code that the directory comes with; nothing ever asks for that.
 
     Returns:
         The model, in evaluation mode, on the CPU.
@@ -82,18 +110,21 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     file, folder = gguf_file(path), Path(path)
-    config = model_config(path)
-    prequantised = getattr(config, "quantization_config", None)
+    config = model_config(path, trust_remote_code=trust_remote_code)
+    prequantised, bits = getattr(config, "quantization_config", None), None
     if prequantised is not None:
-        _check_prequantised(folder, prequantised)
+        bits = _check_prequantised(folder, prequantised)
         del config.quantization_config
     reader = open_gguf(file, config) if file else None
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever the numbers of a damaged configuration lead to
+        raise ValueError(f"{path}: transformers cannot build this model: {_first_line(error)}") from error
     linears = set(find_targets(model, ALL_LINEAR)) if quantize else set()
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = dict(model.named_buffers())
-    tensors = gguf_tensors(file, reader, names, config) if file else _safetensors(folder)
+    tensors = gguf_tensors(file, reader, names, config) if file else _safetensors(folder, bits)
     # A tensor of safetensors is a part of its file, all of which stays in memory for as long as one of them is used.
     own = lambda tensor: tensor.to(dtype, copy=not file)
     held = set()
@@ -110,7 +141,9 @@ def load_model(
             raise ValueError(f"{path} has a tensor {name} that {type(model).__name__} has no place for")
         else:
             _check_shape(path, name, tensor, getattr(parent, leaf).shape)
-            if leaf == "weight" and layer in linears:
+            if isinstance(tensor, GroupQuantTensor):
+                _replace(model, layer, GroupLinear(tensor.to(dtype), None, shell_of(parent)))
+            elif leaf == "weight" and layer in linears:
                 if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                     tensor = tensor.float()
                 if prequantised is None:
@@ -149,15 +182,16 @@ def _tie(model: nn.Module, held: set[str]) -> None:
     forget_broken_ties(model)
 
 
-def _replace(model: nn.Module, name: str, new: NF4Linear) -> None:
+def _replace(model: nn.Module, name: str, new: NF4Linear | GroupLinear) -> None:
     parent, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent)
     new.bias = getattr(parent, leaf).bias
     setattr(parent, leaf, new)
 
 
-def _safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a directory; the parts of a weight that bitsandbytes quantised, as one."""
+def _safetensors(folder: Path, bits: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a directory; the parts of a weight that bitsandbytes quantised, or in GPTQ's layout of ``bits``,
+    as one."""
     from safetensors import SafetensorError, safe_open
 
     files = sorted(folder.glob("*.safetensors"))
@@ -168,6 +202,11 @@ def _safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             with safe_open(file, "pt") as tensors:
                 keys = list(tensors.keys())
                 parts = {key for key in keys if any(key.endswith(f".weight.{part}") for part in PARTS)}
+                packed = {key.removesuffix(".qweight") for key in keys if bits and key.endswith(".qweight")}
+                for layer in sorted(packed):
+                    own = {key: tensors.get_tensor(f"{layer}.{key}") for key in GPTQ_PARTS if f"{layer}.{key}" in keys}
+                    yield f"{layer}.weight", from_gptq(own, bits=bits, checkpoint_format=FORMAT)
+                    parts |= {f"{layer}.{key}" for key in GPTQ_PARTS}
                 for key in keys:
                     if key in parts:
                         continue
@@ -180,10 +219,15 @@ def _safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{file} is damaged or cut short: {error}") from None
 
 
-def _check_prequantised(folder: Path, config: object) -> None:
+def _check_prequantised(folder: Path, config: object) -> int | None:
+    """Raise unless the quantisation is one that is read; the bits of GPTQ's."""
     get = config.get if isinstance(config, dict) else lambda key, default=None: getattr(config, key, default)
+    if get("quant_method") == "gptq" and get("checkpoint_format") == FORMAT:
+        return get("bits")
     if get("quant_method") != "bitsandbytes" or get("bnb_4bit_quant_type") != "nf4":
-        raise ValueError(f"{folder} is quantised already, by {get('quant_method')}; only NF4 of bitsandbytes is read")
+        raise ValueError(f"{folder} is quantised already, by {get('quant_method')}; only NF4 of bitsandbytes is read, "
+                         f"and GPTQ with checkpoint_format {FORMAT!r}")  # fmt: skip
+    return None
 
 
 def _check_frequencies(path: object, name: str, tensor: Tensor, buffers: dict[str, Tensor]) -> None:

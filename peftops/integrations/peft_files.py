@@ -47,7 +47,7 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
         name: which adapter; by default the active one.
 
     Raises:
-        ValueError: there is no such adapter.
+        ValueError: there is no such adapter, or it is not finite.
         OSError: the directory cannot be written to, or has no room.
     """
     model = unwrapped(model)
@@ -65,6 +65,7 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
             tensors[_key(config, adapter, key, path)] = tensor.detach().cpu().contiguous()
     if rank != 0:
         return
+    _check_finite(tensors, f"the adapter {name!r}")
     adapted = [path for path in adapters if not is_within(path, config.modules_to_save)]
     targets = {"target_modules": exact_target(model, adapted)} if _target_field(config) else {}
     fields = {
@@ -101,7 +102,7 @@ def load(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, the method or an option is not supported, or the tensors are not
+        ValueError: a file is damaged or not finite, the method or an option is not supported, or the tensors are not
             exactly those of the config and the model; nothing has changed then.
     """
     folder = Path(directory)
@@ -134,7 +135,10 @@ def read_adapter(directory: str | os.PathLike, quantize: bool | None = None) -> 
     fields, own = _read_json(folder / CONFIG), {}
     if (folder / OWN).exists():
         own = _read_json(folder / OWN)
-    return _config(fields, own, quantize), _read_tensors(folder / WEIGHTS)
+    try:
+        return _config(fields, own, quantize), _read_tensors(folder / WEIGHTS)
+    except (AttributeError, LookupError, ArithmeticError, TypeError) as error:  # fields of another kind than theirs
+        raise ValueError(f"{folder / CONFIG} or {OWN} is damaged: {error}") from error
 
 
 def _task(model: nn.Module, config: Any) -> str | None:
@@ -239,7 +243,7 @@ def _read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no {path.name} in {path.parent}; is it the directory of an adapter?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged: it holds a {type(value).__name__}, not an object")
@@ -250,6 +254,16 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise FileNotFoundError(f"no {path.name} in {path.parent}; is it the directory of an adapter?")
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged or cut short: {error}") from None
+    _check_finite(tensors, path)
+    return tensors
+
+
+def _check_finite(tensors: dict[str, Tensor], owner: object) -> None:
+    """Training that went wrong must not be deployed."""
+    for key, tensor in tensors.items():
+        wide = tensor.float() if tensor.element_size() == 1 else tensor  # bytes have no such test of their own
+        if tensor.is_floating_point() and not wide.isfinite().all():
+            raise ValueError(f"{owner} is not finite: {key} holds NaN or infinity")

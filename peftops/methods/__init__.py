@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import pkgutil
 import re
 import warnings
@@ -350,7 +351,7 @@ def merge(model: nn.Module, *, dense: bool = False) -> MergeReport:
 
     Raises:
         TypeError: the method cannot be merged.
-        ValueError: there is no adapter, or it is merged already.
+        ValueError: there is no adapter, or it is merged already, or the sum is not finite; nothing has changed then.
     """
     state = attachment(model)
     name = state.switch.active
@@ -361,7 +362,9 @@ def merge(model: nn.Module, *, dense: bool = False) -> MergeReport:
     try:
         for path, host in targets:
             with about(path or type(model).__name__):
-                report.layers[path] = host.merge(name, dense=dense)
+                error = report.layers[path] = host.merge(name, dense=dense)
+                if not math.isfinite(error.change + error.rounding):
+                    raise ValueError("merging would give weights that are not finite")
     except BaseException:
         unmerge(model)  # all or nothing
         raise

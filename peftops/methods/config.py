@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -73,22 +75,42 @@ def refuse(fields: dict[str, Any], **neutral: Any) -> None:
 
 
 def check_range(name: str, value: Any, low: float, high: float | None = None, *, whole: bool = False) -> None:
-    """Raise unless ``value`` is a number in ``[low, high)``."""
+    """Raise unless ``value`` is a finite number in ``[low, high)``."""
     right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if right and value >= low and (high is None or value < high):
+    if right and abs(value) < math.inf and value >= low and (high is None or value < high):
         return
     kind = "a whole number" if whole else "a number"
     limits = f"from {low}" if high is None else f"in [{low}, {high})"
     raise ValueError(f"{name} must be {kind} {limits}, not {value!r}")
 
 
+def check_scaling(alpha: Any, patterns: dict[str, Any] | None = None) -> None:
+    """Raise unless ``alpha`` is None or a number that a scaling can be made of, and the patterns are expressions with
+    such numbers."""
+    for value in (alpha, *(patterns or {}).values()):
+        if value is not None:
+            check_range("alpha", value, -1e9, 1e9)
+
+
+def check_pattern(name: str, pattern: Any) -> None:
+    """Raise unless ``pattern`` is what :func:`by_pattern` reads."""
+    if not isinstance(pattern, dict) or not all(isinstance(key, str) for key in pattern):
+        raise ValueError(f"{name} must be a dict by regular expressions, not {pattern!r}")
+    for key in pattern:
+        try:
+            re.compile(key)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{name}: {key!r} is not a regular expression: {error}") from None
+
+
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
 def check_target(target: Target) -> None:
-    if not target:
+    names = target if isinstance(target, list | tuple | set) else [target]
+    if not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"target must be 'all-linear', names or a regular expression, not {target!r}")
 
 

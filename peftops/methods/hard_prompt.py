@@ -17,6 +17,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from .chat import ids_of, pieces, render
 from .config import check_choice
 
 SPLIT = "|||"  # between the prompt and its target, as in promptsource
@@ -127,11 +128,10 @@ class HardPrompt:
             if not getattr(tokenizer, "chat_template", None):
                 raise ValueError("this tokenizer has no chat template; use chat=False")
             *turns, last = self.messages(row, shown)
-            # The chat template writes the special tokens itself: nothing may add a second beginning.
-            ids = list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
-            end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-            answer = tokenizer(last["content"], add_special_tokens=False)["input_ids"] + end if target else []
-            return Encoded(ids + answer, len(answer))
+            if not target:
+                return Encoded(ids_of(tokenizer, render(tokenizer, turns, ask=True)), 0)
+            (asked, _), (answer, _) = pieces(tokenizer, [*turns, last])
+            return Encoded(asked + answer, len(answer))
         query, answer = self.text(row)
         before = [self.instruction] if self.instruction else []
         context = self.separator.join([*before, *("".join(self.text(each)) for each in shown), query])

@@ -21,7 +21,7 @@ from ..nn import MergeError, Prompt, Select, Stored, base_of
 from ..nn.gated_prompt import ARGUMENT, check_attention, close_registry, is_attention, open_registry
 from ..nn.shifted_attention import ShiftedAttention
 from . import each_target, register
-from .config import Config, check_range, check_target
+from .config import Config, check_pattern, check_range, check_scaling, check_target
 from .lora import LoRA, LoRAConfig
 from .norm_tuning import is_norm
 from .rope import check_stretch, stretch
@@ -56,6 +56,9 @@ class LongLoRAConfig(LoRAConfig):
     extras: bool = True
 
     def __post_init__(self) -> None:
+        check_pattern("rank_pattern", self.rank_pattern)
+        check_pattern("alpha_pattern", self.alpha_pattern)
+        check_scaling(self.alpha, self.alpha_pattern)
         for r in (self.r, *self.rank_pattern.values()):
             check_range("r", r, 1, whole=True)
         check_range("dropout", self.dropout, 0, 1)

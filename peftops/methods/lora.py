@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..nn import CONVOLUTION, EMBEDDING, LINEAR, Adapter, factor_shapes, kind_of, low_rank
 from . import register
-from .config import Config, by_pattern, check_range, check_target, needs, refuse
+from .config import Config, by_pattern, check_pattern, check_range, check_scaling, check_target, needs, refuse
 from .targets import ALL_LINEAR, Target
 
 # PEFT's names of where A and B started, where that left the base as it was. (None: files of old versions.)
@@ -57,6 +57,9 @@ class LoRAConfig(Config):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_pattern("rank_pattern", self.rank_pattern)
+        check_pattern("alpha_pattern", self.alpha_pattern)
+        check_scaling(self.alpha, self.alpha_pattern)
         for r in (self.r, *self.rank_pattern.values()):
             check_range("r", r, 1, whole=True)
         check_range("dropout", self.dropout, 0, 1)

@@ -23,7 +23,7 @@ from ..nn import Adapter, GroupLinear, MergeError, module_at, owner_of, sizes, w
 from ..nn.undo import about
 from ..ops import GroupQuantTensor, group_dequantize, qalora_linear, qalora_merge
 from . import each_target, register
-from .config import Config, check_choice, check_range, check_target, refuse
+from .config import Config, check_choice, check_range, check_scaling, check_target, refuse
 from .lora import LoRAConfig
 from .targets import ALL_LINEAR, Target
 
@@ -55,6 +55,7 @@ class QALoRAConfig(Config):
         check_choice("bits", self.bits, (2, 3, 4, 8, None))
         check_choice("group_size", self.group_size, tuple(2**n for n in range(3, 13)))
         check_choice("pool", self.pool, ("sum", "mean", "peft"))
+        check_scaling(self.alpha)
         check_target(self.target)
 
     @property

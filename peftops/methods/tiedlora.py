@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..nn import Adapter, low_rank, sizes
 from . import each_target, register
-from .config import Config, check_range, check_target
+from .config import Config, check_range, check_scaling, check_target
 from .targets import ALL_LINEAR, Target
 
 
@@ -51,6 +51,7 @@ class TiedLoRAConfig(Config):
     def __post_init__(self) -> None:
         check_range("r", self.r, 1, whole=True)
         check_range("dropout", self.dropout, 0, 1)
+        check_scaling(self.alpha)
         check_target(self.target)
         if not (self.train_B or self.train_v):
             raise ValueError("train_B or train_v must be True: with both frozen, the model could not leave its start")

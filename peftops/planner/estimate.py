@@ -51,7 +51,9 @@ class Estimate:
         return 4 * self.trainable
 
 
-def skeleton(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> nn.Module:
+def skeleton(
+    path: str | os.PathLike, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False
+) -> nn.Module:
     """The model at ``path`` on the meta device: shapes, and no weights.
 
     Raises:
@@ -60,13 +62,14 @@ def skeleton(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> nn.
     """
     from transformers import AutoModelForCausalLM
 
-    config = model_config(path)
+    config = model_config(path, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         raise ValueError(f"{path} is quantised already; plan with the model that it was made from")
     trace.register_attention()
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=trace.ATTENTION)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=trace.ATTENTION,
+                                                     trust_remote_code=trust_remote_code)  # fmt: skip
     except ValueError as error:
         kind = config.model_type
         raise ValueError(f"{path}: transformers builds no causal language model of a {kind}, or none whose attention "

@@ -153,8 +153,7 @@ def test_moments_in_8_bits(model_folder, train_file, tmp_path, capsys, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(peftops.cli.finetune.Job, "finish", stop)
-        with pytest.raises(RuntimeError, match="stopped"):
-            main(parts)
+        assert main(parts) == 2
     state = torch.load(tmp_path / "parts/checkpoint.pt", weights_only=True)
     assert state["step"] == 10 and state["optimizer"]["state"][0]["exp_avg"].dtype == torch.uint8
     capsys.readouterr()

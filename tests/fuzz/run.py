@@ -1,0 +1,333 @@
+"""Damaged files of every kind that peftops reads: each ends in a sentence or loads; nothing else is right.
+
+    python tests/fuzz/run.py --cases 20000              # all kinds in turn, in processes of their own
+    python tests/fuzz/run.py --kind gguf --case 17      # one again
+
+A case follows from its kind and number. A process has bounded memory, and a case bounded time, so that numbers out of
+a file can neither fill the machine nor stop the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import copy
+import functools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+import models  # noqa: E402
+import peftops  # noqa: E402
+from fuzz.damage import STRANGE, damage_bytes, damage_json, damage_safetensors  # noqa: E402
+
+RIGHT = (ValueError, TypeError, OSError, KeyError)  # what the docstrings promise
+SECONDS, MEMORY = 60, 6 << 30  # a case may take, and a process
+CHUNK = 500  # cases of a process
+
+
+@functools.cache
+def _base() -> nn.Module:
+    return models.llama(tied=False)
+
+
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    return copy.deepcopy(_base())
+
+
+@functools.cache
+def seeds(kind: str) -> Path:
+    """Sound files of a kind, small."""
+    folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{kind}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _MAKE[kind](folder / kind)
+    return folder / kind
+
+
+def _config(folder: Path) -> None:
+    base().save_pretrained(folder)
+
+
+def _adapter(folder: Path) -> None:
+    for name, config in {
+        "lora": peftops.LoRAConfig(r=4, rank_pattern={"q_proj": 2}), "qlora": peftops.QLoRAConfig(r=4),
+        "dora": peftops.DoRAConfig(r=4), "ia3": peftops.IA3Config(), "loftq": peftops.LoftQConfig(r=4, iterations=1),
+        "prefix": peftops.PrefixTuningConfig(tokens=3), "qalora": peftops.QALoRAConfig(r=4),
+        "whole": peftops.LoRAConfig(r=4, target=["q_proj"], modules_to_save=["lm_head"]),
+    }.items():  # fmt: skip
+        peftops.save(peftops.attach(base(), config), folder / name)
+
+
+def _report(folder: Path) -> None:
+    made = {"method": "lora", "losses": [1.0], "evaluations": [[0, 2.0]], "loss_before": 2.0, "loss_after": 1.5}
+    counts = "trainable total frozen_bytes dense_bytes peak_bytes steps rows_per_step seconds tokens".split()
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps({**made, **dict.fromkeys(counts, 3)}))
+
+
+def _bitsandbytes(folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    from peftops.integrations.bitsandbytes_files import to_bitsandbytes
+
+    model = peftops.detach(peftops.attach(base(), peftops.QLoRAConfig()))
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter.data, peftops.NF4Tensor):
+            layer = name.removesuffix("weight")
+            tensors |= {layer + part: t.clone() for part, t in to_bitsandbytes(parameter.data).items()}
+        else:
+            tensors[name] = parameter.detach().clone()
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = model.config.to_dict()
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _gguf(path: Path) -> None:
+    import gguf
+
+    config = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+                  num_key_value_heads=2)  # fmt: skip
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config, tie_word_embeddings=False))
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(16)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(64)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    for name, parameter in model.named_parameters():
+        stem, _, suffix = name.rpartition(".")
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", parameter.detach().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+_MAKE = {"adapter": _adapter, "config": _config, "bitsandbytes": _bitsandbytes, "gguf": _gguf, "report": _report}
+
+
+def adapter(folder: Path, rng: Random) -> None:
+    name = rng.choice(sorted(p.name for p in seeds("adapter").iterdir()))
+    shutil.copytree(seeds("adapter") / name, folder / "a")
+    file = folder / "a" / rng.choice(["adapter_config.json", "peftops.json", "adapter_model.safetensors"])
+    damage = damage_safetensors if file.suffix == ".safetensors" else damage_json
+    file.write_bytes(damage(file.read_bytes(), rng))
+    model = base()
+    try:
+        peftops.load(model, folder / "a")
+    except RIGHT:
+        assert not hasattr(model, "_peftops"), "an adapter is left in the model"
+        raise
+
+
+def config(folder: Path, rng: Random) -> None:
+    shutil.copytree(seeds("config"), folder / "m")
+    (folder / "m" / "config.json").write_bytes(damage_json((folder / "m" / "config.json").read_bytes(), rng))
+    peftops.load_model(folder / "m", quantize=rng.random() < 0.5)
+
+
+def bitsandbytes(folder: Path, rng: Random) -> None:
+    shutil.copytree(seeds("bitsandbytes"), folder / "m")
+    file = folder / "m" / "model.safetensors"
+    if rng.random() < 0.4:
+        file.write_bytes(damage_safetensors(file.read_bytes(), rng))
+    else:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(file)
+        parts = [name for name in tensors if ".weight" in name and name.count(".weight.")]
+        name = rng.choice(parts if rng.random() < 0.5 else [name for name in parts if "quant_state" in name])
+        if "quant_state" in name:
+            state = damage_json(bytes(tensors[name].tolist()), rng) or b"{}"
+            tensors[name] = torch.tensor(list(state), dtype=torch.uint8)
+        else:
+            damaged = _damage_state(tensors[name], rng)
+            tensors[name] = damaged if isinstance(damaged, torch.Tensor) and not damaged.is_sparse else torch.zeros(0)
+        if any(t.is_meta for t in tensors.values()):
+            del tensors[name]
+        save_file({name: t.contiguous() for name, t in tensors.items()}, file, {"format": "pt"})
+    peftops.load_model(folder / "m")
+
+
+def gguf(folder: Path, rng: Random) -> None:
+    (folder / "m.gguf").write_bytes(damage_bytes(seeds("gguf").read_bytes(), rng))
+    peftops.load_model(folder / "m.gguf", quantize=rng.random() < 0.5)
+
+
+def report(folder: Path, rng: Random) -> None:
+    from peftops.cli.report import read, table
+
+    (folder / "report.json").write_bytes(damage_json((seeds("report") / "report.json").read_bytes(), rng))
+    table([read(folder)])
+
+
+def checkpoint(folder: Path, rng: Random) -> None:
+    """Of a run of two steps: restored and gone on with, as --resume does."""
+    from peftops.cli.checkpoint import load_checkpoint
+
+    job, settings = _job(folder)
+    job.checkpoint()
+    file = folder / "checkpoint.pt"
+    if rng.random() < 0.4:
+        file.write_bytes(damage_bytes(file.read_bytes(), rng))
+    else:
+        torch.save(_damage_state(torch.load(file, weights_only=True), rng), file)
+    job, settings = _job(folder)
+    job.restore(load_checkpoint(file, settings, 4))
+    job.one_step([[_example()] * 2])
+
+
+def _example() -> object:
+    from peftops.cli.data import Example
+
+    return Example([5, 6, 7, 8], [-100, -100, 7, 8])
+
+
+def _job(folder: Path) -> tuple[object, dict]:
+    from peftops.cli.job import Job
+
+    args = argparse.Namespace(optimizer="adamw", weight_decay=0.0, method="lora", steps=4, lr=1e-3, warmup=0, clip=1.0,
+                              batch=2, accumulate=1)  # fmt: skip
+    model = peftops.attach(base(), peftops.LoRAConfig(r=2, target=["q_proj"]))
+    settings = {"lr": 1e-3, "r": 2}
+    job = Job(args, model, models.tokenizer(), [_example()], [], folder, settings)
+    job.question = [{"role": "user", "content": "a"}]
+    job.losses.append(job.one_step([[_example()] * 2]))
+    job.step = 1
+    return job, settings
+
+
+def _damage_state(state: object, rng: Random) -> object:
+    if isinstance(state, torch.Tensor) and (state.is_sparse or state.is_meta):
+        return rng.choice(STRANGE)
+    if isinstance(state, torch.Tensor):
+        other = rng.choice([torch.float64, torch.int32, torch.float16])
+        ways = [state.flatten()[: state.numel() // 2], state.to(other),
+                state[None], torch.full_like(state, float("nan")) if state.is_floating_point() else state * 0,
+                state.float().to_sparse(), state.to("meta"), rng.choice(STRANGE)]  # fmt: skip
+        return rng.choice(ways)
+    if isinstance(state, dict) and state:
+        key = rng.choice(list(state))
+        return {**state, key: _damage_state(state[key], rng)} if rng.random() < 0.9 else {**state, "x": 1}
+    if isinstance(state, list) and state:
+        i = rng.randrange(len(state))
+        return [*state[:i], _damage_state(state[i], rng), *state[i + 1 :]] if rng.random() < 0.8 else state[:i]
+    return rng.choice(STRANGE)
+
+
+def gptq(folder: Path, rng: Random) -> None:
+    from peftops.integrations.gptq_files import from_gptq, to_gptq, to_gptq_integers
+
+    dense = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    weight = peftops.group_quantize(dense, bits=4, group_size=32)
+    parts = to_gptq(weight) if rng.random() < 0.5 else to_gptq_integers(weight)[0]
+    for _ in range(rng.choice([1, 1, 2])):
+        parts = _damage_state(parts, rng)
+    if isinstance(parts, dict) and rng.random() < 0.1:
+        parts.pop(rng.choice([*parts]))
+    made = from_gptq(parts, bits=rng.choice([2, 3, 4, 4, 4, 4, 8, 5, 0]))
+    peftops.group_dequantize(made)
+
+
+KINDS: dict[str, Callable[[Path, Random], None]] = {
+    f.__name__: f for f in (adapter, config, bitsandbytes, gguf, report, checkpoint, gptq)
+}
+
+
+class TookTooLong(Exception):
+    pass
+
+
+def run_case(kind: str, number: int) -> str | None:
+    """What was wrong, or None."""
+
+    def stop(*_: object) -> None:
+        raise TookTooLong
+
+    old = signal.signal(signal.SIGALRM, stop)
+    if kind in _MAKE:
+        seeds(kind)  # before the clock starts
+    with tempfile.TemporaryDirectory() as folder:
+        signal.alarm(SECONDS)
+        try:
+            KINDS[kind](Path(folder), Random(f"{kind}-{number}"))
+        except RIGHT as error:
+            return None if str(error).strip() else f"{type(error).__name__} without a sentence"
+        except BaseException as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, old)
+    return None
+
+
+def run_here(kind: str, numbers: range) -> int:
+    """Cases in this process, whose memory is bounded; how many went wrong."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    wrong = 0
+    for number in numbers:
+        sys.stdout.write(f"\r{kind} {number}")  # the last one is what a crash is told by
+        sys.stdout.flush()
+        problem = run_case(kind, number)
+        if problem:
+            wrong += 1
+            print(f"\r{kind} {number}: {problem}", flush=True)
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=20000, help="in all (default 20000)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case of a kind")
+    parser.add_argument("--kind", nargs="+", choices=[*KINDS], help="--cases of each of these, in this process")
+    parser.add_argument("--case", type=int, help="one case of it, with its traceback")
+    args = parser.parse_args()
+    if args.case is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            KINDS[args.kind[0]](Path(folder), Random(f"{args.kind[0]}-{args.case}"))
+        return 0
+    if args.kind:
+        warnings.simplefilter("ignore")
+        return min(sum(run_here(kind, range(args.first, args.first + args.cases)) for kind in args.kind), 100)
+    failed, each = 0, -(-args.cases // len(KINDS))
+    for kind in KINDS:
+        for first in range(args.first, args.first + each, CHUNK):
+            count = min(CHUNK, args.first + each - first)
+            command = [sys.executable, __file__, "--kind", kind, "--first", str(first), "--cases", str(count)]
+            code = subprocess.run(command, stderr=subprocess.DEVNULL).returncode
+            if code:
+                how = f"{code} wrong" if 0 < code <= 100 else f"crashed ({code})"
+                print(f"\n{kind} from {first}: {how}", flush=True)
+                failed += 1
+    print(f"\n{each * len(KINDS)} cases, {failed or 'no'} failures")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
