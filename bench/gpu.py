@@ -141,9 +141,10 @@ def counters() -> dict:
     """What a profiler counts of one launch of each main kernel."""
     if not shutil.which("ncu"):
         return {"skipped": "ncu is not on the PATH"}
-    status, text = command("ncu", "--clock-control", "none", "--csv", "--page", "raw", "--kernel-name-base", "demangled",
-                           "--kernel-name", "regex:peftops", "--metrics", ",".join(COUNTERS), sys.executable, __file__,
-                           "--step", "launches", seconds=STEPS["counters"] - 10)  # fmt: skip
+    ncu = ["ncu", "--clock-control", "none", "--csv", "--page", "raw", "--kernel-name-base", "demangled"]
+    ncu += ["--kernel-name", "regex:peftops", "--metrics", ",".join(COUNTERS)]
+    launches = sys.executable, __file__, "--step", "launches"
+    status, text = command(*ncu, *launches, seconds=STEPS["counters"] - 10)
     rows = list(csv.reader(line for line in text.splitlines() if line.startswith('"')))
     if len(rows) < 3:
         return {"status": status, "log": text[-20_000:]}
@@ -161,11 +162,12 @@ def run_step(name: str) -> dict:
     if name in globals() and name in ("machine", "smoke", "tests", "sanitizer", "counters"):
         return globals()[name]()
     sys.path.insert(0, str(ROOT / "bench"))
+    import gpu_model
     import gpu_steps
 
     return {
         "products": gpu_steps.products, "others": gpu_steps.others, "host": gpu_steps.host,
-        "block": lambda: gpu_steps.qlora_step(1), "model": gpu_steps.qlora_step, "launches": gpu_steps.launches,
+        "block": lambda: gpu_model.qlora_step(1), "model": gpu_model.qlora_step, "launches": gpu_steps.launches,
     }[name]()  # fmt: skip
 
 
@@ -183,7 +185,8 @@ def report(folder: Path) -> str:
         lines += [""]
     if products := load("products").get("records"):
         names = list(dict.fromkeys(name for record in products for name in record["us"]))
-        lines += ["| | W | M | " + " | ".join(names) + " | best other / peftops |", "|---|---|---|" + "---|" * (len(names) + 1)]
+        lines += ["| | W | M | " + " | ".join(names) + " | best other / peftops |"]
+        lines += ["|---|---|---|" + "---|" * (len(names) + 1)]
         for r in products:
             us, own = r["us"], ("peftops", "kernels", "library", "dense")
             other = min([t for name, t in us.items() if name not in own and t == t], default=float("nan"))
@@ -198,8 +201,8 @@ def report(folder: Path) -> str:
             elif "error" in r:
                 lines += [f"{r['provider']}, {r['layers']} layers: {r['error']}"]
             else:
-                how = ", checkpointing" if r["checkpointing"] else ""
-                lines += [f"QLoRA step, {r['layers']} layers{how}, {r['provider']}: {r['tokens_per_second']:.0f} tokens/s, "
+                how, rate = ", checkpointing" if r["checkpointing"] else "", f"{r['tokens_per_second']:.0f} tokens/s"
+                lines += [f"QLoRA step, {r['layers']} layers{how}, {r['provider']}: {rate}, "
                           f"peak {r['peak_bytes'] / 2**30:.2f} GiB, loss {r['loss']:.3f}"]  # fmt: skip
     if us := load("host"):
         lines += ["", *(f"host, {name}: {value:.1f} us" for name, value in us.items())]

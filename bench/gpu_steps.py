@@ -28,7 +28,7 @@ CALLS = 8  # in a graph, at least
 
 @contextmanager
 def way(name: str) -> Iterator[None]:
-    """Meanwhile nf4_linear multiplies by its kernels ("never"), by the library ("always"), or as it chooses ("auto")."""
+    """Meanwhile layers multiply by their kernels ("never"), by the library ("always"), or as they choose ("auto")."""
     old = os.environ.get("PEFTOPS_NF4_LIBRARY")
     os.environ["PEFTOPS_NF4_LIBRARY"] = name
     try:
@@ -122,29 +122,33 @@ def products(rows: tuple[int, ...] = ROWS) -> dict:
         A, B = torch.randn(R, k, device="cuda").requires_grad_(), torch.randn(n, R, device="cuda").requires_grad_()
         exact = peftops.nf4_dequantize(ours[0], dtype=torch.float32).double()
         for m in rows:
-            x = torch.randn(m, k, device="cuda").to(BF16)
-            forward = {
-                "peftops": lambda i: in_way("auto", lambda: peftops.nf4_linear(x, ours[i])),
-                "kernels": lambda i: in_way("never", lambda: peftops.nf4_linear(x, ours[i])),
-                "library": lambda i: in_way("always", lambda: peftops.nf4_linear(x, ours[i])),
-                "dequantise + cuBLAS": lambda i: lambda: F.linear(x, peftops.nf4_dequantize(ours[i])),
-                "bitsandbytes": lambda i: lambda: theirs[i](x),
-                "dense": lambda i: lambda: F.linear(x, dense[i]),
-            }
-            if theirs[0] is None:
-                del forward["bitsandbytes"]
-            with torch.no_grad():
-                us = time_all({p: rotate(f, len(dense if p == "dense" else ours)) for p, f in forward.items()})
-                want = x.double() @ exact.T
-                size = want.square().mean().sqrt()
-                error = {p: float((f(0)().double() - want).square().mean().sqrt() / size)
-                         for p, f in forward.items() if p != "dense"}  # fmt: skip
+            us, error = forward(m, n, k, dense, ours, theirs, exact)
             records.append(dict(direction="forward", m=m, n=n, k=k, us=us, error=error))
             records.append(dict(direction="backward", m=m, n=n, k=k, us=backward(m, n, k, A, B, dense, ours, theirs)))
             print(records[-2], records[-1], sep="\n", flush=True)
         del dense, ours, theirs, exact
         torch.cuda.empty_cache()
     return {"records": records}
+
+
+@torch.no_grad()
+def forward(m, n, k, dense, ours, theirs, exact) -> tuple[dict[str, float], dict[str, float]]:
+    """Microseconds, and errors against float64 of the quantised weight: root of the mean square, relative."""
+    x = torch.randn(m, k, device="cuda").to(BF16)
+    calls = {
+        "peftops": lambda i: in_way("auto", lambda: peftops.nf4_linear(x, ours[i])),
+        "kernels": lambda i: in_way("never", lambda: peftops.nf4_linear(x, ours[i])),
+        "library": lambda i: in_way("always", lambda: peftops.nf4_linear(x, ours[i])),
+        "dequantise + cuBLAS": lambda i: lambda: F.linear(x, peftops.nf4_dequantize(ours[i])),
+        "bitsandbytes": lambda i: lambda: theirs[i](x),
+        "dense": lambda i: lambda: F.linear(x, dense[i]),
+    }
+    if theirs[0] is None:
+        del calls["bitsandbytes"]
+    us = time_all({name: rotate(call, len(dense if name == "dense" else ours)) for name, call in calls.items()})
+    want = x.double() @ exact.T
+    of = lambda y: float((y.double() - want).square().mean().sqrt() / want.square().mean().sqrt())
+    return us, {name: of(call(0)()) for name, call in calls.items() if name != "dense"}
 
 
 def backward(m, n, k, A, B, dense, ours, theirs) -> dict[str, float]:
@@ -167,16 +171,16 @@ def backward(m, n, k, A, B, dense, ours, theirs) -> dict[str, float]:
         "dense": (lambda weight: composed(F.linear(x, weight)), dense),
     }
     ways = {"peftops": "auto", "kernels": "never", "library": "always"}
+    gradient = lambda y: torch.autograd.grad(y, (x, A, B), g, retain_graph=True)
     replays, kept = {}, []
     for name, (layer, weights) in layers.items():
         if weights[0] is None:
             continue
         with torch.cuda.stream(stream):
             outputs = [layer(weight) for weight in weights]
-        gradient = lambda y: torch.autograd.grad(y, (x, A, B), g, retain_graph=True)
-        make = lambda i, o=outputs, w=ways.get(name, "auto"): in_way(w, lambda: gradient(o[i]))
+        calls = [in_way(ways.get(name, "auto"), lambda y=y: gradient(y)) for y in outputs]
         try:
-            replays[name] = Replay(rotate(make, len(outputs)), stream)
+            replays[name] = Replay(rotate(calls.__getitem__, len(calls)), stream)
         except RuntimeError as error:
             print(f"    backward {name}: {str(error).splitlines()[0]}", flush=True)
         kept.append(outputs)  # a graph reads what they saved
@@ -198,78 +202,130 @@ def in_way_of(name: str, layer: Callable) -> Callable:
 
 
 def others() -> dict:
-    """Quantise, dequantise, group-quantised layers, parts of LoRA, many adapters, gated prompts, 8-bit AdamW; each with
-    what a user would do without it."""
+    """Quantise, dequantise, group-quantised layers, parts of LoRA, float32, 8-bit AdamW; each with what a user would do
+    without it. The operators themselves: a public function may look at a result, and so wait for it."""
     torch.manual_seed(0)
-    records = []
-
-    def case(label: str, moved: int = 0, **providers: list[Callable[[], object]]) -> None:
-        with torch.no_grad():
-            us = time_all(providers)
-        record = dict(label=label, us=us, **({"bytes": moved} if moved else {}))
-        print(record, flush=True)
-        records.append(record)
-
-    source = [torch.empty(64 << 20, dtype=torch.int8, device="cuda") for _ in range(4)]
-    target = [torch.empty_like(t) for t in source]
-    case("copy of 64 MiB", 128 << 20, copy=[lambda i=i: target[i].copy_(source[i]) for i in range(4)] * 2)
     n = k = 4096
-    copies = range(spread(2 * n * k))
-    dense = [(0.02 * torch.randn(n, k, device="cuda")).to(BF16) for _ in copies]
+    dense = [(0.02 * torch.randn(n, k, device="cuda")).to(BF16) for _ in range(spread(2 * n * k))]
     packed = [peftops.nf4_quantize(w) for w in dense]
-    try:
-        import bitsandbytes.functional as bnb
-
-        theirs = [bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True) for w in dense]
-        quantise = {"bitsandbytes": [lambda w=w: bnb.quantize_4bit(w, quant_type="nf4") for w in dense] * 2}
-        dequantise = {"bitsandbytes": [lambda w=w: bnb.dequantize_4bit(*w) for w in theirs] * 2}
-    except ImportError:
-        quantise, dequantise = {}, {}
-    size = packed[0].nbytes + dense[0].nbytes
-    # The operators themselves: the public function looks at the result for what is not finite, and so waits for it.
-    case("nf4_quantize 4096x4096 bf16", size,
-         peftops=[lambda w=w: torch.ops.peftops.nf4_quantize(w, 64) for w in dense] * 2, **quantise)  # fmt: skip
-    case("nf4_dequantize 4096x4096 bf16", size,
-         peftops=[lambda w=w: peftops.nf4_dequantize(w) for w in packed] * 2, **dequantise)  # fmt: skip
+    records = [*copies(), *conversions(dense, packed)]
     for bits in (4, 2, 3, 8):
         groups = [peftops.group_quantize(w, bits=bits) for w in dense]
         size = groups[0].nbytes + dense[0].nbytes
-        case(f"group_dequantize {bits} bits", size,
-             peftops=[lambda w=w: peftops.group_dequantize(w) for w in groups] * 2)  # fmt: skip
+        records += case(f"group_dequantize {bits} bits", size,
+                        peftops=[lambda w=w: peftops.group_dequantize(w) for w in groups] * 2)  # fmt: skip
         for m in (1, 16, 64, 256, 1024, 4096) if bits in (3, 4) else (16, 1024):
-            x, g = torch.randn(m, k, device="cuda", dtype=BF16), torch.randn(m, n, device="cuda", dtype=BF16)
-            case(f"group_linear {bits} bits M={m}",
-                 peftops=[lambda w=w: peftops.group_linear(x, w) for w in groups] * 2,
-                 dequantised=[lambda w=w: F.linear(x, peftops.group_dequantize(w)) for w in groups] * 2,
-                 dense=[lambda w=w: F.linear(x, w) for w in dense] * 2)  # fmt: skip
-            step = torch.ops.peftops.group_linear_backward
-            case(f"group_linear_backward {bits} bits M={m}",
-                 peftops=[lambda w=w: step(g, *w._arguments, None, None) for w in groups],
-                 dequantised=[lambda w=w: g @ peftops.group_dequantize(w) for w in groups],
-                 dense=[lambda w=w: g @ w for w in dense])  # fmt: skip
+            records += group_layers(m, bits, groups, dense)
     for m in (1, 64, 512, 4096):
-        x = [torch.randn(m, k, device="cuda", dtype=BF16) for _ in range(max(2, (64 << 20) // (m * k * 2) + 1) if m > 64 else 8)]
-        A, u = torch.randn(R, k, device="cuda"), torch.randn(m, R, device="cuda")
-        u16 = u.to(BF16)
-        ops, A16 = torch.ops.peftops, torch.randn(R, k, device="cuda", dtype=BF16)
-        case(f"lora_shrink M={m} r={R}",
-             peftops=[lambda t=t: ops.lora_shrink(t, A, True, 1.0, 0.0, None) for t in x],
-             torch_bf16=[lambda t=t: t @ A16.T for t in x],
-             torch_fp32=[lambda t=t: t.float() @ A.T for t in x])  # fmt: skip
-        case(f"lora_expand_ M={m} r={R}",
-             peftops=[lambda t=t: ops.lora_expand_(t, u, A, True, 1.0, 0.0, None) for t in x],
-             torch_bf16=[lambda t=t: t.addmm_(u16, A16) for t in x])  # fmt: skip
-        case(f"lora_gradient M={m} r={R}",
-             peftops=[lambda t=t: ops.lora_gradient(u, t, torch.float32, True, 1.0, 0.0, None) for t in x],
-             torch_bf16=[lambda t=t: u16.T @ t for t in x],
-             torch_fp32=[lambda t=t: u.T @ t.float() for t in x])  # fmt: skip
+        records += thin_products(m, k)
     for m in (16, 1024):
-        x32 = torch.randn(m, k, device="cuda")
-        case(f"nf4_linear float32 M={m}",
-             kernels=[in_way("never", lambda w=w: peftops.nf4_linear(x32, w)) for w in packed],
-             library=[in_way("always", lambda w=w: peftops.nf4_linear(x32, w)) for w in packed],
-             dense=[lambda w=w: F.linear(x32, w.float()) for w in dense])  # fmt: skip
-    return {"records": records}
+        records += float32_layers(m, packed, dense)
+    return {"records": records + optimizers()}
+
+
+@torch.no_grad()
+def case(label: str, moved: int = 0, **providers: list[Callable[[], object]]) -> list[dict]:
+    record = dict(label=label, us=time_all(providers), **({"bytes": moved} if moved else {}))
+    print(record, flush=True)
+    return [record]
+
+
+def copies() -> list[dict]:
+    source = [torch.empty(64 << 20, dtype=torch.int8, device="cuda") for _ in range(4)]
+    target = [torch.empty_like(t) for t in source]
+    return case("copy of 64 MiB", 128 << 20, copy=[lambda i=i: target[i].copy_(source[i]) for i in range(4)] * 2)
+
+
+def conversions(dense, packed) -> list[dict]:
+    size = packed[0].nbytes + dense[0].nbytes
+    theirs = {"quantize": {}, "dequantize": {}}
+    try:
+        import bitsandbytes.functional as bnb
+
+        states = [bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True) for w in dense]
+        theirs["dequantize"] = {"bitsandbytes": [lambda w=w: bnb.dequantize_4bit(*w) for w in states] * 2}
+        theirs["quantize"] = {"bitsandbytes": [lambda w=w: bnb.quantize_4bit(w, quant_type="nf4") for w in dense] * 2}
+    except ImportError:
+        pass
+    quantize = [lambda w=w: torch.ops.peftops.nf4_quantize(w, 64) for w in dense] * 2
+    dequantize = [lambda w=w: peftops.nf4_dequantize(w) for w in packed] * 2
+    return [
+        *case("nf4_dequantize 4096x4096 bf16", size, peftops=dequantize, **theirs["dequantize"]),
+        *case("nf4_quantize 4096x4096 bf16", size, peftops=quantize, **theirs["quantize"]),
+    ]
+
+
+def group_layers(m, bits, groups, dense) -> list[dict]:
+    n, k = dense[0].shape
+    x, g = torch.randn(m, k, device="cuda", dtype=BF16), torch.randn(m, n, device="cuda", dtype=BF16)
+    step = torch.ops.peftops.group_linear_backward
+    return [
+        *case(f"group_linear {bits} bits M={m}",
+              peftops=[lambda w=w: peftops.group_linear(x, w) for w in groups] * 2,
+              dequantised=[lambda w=w: F.linear(x, peftops.group_dequantize(w)) for w in groups] * 2,
+              dense=[lambda w=w: F.linear(x, w) for w in dense] * 2),
+        *case(f"group_linear_backward {bits} bits M={m}",
+              peftops=[lambda w=w: step(g, *w._arguments, None, None) for w in groups],
+              dequantised=[lambda w=w: g @ peftops.group_dequantize(w) for w in groups],
+              dense=[lambda w=w: g @ w for w in dense]),
+    ]  # fmt: skip
+
+
+def thin_products(m: int, k: int) -> list[dict]:
+    copies = max(2, (64 << 20) // (2 * m * k)) if m > 64 else 8
+    x = [torch.randn(m, k, device="cuda", dtype=BF16) for _ in range(copies)]
+    A, u = torch.randn(R, k, device="cuda"), torch.randn(m, R, device="cuda")
+    A16, u16, ops = A.to(BF16), u.to(BF16), torch.ops.peftops
+    return [
+        *case(f"lora_shrink M={m} r={R}",
+              peftops=[lambda t=t: ops.lora_shrink(t, A, True, 1.0, 0.0, None) for t in x],
+              torch_bf16=[lambda t=t: t @ A16.T for t in x],
+              torch_fp32=[lambda t=t: t.float() @ A.T for t in x]),
+        *case(f"lora_expand_ M={m} r={R}",
+              peftops=[lambda t=t: ops.lora_expand_(t, u, A, True, 1.0, 0.0, None) for t in x],
+              torch_bf16=[lambda t=t: t.addmm_(u16, A16) for t in x]),
+        *case(f"lora_gradient M={m} r={R}",
+              peftops=[lambda t=t: ops.lora_gradient(u, t, torch.float32, True, 1.0, 0.0, None) for t in x],
+              torch_bf16=[lambda t=t: u16.T @ t for t in x],
+              torch_fp32=[lambda t=t: u.T @ t.float() for t in x]),
+    ]  # fmt: skip
+
+
+def float32_layers(m, packed, dense) -> list[dict]:
+    x = torch.randn(m, dense[0].shape[1], device="cuda")
+    return case(f"nf4_linear float32 M={m}",
+                kernels=[in_way("never", lambda w=w: peftops.nf4_linear(x, w)) for w in packed],
+                library=[in_way("always", lambda w=w: peftops.nf4_linear(x, w)) for w in packed],
+                dense=[lambda w=w: F.linear(x, w.float()) for w in dense])  # fmt: skip
+
+
+def optimizers() -> list[dict]:
+    """A step over 40 million LoRA parameters, 448 tensors, as it is called: from Python, host time and all."""
+    shapes = [(R, 4096), (4096, R)] * 224 + [(4096, 4096)]
+    makers = {"peftops.AdamW8bit": peftops.AdamW8bit, "torch fused AdamW": lambda p: torch.optim.AdamW(p, fused=True)}
+    try:
+        import bitsandbytes as bnb
+
+        makers["bitsandbytes AdamW8bit"] = bnb.optim.AdamW8bit
+    except ImportError:
+        pass
+    us = {}
+    for name, make in makers.items():
+        parameters = [torch.randn(s, device="cuda", requires_grad=True) for s in shapes]
+        optimizer = make(parameters)
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        samples = []
+        for _ in range(8):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            optimizer.step()
+            torch.cuda.synchronize()
+            samples.append((time.perf_counter() - begin) * 1e6)
+        us[name] = statistics.median(samples[2:])
+    record = dict(label="optimizer step, 46 million fp32 parameters in 449 tensors", us=us)
+    print(record, flush=True)
+    return [record]
 
 
 def host() -> dict:
@@ -310,96 +366,6 @@ def host() -> dict:
                     torch.cuda.synchronize()
                 result[name + (", grad" if grad else "")] = statistics.median(samples)
     return result
-
-
-def qlora_step(layers: int = 32, batch: int = 4, tokens: int = 512) -> dict:
-    """One training step of a LLaMA-7B with random weights: tokens a second and peak memory, against PEFT on
-    bitsandbytes' layers, and PEFT on the dense model."""
-    import gc
-
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers,
-                         num_attention_heads=32, num_key_value_heads=32)  # fmt: skip
-
-    def llama() -> nn.Module:
-        torch.manual_seed(0)
-        with torch.device("meta"):
-            model = LlamaForCausalLM(config).to(BF16)
-        model = model.to_empty(device="cuda")
-        with torch.no_grad():
-            for p in model.parameters():
-                p.normal_(std=0.02) if p.dim() > 1 else p.fill_(1.0)
-        for module in model.modules():  # buffers that to_empty left undefined
-            if hasattr(module, "inv_freq"):
-                fresh = type(module)(config).to("cuda")
-                module.inv_freq, module.original_inv_freq = fresh.inv_freq, fresh.inv_freq
-        return model
-
-    def with_peftops() -> nn.Module:
-        model = llama()
-        peftops.attach(model, peftops.QLoRAConfig(r=R))
-        return model
-
-    def with_peft(model: nn.Module) -> nn.Module:
-        lora = LoraConfig(r=R, lora_alpha=2 * R, target_modules="all-linear", task_type="CAUSAL_LM")
-        return get_peft_model(model, lora)
-
-    def with_bitsandbytes() -> nn.Module:
-        import bitsandbytes as bnb
-
-        model = llama()
-        kind = dict(quant_type="nf4", compress_statistics=True)
-        for name, dense in list(model.model.named_modules()):
-            if isinstance(dense, nn.Linear):
-                layer = bnb.nn.Linear4bit(dense.in_features, dense.out_features, bias=False, compute_dtype=BF16, **kind)
-                layer.weight = bnb.nn.Params4bit(dense.weight.data, requires_grad=False, **kind)
-                model.model.set_submodule(name, layer.cuda())
-                dense.weight = None
-        model.is_loaded_in_4bit = True  # what PEFT asks
-        return with_peft(model)
-
-    makers = {"peftops": with_peftops, "PEFT + bitsandbytes": with_bitsandbytes, "PEFT, dense": lambda: with_peft(llama())}
-    records = []
-    for name, make in makers.items():
-        for checkpointing in (True,) if layers > 8 else (False, True):
-            try:
-                model = make()
-                model.train()
-                if checkpointing:
-                    model.enable_input_require_grads()
-                    model.gradient_checkpointing_enable({"use_reentrant": False})
-                gc.collect()
-                torch.cuda.empty_cache()
-                weights = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-                optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-                ids = torch.randint(0, 32000, (batch, tokens), device="cuda")
-                times = []
-                for _ in range(5):
-                    torch.cuda.synchronize()
-                    begin = time.perf_counter()
-                    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-                    loss.backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    torch.cuda.synchronize()
-                    times.append(time.perf_counter() - begin)
-                seconds = statistics.median(times[2:])
-                records.append(dict(
-                    provider=name, layers=layers, batch=batch, tokens=tokens, checkpointing=checkpointing,
-                    seconds=seconds, tokens_per_second=batch * tokens / seconds, loss=float(loss),
-                    weights_bytes=weights, peak_bytes=torch.cuda.max_memory_allocated(),
-                ))  # fmt: skip
-                del loss
-            except (RuntimeError, ImportError, AttributeError, TypeError) as error:  # another provider still counts
-                records.append(dict(provider=name, layers=layers, error=f"{type(error).__name__}: {error}"[:300]))
-            print(records[-1], flush=True)
-            model = optimizer = None
-            gc.collect()
-            torch.cuda.empty_cache()
-    return {"records": records}
 
 
 def launches() -> dict:

@@ -58,9 +58,9 @@ def on_cuda(x):
 
 
 def cut_sums(x, terms):
-    """How many half-steps sums of ``terms`` numbers err by, where tensor cores of a GPU may add them up. One instruction
-    adds eight products of tf32 and cuts the sum: two half-steps. Of two fp32 numbers it takes six instructions, for the
-    six products of their parts, and a gradient is made in two such stages, each of which begins with a whole eight."""
+    """How many half-steps sums of ``terms`` numbers err by, where tensor cores of a GPU may add them up. One
+    instruction adds eight products of tf32 and cuts the sum: two half-steps. Of two fp32 numbers it takes six, for the
+    products of their parts, and a gradient is made in two such stages, each of which begins with a whole eight."""
     return 1.5 * terms + 24 if x.device.type == "cuda" else terms
 
 

@@ -69,9 +69,9 @@ class PackedLayer:
         return {name: cut_sums(self.x, count) for name, count in terms.items()}
 
     def narrow_operands(self):
-        """What a library's product may add to the error of y. Its operands hold the weight rounded to the dtype of x, and
-        in bf16 two parts of u, lora_B and bias. What is left of a number has half a step of half a step; products of two
-        such rests are left out."""
+        """What a library's product may add to the error of y. Its operands hold the weight rounded to the dtype of x,
+        and in bf16 two parts of u, lora_B and bias. What is left of a number has half a step of half a step; products
+        of two such rests are left out."""
         x = self.x.detach()
         if x.dtype == torch.float32:
             return 0.0

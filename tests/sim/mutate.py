@@ -73,6 +73,15 @@ def linear(dtype, shapes):
         )
 
 
+def linear_of_many(dtype, shapes):
+    """On a GPU so small that the weight is not read again for every 32 rows."""
+    sim.simulator().pretend(80, 1)
+    try:
+        yield from linear(dtype, shapes)
+    finally:
+        sim.simulator().pretend()
+
+
 @contextlib.contextmanager
 def operands_seen():
     """What torch multiplies meanwhile: a product rounds the small parts of its operands away."""
@@ -190,6 +199,14 @@ def shrink(dtype, shapes):
         x[:1, :1] = float("inf")
         f = f if by_rank else f.t().contiguous()
         yield torch.ops.peftops.lora_shrink(x, f, by_rank, 0.5, p, torch.tensor(m)).nan_to_num(nan=0.5)
+    # An infinity in each place of a fragment of either operand, one in a row.
+    for begin in (0, 2):
+        for infinite in (0, 1):
+            gen = torch.Generator().manual_seed(begin + infinite)
+            operands = [torch.randn(16, 64, generator=gen).to(dtype), torch.randn(16, 64, generator=gen)]
+            for row in range(16):
+                operands[infinite][row, 16 * (row % 4) + (row // 4 + begin) % 4 + 4 * (row % 3)] = float("inf")
+            yield torch.ops.peftops.lora_shrink(*operands, True, 0.5, 0.0, None).nan_to_num(nan=0.5)
 
 
 # The kernels, by a part of their mangled names, and the operator calls that reach them.
@@ -208,7 +225,9 @@ CASES = {
         ],
     ),
     "9many_rowsI6__halfLi1": functools.partial(
-        linear, FP16, [(65, 140, 64 * 6, 64, 13, FP32), (17, 130, 64 * 2, 128, 0, None), (31, 3, 64 * 5, 64, 6, BF16)]
+        linear_of_many,
+        FP16,
+        [(120, 250, 64 * 6, 64, 13, FP32), (64, 125, 64 * 2, 128, 0, None), (55, 100, 64 * 5, 64, 6, BF16)],
     ),
     "9many_backI13__nv_bfloat16Li64": functools.partial(
         backward,
@@ -225,7 +244,7 @@ CASES = {
             (33, 8, 1, FP32, True, 0.0),
         ],
     ),
-    "8operandsI13__nv_bfloat16Lb1E": functools.partial(
+    "8operandsI13__nv_bfloat16Lb1ENS0_9Nf4Source": functools.partial(
         by_library,
         BF16,
         [  # columns of the low-rank term and the bias, from none to nine a lane, and scales of scales, from one to two

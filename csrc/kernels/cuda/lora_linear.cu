@@ -37,7 +37,7 @@ bool is_wide(const void* p, DType dtype, int64_t k, int64_t n) {
 }
 
 template <class X, int Tiles>
-__global__ void __launch_bounds__(kThinThreads, Tiles == 2 ? 2 : 1) shrink(LoraShrink a, DropoutMask mask, DenseFactor f, bool wide) {
+__global__ void __launch_bounds__(kThinThreads, 1) shrink(LoraShrink a, DropoutMask mask, DenseFactor f, bool wide) {
   __shared__ ShrinkMemory<Tiles> memory;
   mask.begin();
   const float scale = mask.threshold ? __fmul_rn(a.scale, mask.factor) : a.scale;
