@@ -108,8 +108,8 @@ def tests() -> dict:
                            "--tb=short", "-p", "no:cacheprovider", seconds=STEPS["tests"] - 10)  # fmt: skip
     lines = text.splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    print("\n".join([*failed[:40], *lines[-1:]]))
-    return {"status": status, "last_line": lines[-1] if lines else "", "failed": failed, "log": text[-400_000:]}
+    print("\n".join([*lines[-400:], *failed[:40], *lines[-1:]] if failed else lines[-1:]))
+    return {"status": status, "last_line": lines[-1] if lines else "", "failed": failed}
 
 
 def sanitizer() -> dict:
@@ -131,9 +131,8 @@ def sanitizer() -> dict:
             run.kill()
             text = run.communicate()[0].decode(errors="replace") + "\n(ended: it took too long)"
         found = [line for line in text.splitlines() if line.startswith("=========")]
-        result[tool] = {"status": run.returncode, "summary": found[-1:], "log": "\n".join(found[:300]),
-                        "tail": text[-1500:]}  # fmt: skip
-        print(tool, run.returncode, *found[-1:])
+        result[tool] = {"status": run.returncode, "summary": found[-1:]}
+        print(*(found[:300] if run.returncode else []), f"{tool} {run.returncode} {found[-1:]}", sep="\n")
     return result
 
 
@@ -249,7 +248,7 @@ def main() -> None:
             path = path.with_suffix(".unfinished.json")
             print("\n".join([*rest[-15:], last]))
         else:
-            print("\n".join(rest[-45:] if step in ("tests", "sanitizer", "smoke") else []), flush=True)
+            print("\n".join(rest[-450:] if step in ("tests", "sanitizer", "smoke") else []), flush=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(result, indent=1))
         temporary.rename(path)

@@ -64,7 +64,7 @@ class Replay:
 
 
 def time_all(providers: dict[str, list[Callable[[], object]]], rounds: int = 5) -> dict[str, float]:
-    """Median microseconds of a call of each provider, replayed in turns; NaN and a word where a capture fails."""
+    """Median microseconds of a call of each provider, replayed in turns; a word in place of what cannot be captured."""
     stream, replays = torch.cuda.Stream(), {}
     for name, calls in providers.items():
         try:
@@ -78,7 +78,7 @@ def time_all(providers: dict[str, list[Callable[[], object]]], rounds: int = 5) 
     for _ in range(rounds):
         for name, replay in replays.items():
             times[name].append(replay.microseconds())
-    return {name: statistics.median(times[name]) if name in times else float("nan") for name in providers}
+    return {name: statistics.median(of) for name, of in times.items()}
 
 
 def spread(bytes_each: int) -> int:

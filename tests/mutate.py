@@ -44,7 +44,7 @@ TESTS = {  # by file, or by directory: what should notice
     "peftops/methods/relora.py": ["methods/test_relora.py"],
     "peftops/methods/few_shot.py": ["methods/test_hard_prompt.py"],
     "peftops/nn/adapter.py": ["methods/test_conformance.py", "methods/test_all_or_nothing.py"],
-    "peftops/nn/adamw8bit.py": ["nn/test_adamw8bit.py"],
+    "peftops/nn/adamw8bit.py": ["nn/test_adamw8bit_optimizer.py"],
     "peftops/nn/adapter_pool.py": ["nn/test_adapter_pool.py", "nn/test_adapter_pool_threads.py"],
     "peftops/nn/layers.py": ["methods/test_lora.py", "nn/test_group_layers.py"],
     "peftops/nn/quantized.py": ["ops/test_packed_tensor.py", "nn/test_group_layers.py"],

@@ -89,12 +89,14 @@ def test_two_streams_at_once(call):
     values = [contents(call, seed) for seed in (1, 2)]
     wants = [alone(call, value) for value in values]
     streams = [torch.cuda.Stream() for _ in range(2)]
-    copies = [[t.clone() if isinstance(t, torch.Tensor) and t.is_cuda else t for t in call.arguments] for _ in values]
-    where = [i for i, t in enumerate(call.arguments) if any(t is f for f in call.floats)]
+    copy = lambda value: list(map(copy, value)) if isinstance(value, list) else of_gpu(value)
+    of_gpu = lambda value: value.clone() if isinstance(value, torch.Tensor) and value.is_cuda else value
+    copies = [list(map(copy, call.arguments)) for _ in values]
+    floats = [[t for t in tensors_of(given) if t.is_cuda and t.is_floating_point()] for given in copies]
     for _ in range(5):
-        for arguments, value in zip(copies, values, strict=True):
-            for i, v in zip(where, value, strict=True):
-                arguments[i].copy_(v)
+        for buffers, value in zip(floats, values, strict=True):
+            for buffer, v in zip(buffers, value, strict=True):
+                buffer.copy_(v)
         torch.cuda.synchronize()
         results = []
         for stream, arguments in zip(streams, copies, strict=True):
