@@ -57,6 +57,10 @@ def prompt_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn
         state.switch.active = None
     else:
         path, host = hosting[0]
+        for name, prompt in prompts.items():  # several train at once: those that rested do so no longer
+            resting = state.resting.pop(name, ())
+            for leaf, parameter in prompt.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad or f"{path}.{leaf}" in resting)
         Prompted.put(model, path, _NAME, PromptBatch([prompts.get(name) for name in names]), state.switch)
         state.switch.active = _NAME
     try:

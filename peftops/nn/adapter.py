@@ -31,7 +31,8 @@ class MergeError:
 
     @classmethod
     def between(cls, before: Tensor, after: Tensor, rounded: Tensor, *, quantized: bool = False) -> MergeError:
-        relative = lambda t: (t.norm() / before.norm().clamp(min=1e-30)).item()
+        size = lambda t: torch.linalg.vector_norm(t, dtype=torch.float64)  # squares of large weights have no float32
+        relative = lambda t: (size(t) / size(before).clamp(min=1e-30)).item()
         return cls(relative(after - before), relative(rounded.float() - after), quantized)
 
 

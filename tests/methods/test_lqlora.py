@@ -198,7 +198,7 @@ def test_other_methods_train_and_merge_on_whole_number_codes(config):
 
 @pytest.mark.parametrize("make, message", [
     (lambda: LQLoRAConfig(bits=0.5), "bits must be a number from 1, not 0.5"),
-    (lambda: LQLoRAConfig(iterations=-1), "iterations must be a whole number from 0, not -1"),
+    (lambda: LQLoRAConfig(iterations=-1), r"iterations must be a whole number in \[0, 1000\), not -1"),
     (lambda: LQLoRAConfig(precisions={"0": "fp4-64"}), "a precision must be like 'nf4-64', 'nf4-64-double' or"),
     (lambda: LQLoRAConfig(precisions={"0": "int3-64-double"}), "a precision must be like"),
     (lambda: LQLoRAConfig(precisions={"0": "nf4"}), "a precision must be like"),

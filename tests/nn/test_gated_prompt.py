@@ -12,6 +12,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 import models
 import reference
 from peftops import LLaMAAdapterConfig, LongLoRAConfig, LoRAConfig, attach, detach
+from peftops.nn import gated_prompt
 from peftops.nn.gated_prompt import GatedPrompt, check_attention, is_attention
 from peftops.nn.prompt import cache_name
 
@@ -203,6 +204,7 @@ def test_the_registry_is_as_it_was_when_the_last_one_has_left(config, monkeypatc
     name = models.llama().config._attn_implementation
     plain = inspect.unwrap(registry[name])  # (other tests may have left models)
     monkeypatch.setitem(registry, name, plain)
+    monkeypatch.setattr(gated_prompt, "_USERS", {})
     first, second = (attach(models.llama(), config).train() for _ in range(2))
     assert registry[name] is plain
     copied = copy.deepcopy(first)
