@@ -119,7 +119,8 @@ __device__ void multiply_rows(const Args& a, const Stream& stream, typename Stre
   const auto multiply_chunk = [&](const auto& table, const Chunk& now, int begin, int chunk) {
     for (int p = 0; p < stream.parts(); ++p) {   // a scale that is not the whole chunk's is that of some of a quad
       const bool mine = stream.parts() == 1 || t * stream.parts() / 4 == p;
-      float part[kStripes][Tiles][4] = {}, plain[Tiles][4] = {};
+      float part[kStripes][Tiles][4] = {};
+      [[maybe_unused]] float plain[Tiles][4] = {};   // sums of x alone, where there are zeros
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
         uint32_t frag[kStripes][4];
