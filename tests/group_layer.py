@@ -4,7 +4,7 @@ import torch
 
 import peftops
 import reference
-from numerics import BF16, HALF_STEP_CODE, HALF_STEP_X, product_of, segment_max
+from numerics import BF16, HALF_STEP_CODE, int16_error, product_of, segment_max
 from packed_layer import PackedLayer
 from strategies import normal
 
@@ -17,8 +17,10 @@ class GroupLayer(PackedLayer):
 
     slack = 8
 
-    def __init__(self, device, n, k, lead, dtype, seed, *, bits=4, group=32, pool="sum", offset=0.0, **kw):
-        weight = peftops.group_quantize(normal((n, k), dtype, seed, device) + offset, bits=bits, group_size=group)
+    def __init__(self, device, n, k, lead, dtype, seed, *, bits=4, group=32, pool="sum", offset=0.0, values=None,
+                 **kw):  # fmt: skip
+        values = normal((n, k), dtype, seed, device) + offset if values is None else values.to(device)
+        weight = peftops.group_quantize(values, bits=bits, group_size=group)
         super().__init__(weight, device, lead, dtype, seed, lora_columns=k // group if pool else k, **kw)
         self.pool = pool
         codes, scales, zeros = (t.double() for t in (weight.codes, weight.scales, weight.zeros))
@@ -64,6 +66,6 @@ def _narrow(kind, x, w, segment):
         return 0.0
     if kind == "bf16":
         return (BF16 * x.abs() + TINY) @ w.abs()
-    x_error = HALF_STEP_X * segment_max(x, -1, segment)
+    x_error = int16_error(x)
     w_error = HALF_STEP_CODE * segment_max(w, 0, segment)
     return x_error @ w.abs() + (x.abs() + x_error) @ w_error

@@ -11,6 +11,7 @@ from conftest import CUDA_DEVICES
 from group_layer import FEW
 from numerics import FP32, assert_sums, on_cuda
 from peftops import _C
+from strategies import normal
 
 
 def check_what_is_not_finite(layer, bad, dense=None):
@@ -108,6 +109,68 @@ class PackedLinearTests:
             want, size = layer.reference()[0], layer.magnitudes()[0]
             if want.abs().max() < info.max:
                 assert_sums(layer(), want, size, layer.terms()["y"], layer.narrow_forward())
+
+    @pytest.mark.parametrize("m", [1, 4, 24])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("outlier", [1e2, 2e3, 3e4])
+    def test_outliers_leave_what_stands_beside_them(self, device, m, dtype, outlier):
+        """Some columns of activations are a thousand times the others, and the weight may have nothing there: what is
+        left must be as precise as without them. So must gradients."""
+        values = normal((96, 512), dtype, 6)
+        values[:, 7::101] = 0
+        values[7::101] = 0
+        layer = self.layer(device, 96, 512, (m,), dtype, 5, values=values)
+        outlier = min(outlier, torch.finfo(dtype).max / 32)  # a row of them has a sum
+        with torch.no_grad():
+            for tensor in (layer.x, layer.g):
+                tensor[:, 7::101] = outlier
+                tensor[m // 2, 3] = -outlier
+        y = layer()
+        want_y, want = layer.reference()
+        size_y, size = layer.magnitudes()
+        assert_sums(y, want_y, size_y, layer.terms()["y"], layer.narrow_forward())
+        assert_sums(layer.gradients(y)["x"], want["x"], size["x"], layer.terms()["x"], layer.narrow_backward())
+
+    @pytest.mark.parametrize("m", [2, 4, 13, 40])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_bits_do_not_depend_on_what_neighbours_hold(self, device, m, dtype):
+        k = 320 if m > FEW else 9216  # more columns than few rows are multiplied with at a time
+        layer = self.layer(device, 32, k, (m,), dtype, 1)
+        info = torch.finfo(dtype)
+
+        def results():
+            y = layer()
+            return y.detach(), layer.gradients(y)["x"]
+
+        before = results()
+        for row in sorted({0, m // 2, m - 1}):
+            for bad in (float("nan"), float("inf"), info.max, info.tiny * 2, 3e4):
+                kept = [t.detach()[row].clone() for t in (layer.x, layer.g)]
+                with torch.no_grad():
+                    for t in (layer.x, layer.g):
+                        t[row, slice(None) if bad == info.tiny * 2 else 20] = bad
+                after = results()
+                with torch.no_grad():
+                    for t, old in zip((layer.x, layer.g), kept, strict=True):
+                        t[row] = old
+                others = [i for i in range(m) if i != row]
+                for old, new in zip(before, after, strict=True):
+                    assert torch.equal(old[others], new[others]), f"row {row} = {bad}"
+
+    @pytest.mark.parametrize("m", [2, 24])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_constants_times_constants(self, device, m, dtype):
+        """The largest sums that there are: no accumulator may overflow on the way, and all these numbers are exact."""
+        values = torch.ones(96, 512, dtype=dtype)
+        values[:, -1] = 0  # a group needs two values
+        layer = self.layer(device, 96, 512, (m,), dtype, 1, values=values)
+        with torch.no_grad():
+            layer.x.fill_(1.0), layer.g.fill_(-1.0)
+        y = layer()
+        want_y, want = layer.reference()
+        size_y, size = layer.magnitudes()
+        assert_sums(y, want_y, size_y, layer.terms()["y"], layer.narrow_forward())
+        assert_sums(layer.gradients(y)["x"], want["x"], size["x"], layer.terms()["x"], layer.narrow_backward())
 
     def test_inputs_are_left_alone(self, device):
         layer = self.layer(device, 64, 96, (20,), torch.float32, 1, r=4, bias=True)

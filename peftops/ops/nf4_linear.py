@@ -46,8 +46,9 @@ def nf4_linear(
     """``x W^T + bias + scaling * dropout(x) A^T B^T`` over an NF4 weight (QLoRA, arXiv:2305.14314).
 
     The weight is decoded in registers or cache-sized panels; it never exists densely, forward or backward.
-    Sums are float32; with 16-bit ``x``, AVX-512 multiplies in int16, with an error below the rounding of the
-    result. The result has the same bits for any number of threads. Backward keeps ``x`` itself (only if
+    Sums are float32. With 16-bit ``x``, AVX-512 multiplies in int16: it rounds an element of ``x`` by 2^-12 at most of
+    the mean magnitude of the others in its 32 to 128 columns, outliers or not. A row has the same bits for any number
+    of threads, and whatever the other rows hold. Backward keeps ``x`` itself (only if
     ``lora_A`` needs a gradient), ``x A^T`` (float32) and a seed.
 
     ``compute="int8"`` allows ``x`` to be rounded to 8 bits, with a maximum for each row and block of the weight (or 128

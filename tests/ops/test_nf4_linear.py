@@ -11,10 +11,10 @@ from numerics import (
     CODE16,
     FP32,
     HALF_STEP_CODE,
-    HALF_STEP_X,
     assert_exact,
     assert_sums,
     code_error,
+    int16_error,
     on_cuda,
     product_of,
     segment_max,
@@ -40,8 +40,8 @@ leads = st.one_of(rows.map(lambda m: (m,)), st.sampled_from([(), (2, 3), (1, 0, 
 class Layer(PackedLayer):
     """A layer over an NF4 weight."""
 
-    def __init__(self, device, n, k, lead, dtype, seed, *, block_size=64, double_quant=True, **kw):
-        weight = normal((n, k), dtype, seed, device)
+    def __init__(self, device, n, k, lead, dtype, seed, *, block_size=64, double_quant=True, values=None, **kw):
+        weight = normal((n, k), dtype, seed, device) if values is None else values.to(device)
         weight = peftops.nf4_quantize(weight, block_size=block_size, double_quant=double_quant)
         super().__init__(weight, device, lead, dtype, seed, lora_columns=k, **kw)
         self.dense = peftops.nf4_dequantize(self.weight, dtype=torch.float32).double()
@@ -52,8 +52,7 @@ class Layer(PackedLayer):
         return peftops.nf4_linear(*args, **kw)
 
     def narrow_forward(self):
-        """What multiplying in 16 bits adds to the error of y. In int16: the rounding of x to 1/16384 of the largest
-        in 128 columns at most, and that of the codes. In bf16: the rounding of the weight."""
+        """What multiplying in 16 bits adds to the error of y. In int16: the rounding of x, and that of the codes. In bf16: the rounding of the weight."""
         x, k = self.x.detach(), self.weight.shape[1]
         if self.by_library:
             return self.narrow_operands()
@@ -66,7 +65,7 @@ class Layer(PackedLayer):
             return 0.0
         if kind == "bf16":
             return (BF16 * x.abs() + TINY) @ self.dense.abs().T
-        x_error = HALF_STEP_X * segment_max(x, -1, 128)
+        x_error = int16_error(x)
         return x_error @ self.dense.abs().T + (x.abs() + x_error) @ (CODE16 * self.absmax.abs()).T
 
     def narrow_backward(self, keep=None):
@@ -89,7 +88,7 @@ class Layer(PackedLayer):
             return 0.0
         if kind == "bf16":
             return (BF16 * g.abs() + TINY) @ self.dense.abs()
-        g_error = HALF_STEP_X * segment_max(g, -1, 64)
+        g_error = int16_error(g)
         w_error = HALF_STEP_CODE * segment_max(self.absmax, 0, 64)
         return g_error @ self.dense.abs() + (g.abs() + g_error) @ w_error
 

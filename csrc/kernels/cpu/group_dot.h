@@ -130,10 +130,12 @@ template <class T> bool is_moderate(const T* x, int64_t n) {
   return all == 0;
 }
 
-// Adds x W^T to a block of C that has kDotRows rows at most.
-template <int B, class T> void accumulate_dot(const Block& b, const GroupWeight& w, const T* x, const Scratch& s) {
+// Adds x W^T to a block of C that has kDotRows rows at most, and is part of one of `all` rows, by which the columns are
+// cut: so a row has the same bits in any part.
+template <int B, class T>
+void accumulate_dot(const Block& b, int64_t all, const GroupWeight& w, const T* x, const Scratch& s) {
   using Dot = GroupDot<B>;
-  const int64_t chunk = kDotCols / b.rows / Dot::kStrip * Dot::kStrip;
+  const int64_t chunk = kDotCols / all / Dot::kStrip * Dot::kStrip;
   for (int64_t k = 0; k < w.cols; k += chunk) {
     const int64_t cols = at_most(chunk, w.cols - k);
     Dot::pack(x + b.row * w.cols + k, b.rows, w.cols, cols, s.panels);

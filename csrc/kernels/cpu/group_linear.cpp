@@ -32,23 +32,34 @@ void multiply(const GroupLinear& a, const Block& b, const Scratch& s, [[maybe_un
       accumulate<2>(b, a.r, Rows<float>{a.u, a.r}, right, s);
     });
   const GroupColumns<2, B> columns{w, {}};
-  const bool few = a.m <= kDotRows;
-  if (few && is_moderate(x, a.m * w.cols)) return accumulate_dot<B>(b, w, x, s);
+  if (a.m <= kDotRows) {   // a row goes its own way, whatever its neighbours hold
+    const auto moderate = [&](int64_t i) { return is_moderate(x + (b.row + i) * w.cols, w.cols); };
+    for (int64_t first = 0, end; first < b.rows; first = end) {
+      const bool by_dots = moderate(first);
+      for (end = first + 1; end < b.rows && moderate(end) == by_dots;) ++end;
+      Scratch at = s;
+      at.c += first * Scratch::kCols;
+      const Block rows{b.row + first, end - first, b.col, b.panels};
+      if (by_dots) accumulate_dot<B>(rows, b.rows, w, x, at);
+      else accumulate<2>(rows, w.cols, Rows<T>{x, w.cols}, columns, at);
+    }
+    return;
+  }
 #if defined(__AVX512F__)
   const auto exactly = [&](const Block& row, const Scratch& at) { multiply<T, B>(a, row, at, false); };
-  if (a.int8 && narrow && !few && w.group >= kLeastInt8Segment) {
+  if (a.int8 && narrow && w.group >= kLeastInt8Segment) {
     const GroupInt8<B> codes{w};
     return accumulate_int8(b, w.cols, codes.segment, x, codes, s, exactly);
   }
 #endif
 #if defined(__AVX512BF16__)
   if constexpr (is_bf16<T>)
-    if (!few) return accumulate_bf16(b, w.cols, x, w.cols, AsBf16<2, GroupColumns<2, B>>{columns}, s);
+    return accumulate_bf16(b, w.cols, x, w.cols, AsBf16<2, GroupColumns<2, B>>{columns}, s);
 #endif
 #if defined(__AVX512F__)
   using Narrow = AsInt16<GroupColumns<2, B>>;
   if constexpr (sizeof(T) == 2)
-    if (narrow && !few && w.cols % 32 == 0) {
+    if (narrow && w.cols % 32 == 0) {
       const Narrow right{columns, Narrow::segment_of(w.cols)};
       return accumulate16(b, w.cols, right.segment, x, w.cols, right, s, exactly);
     }

@@ -89,15 +89,16 @@ struct Dot16 {
   }
 };
 
-// Word l of vector j of a strip holds column 4 l + (j ^ 1). False if x does not fit.
+// Word l of vector j of a strip holds column 4 l + (j ^ 1). Returns the rows that fit, a bit for each: no strip of theirs
+// is wide.
 template <class T>
-bool pack_dot16(const T* x, int64_t rows, int64_t ld, int64_t cols, int16_t* out, float* factor) {
-  bool fits = true;
+uint32_t pack_dot16(const T* x, int64_t rows, int64_t ld, int64_t cols, int16_t* out, float* factor) {
+  uint64_t unfit = 0;
   for (int64_t k = 0; k < cols; k += kStrip) {
     T strips[kDotRows][kStrip] = {};
     for (int64_t m = 0; m < rows; ++m) memcpy(strips[m], x + m * ld + k, at_most(kStrip, cols - k) * sizeof(T));
-    Ranges16 ranges;
-    fits &= ranges.measure<T>(rows, kStrip, [&](int64_t m) { return strips[m]; });
+    const Ranges16 ranges(rows, kStrip, [&](int64_t m) { return &strips[m][0]; });
+    unfit |= ranges.unfit | ranges.wide;
     for (int64_t m = 0; m < rows; ++m, out += kStrip) {
       *factor++ = ranges.scale[m] / kCodeFactor;
       int32_t whole[kStrip];
@@ -107,7 +108,7 @@ bool pack_dot16(const T* x, int64_t rows, int64_t ld, int64_t cols, int16_t* out
         for (int l = 0; l < 2 * kLanes; ++l) out[j * 2 * kLanes + l] = int16_t(whole[4 * l + (j ^ 1)]);
     }
   }
-  return fits;
+  return uint32_t(~unfit) & ((1u << rows) - 1);
 }
 #endif
 
@@ -245,23 +246,37 @@ template <class T> void accumulate_dot(const Block& b, const Nf4Weight& w, const
   for (int64_t k = 0; k < w.cols; k += chunk) {
     const Strips strips(w, k, at_most(chunk, w.cols - k));
     const T* from = x + b.row * w.cols + k;
-    const auto run = [&](const auto& dot) {
+    const auto run = [&](int64_t first, int64_t rows, const auto& dot) {
       each_column([&](int64_t col, float* c) {
-        with_dot_rows(b.rows, [&](auto m) { dot_lanes<decltype(m)::value>(strips, dot, col, c); });
+        with_dot_rows(rows, [&](auto m) { dot_lanes<decltype(m)::value>(strips, dot, col, c + first * Scratch::kCols); });
       });
+    };
+    const auto run32 = [&](int64_t first, int64_t rows) {
+      pack_dot(from + first * w.cols, rows, w.cols, strips.cols, s.panels);
+      run(first, rows, Dot32{s.panels});
     };
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 2) {
       int16_t* packed = reinterpret_cast<int16_t*>(s.panels);
       float* factor = s.panels + kDotCols;
-      if (pack_dot16(from, b.rows, w.cols, strips.cols, packed, factor)) {
-        run(Dot16{packed, factor});
+      const auto pack = [&](int64_t first, int64_t rows) {
+        return pack_dot16(from + first * w.cols, rows, w.cols, strips.cols, packed, factor);
+      };
+      const uint32_t fits = pack(0, b.rows);
+      if (fits == (1u << b.rows) - 1) {
+        run(0, b.rows, Dot16{packed, factor});
+        continue;
+      }
+      if (fits) {   // a row goes its own way, and has the bits that it has among others
+        for (int64_t m = 0; m < b.rows; ++m) {
+          if (!(fits >> m & 1)) run32(m, 1);
+          else if (pack(m, 1)) run(m, 1, Dot16{packed, factor});
+        }
         continue;
       }
     }
 #endif
-    pack_dot(from, b.rows, w.cols, strips.cols, s.panels);
-    run(Dot32{s.panels});
+    run32(0, b.rows);
   }
 }
 

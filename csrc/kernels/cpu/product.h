@@ -120,15 +120,16 @@ template <int V> struct Units {
   }
 };
 
-// The rows of a block that a product in narrower numbers could not hold, by another one: redo(row, scratch) for each,
-// with a zeroed C.
+// The rows of a block that a product in narrower numbers could not hold, by another one: redo(rows, scratch) for those
+// that lie together, with a zeroed C.
 template <class Redo> void do_over(const Block& b, const bool* fits, const Scratch& s, const Redo& redo) {
-  for (int64_t i = 0; i < b.rows; ++i) {
+  for (int64_t i = 0, end; i < b.rows; i = end) {
+    for (end = i + 1; end < b.rows && fits[end] == fits[i];) ++end;
     if (fits[i]) continue;
     Scratch at = s;
     at.c += i * Scratch::kCols;
-    memset(at.c, 0, Scratch::kCols * sizeof(float));
-    redo(Block{b.row + i, 1, b.col, b.panels}, at);
+    memset(at.c, 0, (end - i) * Scratch::kCols * sizeof(float));
+    redo(Block{b.row + i, end - i, b.col, b.panels}, at);
   }
 }
 

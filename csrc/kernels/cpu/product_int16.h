@@ -10,6 +10,8 @@
 // vpdpwssd multiplies pairs. Steps are paired i with i + 4 inside each eight, because that is how the
 // 16-bit look-up (vpermw) leaves the codes of a dword.
 #pragma once
+#include <type_traits>
+
 #include "kernels/cpu/nf4_decode.h"
 #include "kernels/cpu/product.h"
 
@@ -17,6 +19,8 @@ namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
 constexpr float kCodeFactor = 7854.f, kLeftFactor = 16384.f;
+constexpr float kWide = 6.f;                // normal numbers reach 5 times their mean magnitude
+constexpr float kWidest = 32768.f, kRestFactor = 32768.f;   // of what is left of a step, half of it at most
 constexpr int64_t kFlush = 8;               // pair steps, 16 products, between int32 and fp32
 constexpr int kTileRows16 = 6;              // x 2 vectors, in int32 and again in fp32: 24 of 32 registers
 constexpr int64_t kPairs = kDepth / 2, kPairStride = kPairs + kLanes;
@@ -38,73 +42,103 @@ struct Scratch16 {
   float* c;            // [kRowBlock][kCols]
   int32_t* panels;     // [kPanels][kPairs][2 * kLanes]
   float* scales;       // [kPanels][kSegments][2 * kLanes]
-  int32_t* left;       // [kTileRows16][kPairStride]
-  float* left_scales;  // [kTileRows16][kSegments]
+  struct Left {
+    int32_t* at;       // [kTileRows16][kPairStride]
+    float* scales;     // [kTileRows16][kSegments]
+    static constexpr int64_t kSize = kTileRows16 * (kPairStride + kSegments);
+
+    explicit Left(float* p) : at(reinterpret_cast<int32_t*>(p)), scales(p + kTileRows16 * kPairStride) {}
+  } left, rest;        // rest: what the rounding of wide segments left
 
   explicit Scratch16(const Scratch& s)
-      : c(s.c), panels(reinterpret_cast<int32_t*>(s.panels)), scales(s.panels + kPairs * Scratch::kCols),
-        left(reinterpret_cast<int32_t*>(s.left)), left_scales(s.left + kTileRows16 * kPairStride) {}
+      : c(s.c), panels(reinterpret_cast<int32_t*>(s.panels)), scales(s.panels + kPairs * Scratch::kCols), left(s.left),
+        rest(s.left + Left::kSize) {}
 };
-static_assert(kTileRows16 * (kPairStride + kSegments) <= kTileRows * kLeftStride);
+static_assert(2 * Scratch16::Left::kSize <= kTileRows * kLeftStride);
 static_assert(kPairs + kSegments <= kDepth);
 
 // How the segments of a piece of x map to int16: x is about round(x * inverse) * scale.
 struct Ranges16 {
   static constexpr int64_t kMost = 64;   // segments; a tile has 6 rows of 8 at most
   float scale[kMost], inverse[kMost];
+  uint64_t wide = 0, unfit = 0;          // a bit for each segment
 
-  // Measures `count` segments, the i-th at at(i). False if one does not fit: it holds a NaN, an infinity,
-  // or magnitudes so small that the factor would overflow. It is then left to fp32.
-  template <class T, class At> bool measure(int64_t count, int64_t segment, const At& at) {
-    bool fits = true;
+  // Measures `count` segments, the i-th at at(i). One is unfit if it holds a NaN, an infinity, or magnitudes so small
+  // that the factor would overflow, or so different that 30 bits do not hold them.
+  template <class At> Ranges16(int64_t count, int64_t segment, const At& at) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(at(0))>>;
+    constexpr float kShare = 1.f / 256;   // of a magnitude, so that a segment's largest ones have a sum
     for (int64_t first = 0; first < count; first += kLanes) {
-      Int most[kLanes] = {};
+      Int most[kLanes] = {}, sum[kLanes] = {};
       for (int64_t i = 0; i < at_most(kLanes, count - first); ++i) {
         const T* x = at(first + i);
         Int m = as_int(zero());   // 16-bit magnitudes are ordered like the integers that their bits are
-        for (int64_t k = 0; k < segment; k += 2 * kLanes)
+        Vec total = zero();
+        for (int64_t k = 0; k < segment; k += 2 * kLanes) {
           m = _mm512_max_epu16(m, _mm512_and_si512(load_int(x + k), _mm512_set1_epi16(0x7fff)));
+          total = fma(abs(load(x + k)), set(kShare), fma(abs(load(x + k + kLanes)), set(kShare), total));
+        }
         most[i] = max_int(shift_right(m, 16), _mm512_and_si512(m, _mm512_set1_epi32(0xffff)));
+        sum[i] = as_int(total);
       }
-      transpose(most);   // so that one vector holds the maximum of each segment
-      for (int i = 1; i < kLanes; ++i) most[0] = max_int(most[0], most[i]);
+      transpose(most), transpose(sum);   // so that a lane is a segment
+      Vec total = as_float(sum[0]);
+      for (int i = 1; i < kLanes; ++i) most[0] = max_int(most[0], most[i]), total = total + as_float(sum[i]);
       T bits[kLanes];
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(bits), _mm512_cvtepi32_epi16(most[0]));
-      const Vec max = load(bits);
+      const Vec max = load(bits), share = max * set(kShare), mean = (total - share) * set(1.f / float(segment - 1));
       const __mmask16 usable = _mm512_cmp_ps_mask(max, set(1e-30f), _CMP_GT_OQ) &
                                _mm512_cmp_ps_mask(max, set(__FLT_MAX__), _CMP_LE_OQ);
-      fits &= __mmask16(usable | _mm512_cmp_ps_mask(max, zero(), _CMP_EQ_OQ)) == 0xffff;
+      const __mmask16 none = _mm512_cmp_ps_mask(max, zero(), _CMP_EQ_OQ);
+      const auto beyond = [&](float most) { return _mm512_cmp_ps_mask(share, mean * set(most), _CMP_GT_OQ); };
+      wide |= uint64_t(usable & beyond(kWide)) << first;
+      unfit |= uint64_t(__mmask16(~(usable | none) | (usable & beyond(kWidest)))) << first;
       store(scale + first, _mm512_maskz_mul_ps(usable, max, set(1.f / kLeftFactor)));
       store(inverse + first, _mm512_maskz_div_ps(usable, set(kLeftFactor), max));
     }
-    return fits;
+    if (count < kMost) wide &= (uint64_t(1) << count) - 1, unfit &= (uint64_t(1) << count) - 1;
+  }
+  bool any(uint64_t of, int64_t row, int64_t segments) const {
+    return of >> row * segments & ((uint64_t(1) << segments) - 1);
   }
 };
 
-// A tile of A: rows of pairs, and a scale per segment. Returns whether all of it fits.
+// A tile of A: rows of pairs, and a scale per segment. `fits` becomes false for a row that does not. Returns whether a
+// segment is wide: then there is a rest.
 template <class T>
-bool pack_tile16(const T* x, int64_t ldx, int64_t rows, int64_t steps, int64_t segment, int32_t* out,
-                 float* scales) {
-  Ranges16 ranges;
+bool pack_tile16(const T* x, int64_t ldx, int64_t rows, int64_t steps, int64_t segment, const Scratch16& to,
+                 bool* fits) {
   const int64_t segments = steps / segment;
-  const bool fits = ranges.measure<T>(rows * segments, segment, [&](int64_t i) {
+  const Ranges16 ranges(rows * segments, segment, [&](int64_t i) {
     return x + i / segments * ldx + i % segments * segment;
   });
+  const auto put = [](int32_t* out, Int a, Int b) {
+    const Int first = _mm512_shuffle_i32x4(a, b, 0x88), second = _mm512_shuffle_i32x4(a, b, 0xdd);
+    store_int(out, _mm512_mask_blend_epi16(0xaaaaaaaa, first, shift_left(second, 16)));
+  };
   for (int64_t i = 0; i < rows; ++i) {
+    if (ranges.any(ranges.unfit, i, segments)) fits[i] = false;
     const T* from = x + i * ldx;
     for (int64_t s = 0; s < segments; ++s) {
-      const Vec inverse = set(ranges.inverse[i * segments + s]);
+      const int64_t at = i * segments + s;
+      const Vec inverse = set(ranges.inverse[at]);
+      const bool wide = ranges.wide >> at & 1;
+      const auto rest_of = [&](Vec v, Int whole) {
+        return _mm512_cvtps_epi32(fma(v, inverse, zero() - to_float(whole)) * set(kRestFactor));
+      };
       for (int64_t k = s * segment; k < (s + 1) * segment; k += 2 * kLanes) {
-        const Int a = _mm512_cvtps_epi32(load(from + k) * inverse);
-        const Int b = _mm512_cvtps_epi32(load(from + k + kLanes) * inverse);
-        const Int first = _mm512_shuffle_i32x4(a, b, 0x88), second = _mm512_shuffle_i32x4(a, b, 0xdd);
-        store_int(out + i * kPairStride + k / 2,
-                  _mm512_mask_blend_epi16(0xaaaaaaaa, first, shift_left(second, 16)));
+        const Vec v = load(from + k), w = load(from + k + kLanes);
+        const Int a = _mm512_cvtps_epi32(v * inverse), b = _mm512_cvtps_epi32(w * inverse);
+        put(to.left.at + i * kPairStride + k / 2, a, b);
+        if (ranges.wide)
+          put(to.rest.at + i * kPairStride + k / 2, wide ? rest_of(v, a) : as_int(zero()),
+              wide ? rest_of(w, b) : as_int(zero()));
       }
-      scales[i * kSegments + s] = ranges.scale[i * segments + s];
+      to.left.scales[i * kSegments + s] = ranges.scale[at];
+      to.rest.scales[i * kSegments + s] = wide ? ranges.scale[at] / kRestFactor : 0.f;
     }
   }
-  return fits;
+  return ranges.wide != 0;
 }
 
 template <int R>
@@ -168,11 +202,14 @@ void accumulate16(const Block& b, int64_t depth, int64_t segment, const T* x, in
     for (int64_t j = 0; j < b.panels; ++j)
       right.pack16(b.col + j * kWidth, t, steps, s.panels + j * kPairs * kWidth, s.scales + j * kSegments * kWidth);
     each_tile(b.rows, kTileRows16, [&](int64_t row, int64_t rows) {
-      if (!pack_tile16(x + (b.row + row) * ldx + t, ldx, rows, steps, segment, s.left, s.left_scales))
-        memset(fits + row, false, rows);
-      for (int64_t j = 0; j < b.panels; ++j)
-        tile16_of(rows, s.left, s.left_scales, s.panels + j * kPairs * kWidth, s.scales + j * kSegments * kWidth,
-                  steps / 2, segment, s.c + row * Scratch::kCols + j * kWidth);
+      const auto multiply = [&](const Scratch16::Left& left) {
+        for (int64_t j = 0; j < b.panels; ++j)
+          tile16_of(rows, left.at, left.scales, s.panels + j * kPairs * kWidth, s.scales + j * kSegments * kWidth,
+                    steps / 2, segment, s.c + row * Scratch::kCols + j * kWidth);
+      };
+      const bool wide = pack_tile16(x + (b.row + row) * ldx + t, ldx, rows, steps, segment, s, fits + row);
+      multiply(s.left);
+      if (wide) multiply(s.rest);
     });
   }
   do_over(b, fits, scratch, redo);
