@@ -82,7 +82,11 @@ def qlora_step(layers: int = 32, batch: int = 4, tokens: int = 512) -> dict:
                 for _ in range(5):
                     torch.cuda.synchronize()
                     begin = time.perf_counter()
-                    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+                    if name == "peftops":  # as `peftops finetune` does
+                        loss, count = peftops.language_model_loss(model, ids, ids)
+                        loss = loss / count
+                    else:
+                        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
                     loss.backward()
                     optimizer.step()
                     optimizer.zero_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 from functools import partial
@@ -10,28 +9,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..nn import AdamW8bit
-from .data import IGNORE, Example, collate, in_order
+from ..nn import AdamW8bit, language_model_loss
+from .data import Example, collate, in_order
 
 
 def answer_loss(model: nn.Module, batch: list[Example], pad: int) -> tuple[Tensor, int]:
-    """Sum of the negative log-likelihoods of the targets, and their number. Logits are computed from
-    the first target of the batch on: with a large vocabulary they would be most of the memory."""
-    tensors = collate(batch, pad)
-    labels = tensors.pop("labels").to(model.device)
-    keep = max(example.tail for example in batch) + 1
-    extra = {"logits_to_keep": keep} if _takes_logits_to_keep(model) else {}
-    inputs = {name: t.to(model.device) for name, t in tensors.items()}
-    logits = model(**inputs, use_cache=False, **extra).logits[:, -keep:-1]
-    labels = labels[:, 1 - keep :]
-    chosen = labels != IGNORE
-    return F.cross_entropy(logits[chosen].float(), labels[chosen], reduction="sum"), int(chosen.sum())
-
-
-def _takes_logits_to_keep(model: nn.Module) -> bool:
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+    """Sum of the negative log-likelihoods of the targets, and their number."""
+    inputs = {name: t.to(model.device) for name, t in collate(batch, pad).items()}
+    loss, targets = language_model_loss(model, **inputs)
+    return loss, int(targets)
 
 
 @torch.no_grad()

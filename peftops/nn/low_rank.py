@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops import lora_linear
 from .layers import CONVOLUTION, EMBEDDING, kind_of, matrix, sizes
-from .quantized import is_quantized, linear_op
+from .quantized import KINDS, is_quantized
 
 
 def factor_shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -34,6 +35,11 @@ def low_rank(
         lora_A, lora_B: of the shapes that :func:`factor_shapes` tells, any float dtype.
         bias: False leaves out the bias of a linear layer.
     """
+    weight = base.weight
+    if is_quantized(weight):  # a linear layer, of which a step calls hundreds: on a GPU the host must not be late
+        op = KINDS[type(weight)].linear
+        return op(x, weight, base.bias if bias else None, lora_A=lora_A, lora_B=lora_B, scaling=scaling,
+                  dropout_p=dropout, training=training, compute=getattr(base, "compute", "float"))  # fmt: skip
     kind = kind_of(base)
     if kind == EMBEDDING:
         y = base(x)
@@ -42,12 +48,13 @@ def low_rank(
         h = F.dropout(x, dropout, training)
         u = F.conv2d(h, lora_A.to(x.dtype), None, base.stride, base.padding, base.dilation)
         return base(x) + scaling * F.conv2d(u, lora_B.to(x.dtype))
-    weight = matrix(base)
-    return linear_op(base)(x, weight, base.bias if bias else None, lora_A=lora_A, lora_B=lora_B, scaling=scaling,
-                           dropout_p=dropout, training=training)  # fmt: skip
+    return lora_linear(x, matrix(base), base.bias if bias else None, lora_A=lora_A, lora_B=lora_B, scaling=scaling,
+                       dropout_p=dropout, training=training)  # fmt: skip
 
 
 def product(base: nn.Module, x: Tensor) -> Tensor:
     """``x W^T`` of a linear layer, without its bias."""
-    weight = matrix(base)
-    return linear_op(base)(x, weight) if is_quantized(weight) else F.linear(x, weight)
+    weight = base.weight
+    if is_quantized(weight):
+        return KINDS[type(weight)].linear(x, weight, compute=getattr(base, "compute", "float"))
+    return F.linear(x, matrix(base))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from ..ops import (
     group_dequantize,
     group_linear,
     group_quantize,
-    lora_linear,
     nf4_dequantize,
     nf4_linear,
     nf4_quantize,
@@ -77,14 +75,6 @@ class StoredInParts(nn.Module):
 
 def is_quantized(weight: object) -> bool:
     return type(weight) in KINDS
-
-
-def linear_op(layer: nn.Module) -> Callable[..., Tensor]:
-    """The op that multiplies with the weight of a linear layer, as the layer does, and adds a low-rank term."""
-    if not is_quantized(layer.weight):
-        return lora_linear
-    op = KINDS[type(layer.weight)].linear
-    return partial(op, compute=layer.compute) if hasattr(layer, "compute") else op
 
 
 def dequantized(weight: Tensor, dtype: torch.dtype) -> Tensor:

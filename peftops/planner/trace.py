@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..nn import head_loss, splits
 from ..ops.packed_tensor import PackedTensor
 
 ATTENTION = "peftops_plan"  # in transformers' registry
@@ -98,7 +99,11 @@ def step_peak(model: nn.Module, batch: int, length: int) -> int:
     """
     ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
     with Ledger([*model.parameters(), *model.buffers(), ids]) as ledger:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        if splits(model):
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -length:-1]
+            head_loss(model.get_output_embeddings(), hidden.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        else:
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     for parameter in model.parameters():
         parameter.grad = None
     return ledger.peak

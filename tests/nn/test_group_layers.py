@@ -6,7 +6,7 @@ from torch import nn
 
 import peftops
 from peftops.nn import GroupConv2d, GroupLinear, NF4Linear
-from peftops.nn.quantized import linear_op
+from peftops.nn.low_rank import low_rank
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -35,8 +35,7 @@ def test_int8_is_asked_for(kind, quantise, op):
     want = op(x, layer.weight, compute="int8")
     assert torch.equal(layer(x), want)
     assert torch.equal(layer.with_codes(layer.weight, None)(x), want)  # an option of the layer, not of its codes
-    assert torch.equal(linear_op(layer)(x, layer.weight, lora_A=A, lora_B=B),
-                       op(x, layer.weight, lora_A=A, lora_B=B, compute="int8"))  # fmt: skip
+    assert torch.equal(low_rank(layer, x, A, B, 1.0), op(x, layer.weight, lora_A=A, lora_B=B, compute="int8"))
 
 
 @pytest.mark.parametrize("kernel", [{"kernel_size": 1}, {"kernel_size": 1, "stride": 2},

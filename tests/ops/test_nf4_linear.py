@@ -52,7 +52,8 @@ class Layer(PackedLayer):
         return peftops.nf4_linear(*args, **kw)
 
     def narrow_forward(self):
-        """What multiplying in 16 bits adds to the error of y. In int16: the rounding of x, and that of the codes. In bf16: the rounding of the weight."""
+        """What multiplying in 16 bits adds to the error of y. In int16: the rounding of x, and that of the codes. In
+        bf16: the rounding of the weight."""
         x, k = self.x.detach(), self.weight.shape[1]
         if self.by_library:
             return self.narrow_operands()

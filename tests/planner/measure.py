@@ -44,7 +44,8 @@ def train(model, config, batch, length):
     for step in range(3):
         if step == 1:
             reset_memory_peak()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        loss, targets = peftops.language_model_loss(model, ids, ids)
+        (loss / targets).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -89,6 +89,11 @@ int cudaLaunchKernel(const void* host, Dim3 grid, Dim3 block, void** args, size_
   const Kernel& k = it->second;
   return runtime().launch(*k.module, k.name, grid, block, shared, k.opted_in, args);
 }
+// A kernel that may begin early begins in its turn, which is one of the orders that there are.
+struct LaunchConfiguration { Dim3 grid, block; size_t shared; void* stream; void* attributes; u32 count; };
+int cudaLaunchKernelExC(const LaunchConfiguration* c, const void* host, void** args) {
+  return cudaLaunchKernel(host, c->grid, c->block, args, c->shared, c->stream);
+}
 int __cudaGetKernel(void** kernel, const void* host) { return *kernel = const_cast<void*>(host), 0; }
 int __cudaLaunchKernel(void* kernel, Dim3 grid, Dim3 block, void** args, size_t shared, void* stream) {
   return cudaLaunchKernel(kernel, grid, block, args, shared, stream);

@@ -25,6 +25,16 @@ struct Mul {
 };
 struct MulAdd { template <class T> T operator()(T a, T b, T c) const { return T(u64(a) * u64(b) + u64(c)); } };
 struct Fma { template <class T> T operator()(T a, T b, T c) const { return std::fma(a, b, c); } };
+struct FmaCut {   // towards zero: of the sum rounded to odd, what float has no room for
+  template <class T> T operator()(T a, T b, T c) const {
+    if constexpr (!std::is_same_v<T, float>) return std::fma(a, b, c);   // which no kernel cuts
+    else {
+      const double sum = add_to_odd(double(a) * b, c);
+      const float near = float(sum);
+      return std::fabs(double(near)) > std::fabs(sum) ? std::nextafter(near, 0.f) : near;
+    }
+  }
+};
 struct FmaHalf {   // the product of two halves is exact in double; the sum is rounded once, by Half::put
   double operator()(float a, float b, float c) const { return add_to_odd(double(a) * b, c); }
 };
@@ -141,7 +151,8 @@ Handler decode_arithmetic(Inst& i, Modifiers& m) {
   const bool real = is_float(t) || t == Type::F16x2 || t == Type::BF16x2;
   if (op == "add" || op == "sub" || op == "mul" || op == "mad" || op == "fma" || op == "div") {
     if (real) {
-      m.take("rn");
+      const bool cut = op == "fma" && t == Type::F32 && m.take("rz");
+      if (!cut) m.take("rn");
       const bool full = op == "div" && (m.take("full") || m.take("approx"));
       (void)full;   // computed exactly rounded, which is within the error that they allow
       const bool ftz = m.take("ftz"), sat = m.take("sat");
@@ -149,6 +160,7 @@ Handler decode_arithmetic(Inst& i, Modifiers& m) {
       if (op == "sub") return of_float<2, Sub>(t, ftz, sat);
       if (op == "mul") return of_float<2, Mul>(t, ftz, sat);
       if (op == "div") return of_float<2, Div>(t, ftz);
+      if (cut) return of_float<3, FmaCut>(t, ftz, sat);
       return of_float<3, Fma, FmaHalf>(t, ftz, sat);
     }
     if (op == "add") return of_int<2, Add>(t);

@@ -274,6 +274,19 @@ def test_fma_rounds_once(device):
     assert (execute(device, "fma.rn.f16 %y, %x0, %x0, %x1;", [h, tie], 16).view("f2") == 1 + 3 * 2.0**-10).all()
 
 
+def test_fma_cuts_once(device):
+    a, b, c = (reals("f4", s) for s in range(3))
+    got = execute(device, "fma.rz.f32 %y, %x0, %x1, %x2;", [a, b, c]).view("f4")
+    with np.errstate(all="ignore"):
+        exact = a.astype("f16") * b.astype("f16") + c.astype("f16")
+        near = exact.astype("f4")
+        want = np.where(np.abs(near.astype("f16")) > np.abs(exact), np.nextafter(near, np.float32(0)), near)
+    assert same(got, want) and not same(got, near)
+    most = np.full(LANES, 31.99999, "f4")
+    whole = execute(device, "fma.rz.f32 %y, %x0, %x1, %x2;", [most, np.ones(LANES, "f4"), np.full(LANES, 2.0**23, "f4")])
+    assert (whole & 255 == 31).all()
+
+
 def test_flush_and_saturate(device):
     small, x = np.full(LANES, 1e-39, "f4"), reals("f4", 1)
     assert (execute(device, "add.ftz.f32 %y, %x0, %x0;", [small]) == 0).all()

@@ -97,7 +97,7 @@ uint32_t pack_dot16(const T* x, int64_t rows, int64_t ld, int64_t cols, int16_t*
   for (int64_t k = 0; k < cols; k += kStrip) {
     T strips[kDotRows][kStrip] = {};
     for (int64_t m = 0; m < rows; ++m) memcpy(strips[m], x + m * ld + k, at_most(kStrip, cols - k) * sizeof(T));
-    const Ranges16 ranges(rows, kStrip, [&](int64_t m) { return &strips[m][0]; });
+    const Ranges16 ranges(T{}, rows, kStrip, [&](int64_t m) { return &strips[m][0]; });
     unfit |= ranges.unfit | ranges.wide;
     for (int64_t m = 0; m < rows; ++m, out += kStrip) {
       *factor++ = ranges.scale[m] / kCodeFactor;

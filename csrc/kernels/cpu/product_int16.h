@@ -10,8 +10,6 @@
 // vpdpwssd multiplies pairs. Steps are paired i with i + 4 inside each eight, because that is how the
 // 16-bit look-up (vpermw) leaves the codes of a dword.
 #pragma once
-#include <type_traits>
-
 #include "kernels/cpu/nf4_decode.h"
 #include "kernels/cpu/product.h"
 
@@ -65,8 +63,7 @@ struct Ranges16 {
 
   // Measures `count` segments, the i-th at at(i). One is unfit if it holds a NaN, an infinity, or magnitudes so small
   // that the factor would overflow, or so different that 30 bits do not hold them.
-  template <class At> Ranges16(int64_t count, int64_t segment, const At& at) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(at(0))>>;
+  template <class T, class At> Ranges16(T, int64_t count, int64_t segment, const At& at) {
     constexpr float kShare = 1.f / 256;   // of a magnitude, so that a segment's largest ones have a sum
     for (int64_t first = 0; first < count; first += kLanes) {
       Int most[kLanes] = {}, sum[kLanes] = {};
@@ -109,7 +106,7 @@ template <class T>
 bool pack_tile16(const T* x, int64_t ldx, int64_t rows, int64_t steps, int64_t segment, const Scratch16& to,
                  bool* fits) {
   const int64_t segments = steps / segment;
-  const Ranges16 ranges(rows * segments, segment, [&](int64_t i) {
+  const Ranges16 ranges(T{}, rows * segments, segment, [&](int64_t i) {
     return x + i / segments * ldx + i % segments * segment;
   });
   const auto put = [](int32_t* out, Int a, Int b) {

@@ -59,7 +59,7 @@ template <class Weight> double any_clocks(const Linear<Weight>& a, const Gpu& gp
 }
 // Of the kernels that read the weight again for every 32 rows of x.
 template <class Weight> double rows_clocks(const Linear<Weight>& a, const Gpu& gpu) {
-  const int64_t tiles = ceil_div(a.weight.rows, kOuts) * ceil_div(a.m, 32);
+  const int64_t tiles = ceil_div(a.weight.rows, 32) * ceil_div(a.m, 32);
   return waves_of(tiles, gpu) * double(a.weight.cols) / kChunk * rates_of(gpu).rows;
 }
 inline double many_clocks(const Nf4Linear& a, const Gpu& gpu) {

@@ -34,6 +34,8 @@ __device__ inline void set_element(void* p, DType dtype, int64_t i, float v) {
   else static_cast<__half*>(p)[i] = from_float<__half>(v);
 }
 
+__host__ __device__ constexpr int size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
 // As many elements as one load or store moves at best.
 template <class T> struct alignas(16) Pack {
   static constexpr int kSize = 16 / sizeof(T);
@@ -56,6 +58,33 @@ template <auto* Kernel> cudaError_t allow_shared(size_t bytes) {
 
 // What launchers ask of the current GPU.
 struct Gpu { int capability, multiprocessors; };   // capability: 10 * major + minor
+
+// Programmatic dependent launch, from Hopper on: a kernel that is launched by launch_early begins while the one before it
+// ends, makes its tables and asks for its weight, and then waits. Before wait_for_inputs it may read constants alone: all
+// else in memory may be what the kernel before is writing, or the one before that. A hint to the L2 cache is no read.
+__device__ inline void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ inline void bring_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+template <class... Args, class... Given>
+cudaError_t launch_early(void (*kernel)(Args...), const Gpu& gpu, dim3 grid, int threads, size_t shared,
+                         cudaStream_t stream, const Given&... args) {
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = dim3(unsigned(threads)), config.dynamicSmemBytes = shared;
+  config.stream = stream, config.attrs = &early, config.numAttrs = gpu.capability >= 90;
+  return cudaLaunchKernelEx(&config, kernel, Args(args)...);
+}
 
 inline cudaError_t ask_gpu(Gpu* gpu) {
   int device = 0, major = 0, minor = 0;

@@ -27,13 +27,16 @@ template <class T> struct GroupFinish {
   }
 };
 
+constexpr int kRowsWarps = 8;
+template <class T, int B> using FewStream = GroupStream<T, B, 32>;
+
 template <class T, int B, int Tiles>
-__global__ void __launch_bounds__(RowsChunk<GroupStream<T, B>, Tiles>::kThreads, 1) group_rows(GroupLinear a, int log_group) {
-  using Stream = GroupStream<T, B>;
+__global__ void __launch_bounds__(kRowsWarps * kWarp, 1) group_rows(GroupLinear a, int log_group) {
+  using Stream = FewStream<T, B>;
   __shared__ typename Stream::Memory memory;
   extern __shared__ uint4 dynamic[];
-  multiply_rows<T>(a, Stream{a.weight, log_group}, memory, *reinterpret_cast<RowsSums<Stream, Tiles>*>(dynamic),
-                   GroupFinish<T>{a, log_group});
+  multiply_rows<T>(a, Stream{a.weight, log_group}, memory,
+                   *reinterpret_cast<RowsSums<Stream, Tiles, kRowsWarps>*>(dynamic), GroupFinish<T>{a, log_group});
 }
 
 template <class T> __global__ void __launch_bounds__(kTileThreads) any_group_rows(GroupLinear a, int log_group) {
@@ -66,15 +69,14 @@ cudaError_t launch_any(const GroupLinear& a, cudaStream_t stream) {
 }
 
 template <class T, int B, int Tiles> cudaError_t launch_tiles(const GroupLinear& a, cudaStream_t stream) {
-  using Memory = RowsSums<GroupStream<T, B>, Tiles>;
-  cudaError_t status = allow_shared<group_rows<T, B, Tiles>>(sizeof(Memory));
+  using Stream = FewStream<T, B>;
+  constexpr size_t kShared = sizeof(RowsSums<Stream, Tiles, kRowsWarps>);
+  cudaError_t status = allow_shared<group_rows<T, B, Tiles>>(kShared);
   Gpu gpu;
   if (status == cudaSuccess) status = ask_gpu(&gpu);
   if (status != cudaSuccess) return status;
-  constexpr int kThreads = RowsChunk<GroupStream<T, B>, Tiles>::kThreads;
-  const dim3 grid = rows_grid(a.m, a.weight.rows, Tiles, gpu.multiprocessors);
-  group_rows<T, B, Tiles><<<grid, kThreads, sizeof(Memory), stream>>>(a, log_group_of(a.weight.group));
-  return cudaGetLastError();
+  return launch_early(group_rows<T, B, Tiles>, gpu, rows_grid<Stream, Tiles, kRowsWarps>(a.m, a.weight.rows, gpu),
+                      kRowsWarps * kWarp, kShared, stream, a, log_group_of(a.weight.group));
 }
 
 // More rows of x at a time decode the weight less often. The shorter the codes, the more columns of a row a thread has,

@@ -12,8 +12,8 @@ namespace peftops::cuda {
 
 constexpr int kStagedGroups = 128;   // of a row, whose scales and zeros are in shared memory
 
-template <class T, int B> struct GroupStream {
-  static constexpr int kBits = B, kPieces = B == 3 ? 3 : 1;
+template <class T, int B, int Outs> struct GroupStream {
+  static constexpr int kBits = B, kPieces = B == 3 ? 3 : 1, kOuts = Outs;
   static constexpr int kColumns = 4 * 64 * kPieces / B;   // four threads with pieces of 64 bits
   static constexpr bool kZeros = true, kEarlyScales = B != 3, kHoldsScales = false;
   static constexpr float kFactor = 1.f;
@@ -94,7 +94,7 @@ template <class T, int B> struct GroupStream {
 
 // Whether W and x can be read in chunks.
 template <int B> bool has_chunks(const GroupLinear& a) {
-  constexpr int kColumns = GroupStream<__half, B>::kColumns;
+  constexpr int kColumns = GroupStream<__half, B, 16>::kColumns;
   return a.dtype != DType::f32 && a.weight.cols % kColumns == 0 && a.weight.group >= kColumns / 4 &&
          aligned(a.weight.packed, 8) && aligned(a.x, 16);
 }

@@ -4,6 +4,8 @@
 
 namespace peftops::cuda {
 
+constexpr int kRanks = 8;
+
 // What becomes of a sum of x W^T, of which `r` ranks of the low-rank term are missing. Args: Nf4Linear or GroupLinear.
 template <class T, class Args> struct Finish {
   const Args& a;
@@ -11,9 +13,18 @@ template <class T, class Args> struct Finish {
 
   __device__ void operator()(int64_t row, int64_t col, float sum) const {
     float low_rank = 0.f;
+    const int64_t u_at = row * a.r, b_at = col * a.r;
 #pragma unroll 1
-    for (int64_t j = 0; j < r; ++j)
-      low_rank = __fmaf_rn(a.u[row * a.r + j], element(a.b, a.b_dtype, col * a.r + j), low_rank);
+    for (int64_t j = 0; j < r; j += kRanks) {   // so many loads are under way at a time
+      float u[kRanks], b[kRanks];
+#pragma unroll
+      for (int i = 0; i < kRanks; ++i) {
+        const bool exists = j + i < r;
+        u[i] = exists ? a.u[u_at + j + i] : 0.f, b[i] = exists ? element(a.b, a.b_dtype, b_at + j + i) : 0.f;
+      }
+#pragma unroll
+      for (int i = 0; i < kRanks; ++i) low_rank = __fmaf_rn(u[i], b[i], low_rank);
+    }
     float y = __fmaf_rn(a.scaling, low_rank, sum);
     if (a.bias) y += element(a.bias, a.bias_dtype, col);
     static_cast<T*>(a.y)[row * a.weight.rows + col] = from_float<T>(y);

@@ -39,6 +39,7 @@ bool is_wide(const void* p, DType dtype, int64_t k, int64_t n) {
 template <class X, int Tiles>
 __global__ void __launch_bounds__(kThinThreads, 1) shrink(LoraShrink a, DropoutMask mask, DenseFactor f, bool wide) {
   __shared__ ShrinkMemory<Tiles> memory;
+  let_next_begin();   // a product that waits for u has tables to make
   mask.begin();
   const float scale = mask.threshold ? __fmul_rn(a.scale, mask.factor) : a.scale;
   const TileRows row{a.m};
@@ -95,6 +96,7 @@ template <class F> __device__ void add_parts(const float* parts, int64_t size, i
 }
 
 __global__ void __launch_bounds__(kThinThreads) add_shrunk(LoraShrink a, DropoutMask mask, int64_t count) {
+  let_next_begin();
   const float scale = mask.threshold ? __fmul_rn(a.scale, mask.factor) : a.scale;
   add_parts(a.parts, a.m * a.r, count, [&](int64_t i, float sum) { a.u[i] = __fmul_rn(scale, sum); });
 }

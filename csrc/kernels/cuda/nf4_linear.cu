@@ -12,12 +12,17 @@
 namespace peftops::cuda {
 namespace {
 
-template <class T, int Tiles>
-__global__ void __launch_bounds__(RowsChunk<Nf4Stream<T>, Tiles>::kThreads, 1) few_rows(Nf4Linear a, int log_block) {
-  using Stream = Nf4Stream<T>;
+// One tile of 8 rows of x leaves room for two small blocks of threads on a multiprocessor, one of which waits while the
+// other works.
+template <class T, int Tiles> using FewStream = Nf4Stream<T, Tiles == 1 ? 16 : 32>;
+
+template <class T, int Tiles, int Warps>
+__global__ void __launch_bounds__(Warps * kWarp, RowsChunk<FewStream<T, Tiles>, Tiles, Warps>::kBlocks)
+few_rows(Nf4Linear a, int log_block) {
+  using Stream = FewStream<T, Tiles>;
   __shared__ typename Stream::Memory memory;
   extern __shared__ uint4 dynamic[];
-  multiply_rows<T>(a, Stream{a.weight, log_block}, memory, *reinterpret_cast<RowsSums<Stream, Tiles>*>(dynamic),
+  multiply_rows<T>(a, Stream{a.weight, log_block}, memory, *reinterpret_cast<RowsSums<Stream, Tiles, Warps>*>(dynamic),
                    Finish<T, Nf4Linear>{a, a.r});
 }
 
@@ -62,14 +67,14 @@ __global__ void __launch_bounds__(kTileThreads) any_back(Nf4LinearBackward a, Dr
 
 int log_block_of(const Nf4Weight& w) { return __builtin_ctzll(uint64_t(w.block_size)); }
 
-template <class T, int Tiles> cudaError_t launch_few_rows(const Nf4Linear& a, const Gpu& gpu, cudaStream_t stream) {
-  using Memory = RowsSums<Nf4Stream<T>, Tiles>;
-  const cudaError_t status = allow_shared<few_rows<T, Tiles>>(sizeof(Memory));
+template <class T, int Tiles, int Warps>
+cudaError_t launch_few_rows(const Nf4Linear& a, const Gpu& gpu, cudaStream_t stream) {
+  using Stream = FewStream<T, Tiles>;
+  constexpr size_t kShared = sizeof(RowsSums<Stream, Tiles, Warps>);
+  const cudaError_t status = allow_shared<few_rows<T, Tiles, Warps>>(kShared);
   if (status != cudaSuccess) return status;
-  constexpr int kThreads = RowsChunk<Nf4Stream<T>, Tiles>::kThreads;
-  const dim3 grid = rows_grid(a.m, a.weight.rows, Tiles, gpu.multiprocessors);
-  few_rows<T, Tiles><<<grid, kThreads, sizeof(Memory), stream>>>(a, log_block_of(a.weight));
-  return cudaGetLastError();
+  return launch_early(few_rows<T, Tiles, Warps>, gpu, rows_grid<Stream, Tiles, Warps>(a.m, a.weight.rows, gpu),
+                      Warps * kWarp, kShared, stream, a, log_block_of(a.weight));
 }
 
 template <class T, int Stripes> cudaError_t launch_many_rows(const Nf4Linear& a, cudaStream_t stream) {
@@ -99,9 +104,11 @@ template <class T> cudaError_t launch_chunks(const Nf4Linear& a, cudaStream_t st
   Gpu gpu;
   const cudaError_t status = ask_gpu(&gpu);
   if (status != cudaSuccess) return status;
-  if (a.m <= 8) return launch_few_rows<T, 1>(a, gpu, stream);
-  if (a.m <= kFewRows) return launch_few_rows<T, 2>(a, gpu, stream);
-  if (rows_again(a, gpu)) return launch_few_rows<T, 4>(a, gpu, stream);
+  if (a.m <= 8)   // a small weight has no work for a second block of threads: more warps share it
+    return ceil_div(a.weight.rows, FewStream<T, 1>::kOuts) > gpu.multiprocessors
+               ? launch_few_rows<T, 1, 8>(a, gpu, stream) : launch_few_rows<T, 1, 16>(a, gpu, stream);
+  if (a.m <= kFewRows) return launch_few_rows<T, 2, 16>(a, gpu, stream);
+  if (rows_again(a, gpu)) return launch_few_rows<T, 4, 8>(a, gpu, stream);
   return stripes_of(a) == 2 ? launch_many_rows<T, 2>(a, stream) : launch_many_rows<T, 1>(a, stream);
 }
 

@@ -1,6 +1,9 @@
 // A lane holds 16 bytes of the weight: 8 elements of 16 bits or 4 of 32 bits. The lanes of a quantisation block find
 // its maximum by shuffles and code what they hold in registers, so the weight is read once; only a block too large
-// for a warp's registers is read twice, the second time from cache. Limit: reading the weight.
+// for a warp's registers is read twice, the second time from cache. Of shorter ones a warp has four tiles under way, and
+// makes its table once for them. Limit: the instructions, a dozen an element.
+#include <type_traits>
+
 #include "kernels/cuda/blocks.cuh"
 #include "kernels/cuda/nf4_decode.cuh"
 #include "kernels/nf4_quantize.h"
@@ -8,7 +11,6 @@
 namespace peftops::cuda {
 namespace {
 
-__constant__ Nf4Midpoints nf4_midpoints = kNf4Midpoints;
 __constant__ DynamicMidpoints dynamic_midpoints = kDynamicMidpoints;
 
 // Magnitudes are compared as the integers that their bits are, which puts NaN above infinity above every number.
@@ -27,12 +29,42 @@ __device__ uint32_t most_of_lanes(uint32_t most, int log_lanes) {
   return over_lanes(most, log_lanes, [](uint32_t a, uint32_t b) { return max(a, b); });
 }
 
-// The number of midpoints below v; see kBucket.
-__device__ uint32_t nearest_code(float v, const LaneTable& midpoints) {
-  const float bucket = __fmaf_rn(v, __fmaf_rn(__fmul_rn(v, v), kBucket[2], kBucket[1]), kBucket[0]);
-  const uint32_t c = uint32_t(__float2int_rz(fmaxf(bucket, 0.f)));
-  return c + (v > midpoints(c));
+// Nearest codes by look-up: [-1, 1] is cut into bins so narrow that none holds two midpoints of the sixteen codes. Of a
+// bin, the table has the code below its midpoint, and where that is: one comparison is left.
+constexpr int kBins = 32;
+constexpr float kBinsPerUnit = 15.875f;   // so that 1 and what rounding adds to it are in the last
+struct Bin { float midpoint; uint32_t code; };
+struct Bins { Bin at[kBins]; };
+constexpr Bins make_bins() {
+  Bins bins = {};
+  for (int i = 0; i < kBins; ++i) {
+    const double low = (i - kBins / 2) / double(kBinsPerUnit), high = (i + 1 - kBins / 2) / double(kBinsPerUnit);
+    bins.at[i] = {__FLT_MAX__, 0};
+    for (int c = 0; c < 15; ++c) {
+      if (kNf4Midpoints.below[c] < low) bins.at[i].code = c + 1;
+      else if (kNf4Midpoints.below[c] < high) bins.at[i].midpoint = kNf4Midpoints.below[c];
+    }
+  }
+  return bins;
 }
+__device__ const Bins nf4_bins = make_bins();
+
+// A copy of it for every lane, so that no two want the same bank.
+struct LaneBins {
+  Bin at[kBins][kWarp];
+
+  __device__ void fill() {   // by a block of threads; a barrier must follow
+#pragma unroll
+    for (int i = threadIdx.x; i < kBins * kWarp; i += kBlockThreads) at[i / kWarp][i % kWarp] = nf4_bins.at[i / kWarp];
+  }
+  // Added to 2^15 and cut, a number has its whole part from bit 8 on: where the bin's row begins.
+  __device__ const Bin& operator()(float v) const {
+    const uint32_t bits = __float_as_uint(__fmaf_rz(v, kBinsPerUnit, 0x1p15f + kBins / 2));
+    const uint32_t row = bits & (kBins - 1) * sizeof at[0];
+    return *reinterpret_cast<const Bin*>(reinterpret_cast<const char*>(at) + (row | threadIdx.x % kWarp * sizeof(Bin)));
+  }
+};
+static_assert(sizeof(LaneBins) / kBins == 256, "2^15 has steps of 1 / 256");
 
 template <class T> __device__ uint32_t most_of(const float (&v)[Pack<T>::kSize]) {
   uint32_t most = 0;
@@ -42,12 +74,20 @@ template <class T> __device__ uint32_t most_of(const float (&v)[Pack<T>::kSize])
 }
 
 template <int N, bool Wide>
-__device__ void code(const float (&v)[N], float inverse, const LaneTable& midpoints, uint8_t* packed, int64_t i,
-                     int64_t n) {
+__device__ void code(float (&v)[N], float inverse, const LaneBins& bins, uint8_t* packed, int64_t i, int64_t n) {
+  if (inverse == 0.f)   // no number describes the block: what is not finite has code 0
+#pragma unroll
+    for (float& x : v) x = magnitude(x) < 0x7f800000u ? 0.f : -1.f;
+  const float factor = inverse == 0.f ? 1.f : inverse;
   uint32_t codes = 0;
 #pragma unroll
-  for (int k = 0; k < N; ++k)
-    codes |= nearest_code(__fmul_rn(v[k], inverse), midpoints) << (k / 2 * 8 + (k % 2 ? 0 : 4));
+  for (int k = 0; k < N; ++k) {
+    const float scaled = __fmul_rn(v[k], factor);
+    const Bin bin = bins(scaled);
+    const int shift = k / 2 * 8 + (k % 2 ? 0 : 4);
+    codes += bin.code << shift;
+    if (scaled > bin.midpoint) codes += 1u << shift;
+  }
   if (Wide && n - i >= N) {
     if (N == 8) *reinterpret_cast<uint32_t*>(packed + i / 2) = codes;
     else *reinterpret_cast<uint16_t*>(packed + i / 2) = uint16_t(codes);
@@ -58,15 +98,39 @@ __device__ void code(const float (&v)[N], float inverse, const LaneTable& midpoi
     if (i + k < n) packed[(i + k) / 2] = uint8_t(codes >> 4 * k);   // the last half byte is 7: a zero
 }
 
+constexpr int kRuns = 4;   // tiles of short blocks that a warp does
+
 template <class T, bool Wide>
-__global__ void __launch_bounds__(kBlockThreads) quantize(Nf4Quantize a, int log_lanes, int tiles) {
+__global__ void __launch_bounds__(kBlockThreads) quantize(Nf4Quantize a, int log_lanes) {
   constexpr int N = Pack<T>::kSize;
-  __shared__ LaneTable midpoints;
-  midpoints.fill<kBlockThreads>(nf4_midpoints.below);
+  __shared__ LaneBins bins;
+  const T* w = static_cast<const T*>(a.weight);
+  const int64_t begin = (int64_t(blockIdx.x) * kRuns * kBlockThreads + threadIdx.x) * N;
+  float v[kRuns][N];
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r) load<T, Wide>(w, begin + r * (kBlockThreads * N), a.n, v[r]);
+  bins.fill();
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r) {
+    float inverse;
+    const int64_t i = begin + r * (kBlockThreads * N);
+    const float absmax = finish(most_of_lanes(most_of<T>(v[r]), log_lanes), inverse);
+    if (i >= a.n) continue;
+    if (threadIdx.x % (1 << log_lanes) == 0) a.absmax[i / N >> log_lanes] = absmax;
+    code<N, Wide>(v[r], inverse, bins, a.packed, i, a.n);
+  }
+}
+
+// Of blocks that a warp takes several tiles for.
+template <class T, bool Wide>
+__global__ void __launch_bounds__(kBlockThreads) quantize_long(Nf4Quantize a, int tiles) {
+  constexpr int N = Pack<T>::kSize;
+  __shared__ LaneBins bins;
+  bins.fill();
   __syncthreads();
 
   const T* w = static_cast<const T*>(a.weight);
-  const int lane = threadIdx.x % kWarp;
   const int64_t begin = first_of_lane<T>(tiles);
   float v[N], inverse;
   uint32_t most = 0;
@@ -74,12 +138,12 @@ __global__ void __launch_bounds__(kBlockThreads) quantize(Nf4Quantize a, int log
     load<T, Wide>(w, begin + t * (kWarp * N), a.n, v);
     most = max(most, most_of<T>(v));
   }
-  const float absmax = finish(most_of_lanes(most, log_lanes), inverse);
-  if (begin < a.n && lane % (1 << log_lanes) == 0) a.absmax[begin / a.block_size] = absmax;
+  const float absmax = finish(most_of_lanes(most, 5), inverse);
+  if (begin < a.n && threadIdx.x % kWarp == 0) a.absmax[begin / a.block_size] = absmax;
   for (int t = 0; t < tiles; ++t) {
     const int64_t i = begin + t * (kWarp * N);
-    if (tiles > 1) load<T, Wide>(w, i, a.n, v);
-    if (i < a.n) code<N, Wide>(v, inverse, midpoints, a.packed, i, a.n);
+    load<T, Wide>(w, i, a.n, v);
+    if (i < a.n) code<N, Wide>(v, inverse, bins, a.packed, i, a.n);
   }
 }
 
@@ -114,10 +178,14 @@ cudaError_t nf4_quantize(const Nf4Quantize& a, cudaStream_t stream) {
   return with_type(a.dtype, [&](auto t) {
     using T = decltype(t);
     const Blocks<T> blocks(a.n, a.block_size);
+    const auto launch = [&](auto wide) {
+      constexpr bool kWide = decltype(wide)::value;
+      if (blocks.tiles > 1) quantize_long<T, kWide><<<blocks.grid, kBlockThreads, 0, stream>>>(a, blocks.tiles);
+      else quantize<T, kWide><<<unsigned(ceil_div(blocks.grid, kRuns)), kBlockThreads, 0, stream>>>(a, blocks.log_lanes);
+      return cudaGetLastError();
+    };
     const bool wide = aligned(a.weight, 16) && aligned(a.packed, 4);
-    if (wide) quantize<T, true><<<blocks.grid, kBlockThreads, 0, stream>>>(a, blocks.log_lanes, blocks.tiles);
-    else quantize<T, false><<<blocks.grid, kBlockThreads, 0, stream>>>(a, blocks.log_lanes, blocks.tiles);
-    return cudaGetLastError();
+    return wide ? launch(std::true_type()) : launch(std::false_type());
   });
 }
 

@@ -51,8 +51,8 @@ struct PairColumn {
   __device__ void is_filled() { asm volatile("" : "+r"(address)); }
 };
 
-template <class T> struct Nf4Stream {
-  static constexpr int kBits = 4, kColumns = kChunk, kPieces = 1;
+template <class T, int Outs> struct Nf4Stream {
+  static constexpr int kBits = 4, kColumns = kChunk, kPieces = 1, kOuts = Outs;
   static constexpr bool kZeros = false, kEarlyScales = true, kHoldsScales = true;
   static constexpr float kFactor = kCodeFactor<T>;
   struct Memory {

@@ -12,17 +12,16 @@
 // sums are added in order, so the result has the same bits every time.
 //
 // Waiting is what costs: a layer of 4096 x 4096 is 3 us of memory traffic, and one trip to memory takes most of one. So
-// every load is under way before it is needed. The first chunks and scales are asked for before the tables are made; a
-// warp has its next chunks in registers, as many as there is room for; a block of threads that has several tiles of the
-// weight to do, one after another with the same tables, asks for the next before it adds up the last.
+// every load is under way before it is needed. The first chunks are on their way to the L2 cache before the tables are
+// made, and both while the kernel before ends; a warp has its next chunks in registers, as many as there is room for; a
+// block of threads that has several tiles of the weight to do, one after another with the same tables, asks for the next
+// before it adds up the last.
 #pragma once
 #include "kernels/cuda/device.cuh"
 
 namespace peftops::cuda {
 
-constexpr int kFewRows = 16;                // of x: two tiles of 8
-constexpr int kStripes = 2;                 // of 16 rows of the weight
-constexpr int kOuts = 16 * kStripes;        // rows of the weight a block of threads does: 4096 are one wave of 128
+constexpr int kFewRows = 16;   // of x: two tiles of 8
 
 template <class T> __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
@@ -42,13 +41,17 @@ template <> __device__ inline void multiply<__half>(float (&c)[4], const uint32_
 template <class T> constexpr uint32_t kOnes = 0x3f803f80;   // a pair of them
 template <> constexpr uint32_t kOnes<__half> = 0x3c003c00;
 
-// What a thread holds of a chunk, codes and x, in registers: how many decides how many threads there can be.
-template <class Stream, int Tiles> struct RowsChunk {
+// What a thread holds of a chunk, codes and x, in registers: how many decides how much it asks for ahead of time. The
+// stream's kOuts are the rows of the weight that a block of threads does at a time, 16 or 32.
+template <class Stream, int Tiles, int Warps> struct RowsChunk {
+  static constexpr int kStripes = Stream::kOuts / 16;
   static constexpr int kOwn = Stream::kColumns / 4;   // columns of it a thread has
-  static constexpr int kWords = 8 * Stream::kPieces + Tiles * kOwn / 2;
-  static constexpr int kWarps = Tiles <= 2 && kWords <= 24 && !Stream::kZeros ? 16 : 8, kThreads = kWarps * kWarp;
-  // Of them a warp has asked for.
-  static constexpr int kAhead = kWords <= 16 || (kWarps == 8 && kWords <= (Stream::kZeros ? 24 : 40)) ? 2 : 1;
+  static constexpr int kWords = 4 * kStripes * Stream::kPieces + Tiles * kOwn / 2;
+  // Of them a warp has asked for; with several blocks of threads on a multiprocessor two are enough.
+  static constexpr int kBlocks = kStripes == 1 && Warps == 8 ? 2 : 1;
+  static constexpr int kAhead = kWords <= 12 && kBlocks == 1                                     ? 4
+                                : kWords <= 16 || (Warps == 8 && kWords <= (Stream::kZeros ? 24 : 40)) ? 2
+                                                                                                 : 1;
 
   uint2 codes[kStripes][2][Stream::kPieces];   // of rows g and g + 8
   uint4 x[Tiles][kOwn / 8];                    // eight columns, two products
@@ -56,20 +59,20 @@ template <class Stream, int Tiles> struct RowsChunk {
 
 // The warps' sums. They are in dynamic shared memory, and the stream's tables in static one, whose address is in the
 // instructions that look something up.
-template <class Stream, int Tiles> struct RowsSums {
-  float at[RowsChunk<Stream, Tiles>::kWarps][8 * Tiles][kOuts + 4];   // 4 more: a fragment's 32 lie in 32 banks
+template <class Stream, int Tiles, int Warps> struct RowsSums {
+  float at[Warps][8 * Tiles][Stream::kOuts + 4];   // 4 more: a fragment's 32 lie in 32 banks
 };
 
 // What turns an unscaled sum of codes into one of weights: scale * (sum of code x - zero * sum of x).
 struct Affine { float scale, zero; };
 
 // Tiles: of 8 rows of x, which blockIdx.x counts. Calls f(row of x, row of W, sum) for every result.
-template <class T, int Tiles, class Args, class Stream, class F>
+template <class T, int Tiles, int Warps, class Args, class Stream, class F>
 __device__ void multiply_rows(const Args& a, const Stream& stream, typename Stream::Memory& memory,
-                              RowsSums<Stream, Tiles>& sums, const F& f) {
-  using Chunk = RowsChunk<Stream, Tiles>;
-  constexpr int kOwn = Chunk::kOwn, kSteps = kOwn / 4;
-  constexpr int kWarps = Chunk::kWarps, kThreads = Chunk::kThreads, kAhead = Chunk::kAhead;
+                              RowsSums<Stream, Tiles, Warps>& sums, const F& f) {
+  using Chunk = RowsChunk<Stream, Tiles, Warps>;
+  constexpr int kOwn = Chunk::kOwn, kSteps = kOwn / 4, kOuts = Stream::kOuts, kStripes = Chunk::kStripes;
+  constexpr int kWarps = Warps, kThreads = Warps * kWarp, kAhead = Chunk::kAhead;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
   const int64_t n = a.weight.rows, k = a.weight.cols, first_row = int64_t(blockIdx.x) * (8 * Tiles);
   const int chunks = int(k / Stream::kColumns), stage = stream.staged();   // chunks whose scales are staged at a time
@@ -160,12 +163,21 @@ __device__ void multiply_rows(const Args& a, const Stream& stream, typename Stre
   };
 
   int64_t first = int64_t(blockIdx.y) * kOuts;   // of the tile's rows of the weight
+  let_next_begin();
+#pragma unroll
+  for (int d = 0; d < kAhead; ++d) {   // a lane has a row of this warp's chunks
+    const int64_t row = first + lane % kOuts, chunk = warp + d * kWarps;
+    if (row < n && chunk < chunks) bring_to_l2(a.weight.packed + row * row_bytes + chunk * kChunkBytes);
+  }
+  if (a.r && threadIdx.x < kOuts && first + threadIdx.x < n)
+    bring_to_l2(static_cast<const char*>(a.b) + (first + threadIdx.x) * a.r * size_of(a.b_dtype));
+  auto table = stream.template begin<kThreads>(memory);   // what codes are looked up in, if anything
+  wait_for_inputs();
   typename Stream::template Scales<kThreads> scales;
   Chunk chunk[kAhead];
   if (Stream::kEarlyScales) scales.load(stream, first, 0);
 #pragma unroll
   for (int d = 0; d < kAhead; ++d) load(chunk[d], tile_at(first), warp + d * kWarps);
-  auto table = stream.template begin<kThreads>(memory);   // what codes are looked up in, if anything
 
   for (int64_t next; first < n; first = next) {
     next = first + int64_t(gridDim.y) * kOuts;
@@ -218,10 +230,11 @@ __device__ void multiply_rows(const Args& a, const Stream& stream, typename Stre
   }
 }
 
-// The grid for m rows of x and n of the weight: no more blocks of threads than the GPU has multiprocessors, where that
-// is for the weight to say.
-inline dim3 rows_grid(int64_t m, int64_t n, int tiles, int multiprocessors) {
-  const int64_t of_x = ceil_div(m, 8 * tiles), of_w = ceil_div(n, kOuts), each = ceil_div(multiprocessors, of_x);
+// The grid for m rows of x and n of the weight: no more blocks of threads than fit the GPU at once, where that is for the
+// weight to say.
+template <class Stream, int Tiles, int Warps> dim3 rows_grid(int64_t m, int64_t n, const Gpu& gpu) {
+  const int64_t of_x = ceil_div(m, 8 * Tiles), of_w = ceil_div(n, Stream::kOuts);
+  const int64_t each = ceil_div(RowsChunk<Stream, Tiles, Warps>::kBlocks * gpu.multiprocessors, of_x);
   return dim3(unsigned(of_x), unsigned(of_w < each ? of_w : each));
 }
 
