@@ -13,10 +13,20 @@ Space resolve(Warp& w, const Inst& i, const Operand& o, u32 lanes, u64* address)
   return i.space == Space::Generic ? space_of(address[__builtin_ctz(lanes)]) : i.space;
 }
 
+// Constant memory hands out one address at a time: others of a warp wait for their turn.
+void count_replays(const Inst& i, u32 lanes, const u64* address) {
+  u64 all[kLanes];
+  int n = 0;
+  each(lanes, [&](int l) { all[n++] = address[l]; });
+  std::sort(all, all + n);
+  i.count.replays += u64(std::unique(all, all + n) - all - 1);
+}
+
 void count(Warp& w, const Inst& i, Space space, u32 lanes, const u64* address, u32 bytes, bool write) {
   if (space == Space::Global) count_sectors(w, i, lanes, address, bytes, write);
   else if (space == Space::Shared) count_waves(i, lanes, address, bytes);
   else if (space == Space::Local) ++i.count.local;
+  else if (space == Space::Const) count_replays(i, lanes, address);
 }
 
 int part(const Operand& o, int k) { return o.kind == Operand::Vector ? o.parts[k] : o.slot; }

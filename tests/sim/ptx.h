@@ -38,6 +38,7 @@ struct Counters {
   u64 sectors = 0, ideal_sectors = 0;   // 32-byte sectors of global memory
   u64 waves = 0, ideal_waves = 0;       // passes over the 32 banks of shared memory
   u64 local = 0;                        // accesses to local memory
+  u64 replays = 0;                      // of loads from constant memory, for addresses beyond a warp's first
 };
 
 struct Inst {

@@ -25,6 +25,7 @@ Counters total(const Function& f, std::initializer_list<Class> classes) {
     t.issued += i.count.issued, t.lanes += i.count.lanes, t.divergent += i.count.divergent;
     t.sectors += i.count.sectors, t.ideal_sectors += i.count.ideal_sectors;
     t.waves += i.count.waves, t.ideal_waves += i.count.ideal_waves, t.local += i.count.local;
+    t.replays += i.count.replays;
   }
   return t;
 }
@@ -80,8 +81,8 @@ std::string report_json(const Launch& launch) {
       ", \"mma\": %llu, \"barriers\": %llu, \"shuffles\": %llu, \"votes\": %llu, \"atomics\": %llu, \"special\": %llu",
       issued(Class::Mma), issued(Class::Barrier), issued(Class::Shuffle), issued(Class::Vote), ull(atomics.issued),
       issued(Class::Special));
-  s += format(", \"branches\": %llu, \"divergent\": %llu, \"local\": %llu, \"lines\": {", ull(branches.issued),
-              ull(branches.divergent), ull(load.local + store.local));
+  s += format(", \"branches\": %llu, \"divergent\": %llu, \"local\": %llu, \"constant_replays\": %llu, \"lines\": {",
+              ull(branches.issued), ull(branches.divergent), ull(load.local + store.local), ull(load.replays));
   const char* comma = "";
   for (const auto& [line, c] : by_line(f)) {
     s += format(

@@ -18,19 +18,19 @@ LIMITS = {
     "100": (64, 32, 228 << 10), "120": (48, 24, 100 << 10),
 }  # fmt: skip
 WARPS_PER_BLOCK = 8  # nearly all kernels of this package launch 256 threads
-WIDE = r"few_rows<.*, [12]>"  # the others, 512
+WIDE = r"few_rows<.*, 16>"  # the others, 512
 # Which ptxas does not see: sizeof(ManyMemory), sizeof(BackwardMemory) of 64 or 128 rows, sizeof(RowsSums).
 DYNAMIC_SHARED = {
     "many_rows<": 65 << 10, "many_back<.*, 64>": 43 << 10, "many_back<.*, 128>": 59 << 10,
-    "few_rows<.*, 1>": 18 << 10, "few_rows<.*, [24]>": 36 << 10,
+    "few_rows<.*, 1, 8>": 5 << 10, "few_rows<.*, 1, 16>": 10 << 10, "few_rows<.*, (2, 16|4, 8)>": 36 << 10,
     "group_rows<.*, 1>": 9 << 10, "group_rows<.*, 2>": 18 << 10,
 }  # fmt: skip
 REGISTERS, REGISTERS_AT_A_TIME, RESERVED_SHARED = 65536, 256, 1024
 
 REASONS = """Kernels are launched with 256 threads, which is their `__launch_bounds__`: eight warps divide a table of
-16 or 256 rows evenly, and up to eight such blocks fill a multiprocessor. `few_rows` of up to 16 rows has 512: all of a
+16 or 256 rows evenly, and up to eight such blocks fill a multiprocessor. `few_rows` of 9 to 16 rows, or of a small weight, has 512: all of a
 multiprocessor's registers, in one block, so that twice as much of the weight is on its way. A minimum of blocks is
-given for `add_prompt`, `prompt_gradients` and `expand`, two, and for `few_rows`, `group_rows`, `shrink`,
+given for `add_prompt`, `prompt_gradients`, `expand` and `few_rows` of 8 rows, two, and for `group_rows`, `shrink`,
 `multi_shrink` and `operands`, one: left to itself, ptxas aims at more than they have registers for, and spills.
 `few_rows` and `many_rows` are held to few blocks by 32 KB of tables and by registers that hold what is under way:
 loads in flight, not warps, hide the memory's latency there. `many_rows` with two stripes has one block of 8 warps, and

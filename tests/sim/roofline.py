@@ -77,6 +77,8 @@ decoding and torch's product.
   wait at a barrier for every 64 columns or 32 rows: 56 us in place of 29, 200 in place of 46. So where rows are too
   many for `few_rows`, and backwards at any number of rows, the library's product is the shorter way on an H100, and the
   fused kernels there are of use only where a temporary of the weight's size is not (PEFTOPS_NF4_LIBRARY=never).
+* **The measurements are older** than two changes, which no GPU has run all of `make gpu` with: `few_rows` begins while
+  the kernel before it ends, in other blocks of threads, and `nf4_quantize` finds its codes by half of the instructions.
 * **An L2 cache** holds much of a weight that was decoded just before: torch's product of 4096 x 4096 takes 10 us after
   decoding and 16 from memory.
 
@@ -123,8 +125,10 @@ def forward(m: int, n: int, k: int) -> Work:
     if m <= 64:
         tiles = 1 if m <= 8 else 2 if m <= 16 else 4
         # Four look-ups serve an mma of each tile.
-        blocks = -(-n // 32) * -(-m // (8 * tiles))
-        return Work(f"few_rows<__half, {tiles}>", blocks, 2 * tiles * k // 16, 4 / tiles, least)
+        outs = 16 if tiles == 1 else 32
+        warps = {1: 8 if n > 16 * 132 else 16, 2: 16, 4: 8}[tiles]  # an H100 has 132 multiprocessors
+        blocks = -(-n // outs) * -(-m // (8 * tiles))
+        return Work(f"few_rows<__half, {tiles}, {warps}>", blocks, outs // 16 * tiles * k // 16, 4 / tiles, least)
     stripes = 2 if -(-n // 256) * -(-m // 64) >= 128 else 1
     blocks = -(-n // (128 * stripes)) * -(-m // 64)
     # Four look-ups serve an mma of each of eight tiles, and eight passes of 16-byte loads four mma of each stripe.

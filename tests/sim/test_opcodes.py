@@ -423,6 +423,7 @@ def test_loads_extend_signs(device):
 
 def test_constants(device):
     table = ".const .align 4 .f32 table[4] = {0f3F800000, 0f40000000, 0fC0400000, 0f40800000};"
+    device.forget()
     got = execute(
         device,
         "and.b32 %r2, %r1, 3; mul.wide.u32 %d3, %r2, 4; mov.u64 %d4, table; add.s64 %d3, %d3, %d4; ld.const.f32 %y, [%d3];",
@@ -430,6 +431,7 @@ def test_constants(device):
         outside=table,
     )
     assert (got.view("f4") == np.array([1, 2, -3, 4], "f4")[np.arange(LANES) % 4]).all()
+    assert device.reports()[-1]["constant_replays"] == 3  # four addresses, one after the other
 
 
 def shuffled(mode, a, step, clamp=31, segment=0):

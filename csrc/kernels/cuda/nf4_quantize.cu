@@ -11,7 +11,7 @@
 namespace peftops::cuda {
 namespace {
 
-__constant__ DynamicMidpoints dynamic_midpoints = kDynamicMidpoints;
+__device__ const DynamicMidpoints dynamic_midpoints = kDynamicMidpoints;
 
 // Magnitudes are compared as the integers that their bits are, which puts NaN above infinity above every number.
 __device__ uint32_t magnitude(float v) { return __float_as_uint(v) & 0x7fffffffu; }
@@ -33,7 +33,7 @@ __device__ uint32_t most_of_lanes(uint32_t most, int log_lanes) {
 // bin, the table has the code below its midpoint, and where that is: one comparison is left.
 constexpr int kBins = 32;
 constexpr float kBinsPerUnit = 15.875f;   // so that 1 and what rounding adds to it are in the last
-struct Bin { float midpoint; uint32_t code; };
+struct alignas(8) Bin { float midpoint; uint32_t code; };
 struct Bins { Bin at[kBins]; };
 constexpr Bins make_bins() {
   Bins bins = {};
