@@ -1,7 +1,7 @@
 """The programs of README and docs run as they are written, on a tiny random model and in an empty folder.
 
-A page's blocks run in order: Python in one namespace, the lines of a shell block one after the other. A Python block with
-a title is a file of that name.
+A page's blocks run in order: Python in one namespace, the lines of a shell block one after the other. A Python block
+with a title is a file of that name.
 """
 
 import json
@@ -20,7 +20,8 @@ from peftops.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```(python|sh)(?: title=\"(.*)\")?\n(.*?)^```$", re.M | re.S)
-PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if BLOCK.search(path.read_text())]
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [path for path in FILES if BLOCK.search(path.read_text())]
 
 
 @pytest.fixture(scope="session")
