@@ -94,6 +94,18 @@ def test_every_environment_variable_has_its_line():
     assert used == set(re.findall(r"^\| `(PEFTOPS_\w+)` \|", (DOCS / "environment.md").read_text(), re.M))
 
 
+def test_docstrings_and_help_texts_have_a_subject():
+    """ "What was asked" is a question; "the question" is an answer."""
+    asking = []
+    for file in (ROOT / "peftops").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            helps = isinstance(node, ast.keyword) and node.arg == "help"
+            text = (ast.get_docstring(node) or "") if documented else words(node.value) if helps else ""
+            asking += [f"{file.name}: {text}"] if text.lower().startswith("what ") else []
+    assert asking == []
+
+
 def words(node):
     """The text of a string, with … for each part that is filled in."""
     if isinstance(node, ast.JoinedStr):
