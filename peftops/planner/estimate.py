@@ -31,7 +31,8 @@ class Estimate:
         weights: of all that is frozen.
         optimizer: of what trains, in float32, and the two moments of it that the optimizer keeps.
         activations: the most that a step holds beyond those: what backward needs, logits, gradients. The loss is that
-            of ``peftops finetune``, :func:`peftops.language_model_loss`; ``model(labels=...)`` makes all logits at once.
+            of ``peftops finetune``, :func:`peftops.language_model_loss`; ``model(labels=...)`` makes all logits at
+            once.
         why_not: why the method cannot be used on this model; None if it can, and only then the rest means anything.
     """
 
