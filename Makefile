@@ -4,7 +4,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(abspath $(VENV))/bin
 
-.PHONY: demo test fuzz bench gpu gpu-build sanitize lint isa-check build clean
+.PHONY: demo test fuzz bench gpu gpu-build sanitize lint docs isa-check build clean
 
 demo: $(VENV)/.demo            # fine-tunes SmolLM2-135M in 4 bits and dense, and compares
 	$(BIN)/python examples/finetune_smollm2.py --out demo
@@ -45,6 +45,9 @@ sanitize: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 
+docs: $(VENV)/.docs            # the site, into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 isa-check: $(VENV)/.dev build  # no symbol that the linker could merge, no register above an ISA's own
 	$(BIN)/python -m pytest tests/test_layers.py -k isa
 
@@ -73,4 +76,8 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/pip install --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install --no-build-isolation -e '.[docs]'
 	touch $@

@@ -1,6 +1,7 @@
 """The layering of the house, as tests: a file may include or import only what lies below it, every op is
 whole, and no ISA build leaks into another."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -19,6 +20,53 @@ def read(*patterns):
         p for pattern in patterns for p in ROOT.glob(pattern) if p.is_file() and "__pycache__" not in p.parts
     )
     return [pytest.param(p, p.read_text(), id=str(p.relative_to(ROOT))) for p in paths]
+
+
+SOURCES = read("csrc/**/*", "peftops/**/*.py", "tests/**/*.py", "bench/*.py", "examples/*.py", "docs/*.py")
+BUDGETS = {  # lines of code at most, by the first pattern that a path matches; CONTRIBUTING.md states them
+    r"csrc/kernels/": 300,
+    r"csrc/ops/(?!.*\.h$)|peftops/(ops|methods)/(?!__init__)": 150,
+    r"": 400,
+}
+OVER = {"peftops/ops/gated_prompt_attention.py": 152, "tests/sim/test_opcodes.py": 516}  # these may only shrink
+
+
+def lines_of_code(path, text):
+    """Lines that are neither blank nor a comment nor part of a docstring."""
+    lines, documentation = text.splitlines(), set()
+    if path.suffix == ".py":
+        for node in ast.walk(ast.parse(text)):
+            documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node)
+            if documented:
+                documentation.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    code = [line.strip() for number, line in enumerate(lines, 1) if number not in documentation]
+    return sum(bool(line) and not line.startswith("#" if path.suffix == ".py" else "//") for line in code)
+
+
+@pytest.mark.parametrize("path, text", SOURCES)
+def test_files_keep_to_their_budget(path, text):
+    name = str(path.relative_to(ROOT))
+    budget = OVER.get(name) or next(most for pattern, most in BUDGETS.items() if re.match(pattern, name))
+    count = lines_of_code(path, text)
+    assert count <= budget, f"{name} has {count} lines of code; does it hold two things?"
+
+
+def test_the_files_over_budget_are_still_over():
+    most = {name: next(most for pattern, most in BUDGETS.items() if re.match(pattern, name)) for name in OVER}
+    assert all(lines_of_code(ROOT / name, (ROOT / name).read_text()) > most[name] for name in OVER)
+
+
+def test_budgets_are_those_that_are_stated():
+    stated = re.findall(r"^\| .* \| (\d+) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    assert [int(number) for number in stated] == list(BUDGETS.values())
+
+
+@pytest.mark.parametrize("path, text", read("*.md", "docs/*.md", "docs/guides/*.md", "docs/reference/*.md"))
+def test_documents_have_120_columns(path, text):
+    if path.name.startswith("cuda_"):
+        return  # a program writes it
+    long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")]
+    assert long == []
 
 
 @pytest.mark.parametrize("path, text", read("csrc/kernels/**/*.*"))

@@ -92,7 +92,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def info() -> int:
-    """What was built, and what it runs on."""
+    """The build, and the machine that it runs on."""
     import torch
 
     build = _C.build_info
@@ -127,7 +127,7 @@ def _adapted_arguments(parser: argparse.ArgumentParser) -> None:
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     _adapted_arguments(parser)
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("prompt", nargs="+", help="what to answer")
+    parser.add_argument("prompt", nargs="+", help="the question; several are answered one after the other")
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:

@@ -105,7 +105,7 @@ def _check_like(path: Path, name: str, have: Any, shape: torch.Size, dtype: torc
 
 
 def fingerprint(path: Path) -> str:
-    """What tells a model from another one: names and sizes of its files, and slices of what is in them."""
+    """Facts that tell a model from another one: names and sizes of its files, and slices of what is in them."""
     files = [path] if path.is_file() else sorted({f for pattern in _MODEL_FILES for f in path.glob(pattern)})
     made = hashlib.sha256()
     for file in files:

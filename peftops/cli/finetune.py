@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg("--eval-every", type=int, help="steps between evaluations (default: at the start and the end)")
     arg("--out", type=Path, required=True, help="directory for the adapter, the report and the plot")
     arg("--overwrite", action="store_true", help="delete what another run left in --out")
-    arg("--method", choices=[*sorted(METHOD_NAMES), "none"], default="qlora", help="none: what the model does as it is")
+    arg("--method", choices=[*sorted(METHOD_NAMES), "none"], default="qlora", help="none: measure the model as it is")
     arg("--template", help="of each row: text with {field}, and ||| before the answer; or a JSON file of HardPrompt")
     arg("--turns", choices=TURNS, default="last", help="of the assistant's in a conversation that are learnt (default "
         "last)")  # fmt: skip
@@ -205,7 +205,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def check_out(args: argparse.Namespace) -> list[Path]:
-    """What another run left in --out, for --overwrite to delete once this one begins.
+    """The files that another run left in --out, for --overwrite to delete once this one begins.
 
     Raises:
         ValueError: the directory holds a model, which files of an adapter would make unreadable; or another run's
@@ -247,7 +247,7 @@ def _read_data(args: argparse.Namespace, prompt: HardPrompt | None) -> tuple[lis
 
 
 def _question(args: argparse.Namespace, rows: list[Row], prompt: HardPrompt | None, tokenizer: Any) -> list:
-    """What to answer before and after: --ask, or what the first row asks whose prompt has room for an answer."""
+    """The question before and after: --ask, or that of the first row whose prompt has room for an answer."""
     if args.ask:
         return [{"role": "user", "content": args.ask}]
     asked = [_asked(row, prompt) for row in rows[:100]]

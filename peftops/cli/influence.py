@@ -18,8 +18,8 @@ from .model import load_adapted, load_tokenizer, pad_id
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg = parser.add_argument
     arg("--train", type=Path, required=True, help="the data that the adapter was trained on")
-    arg("--prompt", required=True, help="what was asked")
-    arg("--completion", required=True, help="what was said, or might have been")
+    arg("--prompt", required=True, help="the question")
+    arg("--completion", required=True, help="the answer, said or imagined")
     arg("--top", type=int, default=10, help="how many rows to print (default 10)")
     arg("--fit", type=int, default=1000, help="rows that the curvature is estimated from (default 1000)")
     arg("--damping", type=float, help="added to every eigenvalue (default: a tenth of each matrix's mean)")

@@ -130,7 +130,7 @@ class Job:
                                          restart_warmup=min(100, every // 10))  # fmt: skip
 
     def kept(self) -> dict[str, torch.Tensor]:
-        """What trains, and whatever of the base a method changes: the tensors themselves."""
+        """The trained parameters, and those of the base that a method changes: the tensors themselves."""
         base = {
             f"{path}:{name}": tensor
             for path, host in hosts(self.model) for adapter in host.adapters.values()

@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command says of its model."""
+    """The options about the model, which every command has."""
     arg = parser.add_argument
     arg("--model", type=Path, required=True, help="directory with config.json and safetensors, or a GGUF file")
     arg("--dtype", choices=["auto", *DTYPES], default="auto")
@@ -40,7 +40,7 @@ def add_base_arguments(parser: argparse.ArgumentParser) -> None:
     """By default the model is what it is in its files, or what it was while the adapter was trained."""
     base = parser.add_mutually_exclusive_group()
     base.add_argument("--dense", action="store_true", help="leave the model dense, though QLoRA trained in 4 bits")
-    base.add_argument("--quantize", action="store_true", help="quantise the model to 4 bits, though nobody trained so")
+    base.add_argument("--quantize", action="store_true", help="4 bits, even if the adapter was trained on dense ones")
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:

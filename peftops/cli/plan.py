@@ -16,13 +16,13 @@ _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "KIB": 2**10, 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg = parser.add_argument
     add_model_arguments(parser)
-    arg("--memory", required=True, help="what there is of it: 16GiB, 24GB, 800M")
+    arg("--memory", required=True, help="the memory that there is: 16GiB, 24GB, 800M")
     arg("--tasks", type=int, default=1, help="how many adapters for the one base (default 1)")
-    arg("--want", choices=sorted(WANTS), default="quality", help="what matters most (default quality)")
+    arg("--want", choices=sorted(WANTS), default="quality", help="the goal (default quality)")
     arg("--batch", type=int, default=8, help="rows computed at once (default 8)")
     arg("--max-length", type=int, default=512, help="tokens per row (default 512)")
     arg("--r", type=int, default=16, help="rank (default 16)")
-    arg("--optimizer", choices=[*MOMENTS], default="adamw", help="whose state counts (default adamw)")
+    arg("--optimizer", choices=[*MOMENTS], default="adamw", help="the optimizer whose state counts (default adamw)")
     arg("--checkpointing", action="store_true", help="compute activations again in backward")
 
 

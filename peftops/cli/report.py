@@ -1,4 +1,4 @@
-"""What a run leaves for people: a table, a plot."""
+"""The table and the plot that a run leaves."""
 
 from __future__ import annotations
 

@@ -63,6 +63,17 @@ class Influence:
     Raises:
         TypeError: the adapter has parameters that are no A and B of linear layers.
         ValueError: no adapter is attached, nothing trains, damping is negative.
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2))
+        >>> for parameter in model.parameters():
+        ...     if parameter.requires_grad:
+        ...         _ = nn.init.normal_(parameter, std=0.1)  # as if trained
+        >>> batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        >>> influence = peftops.Influence(model)
+        >>> _ = influence.fit([batch])
+        >>> influence.scores(influence.queries([batch]), [batch]).shape  # two queries, two examples
+        torch.Size([2, 2])
     """
 
     def __init__(

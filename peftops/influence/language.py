@@ -1,4 +1,4 @@
-"""What influence functions need to know of causal language models: a batch's loss, and one of the model's own labels.
+"""Causal language models, as influence functions see them: a batch's loss, and one of the model's own labels.
 
 A batch is a dict of tensors with ``input_ids``, ``labels`` (-100: no target) and, if padded, ``attention_mask``.
 """

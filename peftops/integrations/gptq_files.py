@@ -18,7 +18,7 @@ from torch import Tensor
 from ..ops import GroupQuantTensor, group_dequantize
 from ..ops.group_tensor import pack_bits, unpack_bits
 
-FORMATS = {"gptq": 1, "gptq_v2": 0}  # what a stored zero is less
+FORMATS = {"gptq": 1, "gptq_v2": 0}  # this is subtracted from a zero before it is stored
 FORMAT = "gptq"  # what checkpoints of this layout call it
 _PARTS = ("qweight", "scales", "qzeros")
 GPTQ_PARTS = (*_PARTS, "g_idx")
@@ -26,7 +26,7 @@ GPTQ_PARTS = (*_PARTS, "g_idx")
 
 @dataclass
 class ZeroRounding:
-    """What whole zeros, and scales of 16 bits, did to one weight."""
+    """The error of whole zeros, and of scales of 16 bits, in one weight."""
 
     largest_shift: float  # of a zero, in units of a code; 0.5 at most unless some are clamped
     clamped: int  # zeros outside of GPTQ's range from 1 to 2**bits
@@ -140,7 +140,7 @@ def from_gptq(
 
 
 def _less(stored: Tensor, bits: int) -> int:
-    """What zeros are stored less, as a symmetric weight tells: all of its zeros are the middle code."""
+    """The number subtracted from stored zeros. A symmetric weight tells it: all of its zeros are the middle code."""
     middle = 2 ** (bits - 1)
     for less in FORMATS.values():
         if (stored + less == middle).all():

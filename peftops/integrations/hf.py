@@ -105,6 +105,12 @@ def load_model(
     Raises:
         FileNotFoundError: there is no model at ``path``.
         ValueError: the files are damaged, or do not hold exactly the tensors that the model has.
+
+    Examples:
+        >>> llama().save_pretrained("model")
+        >>> model = peftops.load_model("model", quantize=True)
+        >>> type(model.model.layers[0].mlp.up_proj.weight).__name__
+        'NF4Tensor'
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM

@@ -49,6 +49,12 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
     Raises:
         ValueError: there is no such adapter, or it is not finite.
         OSError: the directory cannot be written to, or has no room.
+
+    Examples:
+        >>> peftops.save(peftops.attach(llama(), peftops.LoRAConfig(r=2)), "adapter")
+        >>> import os
+        >>> sorted(os.listdir("adapter"))
+        ['adapter_config.json', 'adapter_model.safetensors', 'peftops.json']
     """
     model = unwrapped(model)
     state = attachment(model)
@@ -104,6 +110,11 @@ def load(
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged or not finite, the method or an option is not supported, or the tensors are not
             exactly those of the config and the model; nothing has changed then.
+
+    Examples:
+        >>> peftops.save(peftops.attach(llama(), peftops.LoRAConfig(r=2)), "adapter")
+        >>> peftops.summary(peftops.load(llama(), "adapter", name="again")).active
+        'again'
     """
     folder = Path(directory)
     config, tensors = read_adapter(folder, quantize)
@@ -155,7 +166,7 @@ def _target_field(config: Any) -> str | None:
 
 
 def _key(config: Any, adapter: Stored, name: str, path: str) -> str:
-    """What a tensor of an adapter is called in a file."""
+    """The name of an adapter's tensor in a file."""
     key = adapter.file_key(name, path)
     return config.peft_prefix + key.removeprefix(PREFIX) if key.startswith(PREFIX) else key
 

@@ -1,4 +1,4 @@
-"""What the tensors of an adapter's file are of: each is found a place, or refused."""
+"""The tensors of an adapter's file: each one is given its place in the model, or refused."""
 
 from __future__ import annotations
 

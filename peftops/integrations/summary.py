@@ -1,4 +1,4 @@
-"""What is in a model: how much of it trains, and what its frozen weights take."""
+"""Counts of a model: the parameters that train, and the memory of its frozen weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,12 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Count the parameters of ``model`` that train, and the memory of the linear weights that do not."""
+    """Count the parameters of ``model`` that train, and the memory of the linear weights that do not.
+
+    Examples:
+        >>> print(peftops.summary(llama()))
+        trainable parameters: ...
+    """
     state = getattr(unwrapped(model), "_peftops", None)
     inside = (base_of(module) for _, layer in adapted_layers(model) for _, module in layers(layer.base))
     adapted = {id(p) for module in inside for p in module.parameters(recurse=False) if p.dim() > 1}

@@ -103,7 +103,7 @@ def _link_others(folder: Path, beside: Path, files: Mapping[str, object]) -> Non
 
 
 def _move_others(beside: Path, folder: Path, files: Mapping[str, object]) -> None:
-    """What the directory lacks: subdirectories, which cannot have two names, and what was made meanwhile."""
+    """The entries that the directory lacks: subdirectories, which cannot have two names, and files made meanwhile."""
     for path in beside.iterdir():
         if path.name not in files and not os.path.lexists(folder / path.name):
             os.rename(path, folder / path.name)

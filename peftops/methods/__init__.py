@@ -88,13 +88,13 @@ def build(adapter_class: type[Stored], model: nn.Module, config: object) -> dict
 
 @dataclass
 class Attachment:
-    """What is attached to a model; kept as the model's attribute ``_peftops``."""
+    """The adapters of a model; kept as the model's attribute ``_peftops``."""
 
     switch: Switch = field(default_factory=Switch)
     configs: dict[str, object] = field(default_factory=dict)
     trainable_before: list[str] = field(default_factory=list)  # parameters that trained before
     ignored_before: list[str] = field(default_factory=list)  # by DistributedDataParallel
-    resting: dict[str, set[str]] = field(default_factory=dict)  # what trains of an adapter while it is the active one
+    resting: dict[str, set[str]] = field(default_factory=dict)  # parameters that train while their adapter is active
 
 
 def attachment(model: nn.Module) -> Attachment:
@@ -135,6 +135,11 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
 
     Whatever is raised, an interrupt too, the model is then as it was. (So a method that quantises needs memory for the
     dense model and its codes: :func:`peftops.load_model` quantises one tensor after the other.)
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2))
+        >>> peftops.summary(model).layers
+        14
     """
     adapter_class = METHODS.get(type(config))
     if adapter_class is None:
@@ -256,6 +261,11 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
     Args:
         name: which adapter; None for all.
         merged: leave behind the weights that :func:`merge` made, in plain layers, for good.
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2))
+        >>> isinstance(peftops.detach(model).model.layers[0].self_attn.q_proj, nn.Linear)
+        True
     """
     given, model = model, unwrapped(model)
     state = attachment(model)
@@ -294,7 +304,15 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
 
 
 def activate(model: nn.Module, name: str) -> None:
-    """Make another of the attached adapters the active one, whose parameters train; those of the others rest."""
+    """Make another of the attached adapters the active one, whose parameters train; those of the others rest.
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2), name="a")
+        >>> _ = peftops.attach(model, peftops.LoRAConfig(r=4), name="b")
+        >>> peftops.activate(model, "a")
+        >>> peftops.summary(model).active
+        'a'
+    """
     state = attachment(model)
     _check_name(state, name)
     _switch(model, state, name)
@@ -302,7 +320,15 @@ def activate(model: nn.Module, name: str) -> None:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside ``with disabled(model):`` the model computes what it computed without adapters."""
+    """Inside ``with disabled(model):`` the model computes what it computed without adapters.
+
+    Examples:
+        >>> base = llama()(ids).logits
+        >>> model = peftops.attach(llama(), peftops.PromptTuningConfig(tokens=2))
+        >>> with peftops.disabled(model):
+        ...     torch.equal(model(ids).logits, base)
+        True
+    """
     switch = attachment(model).switch
     if any(host.is_merged for _, host in hosts(model)):
         raise ValueError("an adapter is merged into the model; unmerge it first: peftops.unmerge(model)")
@@ -352,6 +378,11 @@ def merge(model: nn.Module, *, dense: bool = False) -> MergeReport:
     Raises:
         TypeError: the method cannot be merged.
         ValueError: there is no adapter, or it is merged already, or the sum is not finite; nothing has changed then.
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2))
+        >>> peftops.merge(model).quantized
+        False
     """
     state = attachment(model)
     name = state.switch.active
@@ -374,7 +405,16 @@ def merge(model: nn.Module, *, dense: bool = False) -> MergeReport:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Put the layers back that :func:`merge` replaced: the same bits."""
+    """Put the layers back that :func:`merge` replaced: the same bits.
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2))
+        >>> before = model(ids).logits
+        >>> _ = peftops.merge(model)
+        >>> peftops.unmerge(model)
+        >>> torch.equal(model(ids).logits, before)
+        True
+    """
     for _, host in hosts(model):
         host.unmerge()
 

@@ -20,7 +20,13 @@ from .selection import copies
 
 @dataclass(frozen=True)
 class BitFitConfig(Config):
-    """BitFit has no options. Models that have no biases (LLaMA, Mistral, Gemma) have nothing for it to train."""
+    """BitFit has no options. It cannot train a model without biases (LLaMA, Mistral, Gemma).
+
+    Examples:
+        >>> model = peftops.attach(nn.Sequential(nn.Linear(8, 4)), peftops.BitFitConfig())
+        >>> peftops.summary(model).trainable
+        4
+    """
 
     peft_type: ClassVar[str] = "BITFIT"
 

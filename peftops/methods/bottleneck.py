@@ -42,6 +42,11 @@ class BottleneckConfig(Config):
         activation: f, one of "relu", "gelu", "silu", "tanh".
         scaling: s (the paper of the parallel adapter takes 4).
         init: "zero", as above, or "houlsby": all weights normal of deviation 1e-3, cut at two deviations.
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.BottleneckConfig(width=4))
+        >>> peftops.summary(model).active
+        'default'
     """
 
     peft_type: ClassVar[str] = "BOTTLENECK"

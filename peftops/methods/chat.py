@@ -74,7 +74,7 @@ def _answer(tokenizer: Any, messages: Sequence[Message], asked: str) -> str:
 
 
 def turn_end(tokenizer: Any) -> str:
-    """What the template writes after an answer; "" without a template, or if it does not render a plain turn."""
+    """The template's text after an answer; "" without a template, or if it does not render a plain turn."""
     if not getattr(tokenizer, "chat_template", None):
         return ""
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "answer"}]

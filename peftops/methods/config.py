@@ -1,4 +1,4 @@
-"""What the options of a method know about files: HF PEFT's ``adapter_config.json``, or the same with our own type."""
+"""The options of a method, and their files: HF PEFT's ``adapter_config.json``, or the same with our own type."""
 
 from __future__ import annotations
 

@@ -24,7 +24,13 @@ from .lora import LoRA, LoRAConfig
 
 @dataclass(frozen=True)
 class DoRAConfig(LoRAConfig):
-    """Options of DoRA: those of :class:`LoRAConfig`."""
+    """Options of DoRA: those of :class:`LoRAConfig`.
+
+    Examples:
+        >>> model = peftops.attach(nn.Sequential(nn.Linear(8, 4)), peftops.DoRAConfig(r=2))
+        >>> peftops.summary(model).trainable  # A: 16, B: 8, the rows' lengths: 4
+        28
+    """
 
     def to_peft(self) -> dict[str, Any]:
         return {**super().to_peft(), "use_dora": True}
@@ -80,5 +86,5 @@ class DoRA(LoRA):
 
 
 def above_zero(lengths: Tensor) -> Tensor:
-    """What may be divided by: 1 where a row is nothing, and stays that."""
+    """Lengths that can divide: 1 for a row of zeros, which stays zero."""
     return torch.where(lengths > 0, lengths, 1.0)

@@ -1,4 +1,4 @@
-"""What hard prompts are made with: ids of a context and its continuation, demonstrations, words for classes."""
+"""The parts of hard prompts: ids of a context and its continuation, demonstrations, words for classes."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ def demonstrations(
 
     Raises:
         ValueError: there are fewer rows, or a row lacks a field.
+
+    Examples:
+        >>> rows = [{"text": text, "label": text} for text in ("good", "bad", "good")]
+        >>> sorted(row["label"] for row in peftops.demonstrations(rows, 2, by="label"))
+        ['bad', 'good']
     """
     check_range("k", k, 0, len(rows) + 1, whole=True)
     needed = [name for name in (by, field) if name is not None]
@@ -69,6 +74,11 @@ class Verbalizer:
     Args:
         words: by class. A space goes before each, as tokens in the middle of a text have one, unless it starts with
             ``"<!>"``, which is left out.
+
+    Examples:
+        >>> words = peftops.Verbalizer({"good": ["great", "fine"], "bad": ["poor"]})
+        >>> sorted(words.words)
+        ['bad', 'good']
     """
 
     words: Mapping[str, Sequence[str]]
@@ -122,6 +132,13 @@ def choice_scores(
     Args:
         max_length: of both in tokens; a longer context loses its start.
         normalize: "none", or "bytes" to divide by the length of the continuation in UTF-8.
+
+    Examples:
+        >>> class Letters:  # a tokenizer of transformers does the same
+        ...     def __call__(self, text, **options):
+        ...         return {"input_ids": [3 + ord(letter) % 60 for letter in text]}
+        >>> len(peftops.choice_scores(llama(), Letters(), "a or b:", [" a", " b"]))
+        2
     """
     check_choice("normalize", normalize, ("none", "bytes"))
     scores = []

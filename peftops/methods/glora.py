@@ -38,6 +38,11 @@ class GLoRAConfig(Config):
         A, B, C, D, E: their kinds. HF PEFT can read those where A and B are the same, and D and E.
         new_bias: let a layer that has no bias get one, as in the original; HF PEFT leaves C, D and E out there.
         target: as in :class:`LoRAConfig`.
+
+    Examples:
+        >>> model = peftops.attach(nn.Sequential(nn.Linear(8, 4)), peftops.GLoRAConfig(r=2, C="none"))
+        >>> model(torch.zeros(1, 8)).shape
+        torch.Size([1, 4])
     """
 
     peft_type: ClassVar[str] = "GLORA"

@@ -59,6 +59,11 @@ class HardPrompt:
         shorten: the field of the query that may be cut if it is too long; None for none.
         keep: which of its ends stays, "start" or "end".
         chat: whether to render through the tokenizer's chat template.
+
+    Examples:
+        >>> prompt = peftops.HardPrompt("Review: {text}\\nSentiment:||| {label}")
+        >>> prompt.text({"text": "fine", "label": "good"})
+        ('Review: fine\\nSentiment:', ' good')
     """
 
     template: str

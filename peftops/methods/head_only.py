@@ -21,7 +21,13 @@ from .targets import head_of
 
 @dataclass(frozen=True)
 class HeadOnlyConfig(Config):
-    """It has no options."""
+    """It has no options.
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.HeadOnlyConfig())
+        >>> peftops.summary(model).trainable == 64 * 32
+        True
+    """
 
     peft_type: ClassVar[str] = "HEAD_ONLY"
 

@@ -28,6 +28,11 @@ class IA3Config(Config):
     Args:
         target: as in :class:`LoRAConfig`.
         feedforward: which of these layers have their input scaled instead of their output; as target.
+
+    Examples:
+        >>> model = peftops.attach(nn.Sequential(nn.Linear(8, 4)), peftops.IA3Config())
+        >>> peftops.summary(model).trainable  # a factor for each output
+        4
     """
 
     peft_type: ClassVar[str] = "IA3"

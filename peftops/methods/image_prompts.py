@@ -36,6 +36,11 @@ def image_prompts(model: nn.Module, features: Tensor | Sequence[Tensor]) -> Iter
 
     Raises:
         ValueError: the active adapter reads no images, or not of this shape; a call inside has other rows.
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.LLaMAAdapterConfig(tokens=3, layers=1, image_features=5))
+        >>> with peftops.image_prompts(model, torch.randn(2, 5)):  # an image for each row of ids
+        ...     y = model(ids).logits
     """
     name = attachment(model).switch.active
     own = [host.adapters[name] for _, host in hosts(model) if name in host.adapters]
@@ -80,7 +85,7 @@ class ImagePrompts(Prompt):
         return f"{PREFIX}image_projection.{name}"
 
     def given_to(self, attention: nn.Module, arguments: dict[str, Any]) -> Tensor | None:
-        """What a layer is handed, taken out of its arguments."""
+        """The image's value, taken out of a layer's arguments."""
         image = arguments.pop(ARGUMENT, None)
         if image is None and self.features is not None:
             raise TypeError(f"the model does not hand on to its {type(attention).__name__} what image_prompts puts in")

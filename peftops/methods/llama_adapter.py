@@ -43,6 +43,11 @@ class LLaMAAdapterConfig(Config):
         image_features: the width of an image's features, of all scales together; None for no images.
         v2: whether norms, and scales and biases of linear layers, train in the whole model.
         scale_position: whether V2 scales a linear layer's "output" (the paper) or "input" (the authors' 65B).
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.LLaMAAdapterConfig(tokens=3, layers=1))
+        >>> peftops.summary(model).trainable  # 3 vectors of 32 numbers, and a gate for each of 4 heads
+        100
     """
 
     peft_type: ClassVar[str] = "LLAMA_ADAPTER"
@@ -117,7 +122,7 @@ class LLaMAAdapter(Adapter):
     def __init__(self, attention: nn.Module, config: LLaMAAdapterConfig):
         super().__init__()
         self.config = config
-        self.images: list[ImagePrompts] = []  # (a list hides it: it belongs to the body)
+        self.images: list[ImagePrompts] = []  # in a list, so that it is no submodule: it belongs to the body
         activation, per_head = _ACTIVATIONS[config.gate], config.gate != "peft"
         self.gated = GatedPrompt(attention, config.tokens, activation, gate_per_head=per_head)
 

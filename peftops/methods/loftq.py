@@ -31,6 +31,11 @@ class LoftQConfig(QLoRAConfig):
 
     Args:
         iterations: T.
+
+    Examples:
+        >>> model = peftops.attach(nn.Sequential(nn.Linear(64, 64)), peftops.LoftQConfig(r=2))
+        >>> type(model[0].base.weight).__name__
+        'NF4Tensor'
     """
 
     double_quant: bool = False

@@ -41,6 +41,11 @@ class LongLoRAConfig(LoRAConfig):
         length: tokens of the new context: rotary positions are divided by ``ceil(length / old length)``. None, or
             no more than the old one, leaves them as they are.
         extras: whether embeddings and norms train, without which long contexts are not learnt.
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.LongLoRAConfig(r=2, group=4))
+        >>> peftops.summary(model).layers > 0
+        True
     """
 
     peft_type: ClassVar[str] = "LONGLORA"

@@ -44,6 +44,11 @@ class LoRAConfig(Config):
         rslora: scale by alpha / sqrt(r), which keeps large ranks stable.
         rank_pattern: other ranks for layers whose name ends in a match of the key, a regular expression.
         alpha_pattern: the same for alpha.
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2, target=["q_proj", "v_proj"]))
+        >>> peftops.summary(model).layers
+        4
     """
 
     peft_type: ClassVar[str] = "LORA"
@@ -124,7 +129,7 @@ class LoRA(Adapter):
             self.register_parameter(name, factor)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """What is multiplied with: A and B, or what a method makes of them."""
+        """The factors of the product: A and B, or a method's own form of them."""
         A, B = self.names
         return getattr(self, A), getattr(self, B)
 

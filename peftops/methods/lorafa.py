@@ -26,6 +26,11 @@ class LoRAFAConfig(LoRAConfig):
 
     Args:
         precondition: let B's gradient be the projection of the full weight's.
+
+    Examples:
+        >>> model = peftops.attach(nn.Sequential(nn.Linear(8, 4)), peftops.LoRAFAConfig(r=2))
+        >>> peftops.summary(model).trainable  # B alone
+        8
     """
 
     precondition: bool = False

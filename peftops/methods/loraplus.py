@@ -29,6 +29,11 @@ def loraplus_groups(
 
     Raises:
         ValueError: a number is out of range, or nothing trains.
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2))
+        >>> sorted({group["lr"] for group in peftops.loraplus_groups(model, lr=1e-4, ratio=16)})
+        [0.0001, 0.0016]
     """
     check_range("lr", lr, 0)
     check_range("ratio", ratio, 1)

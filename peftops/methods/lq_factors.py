@@ -32,6 +32,12 @@ def fisher(
     Raises:
         TypeError: a weight is quantised.
         ValueError: there are no samples, or a gradient is not finite.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> found = peftops.fisher(model, lambda x: model(x).square().sum(), torch.randn(5, 8))
+        >>> found["0"].shape
+        torch.Size([4, 8])
     """
     layers = {path: module_at(model, path) for path in find_targets(model, target)}
     for path, layer in layers.items():

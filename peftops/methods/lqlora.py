@@ -39,6 +39,12 @@ class LQLoRAConfig(LoRAConfig):
         iterations: of the decomposition, at most; 0 for plain codes under LoRA.
         fisher: of :func:`peftops.fisher`, ``[out, in]`` by layer; None if all weights matter alike.
         precisions: a format for each layer instead of the budget: "nf4-64", "nf4-64-double", "int3-64", ...
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 64))
+        >>> config = peftops.LQLoRAConfig(r=2, iterations=1, precisions={"0": "int3-64"})
+        >>> peftops.attach(model, config)[0].base.weight.bits
+        3
     """
 
     peft_type: ClassVar[str] = "LQLORA"

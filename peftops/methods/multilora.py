@@ -30,6 +30,10 @@ class MultiLoRAConfig(LoRAConfig):
     Args:
         n: how many.
         scaling: "vector", a number per output and LoRA, or "scalar", one per LoRA.
+
+    Examples:
+        >>> model = peftops.attach(nn.Sequential(nn.Linear(8, 4)), peftops.MultiLoRAConfig(r=2, n=3))
+        >>> y = model(torch.ones(1, 8))
     """
 
     n: int = 3

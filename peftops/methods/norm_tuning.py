@@ -25,6 +25,11 @@ class NormTuningConfig(Config):
 
     Args:
         norms: "all", or names of norm layers or their last parts, or a regular expression, as a target.
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.NormTuningConfig())
+        >>> peftops.summary(model).trainable  # five norms of 32
+        160
     """
 
     peft_type: ClassVar[str] = "LN_TUNING"

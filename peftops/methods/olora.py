@@ -19,7 +19,13 @@ from .pissa import PiSSA, PiSSAConfig
 
 @dataclass(frozen=True)
 class OLoRAConfig(PiSSAConfig):
-    """Options of OLoRA: those of :class:`LoRAConfig` (``iterations`` has no meaning)."""
+    """Options of OLoRA: those of :class:`LoRAConfig` (``iterations`` has no meaning).
+
+    Examples:
+        >>> model = peftops.attach(nn.Sequential(nn.Linear(8, 4)), peftops.OLoRAConfig(r=2))
+        >>> peftops.summary(model).trainable
+        24
+    """
 
     start: ClassVar[str] = "olora"
 

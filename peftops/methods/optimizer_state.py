@@ -26,6 +26,15 @@ def prune_state(
 
     Raises:
         TypeError: the optimizer keeps something that is no float tensor of the parameter's shape.
+
+    Examples:
+        >>> layer = nn.Linear(4, 2)
+        >>> optimizer = torch.optim.AdamW(layer.parameters())
+        >>> layer(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> peftops.prune_state(optimizer, [layer.weight])
+        >>> optimizer.state[layer.weight]["exp_avg"].any().item()
+        False
     """
     check_choice("how", how, ("reset", "random", "magnitude"))
     check_range("ratio", ratio, 0, 1)
@@ -63,6 +72,11 @@ def relora_schedule(
 
     Raises:
         ValueError: a number is out of range.
+
+    Examples:
+        >>> factor = lambda step: peftops.relora_schedule(step, 40, every=10, warmup=4, restart_warmup=2)
+        >>> [round(factor(step), 2) for step in (0, 4, 9, 10, 12)]
+        [0.0, 1.0, 0.96, 0.0, 0.89]
     """
     check_range("every", every, 1, whole=True)
     check_range("restart_warmup", restart_warmup, 0, every, whole=True)

@@ -30,6 +30,11 @@ class PiSSAConfig(LoRAConfig):
 
     Args:
         iterations: of a randomised SVD, faster for large layers (16 is plenty); None for the exact one.
+
+    Examples:
+        >>> model = peftops.attach(nn.Sequential(nn.Linear(8, 4)), peftops.PiSSAConfig(r=2))
+        >>> peftops.summary(model).trainable
+        24
     """
 
     start: ClassVar[str] = "pissa"  # PEFT's name of it

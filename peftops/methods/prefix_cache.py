@@ -40,7 +40,7 @@ class PrefixCache:
 
 def keeping_the_cache(body: nn.Module, keep: bool) -> None:
     """Whether checkpointed blocks may see a cache. transformers takes it away from them, for fear of a second update,
-    unless they say that they do not write to it; into a :class:`PrefixCache`, nobody writes."""
+    unless they say that they do not write to it; no layer writes into a :class:`PrefixCache`."""
     for module in body.modules():
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_can_checkpoint_with_cache"):
             if keep:

@@ -35,6 +35,11 @@ class PrefixTuningConfig(Config):
         init: where a prefix without MLP starts. "vocab": at the base model's keys and values of P frequent tokens;
             "text": of the first P tokens of ``text``; "random": normal; "zero".
         text, tokenizer: as in :class:`PromptTuningConfig`.
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.PrefixTuningConfig(tokens=3))
+        >>> model(ids).logits.shape
+        torch.Size([2, 8, 64])
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"

@@ -37,6 +37,13 @@ def prompt_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn
         ValueError: there are no names, or one is not attached.
         TypeError: an adapter is no prompt tuning, the model is an encoder-decoder, or a name is None and the model's
             pooler reads the first position, where that row has nothing.
+
+    Examples:
+        >>> model = llama()
+        >>> for name in ("a", "b"):
+        ...     _ = peftops.attach(model, peftops.PromptTuningConfig(tokens=2), name=name)
+        >>> with peftops.prompt_per_row(model, ["a", None]):  # for the two rows of ids
+        ...     y = model(ids).logits
     """
     state = attachment(model)
     missing = [name for name in names if name is not None and name not in state.configs]

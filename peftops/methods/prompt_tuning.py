@@ -33,6 +33,11 @@ class PromptTuningConfig(Config):
             tokens' embeddings; "random": uniform in [-0.5, 0.5]. What text and labels leave is as "vocab".
         text, labels: see ``init``.
         tokenizer: for text and labels; a path, by default that of the model.
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.PromptTuningConfig(tokens=3))
+        >>> peftops.summary(model).trainable
+        96
     """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"

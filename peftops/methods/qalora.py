@@ -39,6 +39,11 @@ class QALoRAConfig(Config):
         group_size: columns of a weight that share a scale and a zero, a power of two from 8 to 4096.
         pool: "sum" as in the paper, "mean" as in its authors' code, or "peft", see :func:`peftops.qalora_linear`.
         target: as for :class:`LoRAConfig`.
+
+    Examples:
+        >>> model = peftops.attach(nn.Sequential(nn.Linear(64, 32)), peftops.QALoRAConfig(r=2, group_size=32))
+        >>> peftops.merge(model).quantized  # exact: nothing is quantised again
+        False
     """
 
     peft_type: ClassVar[str] = "QALORA"

@@ -28,6 +28,11 @@ class QLoRAConfig(LoRAConfig):
     Args:
         block_size: elements of a weight that share one absmax, a power of two from 32 to 4096.
         double_quant: quantise the absmax values, too: 4.127 instead of 4.5 bits per weight.
+
+    Examples:
+        >>> model = peftops.attach(nn.Sequential(nn.Linear(64, 32)), peftops.QLoRAConfig(r=2))
+        >>> type(model[0].base.weight).__name__
+        'NF4Tensor'
     """
 
     quantizes: ClassVar[bool] = True

@@ -42,6 +42,11 @@ class ReLoRAConfig(LoRAConfig):
             "magnitude" the smallest share.
         prune_ratio: that share, in [0, 1).
         restarts: how many there have been; a file tells.
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.ReLoRAConfig(r=2, every=10))
+        >>> peftops.summary(model).active
+        'default'
     """
 
     peft_type: ClassVar[str] = "RELORA"
@@ -86,7 +91,7 @@ class ReLoRA(LoRA):
 
     def __init__(self, base: nn.Module, config: ReLoRAConfig, layer: str):
         super().__init__(base, config, layer)
-        self.restarts, self._base = config.restarts, [base]  # (a list hides it)
+        self.restarts, self._base = config.restarts, [base]  # in a list, so that it is no submodule
         bias = base.bias if config.rest else None
         self.lora_bias = None if bias is None else nn.Parameter(bias.detach().to(torch.float32, copy=True))
 
@@ -124,6 +129,17 @@ def relora_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -
 
     Raises:
         ValueError: the adapter is no ReLoRA, is merged, not finite, or not the only one: nothing has changed then.
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.ReLoRAConfig(r=2, every=2))
+        >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        >>> reports = []
+        >>> for step in (1, 2):
+        ...     model(input_ids=ids, labels=ids).loss.backward()
+        ...     optimizer.step()
+        ...     reports.append(peftops.relora_step(model, optimizer, step))
+        >>> [report is not None for report in reports]
+        [False, True]
     """
     state = attachment(model)
     name = state.switch.active

@@ -1,4 +1,5 @@
-"""What LLaMA-Adapter V2, Gao et al. 2023 (arXiv:2304.15010), unlocks: norms, and a scale and a bias of linear layers.
+"""The layers that LLaMA-Adapter V2, Gao et al. 2023 (arXiv:2304.15010), unlocks: norms, and a scale and a bias of
+linear layers.
 
     y = s * (W x + b)    s in R^out;    or, as in the authors' code of 65B, y = W (s * x) + b    s in R^in
 

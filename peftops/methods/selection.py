@@ -1,4 +1,4 @@
-"""What the methods that train a model's own parameters share: a choice of parameters becomes trained copies."""
+"""Shared by the methods that train a model's own parameters: the chosen parameters become trained copies."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ BASE_KEYS = {f"base_{name.lstrip('_')}": f"base_{name.lstrip('_')}" for name in 
 
 
 def base_tensors(layer: nn.Module) -> dict[str, Tensor]:
-    """What the weight of a dense or quantised layer is made of: the very tensors, which can be copied to."""
+    """The tensors of a dense or quantised layer's weight: themselves and no copies, so that one can copy into them."""
     weight = layer.weight
     parts = weight._parts() if isinstance(weight, PackedTensor) else {"weight": weight.detach()}
     return {f"base_{name.lstrip('_')}": part for name, part in parts.items()}

@@ -31,6 +31,11 @@ class SurgicalConfig(Config):
 
     Args:
         blocks: "first", "middle", "last", "all", or the numbers of blocks, from 0.
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.SurgicalConfig("first"))
+        >>> {name.split(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+        {'0'}
     """
 
     peft_type: ClassVar[str] = "SURGICAL"
@@ -73,6 +78,12 @@ def auto_rgn(model: nn.Module, loss: Callable[[Any], Tensor], batches: Iterable[
 
     Returns:
         Weights by name, of which the largest is 1; a parameter that is all 0 has 0.
+
+    Examples:
+        >>> model = nn.Linear(4, 2)
+        >>> weights = peftops.auto_rgn(model, lambda x: model(x).square().mean(), [torch.ones(3, 4)])
+        >>> max(weights.values())
+        1.0
     """
     parameters, sums, count = dict(model.named_parameters()), {}, 0
     for gradients in _gradients(model, loss, batches):
@@ -94,6 +105,12 @@ def auto_snr(
     Args:
         loss: of one sample, or of a small batch as one sample; two or more are needed.
         threshold: in [0, 1], of the ratios scaled so that the smallest is 0 and the largest 1.
+
+    Examples:
+        >>> model = nn.Linear(4, 2)
+        >>> weights = peftops.auto_snr(model, lambda x: model(x).square().mean(), torch.randn(5, 1, 4))
+        >>> set(weights.values()) <= {0.0, 1.0}
+        True
     """
     check_range("threshold", threshold, 0, 1.0000001)
     count, first, second = 0, {}, {}
@@ -112,6 +129,12 @@ def auto_snr(
 
 
 def weighted_groups(model: nn.Module, weights: dict[str, float], lr: float) -> list[dict[str, Any]]:
-    """The parameters as groups for an optimizer, each with its own rate; those of weight 0 are left out."""
+    """The parameters as groups for an optimizer, each with its own rate; those of weight 0 are left out.
+
+    Examples:
+        >>> groups = peftops.weighted_groups(nn.Linear(4, 2), {"weight": 1.0, "bias": 0.0}, lr=0.1)
+        >>> [group["lr"] for group in groups]
+        [0.1]
+    """
     parameters = dict(model.named_parameters())
     return [{"params": [parameters[name]], "lr": lr * w} for name, w in weights.items() if w]

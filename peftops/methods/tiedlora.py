@@ -3,9 +3,9 @@
     y = W x + b + s v * (B (u * (A D(x))))    s = alpha / r;  A, B shared;  u in R^r and v in R^out per layer
 
 A starts random (Kaiming uniform), B at 0, u and v at 1. Where B is frozen it is random and v starts at 0. Either
-way the model starts as it was. What is tied and what trains are switches: ``TiedLoRAConfig()`` is the paper's TL6
-(all train), ``TiedLoRAConfig.tl5()`` trains A and B alone; the paper's TL1 to TL4 freeze others, we could not
-verify which, so they have no names here.
+way the model starts as it was. Switches say which factors are tied and which train: ``TiedLoRAConfig()`` is the
+paper's TL6 (all train), ``TiedLoRAConfig.tl5()`` trains A and B alone; the paper's TL1 to TL4 freeze others.
+We could not verify which, so they have no names here.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ class TiedLoRAConfig(Config):
         dropout, target: as in :class:`LoRAConfig`.
         tie_A, tie_B: share the factor between all layers of a shape.
         train_A, train_B, train_u, train_v: what trains; B or v must.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        >>> peftops.summary(peftops.attach(model, peftops.TiedLoRAConfig(r=2))).layers
+        2
     """
 
     peft_type: ClassVar[str] = "TIED_LORA"
@@ -62,7 +67,7 @@ class TiedLoRAConfig(Config):
 
 
 class ScaledFactors(Adapter):
-    """What Tied-LoRA and VeRA compute. Both vectors are folded into B, so that a frozen A needs no x in backward."""
+    """The product of Tied-LoRA and VeRA. Both vectors are folded into B, so that a frozen A needs no x in backward."""
 
     scaling: float
     dropout: float

@@ -29,6 +29,11 @@ class TopLayersConfig(Config):
         layers: n; 0 for the head alone.
         head: whether the layers above the body train, too.
         norm: whether the norms of the body that are in no block do.
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.TopLayersConfig(layers=1))
+        >>> any(p.requires_grad for p in model.model.layers[0].parameters())
+        False
     """
 
     peft_type: ClassVar[str] = "TOP_LAYERS"

@@ -31,6 +31,11 @@ class VeRAConfig(Config):
         dropout, target: as in :class:`LoRAConfig`.
         d_initial: where lambda_d starts.
         projection_seed: of A and B.
+
+    Examples:
+        >>> model = peftops.attach(nn.Sequential(nn.Linear(8, 4)), peftops.VeRAConfig(r=16))
+        >>> peftops.summary(model).trainable  # lambda_d: 16, lambda_b: 4
+        20
     """
 
     peft_type: ClassVar[str] = "VERA"

@@ -22,7 +22,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     Each step decodes the moments, updates them in float32 and moves the parameter by these before they are encoded
     again, so the first step is AdamW's to float32 rounding; :func:`~peftops.ops.adamw8bit.adamw8bit_` does it, all
-    parameters of a group at once. What the codes cost: an element within a factor ten of its block's largest is kept
+    parameters of a group at once. The codes cost this: an element within a factor ten of its block's largest is kept
     to 0.7% of that largest (first moment) or 0.35% (second). A second moment above zero is never stored as zero but at
     least as 3.25e-7 of its block's largest: the step would be divided by ``eps`` alone (here we differ from
     bitsandbytes). A change of an element that does not leave the interval of its code is lost, step after step, as in
@@ -47,6 +47,14 @@ class AdamW8bit(torch.optim.Optimizer):
     Raises:
         ValueError: an option is out of range, or a state to be loaded is another optimizer's or another model's.
         TypeError: a parameter is of another dtype, or a gradient is sparse.
+
+    Examples:
+        >>> layer = nn.Linear(128, 64)
+        >>> optimizer = peftops.AdamW8bit(layer.parameters(), lr=1e-3)
+        >>> layer(torch.ones(1, 128)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[layer.weight]["exp_avg"].dtype
+        torch.uint8
     """
 
     def __init__(
@@ -79,7 +87,7 @@ class AdamW8bit(torch.optim.Optimizer):
                     raise TypeError(f"AdamW8bit needs dense gradients; one of {list(p.shape)} is {p.grad.layout}")
         for group in self.param_groups:
             copies = []
-            alike: dict[Any, list[list[Tensor]]] = {}  # what takes the same step: parameter, gradient, moments
+            alike: dict[Any, list[list[Tensor]]] = {}  # all that take the same step: parameter, gradient, moments
             for p in group["params"]:
                 if p.grad is None or p.numel() == 0:
                     continue
@@ -124,7 +132,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @staticmethod
     def state_bytes(p: Tensor, *, block_size: int = 256, min_8bit_size: int = 4096) -> int:
-        """What is kept of a parameter."""
+        """The state of a parameter."""
         layout = _layout(p, {"block_size": block_size, "min_8bit_size": min_8bit_size})
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
 

@@ -23,7 +23,7 @@ class Switch:
 
 @dataclass
 class MergeError:
-    """What merging did to one layer, as Frobenius norms relative to that of the layer's weight."""
+    """The effect of merging on one layer, as Frobenius norms relative to that of the layer's weight."""
 
     change: float  # of the adapter
     rounding: float  # of casting, or quantising again, what came out
@@ -37,7 +37,7 @@ class MergeError:
 
 
 class Stored(nn.Module):
-    """What is attached to a model, and how it is called in HF PEFT's files."""
+    """The part of an adapter at one place of a model, and its names in HF PEFT's files."""
 
     peft_keys: ClassVar[dict[str, str]] = {}  # parameter: the end of its key, after the name of the layer
     peft_shared: ClassVar[dict[str, str]] = {}  # parameter that all layers share: its whole key
@@ -79,7 +79,7 @@ class Adapter(Stored):
     rank: int = 0  # of the product that it adds to a weight, if it does; more than a weight's own is of no use
 
     def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
-        """What the adapted layer computes."""
+        """The output of the adapted layer."""
         raise NotImplementedError
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -118,7 +118,7 @@ class AdaptedLayer(nn.Module):
         self.base = base
         self.adapters = nn.ModuleDict()
         self.switch = switch
-        self._unmerged: list[nn.Module] = []  # the base itself while a merged one stands in (a list hides it)
+        self._unmerged: list[nn.Module] = []  # the base under a merged layer; in a list, so that it is no submodule
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         name = self.switch.active
@@ -182,7 +182,7 @@ class AdaptedLayer(nn.Module):
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
-        """What transformers leaves out of a file if another name has the same tensor; it refuses what it knows not."""
+        """Names that transformers leaves out of a file if another name has the same tensor. It refuses all others."""
         return {name: name for name, _ in self.named_parameters()}
 
     @torch.no_grad()
@@ -202,8 +202,8 @@ class AdaptedLayer(nn.Module):
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """What torch's wrappers are around (``torch.compile``, DistributedDataParallel, checkpointing); usually ``module``
-    itself. Their names are no part of a model's."""
+    """The module inside torch's wrappers (``torch.compile``, DistributedDataParallel, checkpointing); usually
+    ``module`` itself. Their names are no part of a model's."""
     while True:
         leaf = next((leaf for leaf in WRAPPERS if leaf in module._modules), None)
         if leaf is None and isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):

@@ -92,6 +92,14 @@ class AdapterPool:
 
     Raises:
         ValueError: an argument is out of range.
+
+    Examples:
+        >>> pool = peftops.AdapterPool({"layer": (64, 32)}, pages=4)
+        >>> pool.add("a", {"layer": (torch.randn(4, 64), torch.randn(32, 4))}, {"layer": 0.5})
+        >>> with pool.use(["a", None]) as index:
+        ...     y = peftops.multi_lora_linear(torch.ones(2, 64), torch.zeros(32, 64), pool.layer("layer"), index)
+        >>> y[1].any().item()
+        False
     """
 
     def __init__(self, layers: Mapping[str, tuple[int, int]], *, pages: int, page_size: int = 16384,
@@ -110,7 +118,7 @@ class AdapterPool:
             raise ValueError(f"AdapterPool: dtype must be float32, bfloat16 or float16, not {dtype}")
         where = torch.get_default_device() if device is None else torch.device(device)
         self.storage = _zeros(pages, page_size, dtype, where)
-        # What the host plans a batch with, wherever the kernel runs.
+        # The tables that the host plans a batch with, wherever the kernel runs.
         self._handles = torch.full((slots,), -1, device="cpu")
         self._table = torch.zeros(slots, pages, dtype=torch.int32, device="cpu")
         self._where = torch.zeros(len(layers), slots, 3, dtype=torch.int64, device="cpu")
@@ -132,7 +140,7 @@ class AdapterPool:
         self._worker: ThreadPoolExecutor | None = None
 
     def layer(self, name: str) -> PoolLayer:
-        """What :func:`peftops.multi_lora_linear` needs to know of one layer."""
+        """One layer of the pool, as :func:`peftops.multi_lora_linear` takes it."""
         if name not in self._layers:
             raise KeyError(f"AdapterPool: there is no layer named {name!r}")
         return self._layers[name]
@@ -365,7 +373,7 @@ class AdapterPool:
         room = len(self._free) + sum(len(self._resident[other].pages) for other in idle)
         if room < pages or len(self._free_slots) + len(idle) < slots:
             if any(at.loading for at in self._resident.values()):
-                return not self._lock.wait()  # what is being loaded can be evicted in a moment
+                return not self._lock.wait()  # an adapter that is being loaded can be evicted in a moment
             have, total = (len(self._free), len(self._free_slots)), (len(self.storage), len(self._handles))
             raise PoolFull(
                 f"AdapterPool: no room for {what}: it needs {pages} pages and {slots} slots; of {total[0]} pages "

@@ -59,7 +59,7 @@ def open_registry(module: nn.Module, user: nn.Module) -> None:
 
 
 def close_registry(user: nn.Module) -> None:
-    """The user leaves: functions that nobody needs to give way any more are what they were."""
+    """The user leaves: a function that no other user replaces is put back."""
     for key, (registry, users) in list(_USERS.items()):
         users.discard(user)
         if not users:
@@ -80,7 +80,7 @@ def _giving_way(function: Callable) -> Callable:
 
 
 class Kept:
-    """What was made of tensors, for as long as they are the same ones, unchanged, and nothing learns."""
+    """A result that is kept for as long as the tensors that it was made of are the same, unchanged and frozen."""
 
     def __init__(self) -> None:
         self._tensors: tuple = ()
@@ -117,7 +117,7 @@ class GatedPrompt(nn.Module):
         self._kept = Kept()  # keys and values
 
     def attend(self, attention: nn.Module, *args: Any, image: Tensor | None = None, **kwargs: Any) -> Any:
-        """What ``attention(*args, **kwargs)`` returns, with the prompt's part added before the output projection.
+        """The result of ``attention(*args, **kwargs)``, with the prompt's part added before the output projection.
 
         ``image`` ``[batch, 1 or tokens, hidden]`` is added to the prompt of each sample.
         """

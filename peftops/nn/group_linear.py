@@ -53,7 +53,7 @@ class GroupLinear(StoredInParts, nn.Linear):
 
 
 def patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """What each output pixel of ``conv`` sees, as a row: ``[N, C, H, W]`` to ``[N, out_H, out_W, C * kernel]``.
+    """The patch under each output pixel of ``conv``, as a row: ``[N, C, H, W]`` to ``[N, out_H, out_W, C * kernel]``.
 
     A convolution is then a linear layer over ``conv.weight.flatten(1)``, pixel by pixel. For a 1x1 kernel this is a
     permutation and copies nothing.
@@ -90,7 +90,7 @@ class GroupConv2d(StoredInParts):
         n, k = conv.out_channels, conv.weight[0].numel()
         if weight.shape != (n, k):
             raise ValueError(f"GroupConv2d: weight must have shape [{n}, {k}], not {list(weight.shape)}")
-        self._like = [nn.Conv2d(  # how patches are taken; a list hides it, and it holds no weight
+        self._like = [nn.Conv2d(  # takes the patches and holds no weight; in a list, so that it is no submodule
             conv.in_channels, n, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
             bias=False, padding_mode=conv.padding_mode, device="meta",
         )]  # fmt: skip

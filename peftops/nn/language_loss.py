@@ -68,10 +68,10 @@ def head_loss(head: nn.Module, hidden: Tensor, labels: Tensor, *, vocabulary: in
     Raises:
         ValueError: shapes do not fit together.
 
-    Example:
+    Examples:
         >>> head = torch.nn.Linear(8, 100)
         >>> hidden, labels = torch.randn(5, 8, requires_grad=True), torch.randint(100, (5,))
-        >>> head_loss(head, hidden, labels).backward()
+        >>> peftops.head_loss(head, hidden, labels).backward()
         >>> hidden.grad.shape
         torch.Size([5, 8])
     """
@@ -144,6 +144,13 @@ def language_model_loss(
 
     Raises:
         ValueError: the shapes of input_ids and labels differ.
+
+    Examples:
+        >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2))
+        >>> loss, count = peftops.language_model_loss(model, ids, ids)
+        >>> (loss / count).backward()
+        >>> count.item()  # the first token of each row has nothing before it
+        14
     """
     if input_ids.shape != labels.shape:
         raise ValueError(f"language_model_loss: labels must have the shape of input_ids, {list(input_ids.shape)}, not "

@@ -28,7 +28,7 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 def kind_of(layer: nn.Module) -> str | None:
-    """What a layer is to a low-rank method; None if it is nothing that one can adapt."""
+    """The kind of a layer, for a low-rank method; None if such a method cannot adapt it."""
     if isinstance(layer, nn.Linear) or is_conv1d(layer):
         return LINEAR
     # A subclass that does more than look up (Gemma's scales what it found) is not linear in its weight alone.

@@ -29,7 +29,7 @@ def low_rank(
     training: bool = False,
     bias: bool = True,
 ) -> Tensor:
-    """What ``base`` computes of ``x``, plus ``scaling * B A dropout(x)``; an embedding knows no dropout.
+    """The base's output for ``x``, plus ``scaling * B A dropout(x)``; an embedding has no dropout.
 
     Args:
         lora_A, lora_B: of the shapes that :func:`factor_shapes` tells, any float dtype.

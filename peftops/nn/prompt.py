@@ -23,7 +23,7 @@ class Prompt(Stored):
         raise NotImplementedError
 
     def after(self, body: nn.Module, output: Any) -> Any:
-        """What the call returns, in place of ``output``."""
+        """The result of the call, in place of ``output``."""
         return output
 
     def forward(self) -> None:
@@ -89,7 +89,7 @@ class Prompted(nn.Module):
 
 
 def cache_name(model: nn.Module) -> str:
-    """What ``model`` calls the cache that it takes and returns: "cache" since transformers 5.24."""
+    """The name of the cache that ``model`` takes and returns: "cache" since transformers 5.24."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 

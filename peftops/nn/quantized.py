@@ -1,4 +1,4 @@
-"""What layers and methods have to know of each kind of quantised weight; everything else treats them alike."""
+"""The differences between the kinds of quantised weights, for layers and methods; all other code treats them alike."""
 
 from __future__ import annotations
 

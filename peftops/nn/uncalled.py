@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-# What is asked of a weight that is not its values.
+# Attributes of a weight that can be read without its values.
 _LOOKS = {"device", "dim", "dtype", "is_meta", "layout", "ndim", "numel", "requires_grad", "shape", "size"}
 _TESTS = {"isinstance", "hasattr", "getattr"}
 

@@ -114,7 +114,7 @@ def _gate_gradient(gate: Tensor, tanh: bool, weight: Tensor, dweight: Tensor) ->
 
 
 def _weight(gate: Tensor, tanh: bool, heads: int) -> Tensor:
-    """What multiplies the prompt's part of each head, float32 [heads]."""
+    """The factor of the prompt's part of each head, float32 [heads]."""
     weight = gate.detach().float().reshape(-1)
     return (weight.tanh() if tanh else weight).expand(heads)
 
@@ -166,6 +166,12 @@ def add_gated_prompt(
     Raises:
         ValueError: the gate has neither one element nor one for each head; gate_activation is unknown.
         RuntimeError: shapes or dtypes do not fit together; a head has more than 1024 dims.
+
+    Examples:
+        >>> query = out = torch.randn(1, 4, 6, 8)  # batch, heads, rows, d
+        >>> key = value = torch.randn(4, 3, 8)  # three tokens
+        >>> torch.equal(peftops.add_gated_prompt(out, query, key, value, torch.zeros(4)), out)
+        True
     """
     tanh = _is_tanh("add_gated_prompt", gate, gate_activation, query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -193,6 +199,13 @@ def with_gated_prompt(
         query, prompt_key, prompt_value, gate, gate_activation, scale: see :func:`add_gated_prompt`.
 
     Returns, raises: as :func:`add_gated_prompt`.
+
+    Examples:
+        >>> query, key, value = torch.randn(3, 1, 4, 6, 8)
+        >>> prompt = torch.randn(4, 3, 8)
+        >>> attend = lambda query: nn.functional.scaled_dot_product_attention(query, key, value)
+        >>> peftops.with_gated_prompt(attend, query, prompt, prompt, torch.ones(4)).shape
+        torch.Size([1, 4, 6, 8])
     """
     if not torch.is_grad_enabled() or not query.requires_grad or torch.compiler.is_compiling():
         return add_gated_prompt(attend(query), query, prompt_key, prompt_value, gate, gate_activation=gate_activation,
@@ -238,6 +251,12 @@ def gated_prompt_attention(
     Raises:
         ValueError: as :func:`add_gated_prompt`.
         RuntimeError: shapes or dtypes do not fit together.
+
+    Examples:
+        >>> query, key, value = torch.randn(3, 1, 4, 6, 8)  # batch 1, 4 heads, 6 rows, d = 8
+        >>> prompt = torch.randn(4, 3, 8)
+        >>> peftops.gated_prompt_attention(query, key, value, prompt, prompt, torch.ones(4), is_causal=True).shape
+        torch.Size([1, 4, 6, 8])
     """
     tanh = _is_tanh("gated_prompt_attention", gate, gate_activation, query)
     query, key, value = autocast(query), autocast(key), autocast(value)
@@ -253,5 +272,5 @@ def gated_prompt_attention(
     out = attend(query)
     prompt_scale = query.shape[-1] ** -0.5 if scale is None else scale
     weight = _weight(gate, tanh, query.shape[1])
-    _add_(out, query, prompt_key, prompt_value, weight, prompt_scale)  # nobody else has seen it
+    _add_(out, query, prompt_key, prompt_value, weight, prompt_scale)  # in place: no other code holds out
     return out

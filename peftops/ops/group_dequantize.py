@@ -22,6 +22,11 @@ def group_dequantize(weight: GroupQuantTensor, *, dtype: torch.dtype | None = No
 
     Returns:
         A dense tensor of ``weight.shape``. No gradient flows through it.
+
+    Examples:
+        >>> weight = peftops.group_quantize(torch.arange(16.0).view(1, 16), bits=4, group_size=16)
+        >>> torch.equal(peftops.group_dequantize(weight).round(), torch.arange(16.0).view(1, 16))
+        True
     """
     if not isinstance(weight, GroupQuantTensor):
         raise TypeError(f"group_dequantize: weight must be a GroupQuantTensor, not a {type(weight).__name__}")

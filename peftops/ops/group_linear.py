@@ -84,6 +84,11 @@ def group_linear(
         ValueError: it requires a gradient, which codes cannot have; is on another device than x; compute is
             unknown; or shapes of the factors do not fit together.
         RuntimeError: shapes do not fit, or a dtype is none of the three.
+
+    Examples:
+        >>> weight = peftops.group_quantize(torch.randn(32, 64))
+        >>> peftops.group_linear(torch.randn(2, 64), weight).shape
+        torch.Size([2, 32])
     """
     shape = check_weight("group_linear", x, weight, GroupQuantTensor, "group_quantize")
     return packed_linear("group_linear", _forward, _backward, weight._arguments, shape, x, bias, lora_A, lora_B,

@@ -47,6 +47,10 @@ def group_quantize(
     Raises:
         ValueError: the weight is empty or holds a NaN or an infinity; clip is unknown.
         RuntimeError: the weight's shape or dtype, ``bits`` or ``group_size`` is not one of those above.
+
+    Examples:
+        >>> peftops.group_quantize(torch.randn(32, 64), bits=3, group_size=64).nbytes  # codes, scales, zeros
+        1024
     """
     if weight.numel() == 0:
         raise ValueError(f"group_quantize: weight is empty, shape {tuple(weight.shape)}")

@@ -23,6 +23,11 @@ class GroupQuantTensor(PackedTensor):
         zeros: float32, ``[out, in / group_size]``, in units of a code; any real number.
         bits: 2, 3, 4 or 8.
         group_size: a power of two from 8 to 4096.
+
+    Examples:
+        >>> weight = peftops.group_quantize(torch.randn(4, 64), bits=4, group_size=32)
+        >>> weight.shape, weight.packed.shape, weight.scales.shape
+        (torch.Size([4, 64]), torch.Size([4, 32]), torch.Size([4, 2]))
     """
 
     _PARTS = ("packed", "scales", "zeros")

@@ -157,6 +157,11 @@ def lora_linear(
 
     Returns:
         ``[..., out]`` in x's dtype. Differentiable once in all tensors.
+
+    Examples:
+        >>> x, weight = torch.randn(2, 64), torch.randn(32, 64)
+        >>> peftops.lora_linear(x, weight, lora_A=torch.randn(4, 64), lora_B=torch.randn(32, 4)).shape
+        torch.Size([2, 32])
     """
     x = autocast(x)
     if autocasting(x):

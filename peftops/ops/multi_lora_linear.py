@@ -135,6 +135,13 @@ def multi_lora_linear(
         ValueError: shapes do not fit.
         RuntimeError: an index names no loaded adapter, or one that was evicted or changed since; the pool is on
             another device than x.
+
+    Examples:
+        >>> pool = peftops.AdapterPool({"layer": (64, 32)}, pages=4)
+        >>> pool.add("a", {"layer": (torch.randn(4, 64), torch.randn(32, 4))}, {"layer": 0.5})
+        >>> x, weight = torch.randn(3, 64), peftops.nf4_quantize(torch.randn(32, 64))
+        >>> with pool.use(["a", None, "a"]) as index:
+        ...     y = peftops.multi_lora_linear(x, weight, pool.layer("layer"), index)
     """
     x = autocast(x)
     n, k = pool_layer.out_features, pool_layer.in_features

@@ -27,6 +27,10 @@ def nf4_dequantize(weight: NF4Tensor, *, dtype: torch.dtype | None = None) -> Te
 
     Returns:
         A dense tensor of ``weight.shape``. No gradient flows through it.
+
+    Examples:
+        >>> peftops.nf4_dequantize(peftops.nf4_quantize(torch.tensor([[-2.0, 0.0, 2.0]]))).tolist()
+        [[-2.0, 0.0, 2.0]]
     """
     if not isinstance(weight, NF4Tensor):
         raise TypeError(f"nf4_dequantize: weight must be an NF4Tensor, not a {type(weight).__name__}")

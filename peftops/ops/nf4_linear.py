@@ -80,6 +80,12 @@ def nf4_linear(
         ValueError: it requires a gradient, which codes cannot have; compute is unknown; shapes or devices do not fit
             together.
         RuntimeError: x or a factor has a dtype that is none of the three.
+
+    Examples:
+        >>> weight = peftops.nf4_quantize(torch.randn(32, 64))
+        >>> x, A, B = torch.randn(2, 64), torch.randn(4, 64), torch.zeros(32, 4)
+        >>> torch.equal(peftops.nf4_linear(x, weight, lora_A=A, lora_B=B), peftops.nf4_linear(x, weight))
+        True
     """
     shape = check_weight("nf4_linear", x, weight, NF4Tensor, "nf4_quantize")
     return packed_linear("nf4_linear", _forward, _backward, (*weight._arguments, *shape), shape, x, bias,

@@ -37,6 +37,11 @@ def nf4_quantize(weight: Tensor, *, block_size: int = 64, double_quant: bool = T
     Raises:
         ValueError: the weight is empty or holds a NaN or an infinity.
         RuntimeError: the dtype is not a float of 16 or 32 bits, or the block size is out of range.
+
+    Examples:
+        >>> weight = peftops.nf4_quantize(torch.randn(256, 256))
+        >>> round(8 * weight.nbytes / weight.numel(), 2)  # bits
+        4.13
     """
     if weight.numel() == 0:
         raise ValueError(f"nf4_quantize: weight is empty, shape {tuple(weight.shape)}")

@@ -21,6 +21,14 @@ class NF4Tensor(PackedTensor):
         packed: uint8, ``[ceil(numel / 2)]``; two codes a byte, the first element in the high nibble,
             over the row-major weight.
         block_size: elements that share one absmax; blocks are flat and may straddle rows.
+
+    Examples:
+        >>> weight = peftops.nf4_quantize(torch.randn(64, 64))
+        >>> weight.shape, weight.dtype, weight.nbytes
+        (torch.Size([64, 64]), torch.float32, 2120)
+        >>> weight + 1
+        Traceback (most recent call last):
+        NotImplementedError: aten.add.Tensor does not work on an NF4Tensor. ...
     """
 
     _PARTS = ("packed", "_absmax", "_absmax_scale", "_absmax_offset")

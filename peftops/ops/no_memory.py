@@ -9,7 +9,7 @@ from torch._guards import TracingContext
 
 
 class NoMemory:
-    """What answers for a packed weight where torch, numpy and others reach for memory."""
+    """Stands for a packed weight's storage where torch, numpy and others reach for memory, and raises an error."""
 
     def data_ptr(self) -> int:
         """0, as of every tensor that has no memory of its own."""

@@ -24,9 +24,9 @@ class PackedTensor(NoMemory, RowShards, Tensor):
 
     _PARTS: ClassVar[tuple[str, ...]]  # attributes that hold its tensors, or None where it has no such part
     _SETTINGS: ClassVar[tuple[str, ...]]  # attributes that hold plain numbers
-    _LAYOUT: ClassVar[tuple[str, ...]]  # what two of them must share for one to be copied to the other
+    _LAYOUT: ClassVar[tuple[str, ...]]  # two tensors share it if one can be copied to the other
     _NAME: ClassVar[str]  # in a sentence, with its article
-    _INSTEAD: ClassVar[str]  # what to do instead of an operation that it does not have
+    _INSTEAD: ClassVar[str]  # the op to use instead of an operation that it does not have
     _arguments: property  # the weight as the operators take it: parts and settings
 
     def __init_subclass__(cls) -> None:

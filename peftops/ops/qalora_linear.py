@@ -30,7 +30,7 @@ def _(x, lora_A, group_size):
 
 
 def pool_factor(op: str, pool: Pool, weight: GroupQuantTensor) -> float:
-    """What a convention of pooling multiplies the sum of a group with. Raises a sentence if there is no such."""
+    """The factor that a convention of pooling puts on the sum of a group; ValueError if there is no such convention."""
     groups = weight.scales.shape[1]
     factors = {"sum": 1.0, "mean": 1 / weight.group_size, "peft": groups / weight.group_size}
     if pool not in factors:
@@ -101,6 +101,12 @@ def qalora_linear(
         ValueError: it requires a gradient, which codes cannot have; pool is unknown; shapes of the factors or
             devices do not fit together.
         RuntimeError: x or bias has another shape, or a dtype is none of the three.
+
+    Examples:
+        >>> weight = peftops.group_quantize(torch.randn(32, 64), group_size=32)
+        >>> A, B = torch.randn(4, 2), torch.randn(32, 4)  # a column of A for each group
+        >>> peftops.qalora_linear(torch.randn(2, 64), weight, lora_A=A, lora_B=B).shape
+        torch.Size([2, 32])
     """
     check_weight("qalora_linear", x, weight, GroupQuantTensor, "group_quantize")
     check_lora("qalora_linear", weight.shape[0], weight.scales.shape[1], lora_A, lora_B, 0.0)

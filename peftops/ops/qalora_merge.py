@@ -32,6 +32,14 @@ def qalora_merge(
     Raises:
         TypeError: weight is not a GroupQuantTensor.
         ValueError: shapes do not fit, pool is unknown, or a merged zero is not finite.
+
+    Examples:
+        >>> weight = peftops.group_quantize(torch.randn(32, 64), group_size=32)
+        >>> x, A, B = torch.randn(2, 64), torch.randn(4, 2), torch.randn(32, 4)
+        >>> merged = peftops.qalora_merge(weight, A, B)
+        >>> y = peftops.qalora_linear(x, weight, lora_A=A, lora_B=B)
+        >>> torch.allclose(peftops.group_linear(x, merged), y, rtol=1e-3, atol=1e-3)
+        True
     """
     if not isinstance(weight, GroupQuantTensor):
         raise TypeError(f"qalora_merge: weight must be a GroupQuantTensor, not a {type(weight).__name__}")

@@ -11,7 +11,7 @@ _aten = torch.ops.aten
 
 
 class RowShards:
-    """What a packed weight can do with its rows. A rank keeps an equal share of them and, around a product, is given
+    """The rows of a packed weight, which can be cut. A rank keeps an equal share and, around a product, is given
     the rows of all; in codes, so that what travels is a seventh of a float32 weight.
 
     A part that does not go row by row (the scales of double quantisation, two thousandths of the weight) stays whole
@@ -52,7 +52,7 @@ class RowShards:
     def fsdp_pre_all_gather(
         self, mesh: Any, outer_size: torch.Size, outer_stride: tuple, module: Any, mp_policy: Any
     ) -> tuple[tuple[Tensor, ...], torch.Size]:
-        """What is gathered from all ranks, and what :meth:`fsdp_post_all_gather` must know."""
+        """The parts that are gathered from all ranks, and the settings that :meth:`fsdp_post_all_gather` needs."""
         return tuple(getattr(self, name) for name in self._BY_ROW), outer_size
 
     def fsdp_post_all_gather(
@@ -65,7 +65,7 @@ class RowShards:
 
 
 def on_rows(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What ``fully_shard`` asks of a parameter, or NotImplemented if ``func`` is something else."""
+    """The answer to a call of ``fully_shard``, or NotImplemented if ``func`` is another one."""
     weight, *rest = args
     if any(value and value != getattr(weight, name, None) for name, value in kwargs.items()):
         return NotImplemented  # another dtype, device or offset

@@ -1,4 +1,4 @@
-"""What training by each method takes, and which one to choose, before any weight is loaded."""
+"""The memory that training by each method takes, and which method to choose, before any weight is loaded."""
 
 from .choose import WANTS, Choice, choose
 from .estimate import MOMENTS, Estimate, estimate, estimate_all, skeleton

@@ -12,7 +12,7 @@ MANY = 1000  # tasks, from which on the size of an adapter is what counts
 
 @dataclass(frozen=True)
 class Want:
-    """What is wanted most, the methods that give it, best first, and why these."""
+    """A wish, the methods that fulfil it, best first, and the reason for these."""
 
     methods: tuple[str, ...]
     why: str
@@ -75,7 +75,12 @@ def choose(estimates: list[Estimate], memory: int, *, want: str = "quality", tas
         tasks: how many adapters are to be trained for one base; it speaks where ``want`` is quality.
 
     Raises:
-        ValueError: memory or tasks is below 1, or want is none of those known.
+        ValueError: memory or tasks is below 1, or there is no such want.
+
+    Examples:
+        >>> from peftops.planner import Estimate, choose
+        >>> choose([Estimate("lora", weights=900), Estimate("qlora", weights=300)], memory=500).estimate.method
+        'qlora'
     """
     if want not in WANTS:
         raise ValueError(f"want must be one of {', '.join(WANTS)}, not {want!r}")

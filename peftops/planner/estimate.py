@@ -23,7 +23,7 @@ MOMENTS = {"adamw": lambda p: 8 * p.numel(), "adamw8bit": AdamW8bit.state_bytes}
 
 @dataclass(frozen=True)
 class Estimate:
-    """What training by one method takes, in bytes.
+    """The memory that training by one method takes, in bytes.
 
     Attributes:
         method: its name, as ``peftops finetune --method`` has it.
@@ -31,7 +31,8 @@ class Estimate:
         weights: of all that is frozen.
         optimizer: of what trains, in float32, and the two moments of it that the optimizer keeps.
         activations: the most that a step holds beyond those: what backward needs, logits, gradients. The loss is that
-            of ``peftops finetune``, :func:`peftops.language_model_loss`; ``model(labels=...)`` makes all logits at once.
+            of ``peftops finetune``, :func:`peftops.language_model_loss`; ``model(labels=...)`` makes all logits at
+            once.
         why_not: why the method cannot be used on this model; None if it can, and only then the rest means anything.
     """
 
@@ -60,6 +61,12 @@ def skeleton(
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is no causal language model that transformers can build.
+
+    Examples:
+        >>> from peftops.planner import skeleton
+        >>> llama().save_pretrained("model")
+        >>> skeleton("model").lm_head.weight.device
+        device(type='meta')
     """
     from transformers import AutoModelForCausalLM
 
@@ -84,7 +91,7 @@ def estimate(
     model: nn.Module, config: object, *, batch: int = 8, length: int = 512, checkpointing: bool = False,
     optimizer: str = "adamw",
 ) -> Estimate:  # fmt: skip
-    """What training ``model`` with a method takes.
+    """Estimate the memory of training ``model`` by a method.
 
     Args:
         model: a :func:`skeleton`; left as it is.
@@ -96,6 +103,13 @@ def estimate(
     Raises:
         ValueError: batch or length is below 1, or length is more than the model has positions; there is no such
             optimizer.
+
+    Examples:
+        >>> from peftops.planner import estimate, skeleton
+        >>> llama().save_pretrained("model")
+        >>> found = estimate(skeleton("model"), peftops.LoRAConfig(r=2), batch=2, length=16)
+        >>> found.method, found.total > 0
+        ('lora', True)
     """
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if batch < 1 or length < 1 or (most and length > most):

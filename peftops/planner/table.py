@@ -1,4 +1,4 @@
-"""What can be said of a method beforehand: the comparison table of PEFT techniques.
+"""The comparison table of PEFT techniques: words about a method before it is tried.
 
 The seven rows of the table itself (prompts, prefixes, adapters, LoRA, QLoRA, QA-LoRA, ReLoRA) are as it has them; the
 others, marked ``ours``, follow from the formulas and from HF PEFT's published runs of Llama-3.2-3B.

@@ -1,7 +1,7 @@
 """How much memory a training step takes, counted on the meta device: every tensor that it would allocate, and when it
 would let go of it. No formula knows a method's layers better than their own code.
 
-What is not seen there: workspace inside of kernels, what an allocator loses, and the libraries' own memory.
+It does not see workspace inside of kernels, losses of an allocator, and the libraries' own memory.
 """
 
 from __future__ import annotations

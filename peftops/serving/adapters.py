@@ -32,6 +32,10 @@ def pool_for(
 
     Raises:
         ValueError: adapters or rank is below 1; nothing matches the target.
+
+    Examples:
+        >>> from peftops.serving import pool_for
+        >>> pool = pool_for(llama(), adapters=2, rank=4, target=["q_proj"])
     """
     if adapters < 1 or rank < 1:
         raise ValueError(f"pool_for needs at least 1 adapter of rank 1, not {adapters} of rank {rank}")
@@ -51,6 +55,11 @@ def add_adapter(pool: AdapterPool, name: str, directory: str | os.PathLike) -> N
         FileNotFoundError: a file is missing.
         TypeError: the method is none whose change is the product of an A and a B of linear layers.
         ValueError: a file is damaged, or is for another model; nothing has changed then.
+
+    Examples:
+        >>> from peftops.serving import add_adapter, pool_for
+        >>> peftops.save(peftops.attach(llama(), peftops.LoRAConfig(r=2)), "adapter")
+        >>> add_adapter(pool_for(llama()), "mine", "adapter")
     """
     config, tensors = read_adapter(directory)
     method = METHODS[type(config)]

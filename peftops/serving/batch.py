@@ -19,7 +19,7 @@ BASE = -1  # index of a row that no adapter changes
 
 @dataclass
 class Request:
-    """What was asked, and what has been answered so far."""
+    """A question, and its answer so far."""
 
     number: int
     prompt: list[int]
@@ -115,7 +115,7 @@ class Batch:
     def _prompts(self, first: int, group: list[Request]) -> None:
         self._reserve(live=first)
         most = max(len(r.prompt) for r in group)
-        ids = torch.zeros(len(group), most, dtype=torch.int64)  # what pads the shorter ones lies behind their ends
+        ids = torch.zeros(len(group), most, dtype=torch.int64)  # the padding of the shorter ones lies behind their ends
         for row, request in zip(ids, group, strict=True):
             row[: len(request.prompt)] = torch.tensor(request.prompt)
         ends = torch.tensor([len(r.prompt) - 1 for r in group])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class RowCache:
-    """What a model of transformers writes its keys and values to, ``[rows, heads, capacity, width]`` per layer.
+    """The store of a transformers model's keys and values, ``[rows, heads, capacity, width]`` per layer.
 
     Before a pass, :meth:`begin` says which rows it is for, and how long they are.
     """

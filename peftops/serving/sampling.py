@@ -26,6 +26,10 @@ class Sampling:
 
     Raises:
         ValueError: an option is out of its range.
+
+    Examples:
+        >>> peftops.Sampling(temperature=0.7, top_p=0.9, seed=1)
+        Sampling(temperature=0.7, top_k=None, top_p=0.9, seed=1)
     """
 
     temperature: float = 1.0
@@ -59,7 +63,7 @@ class Sampling:
         return p / p.sum()
 
     def drawer(self) -> Callable[[Tensor], int]:
-        """What draws the tokens of one request, each from its logits ``[vocabulary]``."""
+        """A function that draws the tokens of one request, each from its logits ``[vocabulary]``."""
         generator = torch.Generator()
         if self.seed is None:
             generator.seed()

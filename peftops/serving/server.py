@@ -33,13 +33,18 @@ from .sampling import Sampling
 
 @dataclass
 class Completion:
-    """What became of a request.
+    """The end of a request: its answer or its error.
 
     Attributes:
         number: of the request, as :meth:`Server.submit` returned it.
         ids: the tokens that were generated, with the one that stopped it.
         error: why they are not the whole answer: an exception that concerned this request alone, which is over then;
             None if they are. That it was cancelled is a :class:`Cancelled`.
+
+    Examples:
+        >>> from peftops.serving import Completion
+        >>> Completion(number=1, ids=[5, 6]).error is None
+        True
     """
 
     number: int
@@ -48,7 +53,7 @@ class Completion:
 
 
 class Cancelled(Exception):
-    """What became of a request that :meth:`Server.cancel` ended."""
+    """The error of a request that :meth:`Server.cancel` ended."""
 
 
 class Server:
@@ -66,6 +71,15 @@ class Server:
         TypeError: the model takes no positions, or no choice of logits.
         ValueError: a limit is too low; an adapter or another server is attached; the pool has a layer that the model
             lacks, or is on another device.
+
+    Examples:
+        >>> from peftops.serving import Server, pool_for
+        >>> model = llama()
+        >>> with Server(model, pool_for(model, adapters=1, rank=2), stop=()) as server:
+        ...     number = server.submit([5, 6, 7], max_new=4)
+        ...     answers = list(server.run())
+        >>> len(answers[0].ids)
+        4
     """
 
     def __init__(self, model: nn.Module, pool: AdapterPool, *, max_batch: int = 16, max_tokens: int = 16384,
