@@ -78,3 +78,11 @@ __all__ = [
     "prompt_per_row", "prune_state", "qalora_linear", "qalora_merge", "relora_schedule", "relora_step", "save",
     "summary", "unmerge", "weighted_groups", "with_gated_prompt",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name in ("GroupConfig", "NF4Config"):  # not in __all__: they import transformers
+        from . import integrations
+
+        return getattr(integrations, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
