@@ -277,13 +277,13 @@ class CodesQuantizer(HfQuantizer):
             if isinstance(layer, NF4Linear) and not isinstance(layer.weight, NF4Tensor):
                 _replace(model, layer, _of_kind(layer))
         release_files(model)
-        self._remember(model)
+        self.remember(model)
         model.is_loaded_in_4bit = not isinstance(self.quantization_config, GroupConfig)
         if model.is_loaded_in_4bit and not find_spec("bitsandbytes"):  # whose classes transformers looks for then
             model.num_parameters = MethodType(_num_parameters, model)
         return model
 
-    def _remember(self, model: nn.Module) -> None:
+    def remember(self, model: nn.Module) -> None:
         """What files of this model will have to say, and how transformers may change names in them: not those of
         tensors that are joined or cut, which codes cannot be."""
         coded = [name for name, layer in layers(model) if is_quantized(getattr(layer, "weight", None))]
@@ -291,11 +291,12 @@ class CodesQuantizer(HfQuantizer):
             _dense=sorted(name for name, layer in _linears(model)),
             _dtype=str(model.dtype).removeprefix("torch."),
         )
-        fits = lambda way: any(target in f"{name}.weight" for target in way.target_patterns for name in coded)
-        model._weight_conversions = [
-            way for way in model._weight_conversions if not isinstance(way, WeightConverter) or not (
-                any(isinstance(op, _Read) for op in way.operations) or fits(way))
-        ]  # fmt: skip
+        names = [f"{name}.weight" for name in coded]
+        cut = lambda way: any(hasattr(op, "hf_quantizer") for op in way.operations) or any(
+            target in name for target in way.target_patterns for name in names
+        )
+        ways = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [way for way in ways if not (isinstance(way, WeightConverter) and cut(way))]
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict]:
         config = self.quantization_config

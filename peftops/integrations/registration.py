@@ -43,4 +43,9 @@ def _register_quantizers() -> None:
     from . import quantizer  # noqa: F401  (it registers itself)
 
 
+def _register_layers() -> None:
+    from . import peft_layers  # noqa: F401  (it registers itself)
+
+
+when_imported("peft.tuners.lora.model", _register_layers)
 when_imported("transformers.quantizers.auto", _register_quantizers)
