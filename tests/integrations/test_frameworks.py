@@ -4,10 +4,8 @@ Each is run on a base in 4 bits with the adapter of peftops.attach and with HF P
 docs/frameworks.md, whose lines of code are run here as well.
 """
 
-import functools
 import json
 import re
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -38,16 +36,16 @@ def proves(library, **cells):
 
 def base():
     """A tiny model that transformers has read into 4 bits."""
-    return transformers.AutoModelForCausalLM.from_pretrained(_folder(), quantization_config=peftops.NF4Config())
+    return transformers.AutoModelForCausalLM.from_pretrained(_FOLDER[0], quantization_config=peftops.NF4Config())
 
 
-@functools.cache
-def _folder():
-    folder = tempfile.mkdtemp(prefix="peftops-")
-    model = models.llama(vocabulary=320)
-    model.generation_config.eos_token_id = 2
-    model.save_pretrained(folder)
-    return folder
+_FOLDER = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _model(tmp_path_factory):
+    _FOLDER[:] = [str(tmp_path_factory.mktemp("model"))]
+    models.llama(vocabulary=320).save_pretrained(_FOLDER[0])
 
 
 def attached():
@@ -139,12 +137,15 @@ def test_accelerate(tmp_path, adapted):
 def _chats(kind):
     datasets = pytest.importorskip("datasets")
     if kind == "dpo":
-        return datasets.Dataset.from_list([{"prompt": f"hi {i}", "chosen": "hello", "rejected": "bye"} for i in range(6)])
+        pair = {"chosen": "hello", "rejected": "bye"}
+        return datasets.Dataset.from_list([{"prompt": f"hi {i}", **pair} for i in range(6)])
     talk = lambda i: [{"role": "user", "content": f"hi {i}"}, {"role": "assistant", "content": f"hello {i}"}]
     return datasets.Dataset.from_list([{"messages": talk(i)} for i in range(6)])
 
 
-@proves("TRL: SFTTrainer, DPOTrainer", train="yes", checkpoint="yes", resume="bit for bit with `attach` (1)", save="yes")
+@proves(
+    "TRL: SFTTrainer, DPOTrainer", train="yes", checkpoint="yes", resume="bit for bit with `attach` (1)", save="yes"
+)
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 @pytest.mark.parametrize("how", ["attach", "peft_config"])
 def test_trl(tmp_path, kind, how):
@@ -202,9 +203,9 @@ def test_the_lines_of_the_document_run(tmp_path, monkeypatch, title, code):
     for library in re.findall(r"^(?:from|import) (\w+)", code, re.M):
         pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
-    given = {"path": _folder(), "rows": Rows(), "tokenizer": models.tokenizer(), "ids": models.tokens()}
+    given = {"path": _FOLDER[0], "rows": Rows(), "tokenizer": models.tokenizer(), "ids": models.tokens()}
     if "trl" in code:
-        given |= {"chats": _chats("sft"), "pairs": _chats("dpo")}
+        given["chats"] = _chats("sft")
     for name in ("TrainingArguments", "SFTConfig"):  # a moment of each is enough
-        code = code.replace(f'{name}("run"', f'{name}("run", max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True')
+        code = code.replace(f'{name}("run"', f'{name}("run", max_steps=1, use_cpu=True, report_to=[]')
     exec(compile(code, f"{DOCUMENT.name}: {title}", "exec"), given)
