@@ -15,8 +15,7 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..nn import MergeError, dense_matrix, dequantized, is_quantized, quantized_like
-from ..nn.quantized import linear_op
+from ..nn import MergeError, dense_matrix, dequantized, is_quantized, low_rank, quantized_like
 
 _STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # that read, or change, the base's numbers
 _READS_NUMBERS = {"use_dora": "DoRAConfig", "kasa_config": None, "monteclora_config": None}
@@ -46,8 +45,7 @@ class CodesLoraLinear(Linear):
             return super().forward(x, *args, **kwargs)
         first, *others = active
         A, B, scaling, dropout = self._of(first)
-        y = linear_op(base)(x, base.weight, base.bias, lora_A=A.weight, lora_B=B.weight, scaling=scaling,
-                            dropout_p=getattr(dropout, "p", 0.0), training=dropout.training)  # fmt: skip
+        y = low_rank(base, x, A.weight, B.weight, scaling, dropout=getattr(dropout, "p", 0.0), training=dropout.training)
         for name in others:
             A, B, scaling, dropout = self._of(name)
             y = y + (scaling * B(A(dropout(self._cast_input_dtype(x, A.weight.dtype))))).to(y.dtype)
