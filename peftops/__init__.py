@@ -75,7 +75,8 @@ __all__ = [
     "demonstrations", "detach", "disabled", "fisher", "from_bitsandbytes",
     "gated_prompt_attention", "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "head_loss",
     "image_prompts", "language_model_loss", "load", "load_model", "lora_linear", "loraplus_groups", "merge",
-    "multi_lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize", "prompt_per_row", "prune_state", "qalora_linear", "qalora_merge", "relora_schedule", "relora_step", "save",
+    "multi_lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize", "prompt_per_row", "prune_state",
+    "qalora_linear", "qalora_merge", "relora_schedule", "relora_step", "save",
     "summary", "unmerge", "weighted_groups", "with_gated_prompt",
 ]  # fmt: skip
 

@@ -45,7 +45,8 @@ class CodesLoraLinear(Linear):
             return super().forward(x, *args, **kwargs)
         first, *others = active
         A, B, scaling, dropout = self._of(first)
-        y = low_rank(base, x, A.weight, B.weight, scaling, dropout=getattr(dropout, "p", 0.0), training=dropout.training)
+        p = getattr(dropout, "p", 0.0)
+        y = low_rank(base, x, A.weight, B.weight, scaling, dropout=p, training=dropout.training)
         for name in others:
             A, B, scaling, dropout = self._of(name)
             y = y + (scaling * B(A(dropout(self._cast_input_dtype(x, A.weight.dtype))))).to(y.dtype)
