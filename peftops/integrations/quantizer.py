@@ -235,7 +235,6 @@ class CodesQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.faults: dict[str, Exception] = {}
         self.layout = quantization_config.file_layout()
-        self.serialized_names = {"weight": self.layout.names}
 
     def is_serializable(self) -> bool:
         return True
@@ -247,8 +246,8 @@ class CodesQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return _Read(self)
 
-    def get_load_operations(self) -> dict[str, type]:
-        return {"deserialize": _Read}
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        return [WeightConverter(self.layout.names, "weight", [_Read(self)])] if self.pre_quantized else []
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -256,7 +255,6 @@ class CodesQuantizer(HfQuantizer):
         if not self.pre_quantized and _has_codes(checkpoint_files or ()):
             # A model that was quantised where no configuration says so, as by peftops.attach.
             self.pre_quantized, self.layout = True, Layout()
-            self.serialized_names = {"weight": self.layout.names}
         everything = self.pre_quantized  # the files tell which are dense
         names = {name for name, _ in _linears(model)} if everything else self._chosen(model)
         for name, layer in list(_linears(model)):
