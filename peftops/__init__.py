@@ -6,7 +6,7 @@ import torch  # loads the libraries that _C is linked with
 
 from . import _C as _C
 from .influence import Influence
-from .integrations import load, load_model, save, summary
+from .integrations import from_bitsandbytes, load, load_model, save, summary
 from .methods import activate, attach, detach, disabled, merge, unmerge
 from .methods.bitfit import BitFitConfig
 from .methods.bottleneck import BottleneckConfig
@@ -72,9 +72,18 @@ __all__ = [
     "OLoRAConfig", "PiSSAConfig", "PrefixTuningConfig", "PromptTuningConfig", "QALoRAConfig", "QLoRAConfig",
     "ReLoRAConfig", "Sampling", "Server", "SurgicalConfig", "TiedLoRAConfig", "TopLayersConfig", "VeRAConfig",
     "Verbalizer", "activate", "add_gated_prompt", "attach", "auto_rgn", "auto_snr", "choice_scores",
-    "demonstrations", "detach", "disabled", "fisher", "gated_prompt_attention", "gptq_quantize", "group_dequantize",
-    "group_linear", "group_quantize", "head_loss", "image_prompts", "language_model_loss", "load", "load_model",
-    "lora_linear", "loraplus_groups", "merge", "multi_lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize",
-    "prompt_per_row", "prune_state", "qalora_linear", "qalora_merge", "relora_schedule", "relora_step", "save",
+    "demonstrations", "detach", "disabled", "fisher", "from_bitsandbytes",
+    "gated_prompt_attention", "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "head_loss",
+    "image_prompts", "language_model_loss", "load", "load_model", "lora_linear", "loraplus_groups", "merge",
+    "multi_lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize", "prompt_per_row", "prune_state",
+    "qalora_linear", "qalora_merge", "relora_schedule", "relora_step", "save",
     "summary", "unmerge", "weighted_groups", "with_gated_prompt",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name in ("GroupConfig", "NF4Config"):  # not in __all__: they import transformers
+        from . import integrations
+
+        return getattr(integrations, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..integrations.files import whole_directory
 from ..integrations.gptq_files import FORMAT, to_gptq
-from ..nn import GroupLinear, dense_matrix, is_quantized, with_matrix
+from ..nn import GroupLinear
 
 
 def write_dense(model: nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -26,7 +26,7 @@ def write_dense(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         TypeError: the model has biases that its kind of configuration has no place for.
         OSError: the disk is full, or ``folder`` holds something.
     """
-    _dequantize(model)
+    _forget_codes(model)
     _untie(model)
     _give_biases_a_place(model)
     _check_finite(model)
@@ -56,14 +56,13 @@ def write_packed(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(temporary)
 
 
-@torch.no_grad()
-def _dequantize(model: nn.Module) -> None:
-    """Layers in codes become dense ones with the weights that the codes stand for, those that an adapter saw."""
-    for parent in list(model.modules()):
-        for leaf, layer in list(parent.named_children()):
-            if is_quantized(getattr(layer, "weight", None)):
-                dense = with_matrix(layer, dense_matrix(layer, layer.weight.dtype), layer.bias)
-                setattr(parent, leaf, dense.train(layer.training))
+def _forget_codes(model: nn.Module) -> None:
+    """Layers in codes become dense ones, and the model is one that never had any."""
+    from ..integrations.quantizer import dequantize
+
+    dequantize(model)
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.dequantize()
 
 
 def _untie(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..integrations import load
-from ..integrations.hf import check_own_code, gguf_file, load_model
+from ..integrations.hf import check_own_code, gguf_file, load_model, model_config
 from ..integrations.peft_files import read_adapter
 from ..methods.chat import stop_ids
 from ..methods.config import Config
@@ -65,6 +65,7 @@ def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
 
 def load_base(args: argparse.Namespace, *, quantize: bool, **options: Any) -> nn.Module:
     device, dtype = device_and_dtype(args.dtype)
+    model_config(args.model, trust_remote_code=args.trust_remote_code)  # raises if it is no causal language model
     return load_model(
         args.model, dtype=dtype, quantize=quantize, trust_remote_code=args.trust_remote_code, **options
     ).to(device)

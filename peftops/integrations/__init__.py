@@ -1,7 +1,17 @@
 """Where peftops meets other libraries: their models, their files."""
 
+from . import registration as registration
+from .bitsandbytes_models import from_bitsandbytes
 from .hf import load_model
 from .peft_files import load, save
 from .summary import Summary, summary
 
-__all__ = ["Summary", "load", "load_model", "save", "summary"]
+__all__ = ["Summary", "from_bitsandbytes", "load", "load_model", "save", "summary"]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("GroupConfig", "NF4Config"):  # they are transformers' classes, which nobody pays for without need
+        from . import quantizer
+
+        return getattr(quantizer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

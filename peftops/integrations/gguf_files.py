@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,18 @@ def _stretch(config: Any, factors: Tensor, path: Path) -> None:
         raise ValueError(f"{path} has {FREQUENCIES}, which are not those of Llama 3.1 or 3.2; no others are read")
 
 
-def gguf_tensors(path: Path, reader: Any, names: Iterable[str], config: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a GGUF file, dequantised to float32, by their names in a transformers model.
+@dataclass
+class Lazy:
+    """A tensor that is made when it is asked for, as ``tensor[...]``, and not kept."""
+
+    make: Callable[[], Tensor]
+
+    def __getitem__(self, whole: Any) -> Tensor:
+        return self.make()
+
+
+def gguf_tensors(path: Path, reader: Any, names: Iterable[str], config: Any) -> dict[str, Lazy]:
+    """The tensors of a GGUF file, dequantised to float32, by their names in a transformers model; one at a time.
 
     Args:
         reader: of :func:`open_gguf`.
@@ -87,13 +99,17 @@ def gguf_tensors(path: Path, reader: Any, names: Iterable[str], config: Any) -> 
         if found:
             wanted[f"{found}.{suffix}"] = name
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for tensor in reader.tensors:
-        if tensor.name not in wanted:
-            if tensor.name == FREQUENCIES:  # in the configuration by now
-                continue
-            raise ValueError(f"{path} has a tensor {tensor.name} that the model has no place for")
+
+    def dense(tensor: Any) -> Tensor:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
         if architecture in _PERMUTED and (count := heads.get(tensor.name.split(".")[-2])):
             shape = values.shape
             values = values.reshape(count, shape[0] // count // 2, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
-        yield wanted[tensor.name], torch.from_numpy(np.array(values, dtype=np.float32))
+        return torch.from_numpy(np.array(values, dtype=np.float32))
+
+    known = {tensor.name for tensor in reader.tensors} - {FREQUENCIES}  # (those are in the configuration by now)
+    if known - wanted.keys():
+        raise ValueError(f"{path} has a tensor {min(known - wanted.keys())} that the model has no place for")
+    return {
+        wanted[tensor.name]: Lazy(partial(dense, tensor)) for tensor in reader.tensors if tensor.name in wanted
+    }

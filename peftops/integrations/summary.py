@@ -53,5 +53,5 @@ def summary(model: nn.Module) -> Summary:
         result.trainable += parameter.numel() if parameter.requires_grad else 0
         if is_quantized(parameter) or id(parameter) in adapted:
             result.frozen_bytes += parameter.nbytes
-            result.dense_bytes += parameter.numel() * parameter.element_size()
+            result.dense_bytes += parameter.numel() * parameter.dtype.itemsize
     return result

@@ -48,6 +48,10 @@ class PackedTensor(NoMemory, RowShards, Tensor):
         """Bytes of memory that it takes, scales and all."""
         return sum(part.nbytes for part in self._parts().values())
 
+    def element_size(self) -> float:
+        """Bytes to an element, a fraction of one in general: whoever counts memory takes this ``numel()`` times."""
+        return self.nbytes / max(self.numel(), 1)
+
     def _parts(self) -> dict[str, Tensor]:
         return {name: part for name in self._PARTS if (part := getattr(self, name)) is not None}
 
