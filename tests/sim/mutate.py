@@ -28,6 +28,9 @@ def quantize(dtype):
     for n, block_size in ((64 * 64, 64), (33 * 35, 32), (3 * 4096 + 77, 4096), (5, 32), (2 * 4096 + 134, 1024)):
         weight = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
         yield from torch.ops.peftops.nf4_quantize(weight, block_size)
+        weight[n // 3], weight[n - 1] = float("inf"), float("nan")  # of their blocks no number is known
+        packed, absmax = torch.ops.peftops.nf4_quantize(weight, block_size)
+        yield from (packed, absmax.nan_to_num(nan=-1.0))
 
 
 def weights(n, k, block_size, double_quant):

@@ -83,7 +83,8 @@ cudaError_t launch_early(void (*kernel)(Args...), const Gpu& gpu, dim3 grid, int
   cudaLaunchConfig_t config = {};
   config.gridDim = grid, config.blockDim = dim3(unsigned(threads)), config.dynamicSmemBytes = shared;
   config.stream = stream, config.attrs = &early, config.numAttrs = gpu.capability >= 90;
-  return cudaLaunchKernelEx(&config, kernel, Args(args)...);
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, Args(args)...);
+  return status == cudaSuccess ? status : cudaGetLastError();   // or the next launch would find it
 }
 
 inline cudaError_t ask_gpu(Gpu* gpu) {
