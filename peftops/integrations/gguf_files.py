@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,16 @@ def _stretch(config: Any, factors: Tensor, path: Path) -> None:
         raise ValueError(f"{path} has {FREQUENCIES}, which are not those of Llama 3.1 or 3.2; no others are read")
 
 
-def gguf_tensors(path: Path, reader: Any, names: Iterable[str], config: Any) -> Iterator[tuple[str, Tensor]]:
+def gguf_tensors(
+    path: Path, reader: Any, names: Iterable[str], config: Any, wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a GGUF file, dequantised to float32, by their names in a transformers model.
 
     Args:
         reader: of :func:`open_gguf`.
         names: the model's parameters.
         config: its configuration; the counts of heads and layers are read.
+        wanted: tells by its name in the model whether a tensor is to be read.
 
     Raises:
         ValueError: the file has a tensor that the model has not.
@@ -80,20 +83,22 @@ def gguf_tensors(path: Path, reader: Any, names: Iterable[str], config: Any) -> 
     architecture = reader.fields["general.architecture"].contents()
     kind = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     to_gguf = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    wanted = {}
+    known = {}
     for name in names:
         stem, _, suffix = name.rpartition(".")
         found = to_gguf.get_name(stem)
         if found:
-            wanted[f"{found}.{suffix}"] = name
+            known[f"{found}.{suffix}"] = name
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for tensor in reader.tensors:
-        if tensor.name not in wanted:
+        if tensor.name not in known:
             if tensor.name == FREQUENCIES:  # in the configuration by now
                 continue
             raise ValueError(f"{path} has a tensor {tensor.name} that the model has no place for")
+        if not wanted(known[tensor.name]):
+            continue
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
         if architecture in _PERMUTED and (count := heads.get(tensor.name.split(".")[-2])):
             shape = values.shape
             values = values.reshape(count, shape[0] // count // 2, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
-        yield wanted[tensor.name], torch.from_numpy(np.array(values, dtype=np.float32))
+        yield known[tensor.name], torch.from_numpy(np.array(values, dtype=np.float32))

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..methods.qlora import BLOCK_SIZES
 from ..methods.targets import ALL_LINEAR, find_targets
 from ..nn import GroupLinear, NF4Linear, as_matrix, is_conv1d, shell_of
 from ..nn.ties import forget_broken_ties, parameter_at, tie, tied_names
 from ..nn.undo import about
-from ..ops import GroupQuantTensor, nf4_quantize
+from ..ops import GroupQuantTensor, NF4Tensor, nf4_quantize
 from .bitsandbytes_files import PARTS, from_bitsandbytes
 from .gguf_files import gguf_tensors, open_gguf
 from .gptq_files import FORMAT, GPTQ_PARTS, from_gptq
+from .own_files import LAYOUT, OWN_PARTS, from_own
 
 _DERIVED = re.compile(r".*rotary_emb\.inv_freq")  # in old checkpoints; computed from the configuration, and compared
 
@@ -92,8 +94,9 @@ def load_model(
     and one dense tensor. (Pages of the file itself come and go as the system likes.)
 
     Args:
-        path: a directory with ``config.json`` and safetensors, dense, quantised to NF4 by bitsandbytes, or in GPTQ's
-            layout, whose codes stay as they are; or a GGUF file (of a llama, qwen2 or qwen3), or a directory with one.
+        path: a directory with ``config.json`` and safetensors, dense, or in NF4 in bitsandbytes' layout or our own, or
+            in GPTQ's, whose codes stay as they are; or a GGUF file (of a llama, qwen2 or qwen3), or a directory with
+            one.
         dtype: of what is not quantised, and what the 4-bit weights stand for.
         quantize: False for a dense model.
         block_size, double_quant: see :func:`peftops.nf4_quantize`.
@@ -106,65 +109,118 @@ def load_model(
         FileNotFoundError: there is no model at ``path``.
         ValueError: the files are damaged, or do not hold exactly the tensors that the model has.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    files = ModelFiles(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    linears = set(find_targets(files.model, ALL_LINEAR)) if quantize else set()
+    files.fill(linears.__contains__, block_size=block_size, double_quant=double_quant)
+    return files.finish()
 
-    file, folder = gguf_file(path), Path(path)
-    config = model_config(path, trust_remote_code=trust_remote_code)
-    prequantised, bits = getattr(config, "quantization_config", None), None
-    if prequantised is not None:
-        bits = _check_prequantised(folder, prequantised)
-        del config.quantization_config
-    reader = open_gguf(file, config) if file else None
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever the numbers of a damaged configuration lead to
-        raise ValueError(f"{path}: transformers cannot build this model: {_first_line(error)}") from error
-    linears = set(find_targets(model, ALL_LINEAR)) if quantize else set()
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    buffers = dict(model.named_buffers())
-    tensors = gguf_tensors(file, reader, names, config) if file else _safetensors(folder, bits)
-    # A tensor of safetensors is a part of its file, all of which stays in memory for as long as one of them is used.
-    own = lambda tensor: tensor.to(dtype, copy=not file)
-    held = set()
 
-    for name, tensor in tensors:
-        layer, _, leaf = name.rpartition(".")
-        parent = model.get_submodule(layer) if name in names else None
-        if _DERIVED.fullmatch(name):
-            _check_frequencies(path, name, tensor, buffers)
-        elif parent is None and name in buffers:
-            _check_shape(path, name, tensor, buffers[name].shape)
-            buffers[name].copy_(tensor)
-        elif parent is None:
-            raise ValueError(f"{path} has a tensor {name} that {type(model).__name__} has no place for")
-        else:
-            _check_shape(path, name, tensor, getattr(parent, leaf).shape)
-            if isinstance(tensor, GroupQuantTensor):
-                _replace(model, layer, GroupLinear(tensor.to(dtype), None, shell_of(parent)))
-            elif leaf == "weight" and layer in linears:
-                if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                    tensor = tensor.float()
-                if prequantised is None:
-                    tensor = as_matrix(parent, tensor).contiguous()
-                    with about(f"{path}: {layer}"):
-                        tensor = nf4_quantize(tensor, block_size=block_size, double_quant=double_quant)
-                elif is_conv1d(parent):
-                    raise ValueError(f"{path} holds {layer}, a Conv1D, in NF4; read the dense model instead")
-                _replace(model, layer, NF4Linear(own(tensor), None, shell_of(parent)))
+class ModelFiles:
+    """A causal language model without its tensors, and the files that these are read from, some or all at a time.
+
+    Attributes:
+        model: on the meta device, but for what :meth:`fill` has read.
+        prequantised: whether the files hold codes already.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, dtype: torch.dtype, trust_remote_code: bool = False):
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        self.path, self.folder, self.dtype, self._file = path, Path(path), dtype, gguf_file(path)
+        self.config = config = model_config(path, trust_remote_code=trust_remote_code)
+        self.prequantised, self._bits, self._own_block = hasattr(config, "quantization_config"), None, None
+        if self.prequantised:
+            self._bits, self._own_block = _check_prequantised(self.folder, config.quantization_config)
+            del config.quantization_config
+        self._reader = open_gguf(self._file, config) if self._file else None
+        try:
+            with init_empty_weights(include_buffers=False):
+                self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        except Exception as error:  # whatever the numbers of a damaged configuration lead to
+            raise ValueError(f"{path}: transformers cannot build this model: {_first_line(error)}") from error
+        self._names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        self._buffers, self._held = dict(self.model.named_buffers()), set()
+
+    def _tensors(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+        if self._file:
+            return gguf_tensors(self._file, self._reader, self._names, self.config, wanted)
+        tensors = _safetensors(self.folder, wanted, self._bits)
+        return self._own_weights(tensors) if self._own_block else tensors
+
+    def _own_weights(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The parts of a weight in our own layout as one. They follow each other: the names of a file are sorted."""
+        layer, parts = "", {}
+
+        def whole() -> tuple[str, Tensor]:
+            own = self.model.get_submodule(layer) if f"{layer}.weight" in self._names else None
+            if own is None:
+                raise ValueError(f"{self.path} has a layer {layer} that {type(self.model).__name__} has no place for")
+            with about(f"{self.path}: {layer}"):
+                return f"{layer}.weight", from_own(parts, self._own_block, as_matrix(own, own.weight).shape, self.dtype)
+
+        for name, tensor in tensors:
+            of, _, part = name.rpartition(".weight.")
+            if parts and (of != layer or part not in OWN_PARTS):
+                yield whole()
+                parts = {}
+            if part in OWN_PARTS and of:
+                layer, parts = of, {**parts, part: tensor}
             else:
-                parent._parameters[leaf] = nn.Parameter(own(tensor), requires_grad=False)
-        held.add(name)
-        del tensor
-    _tie(model, held)
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise ValueError(f"{path} lacks {len(missing)} tensors, among them {', '.join(missing[:4])}")
-    model.requires_grad_(False)
-    model.config._name_or_path = str(path)
-    _read_generation_config(model, folder)
-    return model.eval()
+                yield name, tensor
+        if parts:
+            yield whole()
+
+    def fill(
+        self, quantized: Callable[[str], bool] = lambda layer: False, *,
+        wanted: Callable[[str], bool] = lambda name: True, block_size: int = 64, double_quant: bool = True,
+    ) -> None:  # fmt: skip
+        """Read the tensors whose names are ``wanted``, and quantise the layers that ``quantized`` names."""
+        path, model = self.path, self.model
+        # A tensor of safetensors is a part of its file, all of which stays in memory for as long as one is used.
+        own = lambda tensor: tensor.to(self.dtype, copy=not self._file)
+        for name, tensor in self._tensors(wanted):
+            layer, _, leaf = name.rpartition(".")
+            parent = model.get_submodule(layer) if name in self._names else None
+            if _DERIVED.fullmatch(name):
+                _check_frequencies(path, name, tensor, self._buffers)
+            elif parent is None and name in self._buffers:
+                _check_shape(path, name, tensor, self._buffers[name].shape)
+                self._buffers[name].copy_(tensor)
+            elif parent is None:
+                raise ValueError(f"{path} has a tensor {name} that {type(model).__name__} has no place for")
+            else:
+                want = getattr(parent, leaf)
+                own_layout = self._own_block and isinstance(tensor, NF4Tensor)
+                _check_shape(path, name, tensor, (as_matrix(parent, want) if own_layout else want).shape)
+                if isinstance(tensor, GroupQuantTensor):
+                    replace(model, layer, GroupLinear(tensor.to(self.dtype), None, shell_of(parent)))
+                elif leaf == "weight" and (quantized(layer) or isinstance(tensor, NF4Tensor)):
+                    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                        tensor = tensor.float()
+                    if not self.prequantised:
+                        tensor = as_matrix(parent, tensor).contiguous()
+                        with about(f"{path}: {layer}"):
+                            tensor = nf4_quantize(tensor, block_size=block_size, double_quant=double_quant)
+                    elif is_conv1d(parent) and not own_layout:
+                        raise ValueError(f"{path} holds {layer}, a Conv1D, in NF4; read the dense model instead")
+                    replace(model, layer, NF4Linear(own(tensor), None, shell_of(parent)))
+                else:
+                    parent._parameters[leaf] = nn.Parameter(own(tensor), requires_grad=False)
+            self._held.add(name)
+            del tensor
+
+    def finish(self) -> nn.Module:
+        """The model, once all of it is there."""
+        model = self.model
+        _tie(model, self._held)
+        missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if missing:
+            raise ValueError(f"{self.path} lacks {len(missing)} tensors, among them {', '.join(missing[:4])}")
+        model.requires_grad_(False)
+        model.config._name_or_path = str(self.path)
+        _read_generation_config(model, self.folder)
+        return model.eval()
 
 
 def _tie(model: nn.Module, held: set[str]) -> None:
@@ -182,16 +238,16 @@ def _tie(model: nn.Module, held: set[str]) -> None:
     forget_broken_ties(model)
 
 
-def _replace(model: nn.Module, name: str, new: NF4Linear | GroupLinear) -> None:
+def replace(model: nn.Module, name: str, new: NF4Linear | GroupLinear) -> None:
     parent, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent)
     new.bias = getattr(parent, leaf).bias
     setattr(parent, leaf, new)
 
 
-def _safetensors(folder: Path, bits: int | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a directory; the parts of a weight that bitsandbytes quantised, or in GPTQ's layout of ``bits``,
-    as one."""
+def _safetensors(folder: Path, wanted: Callable[[str], bool], bits: int | None) -> Iterator[tuple[str, Tensor]]:
+    """The wanted tensors of a directory; the parts of a weight that bitsandbytes quantised, or in GPTQ's layout of
+    ``bits``, as one."""
     from safetensors import SafetensorError, safe_open
 
     files = sorted(folder.glob("*.safetensors"))
@@ -200,15 +256,17 @@ def _safetensors(folder: Path, bits: int | None = None) -> Iterator[tuple[str, T
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
-                keys = list(tensors.keys())
+                keys = sorted(tensors.keys())
                 parts = {key for key in keys if any(key.endswith(f".weight.{part}") for part in PARTS)}
                 packed = {key.removesuffix(".qweight") for key in keys if bits and key.endswith(".qweight")}
                 for layer in sorted(packed):
+                    parts |= {f"{layer}.{key}" for key in GPTQ_PARTS}
+                    if not wanted(f"{layer}.weight"):
+                        continue
                     own = {key: tensors.get_tensor(f"{layer}.{key}") for key in GPTQ_PARTS if f"{layer}.{key}" in keys}
                     yield f"{layer}.weight", from_gptq(own, bits=bits, checkpoint_format=FORMAT)
-                    parts |= {f"{layer}.{key}" for key in GPTQ_PARTS}
                 for key in keys:
-                    if key in parts:
+                    if key in parts or not wanted(key):
                         continue
                     own = {
                         p[len(key) - len("weight") :]: tensors.get_tensor(p) for p in parts if p.startswith(f"{key}.")
@@ -219,15 +277,19 @@ def _safetensors(folder: Path, bits: int | None = None) -> Iterator[tuple[str, T
             raise ValueError(f"{file} is damaged or cut short: {error}") from None
 
 
-def _check_prequantised(folder: Path, config: object) -> int | None:
-    """Raise unless the quantisation is one that is read; the bits of GPTQ's."""
+def _check_prequantised(folder: Path, config: object) -> tuple[int | None, int | None]:
+    """Raise unless the quantisation is one that is read; the bits of GPTQ's, and the block size of our own layout's."""
     get = config.get if isinstance(config, dict) else lambda key, default=None: getattr(config, key, default)
     if get("quant_method") == "gptq" and get("checkpoint_format") == FORMAT:
-        return get("bits")
+        return get("bits"), None
+    if get("quant_method") == LAYOUT and get("format") == "nf4":
+        if get("block_size") not in BLOCK_SIZES:
+            raise ValueError(f"{folder}: block_size must be one of {BLOCK_SIZES}, not {get('block_size')}")
+        return None, get("block_size")
     if get("quant_method") != "bitsandbytes" or get("bnb_4bit_quant_type") != "nf4":
         raise ValueError(f"{folder} is quantised already, by {get('quant_method')}; only NF4 of bitsandbytes is read, "
                          f"and GPTQ with checkpoint_format {FORMAT!r}")  # fmt: skip
-    return None
+    return None, None
 
 
 def _check_frequencies(path: object, name: str, tensor: Tensor, buffers: dict[str, Tensor]) -> None:

@@ -43,20 +43,18 @@ def gptq_quantize(weight, inputs, *, format="group", **options):
 
     * ``format="group"``: a group gets its scale and zero when its first column's turn comes, by
       :func:`peftops.group_quantize`. Columns stay in order (no act-order), as QA-LoRA's pooling needs.
-    * ``format="nf4"``: the codes and constants that come out are such as bitsandbytes might have written. A block's
-      constant is fixed when its first column's turn comes; with double quantisation the 8-bit constant that is stored
-      is what codes are rounded against. On the calibration rows the result is never worse than
-      :func:`peftops.nf4_quantize`; where nothing better is found, or the rows are too few or too much alike to tell, it
-      is that, and a warning says why. ``in`` need not be a multiple of the block size.
+    * ``format="nf4"``: codes and constants as bitsandbytes might have written them. A block's constant is fixed when
+      its first column's turn comes; with double quantisation codes are rounded against the 8-bit constant that is
+      stored. On the calibration rows it is never worse than :func:`peftops.nf4_quantize`; where nothing better is
+      found, or the rows are too few or too alike, it is that, and a warning says why. ``in`` may be anything.
 
     Args:
-        weight: float32, bfloat16 or float16, ``[out, in]``, finite; for groups, ``in`` is a multiple of ``group_size``.
+        weight: float32, bfloat16 or float16, ``[out, in]``, finite; ``in`` is a multiple of ``group_size``.
         inputs: what the layer is given, ``[..., in]``, or several such; any float dtype. A few thousand rows do.
         bits, group_size, symmetric, clip: as in :func:`peftops.group_quantize`; clip is "mse" unless given.
         block_size, double_quant: as in :func:`peftops.nf4_quantize`.
-        damping: this share of the mean of the moments' diagonal is added to it; more if that is not enough. 0.01 for
-            groups; for NF4 one of 0.01, 0.05, 0.25 and 1, with which what half of the rows asks for serves the other
-            half best.
+        damping: this share of the mean of the moments' diagonal is added to it, or more if it takes more. 0.01 for
+            groups; for NF4 that of 0.01, 0.05, 0.25 and 1 with which one half of the rows serves the other best.
 
     Returns:
         A weight of the dtype of ``weight``.
@@ -97,8 +95,15 @@ def _group(
     clip: Literal["none", "mse"] = "mse", damping: float = 0.01,
 ) -> GroupQuantTensor:  # fmt: skip
     group_quantize(weight, bits=bits, group_size=group_size)  # says what is wrong with the weight, if anything is
+    moments = Moments.of(inputs, weight.shape[1], weight.device).mean().double()
+    return gptq_from_moments(weight, moments, bits, group_size, symmetric, clip, damping)
+
+
+def gptq_from_moments(
+    weight: Tensor, moments: Tensor, bits: int, group_size: int, symmetric: bool, clip: str, damping: float
+) -> GroupQuantTensor:
+    """Into groups, from the float64 moments of the inputs."""
     n, k = weight.shape
-    moments = Moments.of(inputs, k, weight.device).mean().double()
     follow = _following(moments, damping)
     w = weight.float().clone()
     codes = torch.empty((n, k), dtype=torch.uint8, device=w.device)
