@@ -314,11 +314,14 @@ def _calibrate(
         for x, call in zip(hidden, calls, strict=True):
             with _watched(model, list(moments), lambda name, x, moments=moments: moments[name].add(x), once):
                 _run(block, x, call)
+        damping = dict.fromkeys(moments, config.damping)
         for name in leader:
-            layer, seen = model.get_submodule(name), moments[leader[name]]
+            layer, source = model.get_submodule(name), leader[name]
+            seen = moments[source]
             with about(name):
                 found = gptq_nf4(matrix(layer).contiguous(), seen, block_size=config.block_size,
-                                 double_quant=config.double_quant, damping=config.damping)  # fmt: skip
+                                 double_quant=config.double_quant, damping=damping[source])  # fmt: skip
+            damping[source] = found.damping  # it is the inputs that it is about, more than the weight
             replace(model, name, NF4Linear(found.weight, None, shell_of(layer)))
             number = lambda error: error if math.isfinite(error) else None
             yield LayerReport(name, seen.count, number(found.plain_error), number(found.error), found.damping,

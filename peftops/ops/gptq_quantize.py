@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterable
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def gptq_quantize(
     damping: float | None = None,
 ) -> NF4Tensor: ...  # fmt: skip
 @torch.no_grad()
-def gptq_quantize(weight, inputs, *, format="group", **options):
+def gptq_quantize(weight: Tensor, inputs: Inputs, *, format: str = "group", **options: Any) -> PackedTensor:
     """Quantise a weight so that what a layer computes from ``inputs`` changes least (GPTQ, arXiv:2210.17323).
 
     Columns are rounded one after the other, and the error of each is made up for in those that follow, as the

@@ -66,16 +66,17 @@ def _block(w: Tensor, u: Tensor, constants: _Constants, ids: Tensor, factors: tu
     """Codes and values ``[size, n]`` of a block of columns whose rows each have a constant."""
     largest = w.abs().amax(0)
     s = torch.stack([constants.near(ids, factor * largest) for factor in factors])  # [candidates, n]
-    codes = torch.empty((len(w), *s.shape), dtype=torch.uint8, device=w.device)
-    errors = torch.empty(codes.shape, device=w.device)
+    codes = torch.empty((len(w), *s.shape), dtype=torch.int32, device=w.device)
+    errors, own = torch.empty(codes.shape, device=w.device), u.diagonal().tolist()
+    grid, inverse = _Grid(w.device), torch.where(s == 0, 0, 1 / s)
     for j in range(len(w)):
         x = w[j] - (u[:j, j] @ errors[:j].flatten(1)).view_as(s)
-        codes[j] = _nearest(x, s)
-        errors[j] = (x - _value(codes[j], s)) / u[j, j]
+        torch.bucketize(x * inverse, grid.edges, out_int32=True, out=codes[j])
+        torch.sub(x, grid.values[codes[j]].mul_(s), out=errors[j]).div_(own[j])
     best = errors.square().sum(0).argmin(0, keepdim=True)
     s, codes = s.gather(0, best), codes.gather(1, best.expand(len(w), 1, -1)).squeeze(1)
     constants.keep(ids, s[0])
-    return codes, _value(codes, s)
+    return codes, grid.values[codes] * s
 
 
 def _ragged(w: Tensor, u: Tensor, constants: _Constants, size: int) -> tuple:
@@ -83,26 +84,25 @@ def _ragged(w: Tensor, u: Tensor, constants: _Constants, size: int) -> tuple:
     constant of plain NF4."""
     k, n = w.shape
     first, codes = torch.arange(n, device=w.device) * k, torch.empty_like(w, dtype=torch.uint8)
-    values, errors = torch.empty_like(w), torch.empty_like(w)
+    values, errors, grid = torch.empty_like(w), torch.empty_like(w), _Grid(w.device)
     for j in range(k):
         rows = ((first + j) % size == 0).nonzero()[:, 0] if j + size <= k else first[:0]
         if len(rows):
             part = w[j : j + size, rows] - u[:j, j : j + size].t() @ errors[:j, rows]
             constants.keep((first[rows] + j) // size, part.abs().amax(0))
         s, x = constants.values((first + j) // size), w[j] - u[:j, j] @ errors[:j]
-        codes[j] = _nearest(x, s)
-        values[j] = _value(codes[j], s)
+        code = torch.bucketize(torch.where(s == 0, 0, x / s), grid.edges)
+        codes[j], values[j] = code, grid.values[code] * s
         errors[j] = (x - values[j]) / u[j, j]
     return codes, values
 
 
-def _nearest(x: Tensor, s: Tensor) -> Tensor:
-    edges = ((NF4_CODE[1:] + NF4_CODE[:-1]) / 2).to(x.device)
-    return torch.bucketize(torch.where(s == 0, 0, x / s), edges, out_int32=True)
+class _Grid:
+    """What codes stand for, times a constant; and where the nearest code changes."""
 
-
-def _value(codes: Tensor, s: Tensor) -> Tensor:
-    return NF4_CODE.to(s.device)[codes.int()] * s
+    def __init__(self, device: torch.device):
+        self.values = NF4_CODE.to(device)
+        self.edges = (self.values[1:] + self.values[:-1]) / 2
 
 
 class _Constants:
