@@ -68,9 +68,10 @@ def damped(moments: Tensor, damping: float, dtype: torch.dtype = torch.float64) 
     diagonal = moments.diagonal().to(dtype, copy=True)
     diagonal[diagonal == 0] = 1.0  # an input that is always 0: its column is rounded, and asks nothing of others
     while True:
-        added = moments.to(dtype, copy=True)
-        added.diagonal().copy_(diagonal + damping * diagonal.mean())
-        factor, failed = torch.linalg.cholesky_ex(added.flip(0, 1))
+        added = moments.flip(0, 1).to(dtype)  # (a flip is a copy)
+        added.diagonal().copy_((diagonal + damping * diagonal.mean()).flip(0))
+        factor, failed = torch.linalg.cholesky_ex(added)
+        del added  # of a wide layer, these are what takes the most memory
         if not failed:
             return factor.flip(0, 1)
         damping *= 10
