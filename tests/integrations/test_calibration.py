@@ -23,7 +23,7 @@ def llama(seed=0, intermediate=128):
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=intermediate, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=320, hidden_size=64, intermediate_size=intermediate, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=2,
         initializer_range=0.1, tie_word_embeddings=True,
     )  # fmt: skip
@@ -54,7 +54,7 @@ def test_a_path_and_a_module_give_the_same_and_beat_plain_nf4(folder):
     changed, again = quantize_model(model, ROWS)
     assert changed is model and torch.equal(logits(read), logits(model))
     assert [layer.name for layer in report.layers] == [layer.name for layer in again.layers]
-    assert sum(isinstance(m, NF4Linear) for m in read.modules()) == 21 == len(report.layers)
+    assert sum(isinstance(m, NF4Linear) for m in read.modules()) == 14 == len(report.layers)
     assert read.lm_head.weight is read.model.embed_tokens.weight and not read.training
     assert not any(p.requires_grad for p in read.parameters())
     assert distance(read, llama()) < 0.8 * distance(peftops.load_model(folder), llama())
@@ -98,12 +98,11 @@ def test_files_give_the_model_again(folder, tmp_path, layout, dtype):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")] and (out / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("double", [True, False])
-def test_transformers_reads_it_with_bitsandbytes_and_computes_the_same(folder, tmp_path, double):
+def test_transformers_reads_it_with_bitsandbytes_and_computes_the_same(folder, tmp_path):
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM
 
-    model, _ = quantize_model(folder, ROWS, CalibrationConfig(double_quant=double), out=tmp_path / "out")
+    model, _ = quantize_model(folder, ROWS, out=tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert type(theirs.model.layers[0].mlp.down_proj).__name__ == "Linear4bit"
     assert torch.allclose(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
@@ -123,12 +122,12 @@ def test_goes_on_after_a_kill(folder, tmp_path, monkeypatch, layout):
     quantize_model(folder, ROWS, config, out=whole)
 
     def stop(done, of):
-        if done == 2:
+        if done == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         quantize_model(folder, ROWS, config, out=tmp_path / "out", on_block=stop)
-    assert not (tmp_path / "out").exists() and len(list((tmp_path / ".out.unfinished").glob("block-*"))) == 2
+    assert not (tmp_path / "out").exists() and len(list((tmp_path / ".out.unfinished").glob("block-*"))) == 1
     with pytest.raises(ValueError, match="unfinished run with another block_size; delete it to begin anew"):
         quantize_model(folder, ROWS, CalibrationConfig(layout=layout, block_size=32), out=tmp_path / "out")
     with pytest.raises(ValueError, match="unfinished run with another rows"):
@@ -136,7 +135,7 @@ def test_goes_on_after_a_kill(folder, tmp_path, monkeypatch, layout):
     made, calibrate = [], calibration._calibrate
     monkeypatch.setattr(calibration, "_calibrate", lambda *args: made.append(1) or calibrate(*args))
     _, report = quantize_model(folder, ROWS, config, out=tmp_path / "out")
-    assert len(made) == 1 and len(report.layers) == 21
+    assert len(made) == 1 and len(report.layers) == 14
     for file in whole.glob("*.safetensors"):
         one, other = load_file(file), load_file(tmp_path / "out" / file.name)
         assert one.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in one.items())
@@ -207,9 +206,9 @@ def test_bad_input(folder, tmp_path):
 
 def test_an_error_leaves_a_module_as_it_was():
     model = llama()
-    before, broken = logits(model), model.model.layers[2]
+    before, broken = logits(model), model.model.layers[1]
     broken.mlp.up_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="layers.2.mlp.up_proj: .*NaN"):
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj: .*NaN"):
         quantize_model(model, ROWS)
     broken.mlp.up_proj.weight.data[0, 0] = 0
     assert not any(isinstance(m, NF4Linear) for m in model.modules()) and logits(model).shape == before.shape

@@ -28,8 +28,8 @@ def output_error(layer, dense, moments):
 
 
 OPTIONS = {
-    "loftq": (LoftQConfig, {"r": 4}), "loftq-double": (LoftQConfig, {"r": 4, "double_quant": True}),
-    "lqlora": (LQLoRAConfig, {"r": 4, "bits": 3.5}), "lqlora-plain": (LQLoRAConfig, {"r": 4, "iterations": 0}),
+    "loftq": (LoftQConfig, {"r": 4, "iterations": 2, "double_quant": True}),
+    "lqlora": (LQLoRAConfig, {"r": 4, "bits": 3.5, "iterations": 2}),
 }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def test_outputs_are_never_further_than_with_the_methods_own_solution(name):
 
 def test_lqloras_file_holds_the_calibrated_codes(tmp_path):
     moments = peftops.input_moments(rich(), ROWS)
-    model = peftops.attach(rich(), LQLoRAConfig(r=4, bits=3.5, moments=moments))
+    model = peftops.attach(rich(), LQLoRAConfig(r=4, bits=3.5, iterations=1, moments=moments))
     peftops.save(model, tmp_path)
     again, x = peftops.load(rich(), tmp_path), models.tokens()
     assert torch.equal(again(x).logits, model(x).logits)
@@ -64,6 +64,6 @@ def test_lqloras_file_holds_the_calibrated_codes(tmp_path):
 def test_a_layer_without_moments_starts_as_ever():
     moments = peftops.input_moments(rich(), ROWS, target=["q_proj"])
     assert len(moments) == 2
-    model, own = (peftops.attach(rich(), LoftQConfig(r=4, moments=m)) for m in (moments, None))
+    model, own = (peftops.attach(rich(), LoftQConfig(r=4, iterations=1, moments=m)) for m in (moments, None))
     for (path, one), (_, other) in zip(adapted_layers(model), adapted_layers(own), strict=True):
         assert torch.equal(one.base.weight, other.base.weight) != path.endswith("q_proj")
