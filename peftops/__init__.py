@@ -6,7 +6,16 @@ import torch  # loads the libraries that _C is linked with
 
 from . import _C as _C
 from .influence import Influence
-from .integrations import from_bitsandbytes, load, load_model, save, summary
+from .integrations import (
+    CalibrationConfig,
+    from_bitsandbytes,
+    input_moments,
+    load,
+    load_model,
+    quantize_model,
+    save,
+    summary,
+)
 from .methods import activate, attach, detach, disabled, merge, unmerge
 from .methods.bitfit import BitFitConfig
 from .methods.bottleneck import BottleneckConfig
@@ -66,18 +75,18 @@ if torch.version.cuda and find_spec("peftops._C_cuda"):
 
 __version__ = "0.1.0"
 __all__ = [
-    "AdamW8bit", "AdapterPool", "BitFitConfig", "BottleneckConfig", "DoRAConfig", "GLoRAConfig", "GroupQuantTensor",
-    "HardPrompt", "HeadOnlyConfig", "IA3Config", "Influence", "LLaMAAdapterConfig", "LQLoRAConfig", "LoRAConfig",
-    "LoRAFAConfig", "LoftQConfig", "LongLoRAConfig", "MultiLoRAConfig", "NF4Tensor", "NormTuningConfig",
-    "OLoRAConfig", "PiSSAConfig", "PrefixTuningConfig", "PromptTuningConfig", "QALoRAConfig", "QLoRAConfig",
-    "ReLoRAConfig", "Sampling", "Server", "SurgicalConfig", "TiedLoRAConfig", "TopLayersConfig", "VeRAConfig",
-    "Verbalizer", "activate", "add_gated_prompt", "attach", "auto_rgn", "auto_snr", "choice_scores",
-    "demonstrations", "detach", "disabled", "fisher", "from_bitsandbytes",
+    "AdamW8bit", "AdapterPool", "BitFitConfig", "BottleneckConfig", "CalibrationConfig", "DoRAConfig",
+    "GLoRAConfig", "GroupQuantTensor", "HardPrompt", "HeadOnlyConfig", "IA3Config", "Influence",
+    "LLaMAAdapterConfig", "LQLoRAConfig", "LoRAConfig", "LoRAFAConfig", "LoftQConfig", "LongLoRAConfig",
+    "MultiLoRAConfig", "NF4Tensor", "NormTuningConfig", "OLoRAConfig", "PiSSAConfig", "PrefixTuningConfig",
+    "PromptTuningConfig", "QALoRAConfig", "QLoRAConfig", "ReLoRAConfig", "Sampling", "Server", "SurgicalConfig",
+    "TiedLoRAConfig", "TopLayersConfig", "VeRAConfig", "Verbalizer", "activate", "add_gated_prompt", "attach",
+    "auto_rgn", "auto_snr", "choice_scores", "demonstrations", "detach", "disabled", "fisher", "from_bitsandbytes",
     "gated_prompt_attention", "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "head_loss",
-    "image_prompts", "language_model_loss", "load", "load_model", "lora_linear", "loraplus_groups", "merge",
-    "multi_lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize", "prompt_per_row", "prune_state",
-    "qalora_linear", "qalora_merge", "relora_schedule", "relora_step", "save",
-    "summary", "unmerge", "weighted_groups", "with_gated_prompt",
+    "image_prompts", "input_moments", "language_model_loss", "load", "load_model", "lora_linear", "loraplus_groups",
+    "merge", "multi_lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize", "prompt_per_row", "prune_state",
+    "qalora_linear", "qalora_merge", "quantize_model", "relora_schedule", "relora_step", "save", "summary",
+    "unmerge", "weighted_groups", "with_gated_prompt",
 ]  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-"""The command line: ``peftops finetune``, ``generate``, ``serve``, ``merge``, ``influence``, ``plan``, ``report``,
-``info``."""
+"""The command line: ``peftops finetune``, ``quantize``, ``generate``, ``serve``, ``merge``, ``influence``, ``plan``,
+``report``, ``info``."""
 
 from __future__ import annotations
 
@@ -84,6 +84,8 @@ def _run(args: argparse.Namespace) -> int:
         from .influence import run
     elif args.command == "plan":
         from .plan import run
+    elif args.command == "quantize":
+        from .quantize import run
     elif args.command == "serve":
         from .serve import run
     else:
@@ -135,6 +137,8 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="new directory for the merged model, in safetensors")
     parser.add_argument("--packed", action="store_true", help="of QA-LoRA: keep the codes, in GPTQ's layout with "
         "float32 zeros (read by peftops; GPTQ's own kernels have whole zeros alone)")  # fmt: skip
+    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="a data file, none of a test set: put what was "
+        "merged into NF4 with calibration, in bitsandbytes' layout")  # fmt: skip
 
 
 def _influence_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,6 +150,12 @@ def _influence_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     from .plan import add_arguments
+
+    add_arguments(parser)
+
+
+def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    from .quantize import add_arguments
 
     add_arguments(parser)
 
@@ -162,6 +172,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 _COMMANDS = {
     "finetune": ("Train an adapter of a causal language model.", _finetune_arguments),
+    "quantize": ("Put a model into NF4 with calibration: half of what that costs is gone.", _quantize_arguments),
     "generate": ("Let a model answer, with an adapter or without.", _generate_arguments),
     "serve": ("Answer a file of requests, each with an adapter of its own, in one batch.", _serve_arguments),
     "merge": ("Fold an adapter into a dense model and save that.", _merge_arguments),

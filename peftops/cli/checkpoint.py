@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from ..integrations.files import write_atomically
 
-_MODEL_FILES = ("config.json", "tokenizer*", "chat_template*", "*.safetensors", "*.gguf")
-_SLICES, _SLICE = 32, 1 << 16  # of a file that stand for it
-
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: torch.save(state, temporary))
@@ -102,20 +99,6 @@ def _check_like(path: Path, name: str, have: Any, shape: torch.Size, dtype: torc
     if have.shape != shape or have.dtype != dtype:
         raise ValueError(f"{path} does not fit: {name} is {have.dtype} {list(have.shape)}, expected {dtype} "
                          f"{list(shape)}")  # fmt: skip
-
-
-def fingerprint(path: Path) -> str:
-    """Facts that tell a model from another one: names and sizes of its files, and slices of what is in them."""
-    files = [path] if path.is_file() else sorted({f for pattern in _MODEL_FILES for f in path.glob(pattern)})
-    made = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        made.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as opened:
-            for i in range(_SLICES):
-                opened.seek(i * max(_SLICE, size // _SLICES))
-                made.update(opened.read(_SLICE))
-    return made.hexdigest()[:16]
 
 
 def digest(path: Path | None) -> str | None:

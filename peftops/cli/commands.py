@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 
+from ..integrations.calibration import CalibrationConfig
 from ..integrations.files import check_new_directory
 from ..integrations.peft_files import read_adapter
 from ..methods import detach
 from ..methods import merge as merge_adapter
 from ..methods.qalora import QALoRAConfig
-from .export import write_dense, write_packed
+from .data import encode, read_rows
+from .export import stand_alone, write_dense, write_packed
 from .model import answer, load_adapted, load_base, load_tokenizer
+from .quantize import calibrated, some_rows
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -31,11 +34,18 @@ def merge(args: argparse.Namespace) -> int:
     if args.packed and not isinstance(config := read_adapter(args.adapter)[0], QALoRAConfig):
         kind = type(config).__name__.removesuffix("Config")
         raise ValueError(f"--packed is for QA-LoRA, which merges into codes; {args.adapter} is of {kind}")
+    if args.packed and args.calibrate:
+        raise ValueError("--packed keeps QA-LoRA's codes, and --calibrate makes NF4 of dense weights; give one of them")
     folder = check_new_directory(args.out)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    rows = some_rows(encode(read_rows(args.calibrate), tokenizer, 512)) if args.calibrate else []
     model = load_adapted(args)
     print(merge_adapter(model, dense=not args.packed))
     detach(model, merged=True)
-    (write_packed if args.packed else write_dense)(model, tokenizer, folder)
+    if args.calibrate:
+        stand_alone(model)
+        calibrated(model, rows, CalibrationConfig(), folder, tokenizer)
+    else:
+        (write_packed if args.packed else write_dense)(model, tokenizer, folder)
     print(f"merged model is in {folder}")
     return 0

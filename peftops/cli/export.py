@@ -26,13 +26,19 @@ def write_dense(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         TypeError: the model has biases that its kind of configuration has no place for.
         OSError: the disk is full, or ``folder`` holds something.
     """
+    stand_alone(model)
+    with whole_directory(folder, sum(p.nbytes for p in model.parameters())) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def stand_alone(model: nn.Module) -> None:
+    """Make a model without adapters one that its own configuration describes, dense; raises what :func:`write_dense`
+    does."""
     _forget_codes(model)
     _untie(model)
     _give_biases_a_place(model)
     _check_finite(model)
-    with whole_directory(folder, sum(p.nbytes for p in model.parameters())) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
 
 
 def write_packed(model: nn.Module, tokenizer: Any, folder: Path) -> None:

@@ -6,25 +6,30 @@ import argparse
 import ast
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..integrations import summary
-from ..integrations.files import writable_directory
+from ..integrations.calibrated_files import write_nf4
+from ..integrations.calibration import CalibrationConfig, input_moments
+from ..integrations.files import fingerprint, writable_directory
 from ..integrations.peft_files import CONFIG, OWN, WEIGHTS
 from ..methods import METHODS, attach
 from ..methods.chat import TURNS
 from ..methods.few_shot import demonstrations
 from ..methods.hard_prompt import HardPrompt
+from ..methods.qlora import QLoRAConfig
 from ..methods.relora import ReLoRAConfig
 from . import report
-from .checkpoint import digest, fingerprint, load_checkpoint
+from .checkpoint import digest, load_checkpoint
 from .data import DataError, Example, Row, encode, prompt_ids, read_rows
 from .job import CHECKPOINT, Job
 from .model import add_arguments as add_model_arguments
 from .model import device_and_dtype, load_base, load_tokenizer, positions, vocabulary
+from .quantize import calibrated, some_rows
 from .training import OPTIMIZERS
 
 METHOD_NAMES = {adapter.__name__.lower(): config for config, adapter in METHODS.items()}
@@ -32,6 +37,7 @@ METHOD_NAMES = {adapter.__name__.lower(): config for config, adapter in METHODS.
 _SETTINGS = ("method", "r", "alpha", "dropout", "target", "batch", "accumulate", "steps", "epochs", "lr", "warmup",
              "weight_decay", "clip", "max_length", "seed", "dtype", "block_size", "set", "template", "shots",
              "every", "optimizer", "turns", "eval_share", "eval_every")  # fmt: skip
+BASE = "base"  # of --calibrate with qlora: the model that the adapter is of
 _RESULTS = (CHECKPOINT, report.FILE, report.PLOT, CONFIG, WEIGHTS, OWN)  # what a run may leave
 
 
@@ -72,6 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg("--save-every", type=int, default=100, help="steps between checkpoints (default 100)")
     arg("--resume", action="store_true", help="go on from the checkpoint in --out")
     arg("--seed", type=int, default=0)
+    arg("--calibrate", nargs="?", const=True, metavar="FILE", help="with qlora, loftq, lqlora: choose the codes "
+        "by what the layers are given of this data file, or of the training data")  # fmt: skip
     arg("--ask", help="a prompt to answer before and after (default: the first held-out one)")
     arg("--threads", type=int, help="CPU threads")
 
@@ -98,17 +106,29 @@ def run(args: argparse.Namespace) -> int:
     steps = max(1, round(args.epochs * len(examples) / (args.batch * args.accumulate)))
     args.steps = 0 if args.method == "none" else args.steps or steps
     args.warmup = args.steps // 10 if args.warmup is None else args.warmup
-    files = {"data": digest(args.train), "eval": digest(args.eval), "model": fingerprint(args.model)}
+    files = {"data": digest(args.train), "eval": digest(args.eval), "model": fingerprint(args.model),
+             "calibrate": digest(Path(args.calibrate)) if isinstance(args.calibrate, str) else args.calibrate}
     settings = {key: getattr(args, key) for key in _SETTINGS} | files | {"prompt": repr(prompt)}
     state = load_checkpoint(folder / CHECKPOINT, settings, args.steps) if args.resume else None
 
     torch.manual_seed(args.seed)
     config = _config(args)
     codes = {"block_size": config.block_size, "double_quant": config.double_quant} if args.method == "qlora" else {}
-    model = load_base(args, quantize=bool(codes), **codes)
+    calibration = _calibration_rows(args, examples, tokenizer)
+    if calibration and codes:
+        model = _calibrated_base(args, config, calibration, tokenizer)
+    else:
+        model = load_base(args, quantize=bool(codes), **codes)
+    if calibration and not codes:
+        config = dataclasses.replace(config, moments=input_moments(model, calibration))
     if state and isinstance(config, ReLoRAConfig):
         config = dataclasses.replace(config, restarts=state["step"] // config.every)
     attach(model, config) if config else model.requires_grad_(False)
+    if calibration and args.method == "loftq":
+        model.config._name_or_path = str(args.out / BASE)
+        if not (args.resume and (args.out / BASE).exists()):
+            _clear_base(args)
+            write_nf4(model, args.out / BASE, tokenizer)
     _check_fit(model, [*examples, *evaluation])
     if args.checkpointing:
         # Renamed in transformers 5.2x.
@@ -133,6 +153,35 @@ def run(args: argparse.Namespace) -> int:
         print(f"\nstopped after step {job.step} of {args.steps}; go on with --resume")
         return 130
     return job.finish(counts)
+
+
+def _calibration_rows(args: argparse.Namespace, examples: list[Example], tokenizer: Any) -> list[list[int]]:
+    """Those that --calibrate asks for."""
+    if not args.calibrate:
+        return []
+    if args.calibrate is not True:
+        examples = encode(read_rows(Path(args.calibrate)), tokenizer, args.max_length)
+    return some_rows(examples)
+
+
+def _calibrated_base(
+    args: argparse.Namespace, config: QLoRAConfig, rows: list[list[int]], tokenizer: Any
+) -> torch.nn.Module:
+    """The model in calibrated NF4, in OUT/base: an adapter that is trained on these codes stands on no others."""
+    base = args.out / BASE
+    if not args.resume:
+        _clear_base(args)
+    if not (base.exists() and args.resume):
+        codes = CalibrationConfig(config.block_size, config.double_quant)
+        calibrated(args.model, rows, codes, base, tokenizer, dtype=device_and_dtype(args.dtype)[1],
+                   trust_remote_code=args.trust_remote_code)  # fmt: skip
+    args.model = base
+    return load_base(args, quantize=True)
+
+
+def _clear_base(args: argparse.Namespace) -> None:
+    if args.overwrite and (args.out / BASE).exists():
+        shutil.rmtree(args.out / BASE)
 
 
 def parse_target(text: str) -> str | list[str]:
@@ -197,6 +246,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--eval-share must be in [0, 1), not {args.eval_share}")
     if args.shots and not args.template:
         raise ValueError("--shots must be at least 0 and needs --template")
+    if args.calibrate and args.method not in ("qlora", "loftq", "lqlora"):
+        raise ValueError(f"--calibrate chooses codes, and {args.method} makes none; it is for qlora, loftq, lqlora")
     if args.method == "relora" and args.optimizer != "adamw":
         raise ValueError(f"relora prunes the optimizer's moments, which {args.optimizer} keeps as codes; use adamw")
     if not args.model.exists():

@@ -2,11 +2,15 @@
 
 from . import registration as registration
 from .bitsandbytes_models import from_bitsandbytes
+from .calibration import CalibrationConfig, CalibrationReport, input_moments, quantize_model
 from .hf import load_model
 from .peft_files import load, save
 from .summary import Summary, summary
 
-__all__ = ["Summary", "from_bitsandbytes", "load", "load_model", "save", "summary"]
+__all__ = [
+    "CalibrationConfig", "CalibrationReport", "Summary", "from_bitsandbytes", "input_moments", "load", "load_model",
+    "quantize_model", "save", "summary",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

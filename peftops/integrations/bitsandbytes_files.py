@@ -10,14 +10,10 @@ import torch
 from torch import Tensor
 
 from ..ops import NF4Tensor
+from ..ops.nf4_dequantize import ABSMAX_MAP, NF4_CODE
 
 _STATE = "quant_state.bitsandbytes__nf4"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _STATE)  # beside the packed weight itself
-with torch.device("cpu"):  # whatever the default is where this is imported
-    _CODE = torch.ops.peftops.nf4_dequantize(
-        torch.arange(16, dtype=torch.uint8) * 17, torch.ones(1), None, None, 32, 1, 32, torch.float32
-    )[0, ::2].contiguous()
-    _MAP = torch.ops.peftops.nf4_absmax(torch.arange(256, dtype=torch.uint8), torch.ones(1), torch.zeros(1))
 
 
 def to_bitsandbytes(weight: NF4Tensor) -> dict[str, Tensor]:
@@ -30,7 +26,7 @@ def to_bitsandbytes(weight: NF4Tensor) -> dict[str, Tensor]:
         "dtype": str(weight.dtype).removeprefix("torch."),
         "shape": list(weight.shape),
     }
-    result = {"weight": weight.packed[:, None], "weight.absmax": weight._absmax, "weight.quant_map": _CODE.clone()}
+    result = {"weight": weight.packed[:, None], "weight.absmax": weight._absmax, "weight.quant_map": NF4_CODE.clone()}
     if weight.double_quant:
         state |= {
             "nested_blocksize": 256,
@@ -38,7 +34,7 @@ def to_bitsandbytes(weight: NF4Tensor) -> dict[str, Tensor]:
             "nested_offset": weight._absmax_offset.item(),
         }
         result["weight.nested_absmax"] = weight._absmax_scale
-        result["weight.nested_quant_map"] = _MAP.clone()
+        result["weight.nested_quant_map"] = ABSMAX_MAP.clone()
     text = json.dumps(state).encode()
     result[f"weight.{_STATE}"] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
     return result
@@ -64,7 +60,7 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor]) -> NF4Tensor:
         raise ValueError(f"weight.{_STATE} is damaged: its dtype or nested_offset is none")
     if -(-math.prod(shape) // 2) != tensors["weight"].nbytes:
         raise ValueError(f"weight has {tensors['weight'].nbytes} bytes, which are no codes of shape {list(shape)}")
-    for name, own in (("quant_map", _CODE), ("nested_quant_map", _MAP)):
+    for name, own in (("quant_map", NF4_CODE), ("nested_quant_map", ABSMAX_MAP)):
         given = tensors.get(f"weight.{name}")
         # torch.linspace, of which bitsandbytes makes its map, rounds differently on some CPUs
         close = lambda a, b: a.shape == b.shape and torch.allclose(a.float().cpu(), b, rtol=2**-22, atol=0)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_MODEL_FILES = ("config.json", "tokenizer*", "chat_template*", "*.safetensors", "*.gguf")
+_SLICES, _SLICE = 32, 1 << 16  # of a file that stand for it
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -101,3 +105,17 @@ def writable_directory(path: str | os.PathLike, need: int = 0) -> Path:
     if free < need:
         raise OSError(f"the disk of {folder} has {free / 2**20:.0f} MiB free, but {need / 2**20:.0f} MiB are needed")
     return folder
+
+
+def fingerprint(path: Path) -> str:
+    """What tells a model from another one: names and sizes of its files, and slices of what is in them."""
+    files = [path] if path.is_file() else sorted({f for pattern in _MODEL_FILES for f in path.glob(pattern)})
+    made = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        made.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as opened:
+            for i in range(_SLICES):
+                opened.seek(i * max(_SLICE, size // _SLICES))
+                made.update(opened.read(_SLICE))
+    return made.hexdigest()[:16]

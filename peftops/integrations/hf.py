@@ -121,7 +121,7 @@ def load_model(
 
     file, folder = gguf_file(path), Path(path)
     config = _config(path, trust_remote_code)
-    files = [] if file else _files(folder)
+    files = [] if file else safetensors_of(folder)
     given = getattr(config, "quantization_config", None)
     if given is not None:
         config.quantization_config = _codes_config(folder, given)
@@ -230,7 +230,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _files(folder: Path) -> list[Path]:
+def safetensors_of(folder: Path) -> list[Path]:
     """The safetensors that transformers reads of a directory, and not those beside, as consolidated.safetensors."""
     from safetensors import SafetensorError, safe_open
 

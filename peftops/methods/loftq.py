@@ -4,13 +4,15 @@
 
 The last step is the vectors', so the factors fit their Q; they come from :mod:`~peftops.methods.singular`. The error
 need not fall from one iterate to the next: the best is kept. (HF PEFT leaves the division by s out, so that its start
-is right for s = 1 alone.) A layer that is in 4 bits already has lost its W, and starts as in QLoRA.
+is right for s = 1 alone.) With the moments of its inputs a layer goes on from there, to what its outputs are closest
+with: :mod:`~peftops.methods.calibrated_factors`. A layer that is in 4 bits already has lost its W, and starts as in
+QLoRA.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from ..nn import LINEAR, NF4Linear, dense_matrix, is_quantized, shell_of
 from ..ops import NF4Tensor, nf4_dequantize, nf4_quantize
 from . import register
+from .calibrated_factors import calibrated_factors, gptq_like
 from .config import MOST_ITERATIONS, check_range
 from .lora import LoRA, needs_scaling
 from .qlora import QLoRAConfig, check_nothing_dense_is_adapted, quantize_base
@@ -31,6 +34,8 @@ class LoftQConfig(QLoRAConfig):
 
     Args:
         iterations: T.
+        moments: of :func:`peftops.input_moments`: choose codes and factors by the layers' outputs. The adapter's file
+            does not hold these codes: keep the base as well (``peftops finetune --calibrate`` does).
 
     Examples:
         >>> model = peftops.attach(nn.Sequential(nn.Linear(64, 64)), peftops.LoftQConfig(r=2))
@@ -40,10 +45,14 @@ class LoftQConfig(QLoRAConfig):
 
     double_quant: bool = False
     iterations: int = 5
+    moments: dict[str, Tensor] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("iterations", self.iterations, 1, MOST_ITERATIONS, whole=True)
+
+    def as_built(self, adapters: dict[str, Any]) -> LoftQConfig:
+        return replace(self, moments=None)
 
 
 def loftq(
@@ -76,7 +85,8 @@ class LoftQ(LoRA):
     def __init__(self, base: nn.Module, config: LoftQConfig, layer: str):
         super().__init__(base, config, layer)
         needs_scaling("LoftQ", self.scaling, layer)
-        self.config = config
+        self.config, self.layer = config, layer
+        self.output_errors: list[float] = []  # with moments, relative: of LoftQ's own, then of each iterate
         self.errors: list[float] = []  # relative: of plain NF4, then of each iterate
 
     @staticmethod
@@ -97,6 +107,12 @@ class LoftQ(LoRA):
             return NF4Linear(codes, base.bias, shell_of(base)).train(base.training)
         codes, A, B, self.errors = loftq(weight, r, self.scaling, iterations=c.iterations, block_size=c.block_size,
                                          double_quant=c.double_quant)  # fmt: skip
+        if (moments := (c.moments or {}).get(self.layer)) is not None:
+            own = codes, self.scaling * B, A
+            codes, left, A, self.output_errors = calibrated_factors(
+                weight, r, own, gptq_like(codes, moments), moments, c.iterations
+            )
+            B = left / self.scaling
         self.lora_A[: len(A)] = A  # (a small weight has fewer vectors than r: the rest starts as LoRA's)
         self.lora_B[:, : len(A)] = B
         return NF4Linear(codes, base.bias, shell_of(base)).train(base.training)

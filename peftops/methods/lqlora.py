@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..nn import LINEAR, GroupLinear, NF4Linear, dense_matrix, is_quantized, shell_of, sizes
 from ..ops import NF4Tensor
 from . import each_target, register
+from .calibrated_factors import calibrated_factors, gptq_like
 from .config import MOST_ITERATIONS, Config, check_range
 from .lora import LoRA, LoRAConfig, needs_scaling
 from .lq_budget import Precision, choose
@@ -38,6 +39,8 @@ class LQLoRAConfig(LoRAConfig):
         bits: a weight, on average over the target, scales and zeros counted, A and B not.
         iterations: of the decomposition, at most; 0 for plain codes under LoRA.
         fisher: of :func:`peftops.fisher`, ``[out, in]`` by layer; None if all weights matter alike.
+        moments: of :func:`peftops.input_moments`: go on from the decomposition to what the layers' outputs are closest
+            with (:mod:`~peftops.methods.calibrated_factors`), in the formats that it has chosen.
         precisions: a format for each layer instead of the budget: "nf4-64", "nf4-64-double", "int3-64", ...
 
     Examples:
@@ -56,6 +59,7 @@ class LQLoRAConfig(LoRAConfig):
     bits: float = 4.0
     iterations: int = 10
     fisher: dict[str, Tensor] | None = field(default=None, compare=False, repr=False)
+    moments: dict[str, Tensor] | None = field(default=None, compare=False, repr=False)
     precisions: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
@@ -67,7 +71,7 @@ class LQLoRAConfig(LoRAConfig):
 
     def as_built(self, adapters: dict[str, Any]) -> LQLoRAConfig:
         precisions = {path: str(a.precision) for path, a in adapters.items() if isinstance(a, LQLoRA)}
-        return replace(self, fisher=None, iterations=0, precisions=precisions)
+        return replace(self, fisher=None, moments=None, iterations=0, precisions=precisions)
 
     from_peft = classmethod(Config.from_peft.__func__)
 
@@ -105,6 +109,7 @@ class LQLoRA(LoRA):
         self._base, self.given = [base], is_quantized(base.weight)
         self.iterations, self.errors = config.iterations, []  # relative: of plain codes, then of each iterate
         self._importance = [None if config.fisher is None else config.fisher.get(layer)]
+        self._moments, self.output_errors = [(config.moments or {}).get(layer)], []
         self.precision: Precision | None = Precision.of(base.weight) if self.given else None
         asked = (config.precisions or {}).get(layer)
         if self.given and asked not in (None, str(self.precision)):
@@ -123,11 +128,16 @@ class LQLoRA(LoRA):
             codes, left, right, self.errors = lq_decompose(
                 weight, r, self.precision.quantize, iterations=self.iterations, importance=importance
             )
+            if (moments := self._moments[0]) is not None:
+                codes, left, right, self.output_errors = calibrated_factors(
+                    weight, r, (codes, left, right), gptq_like(codes, moments), moments, self.iterations
+                )
         if left is not None:
             self.lora_A[: len(right)] = right / self.scaling**0.5
             self.lora_B[:, : len(right)] = left / self.scaling**0.5
         kind = NF4Linear if isinstance(codes, NF4Tensor) else GroupLinear
-        self._base, self._importance = [kind(codes, base.bias, shell_of(base)).train(base.training)], [None]
+        self._base = [kind(codes, base.bias, shell_of(base)).train(base.training)]
+        self._importance, self._moments = [None], [None]
         return self._base[0]
 
     def stored(self) -> dict[str, Tensor]:

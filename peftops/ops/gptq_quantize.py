@@ -1,50 +1,69 @@
-"""GPTQ: group-wise codes from calibration data."""
+"""GPTQ: codes from calibration data."""
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from .gptq_nf4 import gptq_nf4
 from .group_dequantize import group_dequantize
 from .group_quantize import group_quantize
 from .group_tensor import GroupQuantTensor
+from .moments import Moments, output_errors
+from .nf4_dequantize import nf4_dequantize
+from .nf4_tensor import NF4Tensor
+from .packed_tensor import PackedTensor
 
 _BLOCK = 128  # columns whose errors are carried on at once, so that most of the work is one product
 
+Inputs = Tensor | Iterable[Tensor]
 
-@torch.no_grad()
+
+@overload
 def gptq_quantize(
-    weight: Tensor,
-    inputs: Tensor | Iterable[Tensor],
-    *,
-    bits: int = 4,
-    group_size: int = 32,
-    symmetric: bool = False,
-    clip: Literal["none", "mse"] = "mse",
-    damping: float = 0.01,
-) -> GroupQuantTensor:
+    weight: Tensor, inputs: Inputs, *, bits: int = 4, group_size: int = 32, symmetric: bool = False,
+    clip: Literal["none", "mse"] = "mse", damping: float = 0.01,
+) -> GroupQuantTensor: ...  # fmt: skip
+@overload
+def gptq_quantize(
+    weight: Tensor, inputs: Inputs, *, format: Literal["nf4"], block_size: int = 64, double_quant: bool = True,
+    damping: float | None = None,
+) -> NF4Tensor: ...  # fmt: skip
+@torch.no_grad()
+def gptq_quantize(weight: Tensor, inputs: Inputs, *, format: str = "group", **options: Any) -> PackedTensor:
     """Quantise a weight so that what a layer computes from ``inputs`` changes least (GPTQ, arXiv:2210.17323).
 
     Columns are rounded one after the other, and the error of each is made up for in those that follow, as the
-    second moments of the inputs tell. A group gets its scale and zero when its first column's turn comes, by
-    :func:`peftops.group_quantize`. Columns stay in order (no act-order), as QA-LoRA's pooling needs.
+    second moments of the inputs tell.
+
+    * ``format="group"``: a group gets its scale and zero when its first column's turn comes, by
+      :func:`peftops.group_quantize`. Columns stay in order (no act-order), as QA-LoRA's pooling needs.
+    * ``format="nf4"``: codes and constants as bitsandbytes might have written them. A block's constant is fixed when
+      its first column's turn comes; with double quantisation codes are rounded against the 8-bit constant that is
+      stored. On the calibration rows it is never worse than :func:`peftops.nf4_quantize`; where nothing better is
+      found, or the rows are too few or too alike, it is that, and a warning says why. ``in`` may be anything.
 
     Args:
         weight: float32, bfloat16 or float16, ``[out, in]``, finite; ``in`` is a multiple of ``group_size``.
         inputs: what the layer is given, ``[..., in]``, or several such; any float dtype. A few thousand rows do.
-        bits, group_size, symmetric, clip: as in :func:`peftops.group_quantize`.
-        damping: this share of the mean of the moments' diagonal is added to it; more if that is not enough.
+        bits, group_size, symmetric, clip: as in :func:`peftops.group_quantize`; clip is "mse" unless given.
+        block_size, double_quant: as in :func:`peftops.nf4_quantize`.
+        damping: this share of the mean of the moments' diagonal is added to it, or more if it takes more. 0.01 for
+            groups; for NF4 that of 0.01, 0.05, 0.25 and 1 with which one half of the rows serves the other best.
 
     Returns:
         A weight of the dtype of ``weight``.
 
     Raises:
-        ValueError: the inputs are empty, not finite or of another width than the weight; damping is not
-            positive; or :func:`peftops.group_quantize` rejects the weight.
-        RuntimeError: as :func:`peftops.group_quantize`.
+        TypeError: an option is not of this format.
+        ValueError: the format is unknown; the inputs are not finite, of another width than the weight, or (for groups)
+            empty; damping is not positive; or the format's own quantiser rejects the weight.
+        RuntimeError: as the format's own quantiser.
 
     Examples:
         >>> weight, inputs = torch.randn(8, 32), torch.randn(256, 32) @ torch.randn(32, 32)
@@ -53,11 +72,45 @@ def gptq_quantize(
         >>> bool(error(better) < error(peftops.group_quantize(weight, bits=3)))
         True
     """
-    if not damping > 0:
+    take = {"group": _group, "nf4": _nf4}.get(format)
+    if take is None:
+        raise ValueError(f"gptq_quantize: format must be 'group' or 'nf4', not {format!r}")
+    known = [name for name, p in inspect.signature(take).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    wrong = [name for name in options if name not in known]
+    if wrong:
+        raise TypeError(f"gptq_quantize: format {format!r} takes {', '.join(known)}, not {', '.join(wrong)}")
+    damping = options.get("damping")
+    if damping is not None and not damping > 0:
         raise ValueError(f"gptq_quantize: damping must be positive, not {damping}")
+    return take(weight, inputs, **options)
+
+
+def _nf4(
+    weight: Tensor, inputs: Inputs, *, block_size: int = 64, double_quant: bool = True, damping: float | None = None
+) -> NF4Tensor:
+    if weight.dim() != 2:
+        raise ValueError(f"gptq_quantize: weight must be [out, in], but its shape is {list(weight.shape)}")
+    moments = Moments.of(inputs, weight.shape[1], weight.device)
+    found = gptq_nf4(weight.detach(), moments, block_size=block_size, double_quant=double_quant, damping=damping)
+    if found.why_plain:
+        warnings.warn(f"gptq_quantize: {found.why_plain}: this is plain NF4", stacklevel=4)
+    return found.weight
+
+
+def _group(
+    weight: Tensor, inputs: Inputs, *, bits: int = 4, group_size: int = 32, symmetric: bool = False,
+    clip: Literal["none", "mse"] = "mse", damping: float = 0.01,
+) -> GroupQuantTensor:  # fmt: skip
     group_quantize(weight, bits=bits, group_size=group_size)  # says what is wrong with the weight, if anything is
+    moments = Moments.of(inputs, weight.shape[1], weight.device).mean().double()
+    return gptq_from_moments(weight, moments, bits, group_size, symmetric, clip, damping)
+
+
+def gptq_from_moments(
+    weight: Tensor, moments: Tensor, bits: int, group_size: int, symmetric: bool, clip: str, damping: float
+) -> GroupQuantTensor:
+    """Into groups, from the float64 moments of the inputs."""
     n, k = weight.shape
-    moments = _moments([inputs] if isinstance(inputs, Tensor) else inputs, k, weight.device)
     follow = _following(moments, damping)
     w = weight.float().clone()
     codes = torch.empty((n, k), dtype=torch.uint8, device=w.device)
@@ -81,22 +134,6 @@ def gptq_quantize(
     return GroupQuantTensor.from_codes(codes, scales, zeros, bits=bits, dtype=weight.dtype)
 
 
-def _moments(batches: Iterable[Tensor], k: int, device: torch.device) -> Tensor:
-    """The mean of x x^T over all rows, float64."""
-    total, count = torch.zeros((k, k), dtype=torch.float64, device=device), 0
-    for x in batches:
-        if x.dim() == 0 or x.shape[-1] != k:
-            raise ValueError(f"gptq_quantize: the last dim of inputs must be {k}, but a shape is {list(x.shape)}")
-        rows = x.reshape(-1, k).to(device, torch.float32)
-        total += (rows.t() @ rows).double()
-        count += rows.shape[0]
-    if count == 0:
-        raise ValueError("gptq_quantize: inputs hold no row")
-    if not total.isfinite().all():
-        raise ValueError("gptq_quantize: inputs hold a NaN or an infinity, or are too large to square")
-    return total / count
-
-
 def _following(moments: Tensor, damping: float) -> Tensor:
     """Row i: what an error of 1 in column i asks of the columns from i on, times its own entry. The upper Cholesky
     factor of the inverse of the moments, float32."""
@@ -113,7 +150,8 @@ def _following(moments: Tensor, damping: float) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def output_error(weight: Tensor, quantised: GroupQuantTensor, inputs: Tensor) -> float:
+def output_error(weight: Tensor, quantised: PackedTensor, inputs: Tensor) -> float:
     """How far the outputs of the quantised weight are from those of the weight, relative, in the Frobenius norm."""
-    x, w = inputs.reshape(-1, inputs.shape[-1]).float(), weight.float()
-    return float(((group_dequantize(quantised, dtype=torch.float32) - w) @ x.t()).norm() / (w @ x.t()).norm())
+    moments = Moments.of(inputs, weight.shape[1], weight.device).mean()
+    dense = nf4_dequantize if isinstance(quantised, NF4Tensor) else group_dequantize
+    return output_errors(weight, [dense(quantised, dtype=torch.float32)], moments)[0]

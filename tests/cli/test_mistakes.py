@@ -15,7 +15,7 @@ import torch
 import models
 import peftops
 from peftops.cli import commands, finetune, job, main, report, training
-from peftops.cli.checkpoint import fingerprint
+from peftops.integrations.files import fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -28,9 +28,10 @@ DYNAMIC_SHARED = {
 REGISTERS, REGISTERS_AT_A_TIME, RESERVED_SHARED = 65536, 256, 1024
 
 REASONS = """Kernels are launched with 256 threads, which is their `__launch_bounds__`: eight warps divide a table of
-16 or 256 rows evenly, and up to eight such blocks fill a multiprocessor. `few_rows` of 9 to 16 rows, or of a small weight, has 512: all of a
-multiprocessor's registers, in one block, so that twice as much of the weight is on its way. A minimum of blocks is
-given for `add_prompt`, `prompt_gradients`, `expand` and `few_rows` of 8 rows, two, and for `group_rows`, `shrink`,
+16 or 256 rows evenly, and up to eight such blocks fill a multiprocessor. `few_rows` of 9 to 16 rows, or of a small
+weight, has 512: all of a multiprocessor's registers, in one block, so that twice as much of the weight is on its way.
+A minimum of blocks is given for `add_prompt`, `prompt_gradients`, `expand` and `few_rows` of 8 rows, two, and for
+`group_rows`, `shrink`,
 `multi_shrink` and `operands`, one: left to itself, ptxas aims at more than they have registers for, and spills.
 `few_rows` and `many_rows` are held to few blocks by 32 KB of tables and by registers that hold what is under way:
 loads in flight, not warps, hide the memory's latency there. `many_rows` with two stripes has one block of 8 warps, and
