@@ -74,6 +74,7 @@ class LongLoRAConfig(LoRAConfig):
             check_range("group", self.group, 2, whole=True)
         if self.length is not None:
             check_range("length", self.length, 1, whole=True)
+        super(LoRAConfig, self).__post_init__()  # LoRA's own wants a target
 
 
 @register(LongLoRAConfig)

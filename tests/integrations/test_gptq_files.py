@@ -5,25 +5,11 @@ import pytest
 import torch
 
 import peftops
+from gptq_layout import gptq_unpack
 from peftops.integrations.gptq_files import from_gptq, to_gptq, to_gptq_integers
 from peftops.ops.group_tensor import pack_bits, unpack_bits
 
 every_width = pytest.mark.parametrize("bits", [2, 3, 4, 8])
-
-
-def gptq_unpack(words, bits):
-    """GPTQ's packing along dim 0, from its definition: 32 codes are `bits` words, the first code lowest."""
-    words = words.long() & 0xFFFFFFFF
-    codes = []
-    for first in range(0, len(words), bits):
-        string = [words[first + i] for i in range(bits)]
-        for j in range(32):
-            word, shift = divmod(j * bits, 32)
-            code = string[word] >> shift
-            if shift + bits > 32:
-                code = code | string[word + 1] << (32 - shift)
-            codes.append(code & 2**bits - 1)
-    return torch.stack(codes)
 
 
 @every_width
