@@ -297,3 +297,17 @@ def test_every_command_takes_the_flags_for_a_model():
     finetune.add_arguments(parser)
     args = parser.parse_args(["--model", "m", "--train", "t", "--out", "o"])
     assert args.trust_remote_code is False and args.overwrite is False and args.turns == "last"
+
+
+@pytest.mark.parametrize("argv", [
+    ["generate", "hi"], ["merge", "--adapter", "a", "--out", "m"], ["plan", "--memory", "1GiB"],
+    ["finetune", "--train", "rows.jsonl", "--out", "run"], ["serve", "--requests", "rows.jsonl", "--out", "answers"],
+    ["influence", "--adapter", "a", "--train", "rows.jsonl", "--prompt", "a", "--completion", "b"],
+], ids=lambda argv: argv[0])  # fmt: skip
+def test_every_command_says_that_there_is_no_such_model(argv, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n' if argv[0] == "serve" else '{"text": "a b c"}\n')
+    peftops.save(peftops.attach(models.llama(), peftops.LoRAConfig(r=2)), tmp_path / "a")
+    assert main([*argv, "--model", "nowhere"]) == 2
+    assert "peftops: no model at nowhere" in capsys.readouterr().err
+    assert not {"m", "answers"} & {path.name for path in tmp_path.iterdir()}
