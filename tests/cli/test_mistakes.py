@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -287,9 +288,12 @@ for _ in range(8):
 del held
 print(memory_now())
 """
-    run = lambda how: subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, capture_output=True, text=True)
-    back, kept = (int(run(how).stdout) for how in ("back", "kept"))
-    assert kept - back > 40 << 20
+    def run(how, **own):
+        command, environment = [sys.executable, "-c", code, how], os.environ | own
+        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment).stdout)
+
+    back, kept, chosen = run("back"), run("kept"), run("back", MALLOC_MMAP_THRESHOLD_=str(32 << 20))
+    assert kept - back > 40 << 20 and chosen - back > 40 << 20
 
 
 def test_every_command_takes_the_flags_for_a_model():
