@@ -208,6 +208,8 @@ def test_a_subclass_that_computes_something_else_is_no_linear_layer(kind):
     assert torch.equal(quantised[1].weight, model[1].weight) and not quantised[1].weight.requires_grad
     with pytest.raises(TypeError, match=f"matches 1, a {kind.__name__}; only linear"):
         peftops.attach(model, LoRAConfig(r=2, target=["1"]))
+    with pytest.raises(ValueError, match=rf"no linear layers but .* \({kind.__name__} compute otherwise than"):
+        peftops.attach(nn.Sequential(kind(32, 32)), LoRAConfig(r=2))
 
 
 @pytest.mark.parametrize("kind", [Pads, Standardizes])
