@@ -133,7 +133,7 @@ def test_a_template_that_does_not_end_is_told(template, in_thread, monkeypatch):
     started = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(encoded).result() if in_thread else encoded()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 def test_a_time_limit_leaves_nothing_behind():
