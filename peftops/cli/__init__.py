@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -47,9 +48,10 @@ def give_blocks_back() -> None:
     """Let glibc return every large block to the system as it is freed.
 
     By itself it raises the size from which it does so, up to 32 MiB, and then keeps what training frees: a third of
-    the peak is memory that nothing uses. What that costs in time is in docs/memory.md.
+    the peak is memory that nothing uses. What that costs in time is in docs/memory.md; who has set
+    MALLOC_MMAP_THRESHOLD_ has chosen otherwise.
     """
-    if sys.platform.startswith("linux"):
+    if sys.platform.startswith("linux") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(_M_MMAP_THRESHOLD, _LARGE)

@@ -46,6 +46,8 @@ def add_base_arguments(parser: argparse.ArgumentParser) -> None:
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
+    if not path.exists():  # transformers would look for a name of the Hub
+        raise FileNotFoundError(f"no model at {path}")
     file = gguf_file(path)
     where, how = (path, {}) if file is None else (file.parent, {"gguf_file": file.name})
     try:

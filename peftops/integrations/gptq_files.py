@@ -134,7 +134,7 @@ def from_gptq(
         shapes = f"{list(scales.shape)}, not {list(qzeros.shape)}"
         raise ValueError(f"from_gptq: zeros must have the shape of scales, {shapes}")
     order = torch.arange(k, device=qweight.device) // (k // groups)
-    if "g_idx" in parts and not torch.equal(parts["g_idx"].long(), order):
+    if parts.get("g_idx") is not None and not torch.equal(parts["g_idx"].long(), order):
         raise ValueError("from_gptq: g_idx permutes the columns (act-order); quantise without it")
     return GroupQuantTensor.from_codes(codes, scales.t(), zeros.t(), bits=bits, dtype=dtype)
 
@@ -173,14 +173,19 @@ def _check_parts(parts: dict[str, Tensor], bits: int) -> None:
         if part.dim() != (1 if name == "g_idx" else 2) or not (fits or (name == "g_idx" and part.dtype == torch.int64)):
             shape = "[in]" if name == "g_idx" else "[in * bits / 32, out]" if name == "qweight" else "[groups, out]"
             raise ValueError(f"from_gptq: {name} must be {kinds} {shape}, not {part.dtype} {list(part.shape)}")
-    if parts["qweight"].shape[0] * 32 % bits or not parts["qweight"].numel():
-        raise ValueError(f"from_gptq: qweight {list(parts['qweight'].shape)} holds no whole codes of {bits} bits")
+    if parts["qweight"].shape[0] * 32 % (8 * bits) or not parts["qweight"].numel():  # codes are kept in eights
+        raise ValueError(f"from_gptq: qweight {list(parts['qweight'].shape)} holds no eights of codes of {bits} bits")
 
 
 def _words(packed: Tensor) -> Tensor:
     """Rows of bytes as rows of little-endian int32."""
-    return packed.contiguous().view(torch.int32)
+    return _in_order(packed).view(torch.int32)
 
 
 def _bytes(words: Tensor) -> Tensor:
-    return words.contiguous().view(torch.uint8)
+    return _in_order(words).view(torch.uint8)
+
+
+def _in_order(rows: Tensor) -> Tensor:
+    """(Rows of a single element are contiguous to torch whatever is between them.)"""
+    return rows.clone(memory_format=torch.contiguous_format)

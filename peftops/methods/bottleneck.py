@@ -62,10 +62,12 @@ class BottleneckConfig(Config):
         check_choice("placement", self.placement, ("houlsby", "pfeiffer", "parallel"))
         check_choice("activation", self.activation, tuple(_ACTIVATIONS))
         check_choice("init", self.init, ("zero", "houlsby"))
-        if not self.reduction > 0:
+        check_range("reduction", self.reduction, 0)
+        if self.reduction == 0:
             raise ValueError(f"reduction must be above 0, not {self.reduction!r}")
         if self.width is not None:
             check_range("width", self.width, 1, whole=True)
+        super().__post_init__()
 
 
 @register(BottleneckConfig)

@@ -9,18 +9,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .time_limit import TookTooLong, time_limit
+
 Message = dict[str, str]
 TURNS = ("last", "all")
+SECONDS = 10.0  # that a template may take for a conversation; thousandths are usual
 
 
 def render(tokenizer: Any, messages: Sequence[Message], *, ask: bool) -> str:
     """The text of a conversation, with the beginning of an answer if one is asked for.
 
     Raises:
-        ValueError: the template fails, whatever it is that it fails with.
+        ValueError: the template fails, whatever it is that it fails with, or does not come to an end.
     """
     try:
-        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=ask, tokenize=False)
+        with time_limit(SECONDS):
+            return tokenizer.apply_chat_template(list(messages), add_generation_prompt=ask, tokenize=False)
+    except TookTooLong:
+        raise ValueError(f"the model's chat template takes more than {SECONDS:g} s for one conversation") from None
     except Exception as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"the model's chat template cannot render these messages: {why}") from error

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import cache
+from types import NoneType
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from ..nn import PREFIX
 from .patterns import matches_whole
 from .targets import Target
 
 MOST_ITERATIONS = 1000  # that a file may ask for: a number without a limit could keep whoever reads it for years
+_LARGEST = {int: 2**63 - 1, float: sys.float_info.max}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,13 @@ class Config:
     peft_prefix: ClassVar[str] = PREFIX  # of PEFT's keys for what the model had already
 
     modules_to_save: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Raise unless each option is of the kind that it is declared to be; a method checks its own limits first."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not _is_a(value, _kinds(type(self))[field.name]):
+                raise ValueError(f"{field.name} must be {_WORDS.get(field.type, field.type)}, not {value!r}")
 
     @classmethod
     def claims(cls, fields: dict[str, Any]) -> bool:
@@ -61,6 +71,25 @@ class Config:
         return cls(**{name: fields[name] for name in names if name in fields}, **own)
 
 
+_WORDS = {"bool": "True or False", "int": "a whole number", "float": "a finite number", "str": "text",
+          "Sequence[str]": "a list of names"}  # fmt: skip
+_kinds = cache(get_type_hints)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value, out of Python or of JSON, is of the kind that an annotation means."""
+    whole, inner = get_origin(kind), get_args(kind)
+    if kind is Any or kind is NoneType:
+        return kind is Any or value is None
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool) and abs(value) <= _LARGEST[kind]
+    if whole is dict:
+        return isinstance(value, dict) and all(_is_a(k, inner[0]) and _is_a(x, inner[1]) for k, x in value.items())
+    if whole in (list, tuple, Sequence):
+        return isinstance(value, list | tuple | set) and all(_is_a(x, inner[0]) for x in value)
+    return any(_is_a(value, k) for k in inner) if inner else isinstance(value, kind)
+
+
 def needs(fields: dict[str, Any], *keys: str) -> None:
     missing = [key for key in keys if key not in fields]
     if missing:
@@ -75,10 +104,11 @@ def refuse(fields: dict[str, Any], **neutral: Any) -> None:
 
 
 def check_range(name: str, value: Any, low: float, high: float | None = None, *, whole: bool = False) -> None:
-    """Raise unless ``value`` is a finite number in ``[low, high)``."""
+    """Raise unless ``value`` is a number in ``[low, high)`` that fits 64 bits."""
     right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if right and abs(value) < math.inf and value >= low and (high is None or value < high):
-        return
+    if right and abs(value) <= _LARGEST[int if whole else float] and low <= value:
+        if high is None or value < high:
+            return
     kind = "a whole number" if whole else "a number"
     limits = f"from {low}" if high is None else f"in [{low}, {high})"
     raise ValueError(f"{name} must be {kind} {limits}, not {value!r}")

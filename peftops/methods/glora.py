@@ -64,6 +64,7 @@ class GLoRAConfig(Config):
             check_choice(name, getattr(self, name), known)
         if all(getattr(self, name) == "none" for name in "ABCDE"):
             raise ValueError("A, B, C, D and E are all 'none': nothing would train")
+        super().__post_init__()
 
     def to_peft(self) -> dict[str, Any]:
         both = lambda x, y: x if x == y else f"{x},{y}"

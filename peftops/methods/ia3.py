@@ -42,6 +42,7 @@ class IA3Config(Config):
 
     def __post_init__(self) -> None:
         check_target(self.target)
+        super().__post_init__()
 
     def as_built(self, adapters: dict[str, Any]) -> IA3Config:
         """An expression for whole names: PEFT takes a list for ends of names, and wants its members in the target."""

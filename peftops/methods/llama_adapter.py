@@ -68,6 +68,7 @@ class LLaMAAdapterConfig(Config):
                 check_range(option, getattr(self, option), 1, whole=True)
         if self.gate == "peft" and (self.v2 or self.image_features):
             raise ValueError("gate='peft' has neither images nor v2: PEFT's files have no place for them")
+        super().__post_init__()
 
     def as_built(self, adapters: dict[str, Any]) -> LLaMAAdapterConfig:
         return replace(self, layers=sum(isinstance(adapter, LLaMAAdapter) for adapter in adapters.values()))

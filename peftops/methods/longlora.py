@@ -19,6 +19,7 @@ from torch import nn
 
 from ..nn import MergeError, Prompt, Select, Stored, base_of
 from ..nn.gated_prompt import ARGUMENT, check_attention, close_registry, is_attention, open_registry
+from ..nn.prompt import check_one_sequence
 from ..nn.shifted_attention import ShiftedAttention
 from . import each_target, register
 from .config import Config, check_pattern, check_range, check_scaling, check_target
@@ -73,6 +74,7 @@ class LongLoRAConfig(LoRAConfig):
             check_range("group", self.group, 2, whole=True)
         if self.length is not None:
             check_range("length", self.length, 1, whole=True)
+        super(LoRAConfig, self).__post_init__()  # LoRA's own wants a target
 
 
 @register(LongLoRAConfig)
@@ -121,6 +123,7 @@ class Groups(Prompt):
     def before(self, body: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         if not body.training:
             return arguments
+        check_one_sequence(arguments, "LongLoRA trains on groups of one")  # whose groups would begin in another
         for attention in self._attentions:
             open_registry(attention, self)
         return {**arguments, ARGUMENT: self.attend}

@@ -69,6 +69,7 @@ class LoRAConfig(Config):
             check_range("r", r, 1, whole=True)
         check_range("dropout", self.dropout, 0, 1)
         check_target(self.target)
+        super().__post_init__()
 
     def rank_and_scaling(self, layer: str) -> tuple[int, float]:
         """r and s of a layer, by its name."""

@@ -40,6 +40,7 @@ class NormTuningConfig(Config):
     def __post_init__(self) -> None:
         if not self.norms:
             raise ValueError(f"norms must be 'all', names or a regular expression, not {self.norms!r}")
+        super().__post_init__()
 
     def to_peft(self) -> dict[str, Any]:
         return {"peft_type": "LN_TUNING"}

@@ -58,6 +58,7 @@ class PrefixTuningConfig(Config):
             check_range("hidden", self.hidden, 1, whole=True)
         if self.init == "text" and not self.text:
             raise ValueError("init='text' needs a text")
+        super().__post_init__()
 
     def to_peft(self) -> dict[str, Any]:
         return {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": self.tokens, "prefix_projection": False,

@@ -56,6 +56,7 @@ class PromptTuningConfig(Config):
             raise ValueError("init='text' needs a text")
         if self.init == "labels" and not 0 < len(self.labels) <= self.tokens:
             raise ValueError(f"init='labels' needs 1 to {self.tokens} labels, one per token, not {len(self.labels)}")
+        super().__post_init__()
 
     def to_peft(self) -> dict[str, Any]:
         return {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": self.tokens, "prompt_tuning_init": "RANDOM",

@@ -62,6 +62,7 @@ class QALoRAConfig(Config):
         check_choice("pool", self.pool, ("sum", "mean", "peft"))
         check_scaling(self.alpha)
         check_target(self.target)
+        super().__post_init__()
 
     @property
     def scaling(self) -> float:

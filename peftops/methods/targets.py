@@ -59,9 +59,11 @@ def find_targets(model: nn.Module, target: Target, kinds: Sequence[str] = (LINEA
         left_out = {*output_layers(model), *read_without_calls(model)}
         linear = [name for name, module in layers(model) if is_linear(module) and name not in left_out]
         if not linear:
+            subclasses = {type(m).__name__ for _, m in layers(model) if isinstance(m, nn.Linear) and not is_linear(m)}
+            others = f" ({', '.join(sorted(subclasses))} compute otherwise than nn.Linear)" if subclasses else ""
             raise ValueError(
                 f"target {ALL_LINEAR!r}: the model has no linear layers but its output layer "
-                "and such as are not called"
+                f"and such as are not called{others}"
             )
         return linear
     found = matches(model, target, "target")

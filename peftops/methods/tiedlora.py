@@ -60,6 +60,7 @@ class TiedLoRAConfig(Config):
         check_target(self.target)
         if not (self.train_B or self.train_v):
             raise ValueError("train_B or train_v must be True: with both frozen, the model could not leave its start")
+        super().__post_init__()
 
     @classmethod
     def tl5(cls, **options: Any) -> TiedLoRAConfig:

@@ -44,6 +44,7 @@ class TopLayersConfig(Config):
 
     def __post_init__(self) -> None:
         check_range("layers", self.layers, 0, whole=True)
+        super().__post_init__()
 
 
 def top(model: nn.Module, count: int, head: bool, norm: bool) -> set[str]:

@@ -50,6 +50,7 @@ class VeRAConfig(Config):
         check_range("r", self.r, 1, whole=True)
         check_range("dropout", self.dropout, 0, 1)
         check_target(self.target)
+        super().__post_init__()
 
     def to_peft(self) -> dict[str, Any]:
         return {

@@ -13,6 +13,7 @@ layer                its weight                                  as a matrix
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +30,41 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 def kind_of(layer: nn.Module) -> str | None:
     """The kind of a layer, for a low-rank method; None if such a method cannot adapt it."""
-    if isinstance(layer, nn.Linear) or is_conv1d(layer):
+    kind = type(layer)
+    if isinstance(layer, nn.Linear):
+        return LINEAR if is_quantized(layer.weight) or is_plain_linear(kind) else None
+    if is_conv1d(layer):
         return LINEAR
     # A subclass that does more than look up (Gemma's scales what it found) is not linear in its weight alone.
-    if isinstance(layer, nn.Embedding) and type(layer).forward is nn.Embedding.forward and layer.max_norm is None:
+    if isinstance(layer, nn.Embedding) and kind.forward is nn.Embedding.forward and layer.max_norm is None:
         return EMBEDDING
     if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
-        return CONVOLUTION
+        own = kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
+        return CONVOLUTION if own else None
     return None
+
+
+def is_plain_linear(kind: type[nn.Linear]) -> bool:
+    """Whether a subclass of ``nn.Linear`` computes what that does, by its weight and bias alone. (Routers of experts
+    return more than a product, BitNet's layers round their inputs; Falcon's write the product in another way.)"""
+    return kind.forward is nn.Linear.forward or _computes_a_product(kind)
+
+
+@functools.cache
+def _computes_a_product(kind: type[nn.Linear]) -> bool:
+    with torch.device("cpu"), torch.no_grad():
+        x, weight, bias = torch.arange(4.0).sin()[None], torch.arange(12.0).cos().view(3, 4), torch.arange(3.0)
+        bare = nn.Linear.__new__(kind)
+        nn.Module.__init__(bare)
+        bare.in_features, bare.out_features, bare.weight = 4, 3, nn.Parameter(weight)
+        for bare.bias in (None, nn.Parameter(bias)):
+            try:
+                y = kind.forward(bare, x)
+            except Exception:  # it needs more than that
+                return False
+            if not isinstance(y, Tensor) or not torch.allclose(y, nn.functional.linear(x, weight, bare.bias)):
+                return False
+    return True
 
 
 def as_matrix(layer: nn.Module, weight: Tensor) -> Tensor:

@@ -6,14 +6,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import lora_linear
-from .layers import CONVOLUTION, EMBEDDING, kind_of, matrix, sizes
+from .layers import matrix, sizes
 from .quantized import KINDS, is_quantized
 
 
 def factor_shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of A and B of rank ``r`` for a layer: two matrices, or two convolutions of which the second is 1 x 1."""
     in_, out = sizes(base)
-    if kind_of(base) == CONVOLUTION:
+    if isinstance(base, nn.Conv2d):
         return (r, base.in_channels, *base.kernel_size), (out, r, 1, 1)
     return (r, in_), (out, r)
 
@@ -40,11 +40,10 @@ def low_rank(
         op = KINDS[type(weight)].linear
         return op(x, weight, base.bias if bias else None, lora_A=lora_A, lora_B=lora_B, scaling=scaling,
                   dropout_p=dropout, training=training, compute=getattr(base, "compute", "float"))  # fmt: skip
-    kind = kind_of(base)
-    if kind == EMBEDDING:
+    if isinstance(base, nn.Embedding):
         y = base(x)
         return y + (scaling * (F.embedding(x, lora_A.t()) @ lora_B.t())).to(y.dtype)
-    if kind == CONVOLUTION:
+    if isinstance(base, nn.Conv2d):
         h = F.dropout(x, dropout, training)
         u = F.conv2d(h, lora_A.to(x.dtype), None, base.stride, base.padding, base.dilation)
         return base(x) + scaling * F.conv2d(u, lora_B.to(x.dtype))

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ..ops import NF4Tensor, nf4_linear, nf4_quantize
-from .layers import is_conv1d, matrix
+from .layers import LINEAR, kind_of, matrix
 from .quantized import StoredInParts, is_quantized
 from .undo import about
 
@@ -90,7 +90,7 @@ def quantize_linears(
 def _dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for path, parent in model.named_modules():
         for leaf, child in parent.named_children():
-            if (isinstance(child, nn.Linear) or is_conv1d(child)) and not is_quantized(child.weight):
+            if kind_of(child) == LINEAR and not is_quantized(child.weight):
                 yield f"{path}.{leaf}".lstrip("."), parent, leaf
 
 

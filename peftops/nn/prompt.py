@@ -99,11 +99,11 @@ def cached(arguments: dict[str, Any]) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def check_one_sequence(arguments: dict[str, Any]) -> None:
+def check_one_sequence(arguments: dict[str, Any], why: str = "a prompt stands before one") -> None:
     """Raise a ValueError for rows that several sequences are packed into: a prompt would stand before the first one
     alone, and a prefix join them all. transformers takes positions for such where they do not go on one by one and
     there is no mask."""
-    what = "several sequences in a row, and a prompt stands before one; give each sequence a row of its own"
+    what = f"several sequences in a row, and {why}; give each sequence a row of its own"
     for name in ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx"):
         if arguments.get(name) is not None:
             raise ValueError(f"{name} tells of {what}")

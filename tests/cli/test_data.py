@@ -1,6 +1,9 @@
 """What data files are read as, and what of a conversation is learnt and where answers stop."""
 
+import contextlib
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +13,9 @@ import peftops
 from peftops.cli import main
 from peftops.cli import model as cli
 from peftops.cli.data import IGNORE, DataError, Row, encode, prompt_ids, read_rows
+from peftops.methods import chat
 from peftops.methods.chat import stop_ids
+from peftops.methods.time_limit import TookTooLong, time_limit
 
 ROW = {"instruction": "say", "response": "ok"}
 GEMMA = (
@@ -107,6 +112,41 @@ def test_templates_that_fail_or_rewrite_earlier_turns_are_told():
     tokenizer.chat_template = GEMMA.replace("<start>assistant\n{% endif %}", "<start>assistant\n<think>{% endif %}")
     (example,) = encode([Row(messages=CHAT)], tokenizer, 200)
     assert learnt(tokenizer, example) == "yy<end_of_turn>\n" and "<think>yy" in tokenizer.decode(example.ids)
+
+
+@pytest.mark.parametrize("template", [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% for a in messages[0].content * 9999 %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+])  # fmt: skip
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_template_that_does_not_end_is_told(template, in_thread, monkeypatch):
+    monkeypatch.setattr(chat, "SECONDS", 0.2)
+    tokenizer = models.tokenizer()
+    tokenizer.chat_template = template
+
+    def encoded():
+        with pytest.raises(ValueError, match="chat template takes more than 0.2 s for one conversation"):
+            encode([Row(messages=CHAT)], tokenizer, 200)
+        return True
+
+    started = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(encoded).result() if in_thread else encoded()
+    assert time.monotonic() - started < 60
+
+
+def test_a_time_limit_leaves_nothing_behind():
+    """Neither what comes to an end in time, nor what does at the very moment, is stopped afterwards."""
+    for seconds in (0.001 + i * 1e-5 for i in range(100)):
+        with contextlib.suppress(TookTooLong):
+            with time_limit(seconds):
+                until = time.monotonic() + 0.0015
+                while time.monotonic() < until:
+                    pass
+    until = time.monotonic() + 0.05
+    while time.monotonic() < until:
+        pass
 
 
 def test_a_template_of_a_hard_prompt_ends_alike():

@@ -5,9 +5,12 @@ import json
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 
 import models
 import peftops
+from gptq_layout import dense_layers
 from peftops.cli import main
 from peftops.cli.data import encode, read_rows
 from peftops.cli.finetune import METHOD_NAMES
@@ -53,10 +56,8 @@ def train(folder, out, method, *more):
 
 def losses(folder, merged):
     """Of a directory as we read it, and as transformers does."""
-    from transformers import AutoModelForCausalLM
-
     examples = encode(read_rows(folder / "rows.jsonl"), models.tokenizer(), 512)
-    read = peftops.load_model(merged, quantize=False), AutoModelForCausalLM.from_pretrained(merged).eval()
+    read = peftops.load_model(merged, quantize=False), transformers.AutoModelForCausalLM.from_pretrained(merged).eval()
     return [evaluate(model, examples, 4, 2) for model in read]
 
 
@@ -92,6 +93,25 @@ def test_qalora_is_deployed_in_its_codes(folders, tmp_path, kind, bits):
     assert evaluate(model, examples, 4, 2) == pytest.approx(report["loss_after"], rel=1e-6)
     layer = model.model.layers[0].mlp.up_proj
     assert isinstance(layer, GroupLinear) and layer.weight.bits == bits
+
+
+def test_the_packed_files_are_read_by_gptqs_definition(folder, tmp_path):
+    """By nothing of ours, into transformers' own model. transformers itself needs GPTQ's kernels for such a directory,
+    and these need whole zeros: it says what it lacks and reads nothing wrong."""
+    report = train(folder, tmp_path / "run", "qalora", "--r", 4)
+    argv = ["merge", "--model", folder / "model", "--adapter", tmp_path / "run", "--packed", "--out", tmp_path / "m"]
+    assert command(*argv) == 0
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "m")
+    how = config.quantization_config
+    assert how["quant_method"] == "gptq" and how["desc_act"] is False and how["group_size"] == 32
+    with pytest.raises(ImportError, match="gptqmodel|optimum"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    del config.quantization_config
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    layers = dense_layers(load_file(tmp_path / "m" / "model.safetensors"), how["bits"])
+    assert model.load_state_dict(layers, strict=False).unexpected_keys == []
+    examples = encode(read_rows(folder / "rows.jsonl"), models.tokenizer(), 512)
+    assert evaluate(model, examples, 4, 2) == pytest.approx(report["loss_after"], rel=1e-6)
 
 
 def test_only_qalora_stays_in_codes(folder, tmp_path, capsys):
@@ -131,10 +151,8 @@ def test_merging_writes_all_or_nothing(folder, tmp_path, capsys, monkeypatch):
         (directory / "config.json").write_text("{}")
         raise OSError(28, "No space left on device")
 
-    from transformers import PreTrainedModel
-
     with monkeypatch.context() as patch:
-        patch.setattr(PreTrainedModel, "save_pretrained", full)
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
         assert command(*argv) == 2 and "No space left on device" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
     (tmp_path / "m").mkdir()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 import models
 import peftops
-from peftops.cli import commands, finetune, job, main, report, training
+from peftops.cli import commands, finetune, give_blocks_back, job, main, report, training
 from peftops.integrations.files import fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -292,8 +293,34 @@ print(memory_now())
     assert kept - back > 40 << 20
 
 
+def test_a_threshold_of_ones_own_is_left_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: types.SimpleNamespace(mallopt=lambda *args: asked.append(args)))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    give_blocks_back()
+    assert asked == [(-3, 1 << 16)]
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "16777216")
+    give_blocks_back()
+    assert len(asked) == 1
+
+
 def test_every_command_takes_the_flags_for_a_model():
     parser = argparse.ArgumentParser()
     finetune.add_arguments(parser)
     args = parser.parse_args(["--model", "m", "--train", "t", "--out", "o"])
     assert args.trust_remote_code is False and args.overwrite is False and args.turns == "last"
+
+
+@pytest.mark.parametrize("argv", [
+    ["generate", "hi"], ["merge", "--adapter", "a", "--out", "m"], ["plan", "--memory", "1GiB"],
+    ["finetune", "--train", "rows.jsonl", "--out", "run"], ["serve", "--requests", "rows.jsonl", "--out", "answers"],
+    ["influence", "--adapter", "a", "--train", "rows.jsonl", "--prompt", "a", "--completion", "b"],
+], ids=lambda argv: argv[0])  # fmt: skip
+def test_every_command_says_that_there_is_no_such_model(argv, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n' if argv[0] == "serve" else '{"text": "a b c"}\n')
+    peftops.save(peftops.attach(models.llama(), peftops.LoRAConfig(r=2)), tmp_path / "a")
+    assert main([*argv, "--model", "nowhere"]) == 2
+    assert "peftops: no model at nowhere" in capsys.readouterr().err
+    assert not {"m", "answers"} & {path.name for path in tmp_path.iterdir()}

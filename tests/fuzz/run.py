@@ -34,7 +34,7 @@ import peftops  # noqa: E402
 from fuzz.damage import STRANGE, damage_bytes, damage_json, damage_safetensors  # noqa: E402
 
 RIGHT = (ValueError, TypeError, OSError, KeyError)  # what the docstrings promise
-SECONDS, MEMORY = 60, 6 << 30  # a case may take, and a process
+SECONDS, MEMORY = 60, 6 << 30  # of the processor that a case may take, and bytes of a process
 CHUNK = 500  # cases of a process
 
 
@@ -268,11 +268,11 @@ def run_case(kind: str, number: int) -> str | None:
     def stop(*_: object) -> None:
         raise TookTooLong
 
-    old = signal.signal(signal.SIGALRM, stop)
+    old = signal.signal(signal.SIGPROF, stop)  # by the clock, a busy machine would be a fault
     if kind in _MAKE:
         seeds(kind)  # before the clock starts
     with tempfile.TemporaryDirectory() as folder:
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             KINDS[kind](Path(folder), Random(f"{kind}-{number}"))
         except RIGHT as error:
@@ -280,8 +280,8 @@ def run_case(kind: str, number: int) -> str | None:
         except BaseException as error:
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         finally:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, old)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, old)
     return None
 
 

@@ -5,25 +5,11 @@ import pytest
 import torch
 
 import peftops
+from gptq_layout import gptq_unpack
 from peftops.integrations.gptq_files import from_gptq, to_gptq, to_gptq_integers
 from peftops.ops.group_tensor import pack_bits, unpack_bits
 
 every_width = pytest.mark.parametrize("bits", [2, 3, 4, 8])
-
-
-def gptq_unpack(words, bits):
-    """GPTQ's packing along dim 0, from its definition: 32 codes are `bits` words, the first code lowest."""
-    words = words.long() & 0xFFFFFFFF
-    codes = []
-    for first in range(0, len(words), bits):
-        string = [words[first + i] for i in range(bits)]
-        for j in range(32):
-            word, shift = divmod(j * bits, 32)
-            code = string[word] >> shift
-            if shift + bits > 32:
-                code = code | string[word + 1] << (32 - shift)
-            codes.append(code & 2**bits - 1)
-    return torch.stack(codes)
 
 
 @every_width
@@ -43,6 +29,21 @@ def test_the_layout_is_gptqs(bits):
         gptq_unpack(integers["qweight"], bits) - (zeros + 1).repeat_interleave(32, 0)
     )
     assert torch.equal(peftops.group_dequantize(from_gptq(integers, bits=bits, checkpoint_format="gptq")), dense.t())
+
+
+@pytest.mark.parametrize("n, k, bits, group", [
+    (32, 16, 2, 8), (32, 8, 4, 8), (1, 8, 4, 8), (8, 64, 4, 64), (16, 16, 8, 16),
+])  # fmt: skip
+def test_weights_of_one_word_or_one_group(n, k, bits, group):
+    """A row, or a column, of one element has strides of its own."""
+    weight = peftops.group_quantize(torch.randn(n, k), bits=bits, group_size=group)
+    assert torch.equal(from_gptq(to_gptq(weight), bits=bits), weight)
+    assert torch.equal(from_gptq(to_gptq(weight) | {"g_idx": None}, bits=bits), weight)
+    if n * bits % 32 == 0:
+        integers, _ = to_gptq_integers(weight)
+        made = from_gptq(integers, bits=bits, checkpoint_format="gptq")
+        assert torch.equal(made.codes, weight.codes)
+        assert torch.equal(made.zeros, weight.zeros.round().clamp(1, 2**bits))
 
 
 @every_width
@@ -99,6 +100,9 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match=message):
             from_gptq({**parts, **bad}, bits=4)
+    short = {name: tensor[:1] for name, tensor in parts.items()}
+    with pytest.raises(ValueError, match=r"qweight \[1, 64\] holds no eights of codes of 8 bits"):
+        from_gptq(short, bits=8)
     with pytest.raises(KeyError, match="qzeros"):
         from_gptq({name: t for name, t in parts.items() if name != "qzeros"}, bits=4)
 

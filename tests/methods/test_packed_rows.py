@@ -63,6 +63,17 @@ def test_one_sequence_with_its_positions_is_not(config_class):
     assert model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, do_sample=False).shape == (2, 10)
 
 
+def test_groups_that_train_are_refused():
+    """LongLoRA's groups would begin where another sequence does, and a sequence learn other than it does alone."""
+    model = adapted(peftops.LongLoRAConfig).train()
+    with pytest.raises(ValueError, match="position_ids tell of several sequences in a row, and LongLoRA trains on"):
+        second(model, FIRST)
+    with pytest.raises(ValueError, match="cu_seq_lens_q tells of several sequences in a row, and LongLoRA trains on"):
+        model(input_ids=SECOND, cu_seq_lens_q=torch.tensor([0, 2, 5]))
+    positions = torch.arange(5)[None]
+    assert torch.equal(model(SECOND, position_ids=positions).logits, model(SECOND).logits)
+
+
 def test_prompts_of_each_row_are_refused_too():
     model = adapted(peftops.PromptTuningConfig)
     with peftops.prompt_per_row(model, ["default"]), pytest.raises(ValueError, match="several sequences in a row"):

@@ -159,3 +159,76 @@ def test_checkpointed_blocks_do_not_look_like_layers_without_a_gradient(reentran
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(input_ids=models.tokens(), labels=models.tokens()).loss.backward()
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits, logits.softmax(-1)
+
+
+class Rounds(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.round())
+
+
+class Scaled(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.factor = 0.5
+
+    def forward(self, x):
+        return self.factor * super().forward(x)
+
+
+class Written(nn.Linear):
+    """What nn.Linear computes, in other words, as in Falcon."""
+
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Pads(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (1, 0, 1, 0)))
+
+
+class Standardizes(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+@pytest.mark.parametrize("kind", [Router, Rounds, Scaled])
+def test_a_subclass_that_computes_something_else_is_no_linear_layer(kind):
+    """An adapter computes by the weight alone, and would leave out what the subclass does."""
+    model = nn.Sequential(nn.Linear(32, 32), kind(32, 32))
+    assert [type(layer).__name__ for layer in peftops.attach(copy.deepcopy(model), LoRAConfig(r=2))][1] == kind.__name__
+    quantised = peftops.attach(copy.deepcopy(model), QLoRAConfig(r=2))
+    assert torch.equal(quantised[1].weight, model[1].weight) and not quantised[1].weight.requires_grad
+    with pytest.raises(TypeError, match=f"matches 1, a {kind.__name__}; only linear"):
+        peftops.attach(model, LoRAConfig(r=2, target=["1"]))
+    with pytest.raises(ValueError, match=rf"no linear layers but .* \({kind.__name__} compute otherwise than"):
+        peftops.attach(nn.Sequential(kind(32, 32)), LoRAConfig(r=2))
+
+
+@pytest.mark.parametrize("kind", [Pads, Standardizes])
+def test_nor_is_a_convolution_that_does(kind):
+    with pytest.raises(TypeError, match=f"matches 0, a {kind.__name__}; only linear, embedding and convolution"):
+        peftops.attach(nn.Sequential(kind(3, 4, 3)), LoRAConfig(r=2, target=["0"]))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_subclass_that_writes_the_same_in_other_words_is_one(bias):
+    torch.manual_seed(0)
+    model = nn.Sequential(Written(32, 16, bias), nn.ReLU(), Written(16, 8, bias))
+    x = torch.randn(3, 32)
+    want = model(x)
+    adapted = peftops.attach(copy.deepcopy(model), LoRAConfig(r=2))
+    assert torch.equal(adapted(x), want)
+    nn.init.normal_(adapted[0].adapters["default"].lora_B)
+    trained = adapted(x)
+    if bias:
+        assert torch.equal(torch.compile(adapted, fullgraph=True, backend="aot_eager")(x), trained)
+    peftops.merge(adapted)
+    torch.testing.assert_close(peftops.detach(adapted, merged=True)(x), trained)

@@ -169,6 +169,13 @@ def test_the_choice_and_its_reasons():
     other = choose([*fitting(lora=900, normtuning=5), Estimate("dora", why_not="no linear layers")], 100)
     assert other.estimate.method == "normtuning"
     assert any("dora cannot be used here: no linear layers" in reason for reason in other.reasons)
+    assert "Of all others, normtuning takes least." in other.reasons
+    assert other.estimate.trainable == 1000 and Estimate("dora").trainable == 0
+
+
+def test_the_tables_own_rows_are_told_from_ours():
+    seven = {"prompttuning", "prefixtuning", "bottleneck", "lora", "qlora", "qalora", "relora"}
+    assert {method for method, traits in TABLE.items() if not traits.ours} == seven
 
 
 def test_what_takes_all_of_the_memory_fits():

@@ -1,0 +1,39 @@
+"""A bound for the time of Python that comes out of a file, such as a chat template."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+
+class TookTooLong(Exception):
+    """Raised within :func:`time_limit`."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise :class:`TookTooLong` in the body, between two of its instructions, once it has run that long.
+
+    Unlike a signal this works in every thread and takes no handler from anybody. A single call of C is not cut short.
+    """
+    body, lock, over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
+
+    def stop() -> None:
+        with lock:
+            if not over:
+                _raise_in(body, ctypes.py_object(TookTooLong))
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with lock:
+            over = True
+            _raise_in(body, None)  # what was not raised in time is raised no more
+        timer.cancel()

@@ -1,0 +1,34 @@
+"""Every option of every method is of the kind that it is declared to be: numbers that are none do not pass."""
+
+import dataclasses
+import math
+
+import pytest
+
+from examples import example_of
+from peftops.methods import METHODS
+
+NEVER = (10**400, -(10**400), math.nan, math.inf, -math.inf, {"q": 10**400}, [math.nan], {"q": math.nan}, object(), 1j)
+KINDS = {"bool": (0, 1, None, "false"), "int": (1.5, True, None, "4", 2**63), "float": (True, None, "0.5"), "str": (3,)}
+OPTIONS = [(config, option.name) for config in METHODS for option in dataclasses.fields(config)]
+
+
+@pytest.mark.parametrize("config, name", OPTIONS, ids=lambda value: getattr(value, "__name__", value))
+def test_what_is_of_another_kind_is_refused_by_name(config, name):
+    options = example_of(config).config
+    kind = next(option.type for option in dataclasses.fields(config) if option.name == name)
+    for value in (*NEVER, *KINDS.get(kind, ())):
+        with pytest.raises(ValueError, match=rf"\b({name}|r|alpha|target)\b"):
+            dataclasses.replace(options, **{name: value})
+
+
+@pytest.mark.parametrize("config", METHODS)
+def test_what_a_file_makes_of_options_is_of_their_kinds(config):
+    """JSON has lists alone, and whole numbers where there is no fraction."""
+    options = example_of(config).config
+    for option in dataclasses.fields(config):
+        value = getattr(options, option.name)
+        if isinstance(value, tuple):
+            dataclasses.replace(options, **{option.name: list(value)})
+        if option.type == "float" and value == int(value):
+            dataclasses.replace(options, **{option.name: int(value)})
