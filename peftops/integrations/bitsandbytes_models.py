@@ -26,6 +26,13 @@ def from_bitsandbytes(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: there is no such layer, one is in FP4, not quantised yet, or has blocks that NF4Tensor has not;
             nothing has changed then.
+
+    Examples:
+        >>> import bitsandbytes as bnb
+        >>> model = nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4"))
+        >>> model = peftops.from_bitsandbytes(model.to("cpu"))
+        >>> type(model[0].weight).__name__
+        'NF4Tensor'
     """
     found = {name: layer for name, layer in model.named_modules() if _is_linear4bit(layer)}
     if not found:

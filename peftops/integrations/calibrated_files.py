@@ -1,4 +1,4 @@
-"""What a calibration leaves on disk: a file per block as soon as it is done, and a checkpoint of them in the end."""
+"""The files of a calibration: one per block as soon as it is done, and a checkpoint of them in the end."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def write_nf4(model: nn.Module, folder: Path, tokenizer: Any, layout: str = "bit
 
 
 def tensors_of(module: nn.Module, layout: str, prefix: str = "") -> dict[str, Tensor]:
-    """What files in this layout have of a module: by the names without adapters, and one of those that are tied."""
+    """The tensors of a module for files in this layout, by the names without adapters; one of those that are tied."""
     tensors, seen = {}, set()
     for path, layer in layers(module):
         layer, path = base_of(layer), f"{prefix}{path}." if path else prefix

@@ -42,6 +42,10 @@ class CalibrationConfig:
         layout: of the files: "bitsandbytes", which transformers reads as well; or "peftops", the names of our own state
             dicts.
         batch: tokens that are computed at once.
+
+    Examples:
+        >>> peftops.CalibrationConfig(double_quant=False).layout
+        'bitsandbytes'
     """
 
     block_size: int = 64
@@ -73,7 +77,7 @@ class LayerReport:
 
 @dataclass
 class CalibrationReport:
-    """What :func:`quantize_model` did."""
+    """The work of :func:`quantize_model`."""
 
     tokens: int
     layers: list[LayerReport] = field(default_factory=list)
@@ -136,6 +140,11 @@ def quantize_model(
         ValueError: the rows are empty or hold a token that the model does not know; the model is quantised already, has
             adapters, or is no stack of blocks that hand one tensor on; an unfinished result of other settings is there.
         OSError: ``out`` holds files already, or cannot be written.
+
+    Examples:
+        >>> model, report = peftops.quantize_model(llama(), [row for row in torch.randint(3, 64, (64, 32))])
+        >>> report.error <= report.plain_error
+        True
     """
     config, begin = config or CalibrationConfig(), time.perf_counter()
     files = None if isinstance(model, nn.Module) else ModelFiles(
@@ -207,6 +216,11 @@ def input_moments(
 
     Returns:
         Float32 ``[in, in]`` by name of the layer; layers that see nothing are left out.
+
+    Examples:
+        >>> moments = peftops.input_moments(llama(), ids)
+        >>> moments["model.layers.0.mlp.up_proj"].shape
+        torch.Size([32, 32])
     """
     names = find_targets(model, target)
     moments = {name: Moments(matrix(module_at(model, name)).shape[1], model.device, name) for name in names}
@@ -253,7 +267,7 @@ def _batches(rows: Sequence[Sequence[int] | Tensor], size: int, model: nn.Module
 
 
 def _numbers(model: nn.Module) -> list[float]:
-    """What tells a model in memory from another one."""
+    """Numbers that tell a model in memory from another one."""
     return [p.double().sum().item() for p in model.parameters()]
 
 
@@ -261,8 +275,8 @@ Call = tuple[tuple, dict[str, Any]]  # what a block is called with beside the hi
 
 
 def _rehearse(model: nn.Module, stack: list[str], batches: list[Tensor]) -> tuple[list[Tensor], dict[str, list[Call]]]:
-    """What the first block is given for each batch, and what else each block is: learnt from the model's own forward,
-    in which every block hands on what it gets."""
+    """The first block's input for each batch, and all else that each block is given: learnt from the model's own
+    forward, in which every block hands on what it gets."""
     hidden: list[Tensor] = []
     calls: dict[str, list[Call]] = {path: [] for path in stack}
 

@@ -108,7 +108,7 @@ def writable_directory(path: str | os.PathLike, need: int = 0) -> Path:
 
 
 def fingerprint(path: Path) -> str:
-    """What tells a model from another one: names and sizes of its files, and slices of what is in them."""
+    """Facts that tell a model from another one: names and sizes of its files, and slices of what is in them."""
     files = [path] if path.is_file() else sorted({f for pattern in _MODEL_FILES for f in path.glob(pattern)})
     made = hashlib.sha256()
     for file in files:

@@ -268,7 +268,7 @@ def _keys(files: list[Path], pattern: str) -> list[tuple[Path, str]]:
 
 
 def _codes_config(folder: Path, given: Any) -> dict[str, Any]:
-    """What a configuration says about codes, as one of ours; raise unless they are some that are read."""
+    """The codes that a configuration tells of, as one of ours has it; raise unless they are some that are read."""
     get = given.get if isinstance(given, dict) else lambda key, default=None: getattr(given, key, default)
     method, form = get("quant_method"), get("checkpoint_format", FORMAT)
     if method in ("peftops_nf4", "peftops_group") and isinstance(given, dict):
@@ -278,8 +278,8 @@ def _codes_config(folder: Path, given: Any) -> dict[str, Any]:
     if method == "bitsandbytes" and get("bnb_4bit_quant_type") == "nf4":
         return {"quant_method": "peftops_nf4", "layout": "bitsandbytes",
                 "double_quant": get("bnb_4bit_use_double_quant") is not False}  # fmt: skip
-    raise ValueError(f"{folder} is quantised already, by {method}; what is read is our own, NF4 of bitsandbytes, "
-                     f"and GPTQ with checkpoint_format {' or '.join(FORMATS)}")  # fmt: skip
+    raise ValueError(f"{folder} is quantised already, by {method}; only our own formats, NF4 of bitsandbytes and "
+                     f"GPTQ are read, the last with checkpoint_format {' or '.join(FORMATS)}")  # fmt: skip
 
 
 def _check_frequencies(path: object, files: list[Path], model: nn.Module) -> None:

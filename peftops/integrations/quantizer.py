@@ -32,7 +32,7 @@ _LAYERS = {NF4Tensor: NF4Linear, GroupQuantTensor: GroupLinear}
 
 
 class _CodesConfig(QuantizationConfigMixin):
-    """What both configurations share: which layers stay dense, and how files are laid out."""
+    """Both configurations share this: which layers stay dense, and how files are laid out."""
 
     quant_method: str
     layouts: ClassVar[tuple[str, ...]]
@@ -46,7 +46,7 @@ class _CodesConfig(QuantizationConfigMixin):
         vars(self).update(own, skip=sorted(skip or ()), layout=layout)
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``config.json`` says of it; in another library's layout, as that library says it."""
+        """The entry of ``config.json`` for it; in another library's layout, as that library says it."""
         own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return self._as_of_layout() if self.layout != "peftops" else {"quant_method": self.quant_method, **own}
 
@@ -149,7 +149,7 @@ class GroupConfig(_CodesConfig):
 
 
 class _Read(ConversionOps):
-    """What becomes of the tensors of one parameter, once they are in the model's own order.
+    """The way of the tensors of one parameter, once they are in the model's own order.
 
     An error would be logged by transformers and end in one that says nothing, so it waits in ``hf_quantizer.faults``.
     """
@@ -282,7 +282,7 @@ class CodesQuantizer(HfQuantizer):
         return model
 
     def remember(self, model: nn.Module) -> None:
-        """What files of this model will have to say, and how transformers may change names in them: not those of
+        """The entry of files of this model, and how transformers may change names in them: not those of
         tensors that are joined or cut, which codes cannot be."""
         coded = [name for name, layer in layers(model) if is_quantized(getattr(layer, "weight", None))]
         vars(self.quantization_config).update(
@@ -329,7 +329,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def _wide(model: nn.Module) -> set[str]:
-    """What transformers keeps in float32 in this kind of model."""
+    """The modules that transformers keeps in float32 in this kind of model."""
     return set(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 

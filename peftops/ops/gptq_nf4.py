@@ -39,7 +39,7 @@ class Calibrated:
 def gptq_nf4(
     weight: Tensor, moments: Moments, *, block_size: int = 64, double_quant: bool = True, damping: float | None = None
 ) -> Calibrated:
-    """What :func:`peftops.gptq_quantize` does for NF4, from the moments of the inputs.
+    """The work of :func:`peftops.gptq_quantize` for NF4, from the moments of the inputs.
 
     Args:
         damping: None for the one of a few with which what is found from half of the rows serves the other half best.

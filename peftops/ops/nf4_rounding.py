@@ -98,7 +98,7 @@ def _ragged(w: Tensor, u: Tensor, constants: _Constants, size: int) -> tuple:
 
 
 class _Grid:
-    """What codes stand for, times a constant; and where the nearest code changes."""
+    """The numbers that codes stand for, times a constant; and where the nearest code changes."""
 
     def __init__(self, device: torch.device):
         self.values = NF4_CODE.to(device)
