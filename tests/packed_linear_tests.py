@@ -134,7 +134,7 @@ class PackedLinearTests:
     @pytest.mark.parametrize("m", [2, 4, 13, 40])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_bits_do_not_depend_on_what_neighbours_hold(self, device, m, dtype):
-        k = 320 if m > FEW else 9216  # more columns than few rows are multiplied with at a time
+        k = 320 if m > FEW or sim.active else 9216  # more columns than few rows are multiplied with at a time
         layer = self.layer(device, 32, k, (m,), dtype, 1)
         info = torch.finfo(dtype)
 
@@ -143,8 +143,9 @@ class PackedLinearTests:
             return y.detach(), layer.gradients(y)["x"]
 
         before = results()
+        bads = (float("nan"), info.max) if sim.active else (float("nan"), float("inf"), info.max, info.tiny * 2, 3e4)
         for row in sorted({0, m // 2, m - 1}):
-            for bad in (float("nan"), float("inf"), info.max, info.tiny * 2, 3e4):
+            for bad in bads:
                 kept = [t.detach()[row].clone() for t in (layer.x, layer.g)]
                 with torch.no_grad():
                     for t in (layer.x, layer.g):
