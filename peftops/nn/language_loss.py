@@ -8,6 +8,7 @@ gradient of the hidden states alone.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from typing import Any
 
@@ -125,9 +126,7 @@ def _looks_split(model: nn.Module) -> bool:
     return seen["out"] is logits and same(seen["into"], last)
 
 
-def language_model_loss(
-    model: nn.Module, input_ids: Tensor, labels: Tensor, **inputs: Any
-) -> tuple[Tensor, Tensor]:
+def language_model_loss(model: nn.Module, input_ids: Tensor, labels: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
     """Sum of the negative log-likelihoods of a causal language model's labels, and how many there are.
 
     Logits are made for the labelled tokens alone, and in pieces: see :func:`head_loss`. A model that does more to its
@@ -155,13 +154,17 @@ def language_model_loss(
     if input_ids.shape != labels.shape:
         raise ValueError(f"language_model_loss: labels must have the shape of input_ids, {list(input_ids.shape)}, not "
                          f"{list(labels.shape)}")  # fmt: skip
-    own = slice(-labels.shape[1], -1)  # what a prompt puts before them has no label
     chosen = labels[:, 1:] != IGNORED
     wanted = labels[:, 1:][chosen]
     if splits(model):
-        hidden = model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state[:, own]
+        hidden = model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+        hidden = hidden[:, -labels.shape[1] : -1]  # what a prompt puts before the labels has none
         loss = head_loss(model.get_output_embeddings(), hidden[chosen], wanted)
     else:
-        logits = model(input_ids=input_ids, use_cache=False, **inputs).logits[:, own]
-        loss = F.cross_entropy(logits[chosen].float(), wanted, reduction="sum")
+        labelled = chosen.any(0).nonzero()
+        first = int(labelled[0]) if len(labelled) else 0  # no logits before the first label's, where the model can
+        keep = labels.shape[1] - first
+        some = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        logits = model(input_ids=input_ids, use_cache=False, **some, **inputs).logits[:, -keep:-1]
+        loss = F.cross_entropy(logits[chosen[:, first:]].float(), wanted, reduction="sum")
     return loss, chosen.sum()

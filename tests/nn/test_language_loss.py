@@ -89,6 +89,20 @@ def test_a_language_model_has_its_own_loss(monkeypatch, make, is_split):
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5 * want.abs().max().item())
 
 
+def test_a_cap_costs_no_logits_before_the_first_label():
+    model, ids, made = capped().eval(), torch.randint(1, 60, (2, 9)), []
+    assert not splits(model)
+    model.lm_head.register_forward_hook(lambda module, args, out: made.append(out.shape[1]))
+    for begin, tokens in ((1, 9), (6, 4), (9, 9)):  # (no label at all: nothing can be left out)
+        labels = ids.clone()
+        labels[:, :begin] = -100
+        loss, count = language_model_loss(model, ids, labels)
+        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+        want = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+        assert made[-2] == tokens and count == 2 * (9 - begin)
+        torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("config", [peftops.LoRAConfig(r=2), peftops.PromptTuningConfig(tokens=3),
                                     peftops.PrefixTuningConfig(tokens=3), peftops.HeadOnlyConfig()],
                          ids=lambda c: type(c).__name__)  # fmt: skip

@@ -48,6 +48,13 @@ constexpr Bins make_bins() {
   return bins;
 }
 __device__ const Bins nf4_bins = make_bins();
+constexpr bool no_bin_has_two() {
+  const Bins bins = make_bins();
+  int found = 0;
+  for (int i = 0; i < kBins; ++i) found += bins.at[i].midpoint < 1.f;
+  return found == 15;
+}
+static_assert(no_bin_has_two(), "each of the fifteen midpoints has a bin of its own");
 
 // A copy of it for every lane, so that no two want the same bank.
 struct LaneBins {
