@@ -192,9 +192,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser()
     result.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the cases are made and timed")
     result.add_argument("--threads", type=int, default=torch.get_num_threads())
-    result.add_argument(
-        "--isa", choices=["scalar", "avx2", "avx512", "avx512bf16"], help="use no higher instruction set"
-    )
+    result.add_argument("--isa", choices=_C.isas(), help="use no higher instruction set")
     result.add_argument("--only", help="cases whose label contains this")
     result.add_argument("--rounds", type=int, default=7)
     result.add_argument("--json", help="append a record per case to this file")

@@ -14,13 +14,11 @@ settings.register_profile("ci", max_examples=80, derandomize=True, **every_devic
 settings.register_profile("sanitize", max_examples=8, derandomize=True, **every_device)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
-ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
-
 
 CUDA_DEVICES = ["cuda-sim"]
 if torch.cuda.is_available():
     CUDA_DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
-DEVICES = [*(f"cpu-{isa}" for isa in ISAS), *CUDA_DEVICES]
+DEVICES = [*(f"cpu-{isa}" for isa in _C.isas()), *CUDA_DEVICES]
 
 
 @pytest.fixture(params=DEVICES)

@@ -227,7 +227,7 @@ class PackedLinearTests:
         layer = self.layer("cpu", 96, 320, (40,), torch.float32, 1, r=8)
         old, results = _C.isa_limit(), []
         try:
-            for isa in ("scalar", "avx2", "avx512", "avx512bf16"):
+            for isa in _C.isas():
                 _C.set_isa_limit(isa)
                 results.append(layer().detach().double())
         finally:

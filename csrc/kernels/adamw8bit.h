@@ -91,12 +91,7 @@ static_assert(of_code(kSecondCode, 1.5f, 7) == 0 && of_code(kSecondCode, 256.5f,
 constexpr float kMostSecond = 0x1p63f, kLeastAbsmax = 1e-38f;   // the latter's reciprocal is finite
 constexpr int kLeastMark = 191;                                 // the exponent of 2^64
 
-namespace cpu {
-namespace scalar     { Kernel<AdamW8bit> adamw8bit; }
-namespace avx2       { Kernel<AdamW8bit> adamw8bit; }
-namespace avx512     { Kernel<AdamW8bit> adamw8bit; }
-namespace avx512bf16 { Kernel<AdamW8bit> adamw8bit; }
-}  // namespace cpu
+PEFTOPS_CPU_KERNELS(Kernel<AdamW8bit> adamw8bit;)
 
 #ifdef PEFTOPS_CUDA
 namespace cuda { Kernel<AdamW8bit> adamw8bit; }

@@ -78,28 +78,11 @@ constexpr int64_t kPromptPad = 16;            // floats; a multiple of every vec
 constexpr int64_t kMaxPromptHeadDim = 1024;   // a tile of queries of this width still fits the scratch
 constexpr int64_t kQueriesPerToken = 32;      // in a block, of 8 tokens at least: `partial` is 1/16 of query at most
 
-namespace cpu {
-namespace scalar {
-Kernel<GatedPromptAdd> gated_prompt_add;
-Kernel<GatedPromptBackward> gated_prompt_backward;
-Kernel<GatedPromptReduce> gated_prompt_reduce;
-}
-namespace avx2 {
-Kernel<GatedPromptAdd> gated_prompt_add;
-Kernel<GatedPromptBackward> gated_prompt_backward;
-Kernel<GatedPromptReduce> gated_prompt_reduce;
-}
-namespace avx512 {
-Kernel<GatedPromptAdd> gated_prompt_add;
-Kernel<GatedPromptBackward> gated_prompt_backward;
-Kernel<GatedPromptReduce> gated_prompt_reduce;
-}
-namespace avx512bf16 {
-Kernel<GatedPromptAdd> gated_prompt_add;
-Kernel<GatedPromptBackward> gated_prompt_backward;
-Kernel<GatedPromptReduce> gated_prompt_reduce;
-}
-}  // namespace cpu
+PEFTOPS_CPU_KERNELS(
+  Kernel<GatedPromptAdd> gated_prompt_add;
+  Kernel<GatedPromptBackward> gated_prompt_backward;
+  Kernel<GatedPromptReduce> gated_prompt_reduce;
+)
 
 #ifdef PEFTOPS_CUDA
 namespace cuda {

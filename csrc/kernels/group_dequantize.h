@@ -19,12 +19,7 @@ struct GroupDequantize {
   DType dtype;             // of out
 };
 
-namespace cpu {
-namespace scalar     { Kernel<GroupDequantize> group_dequantize; }
-namespace avx2       { Kernel<GroupDequantize> group_dequantize; }
-namespace avx512     { Kernel<GroupDequantize> group_dequantize; }
-namespace avx512bf16 { Kernel<GroupDequantize> group_dequantize; }
-}  // namespace cpu
+PEFTOPS_CPU_KERNELS(Kernel<GroupDequantize> group_dequantize;)
 
 #ifdef PEFTOPS_CUDA
 namespace cuda { Kernel<GroupDequantize> group_dequantize; }

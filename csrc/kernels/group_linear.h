@@ -23,12 +23,7 @@ struct GroupLinearBackward : LinearBackward<GroupWeight> {
   int64_t pool;          // lora_A is [r, k / pool]
 };
 
-namespace cpu {
-namespace scalar     { Kernel<GroupLinear> group_linear; Kernel<GroupLinearBackward> group_linear_backward; }
-namespace avx2       { Kernel<GroupLinear> group_linear; Kernel<GroupLinearBackward> group_linear_backward; }
-namespace avx512     { Kernel<GroupLinear> group_linear; Kernel<GroupLinearBackward> group_linear_backward; }
-namespace avx512bf16 { Kernel<GroupLinear> group_linear; Kernel<GroupLinearBackward> group_linear_backward; }
-}  // namespace cpu
+PEFTOPS_CPU_KERNELS(Kernel<GroupLinear> group_linear; Kernel<GroupLinearBackward> group_linear_backward;)
 
 #ifdef PEFTOPS_CUDA
 namespace cuda {

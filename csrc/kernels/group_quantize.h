@@ -35,12 +35,7 @@ struct GroupQuantize {
   DType dtype;             // of weight
 };
 
-namespace cpu {
-namespace scalar     { Kernel<GroupQuantize> group_quantize; }
-namespace avx2       { Kernel<GroupQuantize> group_quantize; }
-namespace avx512     { Kernel<GroupQuantize> group_quantize; }
-namespace avx512bf16 { Kernel<GroupQuantize> group_quantize; }
-}  // namespace cpu
+PEFTOPS_CPU_KERNELS(Kernel<GroupQuantize> group_quantize;)
 
 #ifdef PEFTOPS_CUDA
 namespace cuda { Kernel<GroupQuantize> group_quantize; }

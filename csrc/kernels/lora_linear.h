@@ -56,12 +56,7 @@ struct LoraGradient {
   float* parts;         // [lora_parts, r, k] likewise
 };
 
-namespace cpu {
-namespace scalar     { Kernel<LoraShrink> lora_shrink; Kernel<LoraExpand> lora_expand; Kernel<LoraGradient> lora_gradient; }
-namespace avx2       { Kernel<LoraShrink> lora_shrink; Kernel<LoraExpand> lora_expand; Kernel<LoraGradient> lora_gradient; }
-namespace avx512     { Kernel<LoraShrink> lora_shrink; Kernel<LoraExpand> lora_expand; Kernel<LoraGradient> lora_gradient; }
-namespace avx512bf16 { Kernel<LoraShrink> lora_shrink; Kernel<LoraExpand> lora_expand; Kernel<LoraGradient> lora_gradient; }
-}  // namespace cpu
+PEFTOPS_CPU_KERNELS(Kernel<LoraShrink> lora_shrink; Kernel<LoraExpand> lora_expand; Kernel<LoraGradient> lora_gradient;)
 
 #ifdef PEFTOPS_CUDA
 namespace cuda {

@@ -70,12 +70,7 @@ struct MultiLoraGradient {
   DType x_dtype;
 };
 
-namespace cpu {
-namespace scalar     { Kernel<MultiLoraAdd> multi_lora_add; Kernel<MultiLoraGradient> multi_lora_gradient; }
-namespace avx2       { Kernel<MultiLoraAdd> multi_lora_add; Kernel<MultiLoraGradient> multi_lora_gradient; }
-namespace avx512     { Kernel<MultiLoraAdd> multi_lora_add; Kernel<MultiLoraGradient> multi_lora_gradient; }
-namespace avx512bf16 { Kernel<MultiLoraAdd> multi_lora_add; Kernel<MultiLoraGradient> multi_lora_gradient; }
-}  // namespace cpu
+PEFTOPS_CPU_KERNELS(Kernel<MultiLoraAdd> multi_lora_add; Kernel<MultiLoraGradient> multi_lora_gradient;)
 
 #ifdef PEFTOPS_CUDA
 // Everything that a LoraSegments points to lies on the device, too. multi_lora_add wants segments of no more than

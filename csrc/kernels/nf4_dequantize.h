@@ -26,12 +26,7 @@ struct Nf4Absmax {
   int64_t blocks;
 };
 
-namespace cpu {
-namespace scalar     { Kernel<Nf4Dequantize> nf4_dequantize; Kernel<Nf4Absmax> nf4_absmax; }
-namespace avx2       { Kernel<Nf4Dequantize> nf4_dequantize; Kernel<Nf4Absmax> nf4_absmax; }
-namespace avx512     { Kernel<Nf4Dequantize> nf4_dequantize; Kernel<Nf4Absmax> nf4_absmax; }
-namespace avx512bf16 { Kernel<Nf4Dequantize> nf4_dequantize; Kernel<Nf4Absmax> nf4_absmax; }
-}  // namespace cpu
+PEFTOPS_CPU_KERNELS(Kernel<Nf4Dequantize> nf4_dequantize; Kernel<Nf4Absmax> nf4_absmax;)
 
 #ifdef PEFTOPS_CUDA
 namespace cuda { Kernel<Nf4Dequantize> nf4_dequantize; Kernel<Nf4Absmax> nf4_absmax; }

@@ -22,12 +22,7 @@ struct Nf4LinearBackward : LinearBackward<Nf4Weight> {
   Dropout dropout;       // of the low-rank term
 };
 
-namespace cpu {
-namespace scalar     { Kernel<Nf4Linear> nf4_linear; Kernel<Nf4LinearBackward> nf4_linear_backward; }
-namespace avx2       { Kernel<Nf4Linear> nf4_linear; Kernel<Nf4LinearBackward> nf4_linear_backward; }
-namespace avx512     { Kernel<Nf4Linear> nf4_linear; Kernel<Nf4LinearBackward> nf4_linear_backward; }
-namespace avx512bf16 { Kernel<Nf4Linear> nf4_linear; Kernel<Nf4LinearBackward> nf4_linear_backward; }
-}  // namespace cpu
+PEFTOPS_CPU_KERNELS(Kernel<Nf4Linear> nf4_linear; Kernel<Nf4LinearBackward> nf4_linear_backward;)
 
 #ifdef PEFTOPS_CUDA
 namespace cuda {

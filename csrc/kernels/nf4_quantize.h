@@ -36,12 +36,7 @@ struct Nf4QuantizeAbsmax {
   int64_t blocks;
 };
 
-namespace cpu {
-namespace scalar     { Kernel<Nf4Quantize> nf4_quantize; Kernel<Nf4QuantizeAbsmax> nf4_quantize_absmax; }
-namespace avx2       { Kernel<Nf4Quantize> nf4_quantize; Kernel<Nf4QuantizeAbsmax> nf4_quantize_absmax; }
-namespace avx512     { Kernel<Nf4Quantize> nf4_quantize; Kernel<Nf4QuantizeAbsmax> nf4_quantize_absmax; }
-namespace avx512bf16 { Kernel<Nf4Quantize> nf4_quantize; Kernel<Nf4QuantizeAbsmax> nf4_quantize_absmax; }
-}  // namespace cpu
+PEFTOPS_CPU_KERNELS(Kernel<Nf4Quantize> nf4_quantize; Kernel<Nf4QuantizeAbsmax> nf4_quantize_absmax;)
 
 #ifdef PEFTOPS_CUDA
 namespace cuda { Kernel<Nf4Quantize> nf4_quantize; Kernel<Nf4QuantizeAbsmax> nf4_quantize_absmax; }

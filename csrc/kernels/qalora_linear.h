@@ -26,12 +26,7 @@ struct QaloraShrink {
   DType x_dtype, a_dtype;
 };
 
-namespace cpu {
-namespace scalar     { Kernel<QaloraShrink> qalora_shrink; }
-namespace avx2       { Kernel<QaloraShrink> qalora_shrink; }
-namespace avx512     { Kernel<QaloraShrink> qalora_shrink; }
-namespace avx512bf16 { Kernel<QaloraShrink> qalora_shrink; }
-}  // namespace cpu
+PEFTOPS_CPU_KERNELS(Kernel<QaloraShrink> qalora_shrink;)
 
 #ifdef PEFTOPS_CUDA
 namespace cuda { Kernel<QaloraShrink> qalora_shrink; }

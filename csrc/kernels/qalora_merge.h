@@ -24,12 +24,7 @@ struct QaloraMerge {
   DType a_dtype, b_dtype;
 };
 
-namespace cpu {
-namespace scalar     { Kernel<QaloraMerge> qalora_merge; }
-namespace avx2       { Kernel<QaloraMerge> qalora_merge; }
-namespace avx512     { Kernel<QaloraMerge> qalora_merge; }
-namespace avx512bf16 { Kernel<QaloraMerge> qalora_merge; }
-}  // namespace cpu
+PEFTOPS_CPU_KERNELS(Kernel<QaloraMerge> qalora_merge;)
 
 #ifdef PEFTOPS_CUDA
 namespace cuda { Kernel<QaloraMerge> qalora_merge; }

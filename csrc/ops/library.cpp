@@ -62,13 +62,18 @@ using namespace peftops::cpu;
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of peftops: registers torch.ops.peftops, tells how it was built, and controls the CPU ISA.";
 
-  m.def("isa", [] { return isa_name(isa()); }, "The instruction set in use: 'scalar', 'avx2', 'avx512' or 'avx512bf16'.");
+  m.def("isa", [] { return isa_name(isa()); }, "The instruction set in use, one of isas().");
+  m.def("isas", [] {
+    py::list names;
+    for (Isa each : kIsas) names.append(isa_name(each));
+    return py::tuple(names);
+  }, "The instruction sets that this build has kernels for, from the narrowest to the widest.");
   m.def("best_isa", [] { return isa_name(best_isa()); }, "The best instruction set of this CPU and build.");
   m.def("isa_limit", [] { return isa_name(isa_limit()); }, "The highest instruction set allowed.");
   m.def("set_isa_limit", [](const std::string& name) {
     Isa limit;
     if (!parse_isa(name.c_str(), limit))
-      throw py::value_error("isa must be 'scalar', 'avx2', 'avx512' or 'avx512bf16', not '" + name + "'");
+      throw py::value_error("isa must be one of " + isa_names() + ", not '" + name + "'");
     set_isa_limit(limit);
   }, py::arg("isa"), "Allow no instruction set above this one.");
 

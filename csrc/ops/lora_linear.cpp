@@ -12,7 +12,9 @@ int64_t rank_of(const char* op, const Tensor& f, int64_t k, bool by_rank) {
 }
 
 // Working memory for sums that blocks of threads share. It is torch's again when the kernels are enqueued.
-template <class Args> std::optional<Tensor> share_sums(const Tensor& like, Args& args, int64_t results) {
+template <class Args>
+std::optional<Tensor> share_sums([[maybe_unused]] const Tensor& like, [[maybe_unused]] Args& args,
+                                 [[maybe_unused]] int64_t results) {
 #ifdef PEFTOPS_CUDA
   const int64_t parts = cuda::lora_parts(args);
   if (parts == 1) return std::nullopt;

@@ -1,4 +1,4 @@
-// Compiled once per ISA into namespace peftops::cpu::{scalar,avx2,avx512,avx512bf16}; see CMakeLists.txt.
+// Compiled once for each of the builds of cpu/kernel.h.
 //
 // Two passes over a block: the first moves the parameter and leaves the moments in float32 in the scratch, the second
 // codes them from there, beside the first pass of the next block. Limit: arithmetic, 95 instructions for each 8 elements

@@ -1,4 +1,4 @@
-// Compiled once per ISA into namespace peftops::cpu::{scalar,avx2,avx512,avx512bf16}; see CMakeLists.txt.
+// Compiled once for each of the builds of cpu/kernel.h.
 //
 // Both products of an attention, for sixteen queries at a time, with everything between them in L1; see
 // prompt_softmax.h. Limit: reading query and out, and writing y. K = 10 tokens cost less than that.

@@ -1,4 +1,4 @@
-// Compiled once per ISA into namespace peftops::cpu::{scalar,avx2,avx512,avx512bf16}; see CMakeLists.txt.
+// Compiled once for each of the builds of cpu/kernel.h.
 //
 // The softmax is computed again, and with it the gradient of each score; the rest are four products of sixteen
 // queries and a chunk of tokens, all in L1; see prompt_softmax.h. Limit: reading query and g, writing dquery.

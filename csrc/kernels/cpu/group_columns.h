@@ -1,8 +1,16 @@
 // Rows of a group-quantised weight as columns of P (product.h): units of kLanes rows are transposed, so that a
-// lane is a row and a shift moves on to the next column.
+// lane is a row and a shift moves on to the next column. See packed_product.h for the view.
 #pragma once
 #include "kernels/cpu/group_decode.h"
+#include "kernels/cpu/group_dot.h"
 #include "kernels/cpu/product.h"
+#if defined(__AVX512F__)
+#include "kernels/cpu/product_int16.h"
+#include "kernels/cpu/product_int8.h"
+#endif
+#if defined(__AVX512BF16__)
+#include "kernels/cpu/product_bf16.h"
+#endif
 
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
@@ -40,10 +48,72 @@ template <int B> struct LaneRows {
   }
 };
 
+#if defined(__AVX512F__)
+// For product_int8.h: codes as they are. Eight of four bits are two quadruples, the even and the odd ones: what a shift
+// and a mask make of them.
+// Dword d of the codes of kLanes rows.
+template <int B> Int pack_codes8(const Int* units, int d) {
+  constexpr int kWidth = 32 / kPerDword;
+  if constexpr (B == 4) return shift_right(units[0], 4 * d) & set_int(0x0f0f0f0f);
+  Int all = as_int(zero());
+  for (int i = 0; i < kPerDword; ++i) {
+    const int c = d + kDwords * i;
+    const Int code = shift_right(units[c / Unit<B>::kCodes], B * (c % Unit<B>::kCodes)) & set_int((1 << B) - 1);
+    all = all | shift_left(code, kWidth * i);
+  }
+  return all;
+}
+
+template <int B> struct GroupInt8 {
+  const GroupWeight& w;
+  int64_t segment = at_most(w.group, kMostInt8Segment);   // longer groups are cut
+
+  void pack8(int64_t col, int64_t t, int64_t steps, int32_t* out, float* scales, float* zeros) const {
+    for (int v = 0; v < 2; ++v) {
+      const LaneRows<B> rows(w, col + v * kLanes);
+      for (int64_t s = 0; s < steps / segment; ++s) {
+        store(scales + (2 * s + v) * kLanes, rows.scales(t + s * segment));
+        store(zeros + (2 * s + v) * kLanes, zero() - rows.zeros(t + s * segment));
+      }
+      rows.each_octet(t, steps, [&](int64_t k, const Int* units) {
+        for (int d = 0; d < kDwords; ++d)
+          store_int(out + ((k / kPerDword + d) * 2 + v) * kLanes, pack_codes8<B>(units, d));
+      });
+    }
+  }
+};
+
+#endif
+
 // The weight as P, decoded in fp32.
 template <int V, int B> struct GroupColumns {
   const GroupWeight& w;
-  Unit<B> unit;
+  Unit<B> unit = {};
+
+  bool fits_dot() const { return true; }
+  // A row goes its own way, whatever its neighbours hold.
+  template <class T> void dot(const Block& b, const T* x, const Scratch& s) const {
+    const auto moderate = [&](int64_t i) { return is_moderate(x + (b.row + i) * w.cols, w.cols); };
+    for (int64_t first = 0, end; first < b.rows; first = end) {
+      const bool by_dots = moderate(first);
+      for (end = first + 1; end < b.rows && moderate(end) == by_dots;) ++end;
+      Scratch at = s;
+      at.c += first * Scratch::kCols;
+      const Block rows{b.row + first, end - first, b.col, b.panels};
+      if (by_dots) accumulate_dot<B>(rows, b.rows, w, x, at);
+      else accumulate<V>(rows, w.cols, Rows<T>{x, w.cols}, *this, at);
+    }
+  }
+#if defined(__AVX512F__)
+  bool fits_int8() const { return w.group >= kLeastInt8Segment; }
+  GroupInt8<B> int8() const { return {w}; }
+  bool fits_int16() const { return w.cols % 32 == 0; }
+  AsInt16<GroupColumns> int16() const { return {*this, AsInt16<GroupColumns>::segment_of(w.cols)}; }
+#endif
+#if defined(__AVX512BF16__)
+  bool fits_bf16() const { return true; }
+  AsBf16<V, GroupColumns> bf16() const { return {*this}; }
+#endif
 
   void pack(int64_t col, int64_t t, int64_t steps, float* out) const {
     for (int v = 0; v < V; ++v) {
@@ -59,6 +129,10 @@ template <int V, int B> struct GroupColumns {
     }
   }
 };
+
+template <class F> void with_columns(const GroupWeight& w, const F& f) {
+  with_bits(w.bits, [&](auto bits) { f(GroupColumns<2, decltype(bits)::value>{w}); });
+}
 
 }  // namespace
 }  // namespace peftops::cpu::PEFTOPS_ISA

@@ -1,4 +1,4 @@
-// Compiled once per ISA into namespace peftops::cpu::{scalar,avx2,avx512,avx512bf16}; see CMakeLists.txt.
+// Compiled once for each of the builds of cpu/kernel.h.
 // Limit: writing the result.
 #include "kernels/group_dequantize.h"
 #include "kernels/cpu/group_decode.h"

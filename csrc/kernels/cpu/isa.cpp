@@ -5,11 +5,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 
 namespace peftops::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512bf16"};
+#define PEFTOPS_TEXT_OF(build, ...) #build,
+constexpr const char* kNames[] = {PEFTOPS_EACH_BUILD(PEFTOPS_TEXT_OF)};
+#undef PEFTOPS_TEXT_OF
 
 Isa detect() {
 #if defined(__x86_64__)
@@ -25,10 +28,10 @@ Isa detect() {
 }
 
 Isa limit_from_environment() {
-  Isa limit = Isa::avx512bf16;
+  Isa limit = *(std::end(kIsas) - 1);
   const char* name = std::getenv("PEFTOPS_ISA");
   if (name && *name && !parse_isa(name, limit))
-    std::fprintf(stderr, "peftops: PEFTOPS_ISA=%s is none of scalar, avx2, avx512, avx512bf16; ignored\n", name);
+    std::fprintf(stderr, "peftops: PEFTOPS_ISA=%s is none of %s; ignored\n", name, isa_names().c_str());
   return limit;
 }
 
@@ -49,9 +52,15 @@ void set_isa_limit(Isa isa) { limit().store(isa); }
 const char* isa_name(Isa isa) { return kNames[int(isa)]; }
 
 bool parse_isa(const char* name, Isa& isa) {
-  for (int i = 0; i < 4; ++i)
-    if (!std::strcmp(name, kNames[i])) return isa = Isa(i), true;
+  for (Isa each : kIsas)
+    if (!std::strcmp(name, isa_name(each))) return isa = each, true;
   return false;
+}
+
+std::string isa_names() {
+  std::string names;
+  for (Isa each : kIsas) names += (names.empty() ? "" : ", ") + std::string(isa_name(each));
+  return names;
 }
 
 }  // namespace peftops::cpu

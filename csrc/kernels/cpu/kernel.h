@@ -1,4 +1,4 @@
-// The shape of every CPU kernel.
+// The shape of every CPU kernel, and the builds that it comes in.
 //
 // The work comes in units, independent of one another and of about the same size. kernel(args, begin,
 // end, scratch) does the units [begin, end), in kScratchBytes that no other thread uses meanwhile, and
@@ -13,3 +13,18 @@ template <class Args> using Kernel = int64_t(const Args&, int64_t begin, int64_t
 constexpr int64_t kScratchBytes = 640 << 10;   // most of a core's L2; product.h fills it
 
 }  // namespace peftops::cpu
+
+// The builds, one for each instruction set, from the narrowest to the widest. A kernel file is compiled once for each,
+// into namespace peftops::cpu::<build>, which is its PEFTOPS_ISA. This is the one list of them: CMakeLists.txt has the
+// compiler's flags of each, cpu/isa.cpp tells which of them a CPU runs, and Python asks _C.isas().
+#if defined(__x86_64__)
+#define PEFTOPS_EACH_BUILD(f, ...) \
+  f(scalar, __VA_ARGS__) f(avx2, __VA_ARGS__) f(avx512, __VA_ARGS__) f(avx512bf16, __VA_ARGS__)
+#else
+#define PEFTOPS_EACH_BUILD(f, ...) f(scalar, __VA_ARGS__)
+#endif
+
+// Declares the kernels of a contract, in every build.
+#define PEFTOPS_IN_BUILD(build, ...) namespace build { __VA_ARGS__ }
+#define PEFTOPS_CPU_KERNELS(...) \
+  namespace cpu { PEFTOPS_EACH_BUILD(PEFTOPS_IN_BUILD, __VA_ARGS__) }

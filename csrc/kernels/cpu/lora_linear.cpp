@@ -1,4 +1,4 @@
-// Compiled once per ISA into namespace peftops::cpu::{scalar,avx2,avx512,avx512bf16}; see CMakeLists.txt.
+// Compiled once for each of the builds of cpu/kernel.h.
 //
 // Three thin products, all by product.h. Each reads its activations once; the factor is small enough to
 // be packed again for every block of rows. Limit: reading x (shrink, gradient), reading and writing y.

@@ -1,4 +1,4 @@
-// Compiled once per ISA into namespace peftops::cpu::{scalar,avx2,avx512,avx512bf16}; see CMakeLists.txt.
+// Compiled once for each of the builds of cpu/kernel.h.
 //
 // A row's u is made and used by the same thread, so a decoding step reads x, both factors and y once and waits for
 // nothing in between. Both products take their factors straight from the pages, with one register tile each: a few

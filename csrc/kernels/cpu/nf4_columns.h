@@ -1,7 +1,8 @@
 // Rows of an NF4 weight as columns of P (product.h), for each of the products: a dword of eight codes is transposed, so
-// that a lane is a row, and a shift and a look-up leave what the product multiplies.
+// that a lane is a row, and a shift and a look-up leave what the product multiplies. See packed_product.h for the view.
 #pragma once
 #include "kernels/cpu/nf4_decode.h"
+#include "kernels/cpu/nf4_dot.h"
 #include "kernels/cpu/product.h"
 #if defined(__AVX512F__)
 #include "kernels/cpu/product_int16.h"
@@ -27,10 +28,20 @@ constexpr Code8 make_code8() {
 constexpr Code8 kCode8 = make_code8();
 #endif
 
-// For rows that start on a byte and segments that lie within a block.
 template <int V> struct Nf4Columns {
   const Nf4Weight& w;
+  bool regular = is_regular(w);   // rows start on a byte, and segments lie within a block
   int64_t segment = segment_of(w);
+
+  bool fits_dot() const { return regular; }
+  bool fits_int8() const { return regular; }
+  bool fits_int16() const { return regular; }
+  bool fits_bf16() const { return regular; }
+  const Nf4Columns& int8() const { return *this; }
+  const Nf4Columns& int16() const { return *this; }
+  const Nf4Columns& bf16() const { return *this; }
+
+  template <class T> void dot(const Block& b, const T* x, const Scratch& s) const { accumulate_dot(b, w, x, s); }
 
   // f(d, q): dword d of a strip from column t on, for kLanes rows.
   template <class F> void each_octet(int64_t row, int64_t t, int64_t steps, const F& f) const {
@@ -56,6 +67,7 @@ template <int V> struct Nf4Columns {
   }
 
   void pack(int64_t col, int64_t t, int64_t steps, float* out) const {
+    if (!regular) return pack_ragged(col, t, steps, out);
     const Table16 table(kNf4Code);
     float scale[kDepth / 32 * kLanes];
     for (int v = 0; v < V; ++v, col += kLanes) {
@@ -64,6 +76,22 @@ template <int V> struct Nf4Columns {
         const Vec s = load(scale + k / segment * kLanes);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) store(out + ((k + i) * V + v) * kLanes, table(code_at(q, i)) * s);
+      });
+    }
+  }
+
+  // The same for any number of columns: rows may start in mid-byte, blocks end anywhere.
+  void pack_ragged(int64_t col, int64_t t, int64_t steps, float* out) const {
+    float rows[kLanes * kDepth];
+    for (int v = 0; v < V; ++v) {
+      const int64_t row = col + v * kLanes, n = at_most(kLanes, w.rows - row);
+      for (int64_t i = 0; i < n; ++i) decode_run(w, (row + i) * w.cols + t, steps, rows + i * kDepth);
+      float* lanes = out + v * kLanes;
+      each_vector(steps, [&](int64_t k, int64_t m) {
+        Int square[kLanes] = {};
+        for (int64_t i = 0; i < n; ++i) square[i] = load_int(rows + i * kDepth + k);
+        transpose(square);
+        for (int64_t i = 0; i < m; ++i) store_int(lanes + (k + i) * V * kLanes, square[i]);
       });
     }
   }
@@ -123,25 +151,7 @@ template <int V> struct Nf4Columns {
 #endif
 };
 
-// The same for any number of columns: rows may start in mid-byte, blocks end anywhere.
-template <int V> struct RaggedColumns {
-  const Nf4Weight& w;
-
-  void pack(int64_t col, int64_t t, int64_t steps, float* out) const {
-    float rows[kLanes * kDepth];
-    for (int v = 0; v < V; ++v) {
-      const int64_t row = col + v * kLanes, n = at_most(kLanes, w.rows - row);
-      for (int64_t i = 0; i < n; ++i) decode_run(w, (row + i) * w.cols + t, steps, rows + i * kDepth);
-      float* lanes = out + v * kLanes;
-      each_vector(steps, [&](int64_t k, int64_t m) {
-        Int square[kLanes] = {};
-        for (int64_t i = 0; i < n; ++i) square[i] = load_int(rows + i * kDepth + k);
-        transpose(square);
-        for (int64_t i = 0; i < m; ++i) store_int(lanes + (k + i) * V * kLanes, square[i]);
-      });
-    }
-  }
-};
+template <class F> void with_columns(const Nf4Weight& w, const F& f) { f(Nf4Columns<2>{w}); }
 
 }  // namespace
 }  // namespace peftops::cpu::PEFTOPS_ISA

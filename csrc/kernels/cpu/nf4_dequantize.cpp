@@ -1,4 +1,4 @@
-// Compiled once per ISA into namespace peftops::cpu::{scalar,avx2,avx512,avx512bf16}; see CMakeLists.txt.
+// Compiled once for each of the builds of cpu/kernel.h.
 //
 // A block has sixteen different results. They are computed and rounded once, and an element is then one
 // look-up: its code among them. Limit: writing the result; the packed weight is an eighth (fp32) or a

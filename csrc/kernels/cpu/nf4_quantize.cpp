@@ -1,4 +1,4 @@
-// Compiled once per ISA into namespace peftops::cpu::{scalar,avx2,avx512,avx512bf16}; see CMakeLists.txt.
+// Compiled once for each of the builds of cpu/kernel.h.
 //
 // Two passes over kLanes blocks: the first reads them from memory for their maxima, the second from
 // cache and codes them. A block size is a multiple of every kLanes, so only the weight's last block

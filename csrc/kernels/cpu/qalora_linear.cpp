@@ -1,4 +1,4 @@
-// Compiled once per ISA into namespace peftops::cpu::{scalar,avx2,avx512,avx512bf16}; see CMakeLists.txt.
+// Compiled once for each of the builds of cpu/kernel.h.
 // Limit: reading x. What is pooled is still in cache when it meets A.
 #include "kernels/qalora_linear.h"
 #include "kernels/cpu/product.h"

@@ -1,4 +1,4 @@
-// Compiled once per ISA into namespace peftops::cpu::{scalar,avx2,avx512,avx512bf16}; see CMakeLists.txt.
+// Compiled once for each of the builds of cpu/kernel.h.
 // Limit: reading scales and zeros, writing zeros; a rank of 16 costs as much arithmetic as that takes time.
 #include "kernels/qalora_merge.h"
 #include "kernels/cpu/product.h"

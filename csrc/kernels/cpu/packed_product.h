@@ -1,0 +1,117 @@
+// The one ladder of products with a packed weight, whatever its format: which of them multiplies, by what this build
+// has, the type of x, and what the weight allows. From the top:
+//
+//   a few rows, forward               dot products straight from the codes (dot.h), in fp32 or int16
+//   int8 allowed, AVX-512             codes and x rounded to int8 (product_int8.h)
+//   bf16 x, AVX512-BF16               panels decoded to bf16 (product_bf16.h)
+//   16-bit x, AVX-512                 panels decoded to int16 (product_int16.h)
+//   otherwise                         panels decoded to fp32 (product.h)
+//
+// A format brings two views of a weight as P (product.h): its columns, which are the rows of W, forwards
+// (nf4_columns.h, group_columns.h), and its rows backwards. Every view packs fp32, and says which other products can
+// have it:
+//
+//   pack(col, t, steps, out)
+//   fits_bf16()   bf16()    packs for accumulate_bf16
+//   fits_int16()  int16()   packs for accumulate16, in its `segment`
+//   fits_int8()   int8()    packs for accumulate_int8, in its `segment`; columns only
+//   fits_dot()    dot(block, x, scratch); columns only
+#pragma once
+#include "kernels/cpu/dot.h"
+#include "kernels/cpu/linear_output.h"
+#include "kernels/cpu/product.h"
+#include "kernels/linear.h"
+#if defined(__AVX512F__)
+#include "kernels/cpu/product_int16.h"
+#include "kernels/cpu/product_int8.h"
+#endif
+#if defined(__AVX512BF16__)
+#include "kernels/cpu/product_bf16.h"
+#endif
+
+namespace peftops::cpu::PEFTOPS_ISA {
+namespace {
+
+// Leaves term + x P in a block of C, over `depth` steps: term(block, scratch) adds the low-rank product, and once more
+// for rows that are done over because int16 could not hold them.
+template <class T, class View, class Term>
+void add_product(const Block& b, int64_t depth, const T* x, const View& view, const Scratch& s, const Term& term,
+                 [[maybe_unused]] bool narrow = true) {
+  term(b, s);
+#if defined(__AVX512BF16__)
+  if constexpr (is_bf16<T>)
+    if (view.fits_bf16()) return accumulate_bf16(b, depth, x, depth, view.bf16(), s);
+#endif
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2)
+    if (narrow && view.fits_int16()) {
+      const auto& packs = view.int16();
+      return accumulate16(b, depth, packs.segment, x, depth, packs, s, [&](const Block& rows, const Scratch& at) {
+        add_product(rows, depth, x, view, at, term, false);
+      });
+    }
+#endif
+  accumulate<2>(b, depth, Rows<T>{x, depth}, view, s);
+}
+
+// The same for y = x W^T, with what only the columns of W have. `m` is the number of rows in all: a row has the same
+// bits in every block of them.
+template <class T, class View, class Term>
+void add_product_of_columns(const Block& b, int64_t m, int64_t depth, const T* x, const View& view,
+                            [[maybe_unused]] bool int8, const Scratch& s, const Term& term) {
+  if (m <= kDotRows && view.fits_dot()) {
+    term(b, s);
+    return view.dot(b, x, s);
+  }
+#if defined(__AVX512F__)
+  if (int8 && view.fits_int8()) {
+    term(b, s);
+    const auto& packs = view.int8();
+    return accumulate_int8(b, depth, packs.segment, x, packs, s, [&](const Block& rows, const Scratch& at) {
+      add_product(rows, depth, x, view, at, term, false);
+    });
+  }
+#endif
+  add_product(b, depth, x, view, s, term);
+}
+
+// scaling * u B^T, the low-rank product of any linear layer.
+template <class Weight> void add_low_rank(const Linear<Weight>& a, const Block& b, const Scratch& s) {
+  if (!a.r) return;
+  with_type(a.b_dtype, [&](auto t) {
+    using B = typename decltype(t)::type;
+    const Columns<2, B> right{static_cast<const B*>(a.b), a.weight.rows, a.r, a.scaling};
+    accumulate<2>(b, a.r, Rows<float>{a.u, a.r}, right, s);
+  });
+}
+
+// The kernel y = x W^T + bias + scaling * u B^T. with_columns(weight, f) calls f with the view.
+template <class Weight>
+int64_t packed_linear(const Linear<Weight>& a, int64_t begin, int64_t end, void* scratch) {
+  const LinearOutput output{a.y, a.m, a.weight.rows, a.dtype, a.bias, a.bias_dtype};
+  return output.each(begin, end, scratch, [&](auto t, const Block& b, const Scratch& s) {
+    using T = typename decltype(t)::type;
+    with_columns(a.weight, [&](const auto& columns) {
+      add_product_of_columns(b, a.m, a.weight.cols, static_cast<const T*>(a.x), columns, a.int8, s,
+                             [&](const Block& rows, const Scratch& at) { add_low_rank(a, rows, at); });
+    });
+  });
+}
+
+// The kernel dx = g W + term. with_rows(weight, f) calls f with the view, add_term(args, block, scratch) adds the term:
+// a format's own, for its pooling or dropout.
+template <class Args, class Term>
+int64_t packed_linear_backward(const Args& a, int64_t begin, int64_t end, void* scratch, const Term& add_term) {
+  const LinearOutput output{a.dx, a.m, a.weight.cols, a.dtype};
+  return output.each(begin, end, scratch, [&](auto t, const Block& b, const Scratch& s) {
+    using T = typename decltype(t)::type;
+    with_rows(a.weight, [&](const auto& rows) {
+      add_product(b, a.weight.rows, static_cast<const T*>(a.g), rows, s, [&](const Block& part, const Scratch& at) {
+        if (a.r) add_term(a, part, at);
+      });
+    });
+  });
+}
+
+}  // namespace
+}  // namespace peftops::cpu::PEFTOPS_ISA
