@@ -7,6 +7,11 @@ from hypothesis import HealthCheck, settings
 import sim
 from peftops import _C
 
+# Processes of tests that each ask for every core would wait for each other. Programs that a test starts follow.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    torch.set_num_threads(max(1, os.cpu_count() // workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
 # The fixture below is set up once per test and not per example, which is what is wanted.
 every_device = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 settings.register_profile("dev", max_examples=40, **every_device)
