@@ -76,17 +76,25 @@ using Run = int64_t(uint64_t args, int64_t begin, int64_t end, void* scratch);
 template <auto kernel, class Args> int64_t run(uint64_t args, int64_t begin, int64_t end, void* scratch) {
   return kernel(*reinterpret_cast<const Args*>(args), begin, end, scratch);
 }
-#define PEFTOPS_SCALAR(name, Args) run<&peftops::cpu::scalar::name, Args>,
-#define PEFTOPS_NEON_OF(name, Args) run<&peftops::cpu::neon::name, Args>,
 using namespace peftops;
-Run* const kScalar[] = {PEFTOPS_ARM_KERNELS(PEFTOPS_SCALAR)};
-Run* const kNeon[] = {PEFTOPS_ARM_KERNELS(PEFTOPS_NEON_OF)};
+#define PEFTOPS_BUILD(build, ...) {#build, {PEFTOPS_ARM_KERNELS(PEFTOPS_RUN_##build)}},
+#define PEFTOPS_RUN_scalar(name, Args) run<&cpu::scalar::name, Args>,
+#define PEFTOPS_RUN_neon(name, Args) run<&cpu::neon::name, Args>,
+#define PEFTOPS_RUN_neonbf16(name, Args) run<&cpu::neonbf16::name, Args>,
+struct Build {
+  const char* name;
+  Run* kernels[64];
+};
+const Build kBuilds[] = {PEFTOPS_EACH_BUILD(PEFTOPS_BUILD)};
 
 }  // namespace
 
 int main(int count, char** arguments) {
   if (count != 3) return 2;
-  Run* const* kernels = std::strcmp(arguments[1], "neon") ? kScalar : kNeon;
+  const Build* build = nullptr;
+  for (const Build& each : kBuilds)
+    if (!std::strcmp(arguments[1], each.name)) build = &each;
+  if (!build) return std::fprintf(stderr, "guest: no build is called %s\n", arguments[1]), 2;
   char path[64];
   std::snprintf(path, sizeof path, "/proc/%s/mem", arguments[2]);
   memory = open(path, O_RDWR);
@@ -104,7 +112,7 @@ int main(int count, char** arguments) {
       if (std::fread(&range, sizeof range, 1, stdin) != 1) return 1;
       for (uintptr_t at = range.at / kPage * kPage; at < range.at + range.bytes; at += kPage) bring(at, range.written);
     }
-    const int64_t units = kernels[call.kernel](call.args, call.begin, call.end, scratch);
+    const int64_t units = build->kernels[call.kernel](call.args, call.begin, call.end, scratch);
     give_back();
     std::fwrite(&units, sizeof units, 1, stdout);
     std::fflush(stdout);

@@ -8,7 +8,7 @@
 #include "kernels/cpu/product_int16.h"
 #include "kernels/cpu/product_int8.h"
 #endif
-#if defined(__AVX512BF16__)
+#if defined(PEFTOPS_BF16)
 #include "kernels/cpu/product_bf16.h"
 #endif
 
@@ -110,7 +110,7 @@ template <int V, int B> struct GroupColumns {
   bool fits_int16() const { return w.cols % 32 == 0; }
   AsInt16<GroupColumns> int16() const { return {*this, AsInt16<GroupColumns>::segment_of(w.cols)}; }
 #endif
-#if defined(__AVX512BF16__)
+#if defined(PEFTOPS_BF16)
   bool fits_bf16() const { return true; }
   AsBf16<V, GroupColumns> bf16() const { return {*this}; }
 #endif

@@ -8,7 +8,7 @@
 #include "kernels/cpu/product_int16.h"
 #include "kernels/cpu/product_int8.h"
 #endif
-#if defined(__AVX512BF16__)
+#if defined(PEFTOPS_BF16)
 #include "kernels/cpu/product_bf16.h"
 #endif
 
@@ -133,7 +133,7 @@ template <int V> struct Nf4Columns {
   }
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(PEFTOPS_BF16)
   void pack_bf16(int64_t col, int64_t t, int64_t steps, int32_t* out) const {
     const Table16 table(kNf4Code);
     float scale[kDepth / 32 * kLanes];

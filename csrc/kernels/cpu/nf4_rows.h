@@ -6,7 +6,7 @@
 #if defined(__AVX512F__)
 #include "kernels/cpu/product_int16.h"
 #endif
-#if defined(__AVX512BF16__)
+#if defined(PEFTOPS_BF16)
 #include "kernels/cpu/product_bf16.h"
 #endif
 
@@ -55,7 +55,7 @@ template <int V> struct Nf4Rows {
   }
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(PEFTOPS_BF16)
   void pack_bf16(int64_t col, int64_t t, int64_t steps, int32_t* out) const {
     const Table16 table(kNf4Code);
     const auto row = [&](int64_t i, int64_t v) {

@@ -136,5 +136,40 @@ template <bool kHighFirst = true> inline Int unpack_codes(const uint8_t* p) {
   return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(codes))));
 }
 
+#if defined(PEFTOPS_INT8)
+// sum + the four products of unsigned bytes of a with signed ones of b, in each lane.
+inline Int dot_bytes(Int sum, Int a, Int b) {
+  return vusdotq_s32(sum, vreinterpretq_u8_s32(a), vreinterpretq_s8_s32(b));
+}
+// Each byte, less than 16, becomes what the table has there.
+inline Int look_up_bytes(const uint8_t* table, Int at) {
+  return vreinterpretq_s32_u8(vqtbl1q_u8(vld1q_u8(table), vreinterpretq_u8_s32(at)));
+}
+// n whole numbers, a multiple of eight, as bytes; of each eight the even ones before the odd ones.
+inline void put_quads(const int32_t* whole, int64_t n, int32_t* out) {
+  for (int64_t i = 0; i < n; i += 8) {
+    const Int first = load_int(whole + i), second = load_int(whole + i + 4);
+    store_bytes(reinterpret_cast<uint8_t*>(out + i / 4), vuzp1q_s32(first, second), vuzp2q_s32(first, second));
+  }
+}
+#endif
+
+#if defined(PEFTOPS_BF16)
+// Pairs of bf16: `first` in the low halves, `second` in the high ones.
+inline Int pair_bf16(Vec first, Vec second) {
+  const uint16x8_t words = vcombine_u16(to_bf16(first), to_bf16(second));
+  return vreinterpretq_s32_u16(vzip1q_u16(words, vextq_u16(words, words, 4)));
+}
+// Words 0-3 and 4-7, interleaved.
+inline Int interleave_halves(Int words) {
+  const uint16x8_t w = vreinterpretq_u16_s32(words);
+  return vreinterpretq_s32_u16(vzip1q_u16(w, vextq_u16(w, w, 4)));
+}
+// sum + the two products of pairs, in each lane.
+inline Vec dot_bf16(Vec sum, Int a, Int b) {
+  return vbfdotq_f32(sum, vreinterpretq_bf16_s32(a), vreinterpretq_bf16_s32(b));
+}
+#endif
+
 }  // namespace
 }  // namespace peftops::cpu::PEFTOPS_ISA
