@@ -31,7 +31,7 @@ from .layers import (
     with_matrix,
 )
 from .low_rank import factor_shapes, low_rank, product
-from .packed_linear import GroupLinear, NF4Linear, PackedLinear, quantize_linears, shell_of
+from .packed_linear import GroupLinear, MXFP4Linear, NF4Linear, PackedLinear, quantize_linears, shell_of
 from .prompt import Prompt, Prompted
 from .quantized import dequantized, is_quantized, quantized_like
 from .select import Select
@@ -50,6 +50,7 @@ __all__ = [
     "GatedPrompt",
     "GroupConv2d",
     "GroupLinear",
+    "MXFP4Linear",
     "MergeError",
     "NF4Linear",
     "PackedLinear",

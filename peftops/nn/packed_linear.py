@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from ..ops import GroupQuantTensor, NF4Tensor
+from ..ops import GroupQuantTensor, MXFP4Tensor, NF4Tensor
 from ..ops.packed_tensor import PackedTensor
 from .layers import LINEAR, kind_of, matrix
 from .quantized import StoredInParts, is_quantized
@@ -80,6 +80,12 @@ class GroupLinear(PackedLinear):
     """Over a :class:`~peftops.GroupQuantTensor`, in 2, 3, 4 or 8 bits."""
 
     format = GroupQuantTensor
+
+
+class MXFP4Linear(PackedLinear):
+    """Over an :class:`~peftops.MXFP4Tensor`, in the format of gpt-oss."""
+
+    format = MXFP4Tensor
 
 
 def quantize_linears(
