@@ -14,7 +14,7 @@ test: $(VENV)/.dev build       # everything, on every instruction set that this 
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-arm: $(VENV)/.dev build   # the kernels of AArch64 under qemu; needs g++-aarch64-linux-gnu and qemu-user
-	PEFTOPS_TEST_ARM="scalar neon" $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/ops -k arm- $(ARGS)
+	PEFTOPS_TEST_ARM="scalar neon neonbf16" $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/ops -k arm- $(ARGS)
 
 fuzz: $(VENV)/.dev build       # damaged files of every kind, 20,000 of them; ARGS="--cases 700" for fewer
 	$(BIN)/python tests/fuzz/run.py $(ARGS)

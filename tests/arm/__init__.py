@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "arm"
 COMPILER = os.environ.get("PEFTOPS_ARM_CXX", "aarch64-linux-gnu-g++")
 EMULATOR = "qemu-aarch64"
+active: str | None = None  # the build that torch.ops.peftops runs at the moment, if it is one of these
 CPU = os.environ.get("PEFTOPS_ARM_CPU", "max")  # of qemu: cortex-a53 has nothing beyond the first of its kind
 
 
@@ -78,6 +79,7 @@ def on_cpu_tensors(isa: str = "neon"):
     """Meanwhile torch.ops.peftops runs the kernels of AArch64, in that build of them."""
     import torch
 
+    global active
     names = operators()
     process = guest(isa)
     module = ctypes.CDLL(str(BUILD / "host" / "libarm_ops.so"))
@@ -92,9 +94,11 @@ def on_cpu_tensors(isa: str = "neon"):
 
     library = torch.library.Library("peftops", "IMPL")
     try:
+        active = isa
         for name in names:
             warnings.filterwarnings("ignore", "Warning only once for all operators", module="torch.library")
             library.impl(name, elsewhere(getattr(torch.ops.peftops_arm, name).default), "CPU", allow_override=True)
         yield
     finally:
+        active = None
         library._destroy()
