@@ -73,7 +73,7 @@ class PackedTensor(Format, PackedProduct, NoMemory, RowShards, Tensor):
         return self._with({name: self._piece(name, index) for name in self._BY_ROW}, self.shape[1:])
 
     def _piece(self, name: str, index: int) -> Tensor:
-        """What a part holds of weight ``index`` of a stack."""
+        """The share of weight ``index`` of a stack in a part."""
         return getattr(self, name)[index]
 
     def _layout(self) -> tuple:
