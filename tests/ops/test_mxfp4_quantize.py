@@ -8,7 +8,7 @@ import reference
 from mxfp4_layer import unpack
 from strategies import dtypes, layouts, normal, seeds, strided
 
-some_rows, blocks = st.sampled_from([1, 2, 3, 16, 17]), st.sampled_from([1, 2, 3, 5, 33])
+some_rows, blocks = st.sampled_from([1, 2, 3, 16, 17]), st.sampled_from([1, 2, 3, 5, 17])
 
 
 @given(n=some_rows, k=blocks.map(lambda b: 32 * b), dtype=dtypes, layout=layouts, seed=seeds,
@@ -56,7 +56,7 @@ def test_registration(device):
 
 
 def test_same_bits_for_any_number_of_threads(device, threads):
-    weight, runs = torch.randn(777, 1024, device=device), []
+    weight, runs = torch.randn(77, 1024, device=device), []
     for n in (1, 2, 3):
         threads(n)
         runs.append(peftops.mxfp4_quantize(weight))
