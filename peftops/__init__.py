@@ -52,6 +52,7 @@ from .methods.vera import VeRAConfig
 from .nn import AdamW8bit, AdapterPool, head_loss, language_model_loss
 from .ops import (
     GroupQuantTensor,
+    MXFP4Tensor,
     NF4Tensor,
     add_gated_prompt,
     gated_prompt_attention,
@@ -61,6 +62,9 @@ from .ops import (
     group_quantize,
     lora_linear,
     multi_lora_linear,
+    mxfp4_dequantize,
+    mxfp4_linear,
+    mxfp4_quantize,
     nf4_dequantize,
     nf4_linear,
     nf4_quantize,
@@ -78,15 +82,16 @@ __all__ = [
     "AdamW8bit", "AdapterPool", "BitFitConfig", "BottleneckConfig", "CalibrationConfig", "DoRAConfig",
     "GLoRAConfig", "GroupQuantTensor", "HardPrompt", "HeadOnlyConfig", "IA3Config", "Influence",
     "LLaMAAdapterConfig", "LQLoRAConfig", "LoRAConfig", "LoRAFAConfig", "LoftQConfig", "LongLoRAConfig",
-    "MultiLoRAConfig", "NF4Tensor", "NormTuningConfig", "OLoRAConfig", "PiSSAConfig", "PrefixTuningConfig",
-    "PromptTuningConfig", "QALoRAConfig", "QLoRAConfig", "ReLoRAConfig", "Sampling", "Server", "SurgicalConfig",
-    "TiedLoRAConfig", "TopLayersConfig", "VeRAConfig", "Verbalizer", "activate", "add_gated_prompt", "attach",
-    "auto_rgn", "auto_snr", "choice_scores", "demonstrations", "detach", "disabled", "fisher", "from_bitsandbytes",
+    "MXFP4Tensor", "MultiLoRAConfig", "NF4Tensor", "NormTuningConfig", "OLoRAConfig", "PiSSAConfig",
+    "PrefixTuningConfig", "PromptTuningConfig", "QALoRAConfig", "QLoRAConfig", "ReLoRAConfig", "Sampling", "Server",
+    "SurgicalConfig", "TiedLoRAConfig", "TopLayersConfig", "VeRAConfig", "Verbalizer", "activate", "add_gated_prompt",
+    "attach", "auto_rgn", "auto_snr", "choice_scores", "demonstrations", "detach", "disabled", "fisher",
+    "from_bitsandbytes",
     "gated_prompt_attention", "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "head_loss",
     "image_prompts", "input_moments", "language_model_loss", "load", "load_model", "lora_linear", "loraplus_groups",
-    "merge", "multi_lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize", "prompt_per_row", "prune_state",
-    "qalora_linear", "qalora_merge", "quantize_model", "relora_schedule", "relora_step", "save", "summary",
-    "unmerge", "weighted_groups", "with_gated_prompt",
+    "merge", "multi_lora_linear", "mxfp4_dequantize", "mxfp4_linear", "mxfp4_quantize", "nf4_dequantize", "nf4_linear",
+    "nf4_quantize", "prompt_per_row", "prune_state", "qalora_linear", "qalora_merge", "quantize_model",
+    "relora_schedule", "relora_step", "save", "summary", "unmerge", "weighted_groups", "with_gated_prompt",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ def samples():
     x, g, u, A, B, bias = (torch.randn(s) for s in ((m, k), (m, n), (m, r), (r, k), (n, r), (n,)))
     nf4 = peftops.nf4_quantize(torch.randn(n, k))._arguments
     group = peftops.group_quantize(torch.randn(n, k))._arguments
+    mxfp4 = peftops.mxfp4_quantize(torch.randn(n, k))._arguments
     seed, f32 = torch.tensor(7), torch.float32
     prompt = (torch.randn(1, 2, 5, 16), torch.randn(2, 4, 16), torch.randn(2, 4, 16), torch.randn(2), 0.25)
     out = torch.randn(1, 2, 5, 16)
@@ -35,6 +36,10 @@ def samples():
         "group_dequantize": (*group, f32),
         "group_linear": (x, *group, bias, u, B, 0.5),
         "group_linear_backward": (g, *group, u, A),
+        "mxfp4_quantize": (torch.randn(n, k),),
+        "mxfp4_dequantize": (*mxfp4, f32),
+        "mxfp4_linear": (x, *mxfp4, bias, u, B, 0.5),
+        "mxfp4_linear_backward": (g, *mxfp4, u, A, 0.5, seed),
         "qalora_shrink": (x, torch.randn(r, k // 32), 32),
         "qalora_merge": (*group[1:3], torch.randn(r, k // 32), B, 0.5),
         "gated_prompt_add": (out, *prompt),

@@ -94,8 +94,8 @@ class PackedLinearTests:
         y = layer()
         want_y, want = layer.reference()
         for got, ref in ((y, want_y), (layer.gradients(y)["x"], want["x"])):
-            gain = ((got.detach().double() * ref).sum() / ref.square().sum()).item()
-            assert abs(gain - 1) < bound
+            off = got.detach().double() - ref.to(dtype)  # the result's own rounding may have a bias
+            assert abs(((off * ref).sum() / ref.square().sum()).item()) < bound
 
     @pytest.mark.parametrize("m", [2, 24])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

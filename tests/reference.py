@@ -32,6 +32,29 @@ def quantize_blocks(flat, block_size, code):
     return torch.bucketize(scaled.flatten()[:n], midpoints), absmax
 
 
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+E2M1 = torch.cat([E2M1, -E2M1])
+
+
+def mxfp4_dequantize(codes, scales):
+    """``codes`` [out, in] of four bits under ``scales`` [out, in / 32], in float64; OCP microscaling formats 1.0."""
+    powers = torch.where(scales == 255, torch.nan, 2.0 ** (scales.double() - 127))
+    return E2M1.double()[codes.long()] * powers.repeat_interleave(32, 1)
+
+
+def mxfp4_quantize(weight):
+    """Codes and scales: floor(log2) of a block's largest, less the 2 of 4 and 6; the nearest number, even at a tie."""
+    blocks = weight.double().unflatten(1, (-1, 32))
+    exponent = blocks.abs().amax(-1).frexp().exponent - 1  # of zero: -1
+    exponent = torch.where((blocks != 0).any(-1), exponent, -1000)
+    scales = (exponent - 2 + 127).clamp(min=0)
+    scaled = blocks / 2.0 ** (scales.double() - 127)[..., None]
+    far = (scaled.abs()[..., None] - E2M1[:8].double()).abs()
+    even = torch.arange(8) % 2 == 0
+    codes = torch.where(far == far.amin(-1, keepdim=True), 1 + even.int(), 0).argmax(-1)
+    return (codes + 8 * scaled.signbit()).flatten(1).to(torch.uint8), scales.to(torch.uint8)
+
+
 def dynamic_lines(signed):
     """Of kernels/adamw8bit.h: bounds of the decades, and slope and offset of the lines to a place and to a value."""
     f32 = torch.float32

@@ -9,6 +9,8 @@
 #define NF4_WEIGHT "Tensor packed, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, int block_size"
 // And five that are a group-quantised one: packed uint8 [out, in * bits / 8]; scales and zeros float32 [out, groups].
 #define GROUP_WEIGHT "Tensor packed, Tensor scales, Tensor zeros, int bits, int group_size"
+// And two that are an MXFP4 one: blocks uint8 [out, in / 2], scales uint8 [out, in / 32].
+#define MXFP4_WEIGHT "Tensor blocks, Tensor scales"
 #define GATED_PROMPT "Tensor query, Tensor prompt_key, Tensor prompt_value, Tensor gate, float scale"
 
 // Four arguments that are the adapters of one layer, by slot; their factors lie in the pages of a storage.
@@ -34,6 +36,12 @@ STABLE_TORCH_LIBRARY(peftops, m) {
   m.def("group_linear(Tensor x, " GROUP_WEIGHT ", Tensor? bias, Tensor? u, Tensor? lora_B, float scaling, bool int8=False)"
         " -> Tensor");
   m.def("group_linear_backward(Tensor g, " GROUP_WEIGHT ", Tensor? v, Tensor? lora_A) -> Tensor");
+  m.def("mxfp4_quantize(Tensor weight) -> (Tensor blocks, Tensor scales)");
+  m.def("mxfp4_dequantize(" MXFP4_WEIGHT ", ScalarType dtype) -> Tensor");
+  m.def("mxfp4_linear(Tensor x, " MXFP4_WEIGHT ", Tensor? bias, Tensor? u, Tensor? lora_B, float scaling,"
+        " bool int8=False) -> Tensor");
+  m.def("mxfp4_linear_backward(Tensor g, " MXFP4_WEIGHT ", Tensor? v, Tensor? lora_A, float dropout_p, Tensor? seed)"
+        " -> Tensor");
   m.def("qalora_shrink(Tensor x, Tensor lora_A, int group_size) -> (Tensor pooled, Tensor u)");
   m.def("qalora_merge(Tensor scales, Tensor zeros, Tensor lora_A, Tensor lora_B, float factor) -> Tensor");
   m.def("gated_prompt_add(Tensor out, " GATED_PROMPT ") -> Tensor");
@@ -55,6 +63,7 @@ STABLE_TORCH_LIBRARY(peftops, m) {
 #undef GATED_PROMPT
 #undef NF4_WEIGHT
 #undef GROUP_WEIGHT
+#undef MXFP4_WEIGHT
 
 namespace py = pybind11;
 using namespace peftops::cpu;

@@ -28,7 +28,7 @@ from .checkpoint import digest, load_checkpoint
 from .data import DataError, Example, Row, encode, prompt_ids, read_rows
 from .job import CHECKPOINT, Job
 from .model import add_arguments as add_model_arguments
-from .model import device_and_dtype, load_base, load_tokenizer, positions, vocabulary
+from .model import base_options, device_and_dtype, load_base, load_tokenizer, positions, vocabulary
 from .quantize import calibrated, some_rows
 from .training import OPTIMIZERS
 
@@ -113,13 +113,13 @@ def run(args: argparse.Namespace) -> int:
 
     torch.manual_seed(args.seed)
     config = _config(args)
-    codes = {"block_size": config.block_size, "double_quant": config.double_quant} if args.method == "qlora" else {}
+    codes = base_options(config) if args.method == "qlora" else {"quantize": False}
     calibration = _calibration_rows(args, examples, tokenizer)
-    if calibration and codes:
+    if calibration and codes["quantize"]:
         model = _calibrated_base(args, config, calibration, tokenizer)
     else:
-        model = load_base(args, quantize=bool(codes), **codes)
-    if calibration and not codes:
+        model = load_base(args, **codes)
+    if calibration and not codes["quantize"]:
         config = dataclasses.replace(config, moments=input_moments(model, calibration))
     if state and isinstance(config, ReLoRAConfig):
         config = dataclasses.replace(config, restarts=state["step"] // config.every)
@@ -252,7 +252,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"relora prunes the optimizer's moments, which {args.optimizer} keeps as codes; use adamw")
     if not args.model.exists():
         raise FileNotFoundError(f"no model at {args.model}")
-    _config(args)  # raises for options that the method does not accept
+    config = _config(args)  # raises for options that the method does not accept
+    if args.calibrate and getattr(config, "format", "nf4") != "nf4":
+        raise ValueError(f"--calibrate chooses codes of NF4 and of groups, not of {config.format!r}")
 
 
 def check_out(args: argparse.Namespace) -> list[Path]:

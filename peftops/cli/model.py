@@ -75,8 +75,8 @@ def load_base(args: argparse.Namespace, *, quantize: bool, **options: Any) -> nn
 
 def base_options(config: Config) -> dict[str, Any]:
     """How to read the model that an adapter is put on: dense, of which many methods then make what they need; with
-    QLoRA in its blocks of 4 bits, so that the dense model is never there."""
-    if type(config) is QLoRAConfig:
+    QLoRA in its blocks of NF4, so that the dense model is never there."""
+    if type(config) is QLoRAConfig and config.format == "nf4":
         return {"quantize": True, "block_size": config.block_size, "double_quant": config.double_quant}
     return {"quantize": False}
 

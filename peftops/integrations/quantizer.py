@@ -22,13 +22,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..methods.config import check_choice
 from ..methods.qlora import BLOCK_SIZES
 from ..methods.targets import ALL_LINEAR, find_targets, is_linear, layers
-from ..nn import GroupLinear, NF4Linear, as_matrix, dense_matrix, is_conv1d, is_quantized, shell_of, with_matrix
-from ..ops import GroupQuantTensor, NF4Tensor, group_quantize, nf4_quantize
+from ..nn import PackedLinear, as_matrix, dense_matrix, is_conv1d, is_quantized, shell_of, with_matrix
+from ..ops import group_quantize, nf4_quantize
 from .bitsandbytes_files import to_bitsandbytes
 from .code_files import OWN_PARTS, Layout
 from .gptq_files import FORMAT, to_gptq
-
-_LAYERS = {NF4Tensor: NF4Linear, GroupQuantTensor: GroupLinear}
 
 
 class _CodesConfig(QuantizationConfigMixin):
@@ -193,8 +191,8 @@ class _Read(ConversionOps):
             dense = tensors["weight"]
             if dense.is_floating_point() and not (dense.dtype == torch.float32 and _is_in(name, _wide(model))):
                 dense = dense.to(layer.weight.dtype)
-            return _fitting(layer, dense) if isinstance(layer, NF4Linear) else dense
-        if not isinstance(layer, NF4Linear):
+            return _fitting(layer, dense) if isinstance(layer, PackedLinear) else dense
+        if not isinstance(layer, PackedLinear):
             raise ValueError(f"a {type(layer).__name__} cannot be in codes")
         codes = self.hf_quantizer.layout.read(tensors, layer.weight.shape, layer.weight.dtype)
         return nn.Parameter(codes._like(_own_memory), requires_grad=False)
@@ -241,7 +239,7 @@ class CodesQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         path, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and isinstance(model.get_submodule(path), NF4Linear)
+        return leaf == "weight" and isinstance(model.get_submodule(path), PackedLinear)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Read(self)
@@ -259,7 +257,7 @@ class CodesQuantizer(HfQuantizer):
         names = {name for name, _ in _linears(model)} if everything else self._chosen(model)
         for name, layer in list(_linears(model)):
             if name in names:
-                _replace(model, layer, NF4Linear(as_matrix(layer, layer.weight), layer.bias, shell_of(layer)))
+                _replace(model, layer, PackedLinear(as_matrix(layer, layer.weight), layer.bias, shell_of(layer)))
 
     def _chosen(self, model: nn.Module) -> set[str]:
         tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
@@ -272,7 +270,7 @@ class CodesQuantizer(HfQuantizer):
             more = f" ({len(self.faults) - 1} more tensors are not right)" if len(self.faults) > 1 else ""
             raise ValueError(f"tensor {name}: {error}{more}") from error
         for _, layer in list(layers(model)):
-            if isinstance(layer, NF4Linear) and not isinstance(layer.weight, NF4Tensor):
+            if type(layer) is PackedLinear:  # of no format yet
                 _replace(model, layer, _of_kind(layer))
         release_files(model)
         self.remember(model)
@@ -352,10 +350,10 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 setattr(module, leaf, new)
 
 
-def _of_kind(layer: NF4Linear) -> nn.Module:
+def _of_kind(layer: PackedLinear) -> nn.Module:
     """The layer for what the file had, which may be dense."""
     if is_quantized(layer.weight):
-        return _LAYERS[type(layer.weight)](layer.weight, layer.bias, layer.dense_shell)
+        return PackedLinear.over(layer.weight, layer.bias, layer.dense_shell)
     dense = copy.copy(layer.dense_shell)
     dense._parameters = {"weight": layer.weight, "bias": layer.bias}
     return dense

@@ -21,7 +21,7 @@ from ..nn import LINEAR, NF4Linear, dense_matrix, is_quantized, shell_of
 from ..ops import NF4Tensor, nf4_dequantize, nf4_quantize
 from . import register
 from .calibrated_factors import calibrated_factors, gptq_like
-from .config import MOST_ITERATIONS, check_range
+from .config import MOST_ITERATIONS, check_choice, check_range
 from .lora import LoRA, needs_scaling
 from .qlora import QLoRAConfig, check_nothing_dense_is_adapted, quantize_base
 from .singular import leading, shared
@@ -49,6 +49,7 @@ class LoftQConfig(QLoRAConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("format", self.format, ("nf4",))  # factors correct the errors of NF4
         check_range("iterations", self.iterations, 1, MOST_ITERATIONS, whole=True)
 
     def as_built(self, adapters: dict[str, Any]) -> LoftQConfig:

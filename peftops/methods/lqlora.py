@@ -19,8 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import LINEAR, GroupLinear, NF4Linear, dense_matrix, is_quantized, shell_of, sizes
-from ..ops import NF4Tensor
+from ..nn import LINEAR, PackedLinear, dense_matrix, is_quantized, shell_of, sizes
 from . import each_target, register
 from .calibrated_factors import calibrated_factors, gptq_like
 from .config import MOST_ITERATIONS, Config, check_range
@@ -135,8 +134,7 @@ class LQLoRA(LoRA):
         if left is not None:
             self.lora_A[: len(right)] = right / self.scaling**0.5
             self.lora_B[:, : len(right)] = left / self.scaling**0.5
-        kind = NF4Linear if isinstance(codes, NF4Tensor) else GroupLinear
-        self._base = [kind(codes, base.bias, shell_of(base)).train(base.training)]
+        self._base = [PackedLinear.over(codes, base.bias, shell_of(base)).train(base.training)]
         self._importance, self._moments = [None], [None]
         return self._base[0]
 

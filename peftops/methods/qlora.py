@@ -1,4 +1,4 @@
-"""QLoRA, Dettmers et al. 2023 (arXiv:2305.14314): LoRA on a base in NF4.
+"""QLoRA, Dettmers et al. 2023 (arXiv:2305.14314): LoRA on a base in NF4, or in MXFP4.
 
     y = dequant(W_nf4) x + b + s B A D(x)
 
@@ -8,7 +8,7 @@ The base is quantised as the adapter is attached, one layer after the other.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from .lora import LoRA, LoRAConfig
 from .targets import ALL_LINEAR, find_targets, is_within
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+FORMATS = ("nf4", "mxfp4")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class QLoRAConfig(LoRAConfig):
     Args:
         block_size: elements of a weight that share one absmax, a power of two from 32 to 4096.
         double_quant: quantise the absmax values, too: 4.127 instead of 4.5 bits per weight.
+        format: ``"nf4"``, to which the two options above belong, or ``"mxfp4"``, the format of gpt-oss: 4.25 bits per
+            weight, with a larger error (see :func:`peftops.mxfp4_quantize`). Layers in codes stay in theirs.
 
     Examples:
         >>> model = peftops.attach(nn.Sequential(nn.Linear(64, 32)), peftops.QLoRAConfig(r=2))
@@ -39,10 +42,20 @@ class QLoRAConfig(LoRAConfig):
 
     block_size: int = 64
     double_quant: bool = True
+    format: str = "nf4"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("block_size", self.block_size, BLOCK_SIZES)
+        check_choice("format", self.format, FORMATS)
+        if self.format != "nf4" and (self.block_size, self.double_quant) != (64, True):
+            raise ValueError(f"block_size and double_quant are options of format 'nf4', not of {self.format!r}")
+
+    @property
+    def codes(self) -> dict[str, Any]:
+        """The options of :func:`peftops.nn.quantize_linears`."""
+        nf4 = {"block_size": self.block_size, "double_quant": self.double_quant}
+        return {"format": self.format, **(nf4 if self.format == "nf4" else {})}
 
 
 def check_nothing_dense_is_adapted(method: str, model: nn.Module) -> None:
@@ -53,7 +66,7 @@ def check_nothing_dense_is_adapted(method: str, model: nn.Module) -> None:
 def quantize_base(model: nn.Module, paths: set[str], config: QLoRAConfig) -> None:
     """These layers, but for those that train whole."""
     chosen = {path for path in paths if not is_within(path, config.modules_to_save)}
-    quantize_linears(model, chosen.__contains__, block_size=config.block_size, double_quant=config.double_quant)
+    quantize_linears(model, chosen.__contains__, **config.codes)
 
 
 @register(QLoRAConfig)

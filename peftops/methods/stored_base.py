@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..ops import GroupQuantTensor, NF4Tensor
 from ..ops.packed_tensor import PackedTensor
 
-_NAMES = ["weight", *(part for kind in (NF4Tensor, GroupQuantTensor) for part in kind._PARTS)]
+_NAMES = ["weight", *(part for kind in PackedTensor.FORMATS.values() for part in kind._PARTS)]
 BASE_KEYS = {f"base_{name.lstrip('_')}": f"base_{name.lstrip('_')}" for name in _NAMES}
 
 

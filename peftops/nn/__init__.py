@@ -16,7 +16,7 @@ from .adapter import (
 )
 from .adapter_pool import AdapterPool, PoolFull, peak_tokens
 from .gated_prompt import GatedPrompt
-from .group_linear import GroupConv2d, GroupLinear
+from .group_conv2d import GroupConv2d
 from .language_loss import head_loss, language_model_loss, splits
 from .layers import (
     CONVOLUTION,
@@ -31,7 +31,7 @@ from .layers import (
     with_matrix,
 )
 from .low_rank import factor_shapes, low_rank, product
-from .nf4_linear import NF4Linear, quantize_linears, shell_of
+from .packed_linear import GroupLinear, MXFP4Linear, NF4Linear, PackedLinear, quantize_linears, shell_of
 from .prompt import Prompt, Prompted
 from .quantized import dequantized, is_quantized, quantized_like
 from .select import Select
@@ -50,8 +50,10 @@ __all__ = [
     "GatedPrompt",
     "GroupConv2d",
     "GroupLinear",
+    "MXFP4Linear",
     "MergeError",
     "NF4Linear",
+    "PackedLinear",
     "PoolFull",
     "Prompt",
     "Prompted",

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ..ops import lora_linear
 from .layers import matrix, sizes
-from .quantized import KINDS, is_quantized
+from .quantized import is_quantized
 
 
 def factor_shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -37,9 +37,9 @@ def low_rank(
     """
     weight = base.weight
     if is_quantized(weight):  # a linear layer, of which a step calls hundreds: on a GPU the host must not be late
-        op = KINDS[type(weight)].linear
-        return op(x, weight, base.bias if bias else None, lora_A=lora_A, lora_B=lora_B, scaling=scaling,
-                  dropout_p=dropout, training=training, compute=getattr(base, "compute", "float"))  # fmt: skip
+        return weight.product(x, base.bias if bias else None, lora_A=lora_A, lora_B=lora_B, scaling=scaling,
+                              dropout_p=dropout, training=training,
+                              compute=getattr(base, "compute", "float"))  # fmt: skip
     if isinstance(base, nn.Embedding):
         y = base(x)
         return y + (scaling * (F.embedding(x, lora_A.t()) @ lora_B.t())).to(y.dtype)
@@ -55,5 +55,5 @@ def product(base: nn.Module, x: Tensor) -> Tensor:
     """``x W^T`` of a linear layer, without its bias."""
     weight = base.weight
     if is_quantized(weight):
-        return KINDS[type(weight)].linear(x, weight, compute=getattr(base, "compute", "float"))
+        return weight.product(x, compute=getattr(base, "compute", "float"))
     return F.linear(x, matrix(base))

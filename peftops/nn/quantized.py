@@ -1,45 +1,13 @@
-"""The differences between the kinds of quantised weights, for layers and methods; all other code treats them alike."""
+"""Quantised weights in layers and methods, whatever their format: a PackedTensor knows what can be done with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import (
-    GroupQuantTensor,
-    NF4Tensor,
-    group_dequantize,
-    group_linear,
-    group_quantize,
-    nf4_dequantize,
-    nf4_linear,
-    nf4_quantize,
-)
-
-
-@dataclass(frozen=True)
-class Kind:
-    linear: Callable[..., Tensor]  # (x, weight, bias, lora_A=, lora_B=, scaling=, dropout_p=, training=)
-    dequantize: Callable[..., Tensor]  # (weight, dtype=)
-    quantize_like: Callable[[Tensor, Tensor], Tensor]  # (dense, weight): dense, quantised as weight is
-
-
-KINDS: dict[type[Tensor], Kind] = {
-    NF4Tensor: Kind(
-        nf4_linear,
-        nf4_dequantize,
-        lambda dense, like: nf4_quantize(dense, block_size=like.block_size, double_quant=like.double_quant),
-    ),
-    GroupQuantTensor: Kind(
-        group_linear,
-        group_dequantize,
-        lambda dense, like: group_quantize(dense, bits=like.bits, group_size=like.group_size),
-    ),
-}
+from ..ops.packed_tensor import PackedTensor
 
 
 class StoredInParts(nn.Module):
@@ -74,12 +42,12 @@ class StoredInParts(nn.Module):
 
 
 def is_quantized(weight: object) -> bool:
-    return type(weight) in KINDS
+    return isinstance(weight, PackedTensor)
 
 
-def dequantized(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return KINDS[type(weight)].dequantize(weight, dtype=dtype)
+def dequantized(weight: PackedTensor, dtype: torch.dtype) -> Tensor:
+    return weight.dequantize(dtype=dtype)
 
 
-def quantized_like(dense: Tensor, weight: Tensor) -> Tensor:
-    return KINDS[type(weight)].quantize_like(dense, weight)
+def quantized_like(dense: Tensor, weight: PackedTensor) -> PackedTensor:
+    return weight.quantize_like(dense)

@@ -8,6 +8,10 @@ from .group_quantize import group_quantize
 from .group_tensor import GroupQuantTensor
 from .lora_linear import lora_linear
 from .multi_lora_linear import multi_lora_linear
+from .mxfp4_dequantize import mxfp4_dequantize
+from .mxfp4_linear import mxfp4_linear
+from .mxfp4_quantize import mxfp4_quantize
+from .mxfp4_tensor import MXFP4Tensor
 from .nf4_dequantize import nf4_dequantize
 from .nf4_linear import nf4_linear
 from .nf4_quantize import nf4_quantize
@@ -16,7 +20,8 @@ from .qalora_linear import qalora_linear
 from .qalora_merge import qalora_merge
 
 __all__ = [
-    "GroupQuantTensor", "NF4Tensor", "add_gated_prompt", "gated_prompt_attention", "gptq_quantize", "group_dequantize",
-    "group_linear", "group_quantize", "lora_linear", "multi_lora_linear", "nf4_dequantize", "nf4_linear",
-    "nf4_quantize", "qalora_linear", "qalora_merge", "with_gated_prompt",
+    "GroupQuantTensor", "MXFP4Tensor", "NF4Tensor", "add_gated_prompt", "gated_prompt_attention", "gptq_quantize",
+    "group_dequantize", "group_linear", "group_quantize", "lora_linear", "multi_lora_linear", "mxfp4_dequantize",
+    "mxfp4_linear", "mxfp4_quantize", "nf4_dequantize", "nf4_linear", "nf4_quantize", "qalora_linear", "qalora_merge",
+    "with_gated_prompt",
 ]  # fmt: skip

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from .gptq_nf4 import gptq_nf4
-from .group_dequantize import group_dequantize
 from .group_quantize import group_quantize
 from .group_tensor import GroupQuantTensor
 from .moments import Moments, output_errors
-from .nf4_dequantize import nf4_dequantize
 from .nf4_tensor import NF4Tensor
 from .packed_tensor import PackedTensor
 
@@ -153,5 +151,4 @@ def _following(moments: Tensor, damping: float) -> Tensor:
 def output_error(weight: Tensor, quantised: PackedTensor, inputs: Tensor) -> float:
     """How far the outputs of the quantised weight are from those of the weight, relative, in the Frobenius norm."""
     moments = Moments.of(inputs, weight.shape[1], weight.device).mean()
-    dense = nf4_dequantize if isinstance(quantised, NF4Tensor) else group_dequantize
-    return output_errors(weight, [dense(quantised, dtype=torch.float32)], moments)[0]
+    return output_errors(weight, [quantised.dequantize(dtype=torch.float32)], moments)[0]

@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from .group_tensor import GroupQuantTensor
-from .packed_linear import Compute, check_weight, packed_linear
-
-_linear = torch.ops.peftops.group_linear.default
-_base_gradient = torch.ops.peftops.group_linear_backward.default
+from .packed_linear import Compute, of_another_kind
 
 
 @torch.library.register_fake("peftops::group_linear")
@@ -22,20 +19,6 @@ def _(x, packed, scales, zeros, bits, group_size, bias, u, lora_B, scaling, int8
 @torch.library.register_fake("peftops::group_linear_backward")
 def _(g, packed, scales, zeros, bits, group_size, v, lora_A):
     return g.new_empty((*g.shape[:-1], scales.shape[1] * group_size))
-
-
-def _forward(x, weight, *rest):
-    return _linear(x, *weight, *rest)
-
-
-def _backward(g, weight, term, v):
-    if term is None:
-        return _base_gradient(g, *weight, None, None)
-    if not term.dropout[0]:
-        return _base_gradient(g, *weight, v, term.A)
-    dx = _base_gradient(g, *weight, None, None)
-    term.expand_gradient_(dx, v)
-    return dx
 
 
 def group_linear(
@@ -90,6 +73,6 @@ def group_linear(
         >>> peftops.group_linear(torch.randn(2, 64), weight).shape
         torch.Size([2, 32])
     """
-    shape = check_weight("group_linear", x, weight, GroupQuantTensor, "group_quantize")
-    return packed_linear("group_linear", _forward, _backward, weight._arguments, shape, x, bias, lora_A, lora_B,
-                         scaling, dropout_p, training, compute)  # fmt: skip
+    if not isinstance(weight, GroupQuantTensor):
+        raise of_another_kind("group_linear", weight, GroupQuantTensor)
+    return weight.product(x, bias, lora_A, lora_B, scaling, dropout_p, training, compute)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from .lora_linear import LoRATerm
+from .packed_linear import Operands
 from .packed_tensor import PackedTensor
+
+_gradient = torch.ops.peftops.group_linear_backward.default
 
 
 class GroupQuantTensor(PackedTensor):
@@ -30,6 +36,7 @@ class GroupQuantTensor(PackedTensor):
         (torch.Size([4, 64]), torch.Size([4, 32]), torch.Size([4, 2]))
     """
 
+    _FORMAT = "group"
     _PARTS = ("packed", "scales", "zeros")
     _SETTINGS = ("bits", "group_size")
     _BY_ROW = _PARTS
@@ -39,6 +46,8 @@ class GroupQuantTensor(PackedTensor):
         "For a product use peftops.group_linear(x, weight); "
         "for the numbers ask for them: peftops.group_dequantize(weight)"
     )
+
+    _linear = torch.ops.peftops.group_linear.default
 
     packed: Tensor
     scales: Tensor
@@ -97,6 +106,25 @@ class GroupQuantTensor(PackedTensor):
         if not (scales.isfinite().all() and zeros.isfinite().all() and (scales != 0).all()):
             raise ValueError(f"{op}: scales must be finite and not 0, zeros finite")
         return cls(pack_bits(codes, bits), scales, zeros, bits, group, codes.shape, dtype)
+
+    @staticmethod
+    def product_gradient(g: Tensor, weight: Operands, term: LoRATerm | None, v: Tensor | None) -> Tensor:
+        if term is None or not term.dropout[0]:
+            return _gradient(g, *weight, v, None if term is None else term.A)
+        dx = _gradient(g, *weight, None, None)
+        term.expand_gradient_(dx, v)
+        return dx
+
+    @classmethod
+    def _settings_of(cls, parts: Mapping[str, Tensor], shape: torch.Size) -> tuple[int, int]:
+        n, k = shape
+        groups, width = (parts[name].shape[-1] if parts[name].dim() else 0 for name in ("scales", "packed"))
+        size, bits = k // max(groups, 1), width * 8 // k
+        each = (torch.float32, (n, groups))
+        cls._check_parts(parts, {"packed": (torch.uint8, (n, k // 8 * bits)), "scales": each, "zeros": each}, shape)
+        if bits not in (2, 3, 4, 8) or not 8 <= size <= 4096 or size & (size - 1) or size * groups != k:
+            raise ValueError(f"codes of {bits} bits in groups of {size} are none of a weight of shape {list(shape)}")
+        return bits, size
 
     @property
     def codes(self) -> Tensor:

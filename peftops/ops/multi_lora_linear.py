@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .group_linear import group_linear
-from .group_tensor import GroupQuantTensor
 from .lora_linear import autocast
-from .nf4_linear import nf4_linear
-from .nf4_tensor import NF4Tensor
 from .packed_tensor import PackedTensor
 
 _add_ = torch.ops.peftops.multi_lora_add_.default
@@ -23,18 +18,14 @@ _gradient = torch.ops.peftops.multi_lora_gradient.default
 # As in csrc/kernels/multi_lora_linear.h: factor rows are padded to whole lines of so many elements; ranks end there.
 LINE, MAX_RANK = 64, 8192
 
-# The product with the base, by the type of its weight: a differentiable function of (x, weight, bias).
-BASES = {NF4Tensor: nf4_linear, GroupQuantTensor: group_linear}
 
-
-def _base(weight: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    for kind, product in BASES.items():
-        if isinstance(weight, kind):
-            return product
-    if isinstance(weight, PackedTensor):
-        kinds = ", ".join(kind.__name__ for kind in BASES)
-        raise TypeError(f"multi_lora_linear: weight must be dense or one of {kinds}, not a {type(weight).__name__}")
-    return F.linear
+def _base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not isinstance(weight, PackedTensor):
+        return F.linear(x, weight, bias)
+    if not isinstance(weight, kinds := tuple(PackedTensor.FORMATS.values())):
+        names = ", ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"multi_lora_linear: weight must be dense or one of {names}, not a {type(weight).__name__}")
+    return weight.product(x, bias)
 
 
 @torch.library.register_fake("peftops::multi_lora_add_")
@@ -149,7 +140,7 @@ def multi_lora_linear(
         raise ValueError(f"multi_lora_linear: weight must have shape [{n}, {k}], not {list(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"multi_lora_linear: the last dim of x must be {k}, but its shape is {list(x.shape)}")
-    y = _base(weight)(x, weight, bias)
+    y = _base(x, weight, bias)
     if torch.is_grad_enabled():
         wanted = []
         if pool_layer.trainable:

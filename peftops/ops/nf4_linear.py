@@ -4,10 +4,7 @@ import torch
 from torch import Tensor
 
 from .nf4_tensor import NF4Tensor
-from .packed_linear import Compute, check_weight, packed_linear
-
-_linear = torch.ops.peftops.nf4_linear.default
-_gradient = torch.ops.peftops.nf4_linear_backward.default
+from .packed_linear import Compute, of_another_kind
 
 
 @torch.library.register_fake("peftops::nf4_linear")
@@ -20,15 +17,6 @@ def _(x, packed, absmax, absmax_scale, absmax_offset, block_size, out_features, 
 @torch.library.register_fake("peftops::nf4_linear_backward")
 def _(g, packed, absmax, absmax_scale, absmax_offset, block_size, in_features, v, lora_A, dropout_p, seed):
     return g.new_empty((*g.shape[:-1], in_features))
-
-
-def _forward(x, weight, *rest):
-    return _linear(x, *weight, *rest)
-
-
-def _backward(g, weight, term, v):
-    *parts, _, k = weight
-    return _gradient(g, *parts, k, v, *((None, 0.0, None) if term is None else (term.A, *term.dropout)))
 
 
 def nf4_linear(
@@ -87,6 +75,6 @@ def nf4_linear(
         >>> torch.equal(peftops.nf4_linear(x, weight, lora_A=A, lora_B=B), peftops.nf4_linear(x, weight))
         True
     """
-    shape = check_weight("nf4_linear", x, weight, NF4Tensor, "nf4_quantize")
-    return packed_linear("nf4_linear", _forward, _backward, (*weight._arguments, *shape), shape, x, bias,
-                         lora_A, lora_B, scaling, dropout_p, training, compute)  # fmt: skip
+    if not isinstance(weight, NF4Tensor):
+        raise of_another_kind("nf4_linear", weight, NF4Tensor)
+    return weight.product(x, bias, lora_A, lora_B, scaling, dropout_p, training, compute)

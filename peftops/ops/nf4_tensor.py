@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from .lora_linear import LoRATerm
+from .packed_linear import Operands
 from .packed_tensor import PackedTensor
+
+_gradient = torch.ops.peftops.nf4_linear_backward.default
 
 
 class NF4Tensor(PackedTensor):
@@ -31,7 +37,9 @@ class NF4Tensor(PackedTensor):
         NotImplementedError: aten.add.Tensor does not work on an NF4Tensor. ...
     """
 
+    _FORMAT = "nf4"
     _PARTS = ("packed", "_absmax", "_absmax_scale", "_absmax_offset")
+    _OPTIONAL = frozenset({"_absmax_scale", "_absmax_offset"})
     _SETTINGS = ("block_size",)
     _BY_ROW = ("packed", "_absmax")
     _LAYOUT = ("shape", "block_size", "double_quant")
@@ -39,6 +47,8 @@ class NF4Tensor(PackedTensor):
     _INSTEAD = (
         "For a product use peftops.nf4_linear(x, weight); for the numbers ask for them: peftops.nf4_dequantize(weight)"
     )
+
+    _linear = torch.ops.peftops.nf4_linear.default
 
     packed: Tensor
     block_size: int
@@ -58,6 +68,30 @@ class NF4Tensor(PackedTensor):
         dtype: torch.dtype,
     ) -> NF4Tensor:
         return cls._make((packed, absmax, absmax_scale, absmax_offset), (block_size,), shape, dtype)
+
+    @property
+    def _operands(self) -> Operands:
+        return (*self._arguments, *self.shape)
+
+    @staticmethod
+    def product_gradient(g: Tensor, weight: Operands, term: LoRATerm | None, v: Tensor | None) -> Tensor:
+        *parts, _, k = weight
+        return _gradient(g, *parts, k, v, *((None, 0.0, None) if term is None else (term.A, *term.dropout)))
+
+    @classmethod
+    def _settings_of(cls, parts: Mapping[str, Tensor], shape: torch.Size) -> tuple[int]:
+        count, blocks, double = shape.numel(), parts["_absmax"].numel(), "_absmax_scale" in parts
+        cls._check_parts(parts, {
+            "packed": (torch.uint8, (-(-count // 2),)),
+            "_absmax": (torch.uint8 if double else torch.float32, (blocks,)),
+            "_absmax_scale": (torch.float32, (-(-blocks // 256),)),
+            "_absmax_offset": (torch.float32, ()),
+        }, shape)  # fmt: skip
+        sizes = [2**i for i in range(5, 13) if -(-count // 2**i) == blocks]
+        if not sizes:
+            raise ValueError(f"weight._absmax has {blocks} blocks, which are none of a weight of shape {list(shape)}")
+        # Where several block sizes make as many blocks, that is one block, whose numbers are the same for all.
+        return (64 if 64 in sizes else sizes[0],)
 
     @property
     def double_quant(self) -> bool:

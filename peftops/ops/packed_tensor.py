@@ -8,14 +8,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .format import Format
 from .no_memory import NoMemory
+from .packed_linear import PackedProduct
 from .row_shards import RowShards, on_rows
 
 _aten = torch.ops.aten
 
 
-class PackedTensor(NoMemory, RowShards, Tensor):
-    """A frozen weight that is stored as something else. A subclass names its parts and its settings.
+class PackedTensor(Format, PackedProduct, NoMemory, RowShards, Tensor):
+    """A frozen weight that is stored as something else. A subclass names its format, its parts and its settings; the
+    operators and functions of a format have its name: ``nf4_linear``, ``nf4_quantize``, ``nf4_dequantize``.
 
     ``shape``, ``dtype`` and ``device`` are those of the weight that it stands for. It can be a (frozen)
     parameter, be copied, moved, pickled and saved; ``.to(dtype)`` changes the dtype it stands for and leaves
@@ -24,13 +27,16 @@ class PackedTensor(NoMemory, RowShards, Tensor):
 
     _PARTS: ClassVar[tuple[str, ...]]  # attributes that hold its tensors, or None where it has no such part
     _SETTINGS: ClassVar[tuple[str, ...]]  # attributes that hold plain numbers
-    _LAYOUT: ClassVar[tuple[str, ...]]  # two tensors share it if one can be copied to the other
+    _LAYOUT: ClassVar[tuple[str, ...]]  # two tensors share it if one can be copied to the other: shape and options
     _NAME: ClassVar[str]  # in a sentence, with its article
     _INSTEAD: ClassVar[str]  # the op to use instead of an operation that it does not have
     _arguments: property  # the weight as the operators take it: parts and settings
 
     def __init_subclass__(cls) -> None:
         cls._arguments = property(attrgetter(*cls._PARTS, *cls._SETTINGS))  # a loop takes a microsecond
+        if not hasattr(cls, "_operands"):
+            cls._operands = cls._arguments
+        super().__init_subclass__()
 
     @classmethod
     def _make(cls, parts: tuple, settings: tuple, shape: torch.Size, dtype: torch.dtype) -> Any:
@@ -46,7 +52,8 @@ class PackedTensor(NoMemory, RowShards, Tensor):
     @property
     def nbytes(self) -> int:
         """Bytes of memory that it takes, scales and all."""
-        return sum(part.nbytes for part in self._parts().values())
+        parts = self._parts().values()
+        return sum(part.numel() * part.element_size() for part in parts)  # (part.nbytes knows no symbolic sizes)
 
     def element_size(self) -> float:
         """Bytes to an element, a fraction of one in general: whoever counts memory takes this ``numel()`` times."""
@@ -61,14 +68,22 @@ class PackedTensor(NoMemory, RowShards, Tensor):
         settings = tuple(getattr(self, name) for name in self._SETTINGS)
         return self._make(parts, settings, self.shape, dtype or self.dtype)
 
+    def _expert(self, index: int) -> Any:
+        """Weight ``index`` of a stack of them, whose parts are views of the stack's."""
+        return self._with({name: self._piece(name, index) for name in self._BY_ROW}, self.shape[1:])
+
+    def _piece(self, name: str, index: int) -> Tensor:
+        """The share of weight ``index`` of a stack in a part."""
+        return getattr(self, name)[index]
+
     def _layout(self) -> tuple:
         return tuple(getattr(self, name) for name in self._LAYOUT)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
-        layout = ", ".join(f"{name}={getattr(self, name)}" for name in self._LAYOUT if name != "shape")
+        layout = "".join(f"{name}={value}, " for name, value in self._options().items())
         return (
             f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}', "
-            f"{layout}, nbytes={self.nbytes})"
+            f"{layout}nbytes={self.nbytes})"
         )
 
     # How torch.compile takes it apart and puts it together.
@@ -109,6 +124,8 @@ class PackedTensor(NoMemory, RowShards, Tensor):
             return args[0]._arguments[0].is_pinned()
         if func is _aten._pin_memory.default:
             return args[0]._like(Tensor.pin_memory)
+        if func is _aten.select.int and args[0].dim() == 3 and args[1] == 0:
+            return args[0]._expert(args[2])
         if (done := on_rows(func, args, kwargs)) is not NotImplemented:
             return done
         raise NotImplementedError(f"{func} does not work on {cls._NAME}. {cls._INSTEAD}")

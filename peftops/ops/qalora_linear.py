@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .group_tensor import GroupQuantTensor
 from .lora_linear import autocast, check_lora, sum_rows
-from .packed_linear import check_weight
+from .packed_linear import of_another_kind
 
 Pool = Literal["sum", "mean", "peft"]
 
@@ -108,7 +108,9 @@ def qalora_linear(
         >>> peftops.qalora_linear(torch.randn(2, 64), weight, lora_A=A, lora_B=B).shape
         torch.Size([2, 32])
     """
-    check_weight("qalora_linear", x, weight, GroupQuantTensor, "group_quantize")
+    if not isinstance(weight, GroupQuantTensor):
+        raise of_another_kind("qalora_linear", weight, GroupQuantTensor)
+    weight.check_operand("qalora_linear", x)
     check_lora("qalora_linear", weight.shape[0], weight.scales.shape[1], lora_A, lora_B, 0.0)
     factor = scaling * pool_factor("qalora_linear", pool, weight)
     x = autocast(x)

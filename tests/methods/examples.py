@@ -20,6 +20,7 @@ from peftops.methods.norm_tuning import NormTuningConfig
 from peftops.methods.prefix_tuning import PrefixTuningConfig
 from peftops.methods.prompt_tuning import PromptTuningConfig
 from peftops.methods.qalora import QALoRAConfig
+from peftops.methods.qlora import QLoRAConfig
 from peftops.methods.relora import ReLoRAConfig
 from peftops.methods.surgical import SurgicalConfig
 from peftops.methods.top_layers import TopLayersConfig
@@ -71,6 +72,7 @@ EXAMPLES: dict[type, Example] = {
 }
 
 VARIANTS: dict[str, Example] = {  # options that make a method build something else
+    "qlora-mxfp4": Example(QLoRAConfig(format="mxfp4")),
     "llamaadapter-images": Example(
         LLaMAAdapterConfig(tokens=3, layers=2, image_features=12), models.llama, merges=False
     ),

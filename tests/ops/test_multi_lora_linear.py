@@ -128,7 +128,8 @@ def test_all_of_it_against_float64(device):
 quantisers = pytest.mark.parametrize("quantise, base", [
     (peftops.nf4_quantize, peftops.nf4_linear),
     (lambda w: peftops.group_quantize(w, bits=4, group_size=32), peftops.group_linear),
-], ids=["nf4", "group"])  # fmt: skip
+    (peftops.mxfp4_quantize, peftops.mxfp4_linear),
+], ids=["nf4", "group", "mxfp4"])  # fmt: skip
 
 
 @quantisers
@@ -156,7 +157,8 @@ def test_a_packed_weight_without_a_product_is_an_error():
 
     pool, _ = pool_of(64, 64, (1,), 1)
     W = Other._make((torch.zeros(64),), (), torch.Size((64, 64)), torch.float32)
-    with pytest.raises(TypeError, match="must be dense or one of NF4Tensor, GroupQuantTensor, not a Other"):
+    formats = ", ".join(kind.__name__ for kind in PackedTensor.FORMATS.values())
+    with pytest.raises(TypeError, match=f"must be dense or one of {formats}, not a Other"):
         peftops.multi_lora_linear(torch.zeros(1, 64), W, pool.layer("layer"), torch.tensor([-1]))
 
 

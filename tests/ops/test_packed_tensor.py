@@ -10,21 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import peftops
-from peftops.nn import GroupLinear, NF4Linear
+from peftops.nn import PackedLinear
+from peftops.ops.packed_tensor import PackedTensor
 
 ROWS, COLUMNS = 12, 64
 WEIGHTS = {
     "nf4": lambda: peftops.nf4_quantize(torch.randn(ROWS, COLUMNS), double_quant=False),
     "nf4-double": lambda: peftops.nf4_quantize(torch.randn(ROWS, COLUMNS)),
     "group": lambda: peftops.group_quantize(torch.randn(ROWS, COLUMNS)),
+    "mxfp4": lambda: peftops.mxfp4_quantize(torch.randn(ROWS, COLUMNS)),
 }
 every_format = pytest.mark.parametrize("make", WEIGHTS.values(), ids=WEIGHTS)
-one_format = pytest.mark.parametrize("make", [WEIGHTS["nf4"], WEIGHTS["group"]], ids=["nf4", "group"])
+ONCE = [name for name in WEIGHTS if name != "nf4-double"]
+one_format = pytest.mark.parametrize("make", [WEIGHTS[name] for name in ONCE], ids=ONCE)
 
 
 def dense(weight):
-    read = peftops.nf4_dequantize if isinstance(weight, peftops.NF4Tensor) else peftops.group_dequantize
-    return read(weight)
+    return weight.dequantize()
 
 
 MEMORY = {
@@ -59,7 +61,7 @@ def test_processes_share_the_parts(make):
     before = dense(weight)
     assert not weight.is_shared() and weight.share_memory_() is weight and weight.is_shared()
     assert all(part.is_shared() for part in weight._parts().values()) and torch.equal(dense(weight), before)
-    layer = (NF4Linear if isinstance(weight, peftops.NF4Tensor) else GroupLinear)(make()).share_memory()
+    layer = PackedLinear.over(make(), None).share_memory()
     assert layer.weight.is_shared()
 
 
@@ -108,10 +110,10 @@ def test_an_empty_one_stands_for_a_float(make):
 
 @every_format
 def test_a_layers_state_dict_is_plain_tensors(make):
-    kind = NF4Linear if isinstance(make(), peftops.NF4Tensor) else GroupLinear
-    layer, other = kind(make(), torch.randn(ROWS)), kind(make(), torch.randn(ROWS))
+    layer, other = (PackedLinear.over(make(), torch.randn(ROWS)) for _ in range(2))
+    codes = f"weight.{layer.weight._PARTS[0]}"
     state = layer.state_dict()
-    assert {type(tensor) for tensor in state.values()} == {torch.Tensor} and "weight.packed" in state
+    assert {type(tensor) for tensor in state.values()} == {torch.Tensor} and codes in state
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
@@ -125,16 +127,47 @@ def test_a_layers_state_dict_is_plain_tensors(make):
 
 @every_format
 def test_a_state_dict_that_does_not_fit_changes_nothing(make):
-    kind = NF4Linear if isinstance(make(), peftops.NF4Tensor) else GroupLinear
-    layer = kind(make())
-    before, state = dense(layer.weight), kind(make()).state_dict()
+    layer = PackedLinear.over(make(), None)
+    before, state = dense(layer.weight), PackedLinear.over(make(), None).state_dict()
+    codes = f"weight.{layer.weight._PARTS[0]}"
     for change, sentence in (
-        (lambda s: s.pop("weight.packed"), 'Missing key.*"weight"'),
-        (lambda s: s.update({"weight.packed": s["weight.packed"][:1]}), "weight.packed is torch.uint8 .*, not torch"),
-        (lambda s: s.update({"weight.packed": s["weight.packed"].float()}), "weight.packed is torch.float32 .*, not"),
+        (lambda s: s.pop(codes), 'Missing key.*"weight"'),
+        (lambda s: s.update({codes: s[codes][:1]}), f"{codes} is torch.uint8 .*, not torch"),
+        (lambda s: s.update({codes: s[codes].float()}), f"{codes} is torch.float32 .*, not"),
     ):
         wrong = copy.copy(state)
         change(wrong)
         with pytest.raises(RuntimeError, match=sentence):
             layer.load_state_dict(wrong)
         assert torch.equal(dense(layer.weight), before)
+
+
+@every_format
+def test_a_format_has_one_home(make):
+    """Everything that can be done with a weight is the tensor's own, and agrees with the functions of its name."""
+    weight, name = make(), make()._FORMAT
+    assert PackedTensor.FORMATS[name] is type(weight)
+    own = lambda verb: getattr(peftops, f"{name}_{verb}")
+    assert torch.equal(weight.dequantize(dtype=torch.bfloat16), own("dequantize")(weight, dtype=torch.bfloat16))
+    again = weight.quantize_like(torch.randn(ROWS, COLUMNS))
+    assert type(again) is type(weight) and again._layout() == weight._layout()
+    x = torch.randn(3, COLUMNS)
+    assert torch.equal(weight.product(x), own("linear")(x, weight))
+    layer = PackedLinear.of_format(name).from_dense(torch.nn.Linear(COLUMNS, ROWS), **weight._options())
+    assert layer.weight._layout() == weight._layout() and type(layer.with_codes(weight, None)) is type(layer)
+    assert all(f"{option}={value}" in repr(layer) for option, value in weight._options().items())
+
+
+@every_format
+def test_parts_of_a_file_tell_their_format(make):
+    weight = make()
+    parts, shape = weight._parts(), weight.shape
+    assert torch.equal(PackedTensor.from_parts(parts, shape, torch.float32), weight)
+    for name, part in parts.items():
+        rest = {other: p for other, p in parts.items() if other != name}
+        with pytest.raises(ValueError, match="is missing"):
+            PackedTensor.from_parts(rest, shape, torch.float32)
+        with pytest.raises(ValueError, match=f"weight.{name} is torch.int32"):
+            PackedTensor.from_parts({**parts, name: part.int()}, shape, torch.float32)
+    with pytest.raises(ValueError, match="weight.more does not belong to"):
+        PackedTensor.from_parts({**parts, "more": torch.zeros(1)}, shape, torch.float32)

@@ -80,5 +80,15 @@ inline void drop(const DropoutMask& mask, const Block& b, int64_t cols, const Sc
   for (int64_t i = 0; i < b.rows; ++i) mask.apply(b.row + i, b.col, at_most(Scratch::kCols, cols - b.col), s.c + i * Scratch::kCols);
 }
 
+// dropout'(v A), of the gradient of a linear layer whose low-rank term drops elements of x.
+template <class Args> void add_dropped_term(const Args& a, const Block& b, const Scratch& s) {
+  with_type(a.a_dtype, [&](auto t) {
+    using A = typename decltype(t)::type;
+    const int64_t cols = a.weight.cols;
+    accumulate<2>(b, a.r, Rows<float>{a.v, a.r}, Matrix<2, A>{static_cast<const A*>(a.a), cols, cols, 1.f}, s);
+    if (a.dropout.p > 0) drop(DropoutMask(a.dropout), b, cols, s);
+  });
+}
+
 }  // namespace
 }  // namespace peftops::cpu::PEFTOPS_ISA

@@ -1,7 +1,7 @@
 // From packed NF4 codes back to floats: the pieces that dequantisation and the products share.
 #pragma once
 #include "kernels/nf4.h"
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/codes4.h"
 
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
@@ -51,21 +51,21 @@ template <class T> void decode_run(const Nf4Weight& w, int64_t flat, int64_t n, 
   }
 }
 
-// The fast paths read a weight in strips: one load of packed codes, kLanes dwords of eight codes each.
-// They need rows that start on a byte and segments of columns that lie within one block: cols % 32 == 0.
-constexpr int64_t kStrip = 8 * kLanes;
-
 inline bool is_regular(const Nf4Weight& w) { return w.cols % 32 == 0; }
 
-// Columns that share one absmax in every row: the largest power of two, a strip at most.
-inline int64_t segment_of(const Nf4Weight& w) {
-  int64_t segment = at_most(w.block_size, kStrip);
-  while (w.cols % segment) segment /= 2;
-  return segment;
-}
+template <> struct Codes<Nf4Weight> {
+  static constexpr const float (&at)[16] = kNf4Code;
+  static constexpr bool kHighFirst = true;
+  static constexpr float kFactor16 = 7854.f;   // brings the codes nearest to whole numbers
+  // Of all factors that keep codes below 256, this one leaves the least error in a normal weight: 0.47 % of it, root of
+  // the mean square, where 127 leaves 0.59 %. 0 stays exact.
+  static constexpr float kFactor8 = 124.115f, kZero8 = 128.f;
 
-// Column i of a dword's eight sits at this bit: bytes run upwards, and the high nibble comes first.
-inline Int code_at(Int octet, int i) { return shift_right(octet, i / 2 * 8 + (i % 2 ? 0 : 4)); }
+  static bool is_regular(const Nf4Weight& w) { return PEFTOPS_ISA::is_regular(w); }
+  static float scale_of(const Nf4Weight& w, int64_t block) { return absmax_of(w, block); }
+  static void scales(const Nf4Weight& w, int64_t block, int64_t n, float* out) { decode_absmax(w, block, n, out); }
+  static void run(const Nf4Weight& w, int64_t flat, int64_t n, float* out) { decode_run(w, flat, n, out); }
+};
 
 }  // namespace
 }  // namespace peftops::cpu::PEFTOPS_ISA

@@ -1,6 +1,7 @@
 // Compiled once for each of the builds of cpu/kernel.h.
 #include "kernels/nf4_linear.h"
-#include "kernels/cpu/nf4_columns.h"
+#include "kernels/cpu/code_columns.h"
+#include "kernels/cpu/nf4_decode.h"
 #include "kernels/cpu/packed_product.h"
 
 namespace peftops::cpu::PEFTOPS_ISA {

@@ -8,7 +8,7 @@
 //   otherwise                         panels decoded to fp32 (product.h)
 //
 // A format brings two views of a weight as P (product.h): its columns, which are the rows of W, forwards
-// (nf4_columns.h, group_columns.h), and its rows backwards. Every view packs fp32, and says which other products can
+// (code_columns.h, group_columns.h), and its rows backwards. Every view packs fp32, and says which other products can
 // have it:
 //
 //   pack(col, t, steps, out)

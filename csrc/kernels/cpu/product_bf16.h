@@ -4,7 +4,6 @@
 //
 // vdpbf16ps multiplies pairs. Steps are paired i with i + 4 inside each eight, as in product_int16.h.
 #pragma once
-#include "kernels/cpu/nf4_decode.h"
 #include "kernels/cpu/product.h"
 
 namespace peftops::cpu::PEFTOPS_ISA {

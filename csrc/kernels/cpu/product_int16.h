@@ -1,16 +1,15 @@
 // The product of product.h for 16-bit activations, in int16: twice the multiply-adds per instruction.
 //
-// Codes become round(7854 code), activations round(16384 x / max |x|) with a maximum for every segment
-// of columns, within which a weight has one absmax. Both roundings together are a few 1e-5 of the
+// Codes become round(7854 code), or another factor of their format (codes4.h), activations round(16384 x / max |x|) with
+// a maximum for every segment of columns, within which a weight has one absmax. Both roundings together are a few 1e-5 of the
 // result (rms), below the rounding of a bf16 or fp16 output.
 //
-//   7854     of all factors up to 8191, the one that brings the sixteen codes nearest to whole numbers
-//   16384    so that 16 products, 16 * 7854 * 16384, fit an int32; then the sum moves on to fp32
+//   7854     of all factors up to 8191, the one that brings the sixteen codes of NF4 nearest to whole numbers
+//   16384    so that 16 products, 16 * 8191 * 16384, fit an int32; then the sum moves on to fp32
 //
 // vpdpwssd multiplies pairs. Steps are paired i with i + 4 inside each eight, because that is how the
 // 16-bit look-up (vpermw) leaves the codes of a dword.
 #pragma once
-#include "kernels/cpu/nf4_decode.h"
 #include "kernels/cpu/product.h"
 
 namespace peftops::cpu::PEFTOPS_ISA {
@@ -23,17 +22,6 @@ constexpr int64_t kFlush = 8;               // pair steps, 16 products, between 
 constexpr int kTileRows16 = 6;              // x 2 vectors, in int32 and again in fp32: 24 of 32 registers
 constexpr int64_t kPairs = kDepth / 2, kPairStride = kPairs + kLanes;
 constexpr int64_t kSegments = kDepth / 32;  // of a panel's depth, at most
-
-struct Code16 { int16_t at[32]; };   // twice the table: vpermw reads five bits, a code has four
-constexpr Code16 make_code16() {
-  Code16 c = {};
-  for (int i = 0; i < 32; ++i) {
-    const float f = kNf4Code[i % 16] * kCodeFactor;
-    c.at[i] = int16_t(f < 0 ? f - 0.5f : f + 0.5f);
-  }
-  return c;
-}
-constexpr Code16 kCode16 = make_code16();
 
 // Views into the scratch of the fp32 product.
 struct Scratch16 {

@@ -1,11 +1,11 @@
-// A few rows of x against an NF4 weight, straight from the packed codes: every row of the weight is
+// A few rows of x against a weight in codes of four bits (codes4.h), straight from the packed codes: every row of the weight is
 // read once, in order, and nothing is written but the result. Lanes run along the columns of the
 // weight, in the order in which a strip's codes lie: x is brought into that order once per call.
 //
 // Limit: reading the codes; at four rows and more, decoding into a panel (product.h) is faster.
 #pragma once
 #include "kernels/cpu/dot.h"
-#include "kernels/cpu/nf4_decode.h"
+#include "kernels/cpu/codes4.h"
 #if defined(__AVX512F__)
 #include "kernels/cpu/product_int16.h"
 #endif
@@ -13,9 +13,11 @@
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
-// x as the dot product reads it. Lane l of vector j of a strip holds column 8 l + (j ^ 1): shifting a
-// dword right by 4 j brings the low nibble of byte j / 2 down when j is even, and that is an odd column.
-template <class T> void pack_dot(const T* x, int64_t rows, int64_t ld, int64_t cols, float* out) {
+// What j-th shift of a dword by four bits brings down: where the high half of a byte comes first, j ^ 1.
+template <class Weight> constexpr int column_of(int j) { return Codes<Weight>::kHighFirst ? j ^ 1 : j; }
+
+// x as the dot product reads it. Lane l of vector j of a strip holds column 8 l + column_of(j).
+template <class Weight, class T> void pack_dot(const T* x, int64_t rows, int64_t ld, int64_t cols, float* out) {
   for (int64_t k = 0; k < cols; k += kStrip)
     for (int64_t m = 0; m < rows; ++m, out += kStrip) {
       float strip[kStrip] = {};
@@ -23,16 +25,16 @@ template <class T> void pack_dot(const T* x, int64_t rows, int64_t ld, int64_t c
         store(strip + i, load_upto(x + m * ld + k + i, n));
       });
       for (int j = 0; j < 8; ++j)
-        for (int lane = 0; lane < kLanes; ++lane) out[j * kLanes + lane] = strip[8 * lane + (j ^ 1)];
+        for (int lane = 0; lane < kLanes; ++lane) out[j * kLanes + lane] = strip[8 * lane + column_of<Weight>(j)];
     }
 }
 
-struct Dot32 {
+template <class Weight> struct Dot32 {
   // Rows of the weight that share the loads of M rows of x.
   static constexpr int together(int M) { return M == 1 ? 1 : 4; }
 
   const float* x;   // [strips][M][8][kLanes]
-  Table16 table{kNf4Code};
+  Table16 table{Codes<Weight>::at};
 
   template <int M, int R>
   void add(const Int (&strip)[R], int64_t i, const Vec (&scale)[R], Vec (&total)[M][R]) const {
@@ -59,12 +61,12 @@ struct Dot32 {
 
 #if defined(__AVX512F__)
 // The same with x and the codes in int16, see product_int16.h; 8 products a lane fit an int32.
-struct Dot16 {
+template <class Weight> struct Dot16 {
   static constexpr int together(int M) { return M <= 2 ? 1 : 4; }
 
   const int16_t* x;      // [strips][M][4][2 * kLanes]
   const float* factor;   // [strips][M]
-  Int table = load_int(kCode16.at);
+  Int table = load_int(kCode16<Weight>.at);
 
   template <int M, int R>
   void add(const Int (&strip)[R], int64_t i, const Vec (&scale)[R], Vec (&total)[M][R]) const {
@@ -89,9 +91,9 @@ struct Dot16 {
   }
 };
 
-// Word l of vector j of a strip holds column 4 l + (j ^ 1). Returns the rows that fit, a bit for each: no strip of theirs
+// Word l of vector j of a strip holds column 4 l + column_of(j). Returns the rows that fit, a bit for each: no strip of theirs
 // is wide.
-template <class T>
+template <class Weight, class T>
 uint32_t pack_dot16(const T* x, int64_t rows, int64_t ld, int64_t cols, int16_t* out, float* factor) {
   uint64_t unfit = 0;
   for (int64_t k = 0; k < cols; k += kStrip) {
@@ -100,12 +102,12 @@ uint32_t pack_dot16(const T* x, int64_t rows, int64_t ld, int64_t cols, int16_t*
     const Ranges16 ranges(T{}, rows, kStrip, [&](int64_t m) { return &strips[m][0]; });
     unfit |= ranges.unfit | ranges.wide;
     for (int64_t m = 0; m < rows; ++m, out += kStrip) {
-      *factor++ = ranges.scale[m] / kCodeFactor;
+      *factor++ = ranges.scale[m] / Codes<Weight>::kFactor16;
       int32_t whole[kStrip];
       for (int i = 0; i < kStrip; i += kLanes)
         store_int(whole + i, _mm512_cvtps_epi32(load(strips[m] + i) * set(ranges.inverse[m])));
       for (int j = 0; j < 4; ++j)
-        for (int l = 0; l < 2 * kLanes; ++l) out[j * 2 * kLanes + l] = int16_t(whole[4 * l + (j ^ 1)]);
+        for (int l = 0; l < 2 * kLanes; ++l) out[j * 2 * kLanes + l] = int16_t(whole[4 * l + column_of<Weight>(j)]);
     }
   }
   return uint32_t(~unfit) & ((1u << rows) - 1);
@@ -113,12 +115,12 @@ uint32_t pack_dot16(const T* x, int64_t rows, int64_t ld, int64_t cols, int16_t*
 #endif
 
 // How the columns [k, k + cols) of a weight fall into strips, the last of which may be broken.
-struct Strips {
-  const Nf4Weight& w;
+template <class Weight> struct Strips {
+  const Weight& w;
   int64_t k, cols, segment, segments, per_strip, whole, rest;
   Int which, inside, low;   // each lane's segment in a strip; lanes of the broken strip inside the row; the lower half
 
-  Strips(const Nf4Weight& w, int64_t k, int64_t cols)
+  Strips(const Weight& w, int64_t k, int64_t cols)
       : w(w), k(k), cols(cols), segment(segment_of(w)), segments(cols / segment), per_strip(kStrip / segment),
         whole(cols / kStrip), rest(cols % kStrip / 8) {
     int32_t lane[3][kLanes];
@@ -128,26 +130,26 @@ struct Strips {
   }
   const uint8_t* packed(int64_t row) const { return w.packed + (row * w.cols + k) / 2; }
 
-  // The absmax values of `rows` rows from `row` on, one row after the other.
-  void absmax(int64_t row, int64_t rows, float* out) const {
-    if (segment == w.block_size && cols == w.cols) return decode_absmax(w, row * segments, rows * segments, out);
+  // The scales of `rows` rows from `row` on, one row after the other.
+  void scales(int64_t row, int64_t rows, float* out) const {
+    if (segment == w.block_size && cols == w.cols) return Codes<Weight>::scales(w, row * segments, rows * segments, out);
     for (int64_t i = 0; i < rows; ++i, out += segments) {
       const int64_t flat = (row + i) * w.cols + k;
       if (segment == w.block_size) {
-        decode_absmax(w, flat / segment, segments, out);
+        Codes<Weight>::scales(w, flat / segment, segments, out);
       } else {
-        for (int64_t s = 0; s < segments; ++s) out[s] = absmax_of(w, (flat + s * segment) / w.block_size);
+        for (int64_t s = 0; s < segments; ++s) out[s] = Codes<Weight>::scale_of(w, (flat + s * segment) / w.block_size);
       }
     }
   }
 };
 
 // c[m][i] += x[m] . weight[row + i], over the strips' columns, for kLanes rows of the weight.
-template <int M, class Dot> void dot_lanes(const Strips& strips, const Dot& dot, int64_t row, float* c) {
+template <int M, class Weight, class Dot> void dot_lanes(const Strips<Weight>& strips, const Dot& dot, int64_t row, float* c) {
   constexpr int R = Dot::together(M);
   const int64_t rows = at_most(kLanes, strips.w.rows - row);
   float scales[kLanes * kDotCols / 32 + 16];
-  strips.absmax(row, rows, scales);
+  strips.scales(row, rows, scales);
   memset(scales + rows * strips.segments, 0, 16 * sizeof(float));   // a table is sixteen wide
 
   Int partial[M][kLanes];
@@ -193,19 +195,20 @@ template <int M, class Dot> void dot_lanes(const Strips& strips, const Dot& dot,
 
 // Rows that end in mid-strip are read two at a time, as one row of twice the columns, so that no lane is idle: the
 // strip in the middle has the end of the first and the start of the second. For one row of x, which is packed twice.
-inline bool has_pairs(const Nf4Weight& w) {
+template <class Weight> bool has_pairs(const Weight& w) {
   return w.cols % kStrip == kStrip / 2 && w.rows % 2 == 0 && 2 * w.cols <= kDotCols;
 }
-inline Nf4Weight in_pairs(Nf4Weight w) {
+template <class Weight> Weight in_pairs(Weight w) {
   w.rows /= 2, w.cols *= 2;
   return w;
 }
 
 // c[i] += x . weight[2 * pair + i] for kLanes rows of the weight; `pair` and `strips` count in pairs.
-inline void dot_pairs(const Strips& strips, const Dot32& dot, int64_t pair, float* c) {
+template <class Weight>
+void dot_pairs(const Strips<Weight>& strips, const Dot32<Weight>& dot, int64_t pair, float* c) {
   const int64_t pairs = at_most(kLanes / 2, strips.w.rows - pair);
   float scales[kLanes * kDotCols / 32 + 16];
-  strips.absmax(pair, pairs, scales);
+  strips.scales(pair, pairs, scales);
   memset(scales + pairs * strips.segments, 0, 16 * sizeof(float));
 
   Int partial[1][kLanes];
@@ -216,7 +219,7 @@ inline void dot_pairs(const Strips& strips, const Dot32& dot, int64_t pair, floa
     const auto add = [&](int64_t from, int64_t to, Vec sum) {
       Vec total[1][1] = {{sum}};
       for (int64_t s = from; s < to; ++s)
-        dot.add<1, 1>({load_int(p + s * kStrip / 2)}, s,
+        dot.template add<1, 1>({load_int(p + s * kStrip / 2)}, s,
                                {Table16(scale_of + s * strips.per_strip)(strips.which)}, total);
       return total[0][0];
     };
@@ -228,7 +231,7 @@ inline void dot_pairs(const Strips& strips, const Dot32& dot, int64_t pair, floa
 }
 
 // Adds x W^T to a block of C that has kDotRows rows at most.
-template <class T> void accumulate_dot(const Block& b, const Nf4Weight& w, const T* x, const Scratch& s) {
+template <class Weight, class T> void accumulate_dot(const Block& b, const Weight& w, const T* x, const Scratch& s) {
   const auto each_column = [&](const auto& f) {   // of C, kLanes at a time
     for (int64_t col = b.col, j = 0; j < b.panels * 2 && col < w.rows; ++j, col += kLanes) f(col, s.c + j * kLanes);
   };
@@ -236,15 +239,15 @@ template <class T> void accumulate_dot(const Block& b, const Nf4Weight& w, const
     if (b.rows == 1 && has_pairs(w)) {
       T twice[kDotCols];
       for (int i = 0; i < 2; ++i) memcpy(twice + i * w.cols, x + b.row * w.cols, w.cols * sizeof(T));
-      const Nf4Weight pairs = in_pairs(w);
-      pack_dot(twice, 1, pairs.cols, pairs.cols, s.panels);
-      const Strips strips(pairs, 0, pairs.cols);
-      const Dot32 dot{s.panels};
+      const Weight pairs = in_pairs(w);
+      pack_dot<Weight>(twice, 1, pairs.cols, pairs.cols, s.panels);
+      const Strips<Weight> strips(pairs, 0, pairs.cols);
+      const Dot32<Weight> dot{s.panels};
       return each_column([&](int64_t col, float* c) { dot_pairs(strips, dot, col / 2, c); });
     }
   const int64_t chunk = kDotCols / b.rows / kStrip * kStrip;
   for (int64_t k = 0; k < w.cols; k += chunk) {
-    const Strips strips(w, k, at_most(chunk, w.cols - k));
+    const Strips<Weight> strips(w, k, at_most(chunk, w.cols - k));
     const T* from = x + b.row * w.cols + k;
     const auto run = [&](int64_t first, int64_t rows, const auto& dot) {
       each_column([&](int64_t col, float* c) {
@@ -252,25 +255,25 @@ template <class T> void accumulate_dot(const Block& b, const Nf4Weight& w, const
       });
     };
     const auto run32 = [&](int64_t first, int64_t rows) {
-      pack_dot(from + first * w.cols, rows, w.cols, strips.cols, s.panels);
-      run(first, rows, Dot32{s.panels});
+      pack_dot<Weight>(from + first * w.cols, rows, w.cols, strips.cols, s.panels);
+      run(first, rows, Dot32<Weight>{s.panels});
     };
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 2) {
       int16_t* packed = reinterpret_cast<int16_t*>(s.panels);
       float* factor = s.panels + kDotCols;
       const auto pack = [&](int64_t first, int64_t rows) {
-        return pack_dot16(from + first * w.cols, rows, w.cols, strips.cols, packed, factor);
+        return pack_dot16<Weight>(from + first * w.cols, rows, w.cols, strips.cols, packed, factor);
       };
       const uint32_t fits = pack(0, b.rows);
       if (fits == (1u << b.rows) - 1) {
-        run(0, b.rows, Dot16{packed, factor});
+        run(0, b.rows, Dot16<Weight>{packed, factor});
         continue;
       }
       if (fits) {   // a row goes its own way, and has the bits that it has among others
         for (int64_t m = 0; m < b.rows; ++m) {
           if (!(fits >> m & 1)) run32(m, 1);
-          else if (pack(m, 1)) run(m, 1, Dot16{packed, factor});
+          else if (pack(m, 1)) run(m, 1, Dot16<Weight>{packed, factor});
         }
         continue;
       }

@@ -1,8 +1,7 @@
-// Rows of an NF4 weight as columns of P (product.h), for each of the products: a dword of eight codes is transposed, so
+// Rows of a weight in codes of four bits (codes4.h) as columns of P (product.h), for each of the products: a dword of eight codes is transposed, so
 // that a lane is a row, and a shift and a look-up leave what the product multiplies. See packed_product.h for the view.
 #pragma once
-#include "kernels/cpu/nf4_decode.h"
-#include "kernels/cpu/nf4_dot.h"
+#include "kernels/cpu/code_dot.h"
 #include "kernels/cpu/product.h"
 #if defined(__AVX512F__)
 #include "kernels/cpu/product_int16.h"
@@ -15,31 +14,18 @@
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-// Codes in 8 bits: round(kCode8Factor * code) + kCode8Zero. Of all factors that keep them below 256, this one leaves
-// the least error in a normal weight: 0.47 % of it, root of the mean square, where 127 leaves 0.59 %. 0 stays exact.
-constexpr float kCode8Factor = 124.115f, kCode8Zero = 128.f;
-struct Code8 { uint8_t at[16]; };
-constexpr Code8 make_code8() {
-  Code8 table = {};
-  for (int i = 0; i < 16; ++i) table.at[i] = uint8_t(kNf4Code[i] * kCode8Factor + kCode8Zero + 0.5f);
-  return table;
-}
-constexpr Code8 kCode8 = make_code8();
-#endif
-
-template <int V> struct Nf4Columns {
-  const Nf4Weight& w;
-  bool regular = is_regular(w);   // rows start on a byte, and segments lie within a block
+template <int V, class Weight> struct CodeColumns {
+  const Weight& w;
+  bool regular = Codes<Weight>::is_regular(w);   // rows start on a byte, and segments lie within a block
   int64_t segment = segment_of(w);
 
   bool fits_dot() const { return regular; }
   bool fits_int8() const { return regular; }
   bool fits_int16() const { return regular; }
   bool fits_bf16() const { return regular; }
-  const Nf4Columns& int8() const { return *this; }
-  const Nf4Columns& int16() const { return *this; }
-  const Nf4Columns& bf16() const { return *this; }
+  const CodeColumns& int8() const { return *this; }
+  const CodeColumns& int16() const { return *this; }
+  const CodeColumns& bf16() const { return *this; }
 
   template <class T> void dot(const Block& b, const T* x, const Scratch& s) const { accumulate_dot(b, w, x, s); }
 
@@ -57,25 +43,25 @@ template <int V> struct Nf4Columns {
       for (int64_t d = 0; d < octets; ++d) f(k + 8 * d, q[d]);
     }
   }
-  // scales[s][lane]: absmax of segment s from column t on.
+  // scales[s][lane]: scale of segment s from column t on.
   void scales(int64_t row, int64_t t, int64_t steps, float* out) const {
     const int shift = __builtin_ctzll(w.block_size);
     for (int i = 0; i < kLanes; ++i) {
       const int64_t flat = at_most(row + i, w.rows - 1) * w.cols + t;
-      for (int64_t s = 0; s < steps / segment; ++s) out[s * kLanes + i] = absmax_of(w, (flat + s * segment) >> shift);
+      for (int64_t s = 0; s < steps / segment; ++s) out[s * kLanes + i] = Codes<Weight>::scale_of(w, (flat + s * segment) >> shift);
     }
   }
 
   void pack(int64_t col, int64_t t, int64_t steps, float* out) const {
     if (!regular) return pack_ragged(col, t, steps, out);
-    const Table16 table(kNf4Code);
+    const Table16 table(Codes<Weight>::at);
     float scale[kDepth / 32 * kLanes];
     for (int v = 0; v < V; ++v, col += kLanes) {
       scales(col, t, steps, scale);
       each_octet(col, t, steps, [&](int64_t k, Int q) {
         const Vec s = load(scale + k / segment * kLanes);
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) store(out + ((k + i) * V + v) * kLanes, table(code_at(q, i)) * s);
+        for (int i = 0; i < 8; ++i) store(out + ((k + i) * V + v) * kLanes, table(code_at<Weight>(q, i)) * s);
       });
     }
   }
@@ -85,7 +71,7 @@ template <int V> struct Nf4Columns {
     float rows[kLanes * kDepth];
     for (int v = 0; v < V; ++v) {
       const int64_t row = col + v * kLanes, n = at_most(kLanes, w.rows - row);
-      for (int64_t i = 0; i < n; ++i) decode_run(w, (row + i) * w.cols + t, steps, rows + i * kDepth);
+      for (int64_t i = 0; i < n; ++i) Codes<Weight>::run(w, (row + i) * w.cols + t, steps, rows + i * kDepth);
       float* lanes = out + v * kLanes;
       each_vector(steps, [&](int64_t k, int64_t m) {
         Int square[kLanes] = {};
@@ -97,37 +83,37 @@ template <int V> struct Nf4Columns {
   }
 
 #if defined(__AVX512F__)
-  // For product_int8.h: columns 0, 2, 4, 6 of eight are the high codes of their bytes, and 1, 3, 5, 7 the low ones.
+  // For product_int8.h: columns 0, 2, 4, 6 of eight are one half of their bytes, and 1, 3, 5, 7 the other.
   void pack8(int64_t col, int64_t t, int64_t steps, int32_t* out, float* scale, float* zeros) const {
-    const Int table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kCode8.at)));
+    const Int table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kCode8<Weight>.at)));
     float lane[kDepth / 32 * kLanes];
     for (int v = 0; v < V; ++v, col += kLanes) {
       scales(col, t, steps, lane);
       for (int64_t s = 0; s < steps / segment; ++s) {
-        store(scale + (s * V + v) * kLanes, load(lane + s * kLanes) * set(1.f / kCode8Factor));
-        store(zeros + (s * V + v) * kLanes, set(-kCode8Zero));
+        store(scale + (s * V + v) * kLanes, load(lane + s * kLanes) * set(1.f / Codes<Weight>::kFactor8));
+        store(zeros + (s * V + v) * kLanes, set(-Codes<Weight>::kZero8));
       }
       each_octet(col, t, steps, [&](int64_t k, Int q) {
 #pragma GCC unroll 2
         for (int d = 0; d < kDwords; ++d)
           store_int(out + ((k / kPerDword + d) * V + v) * kLanes,
-                    _mm512_shuffle_epi8(table, code_at(q, d) & set_int(0x0f0f0f0f)));
+                    _mm512_shuffle_epi8(table, code_at<Weight>(q, d) & set_int(0x0f0f0f0f)));
       });
     }
   }
 
   void pack16(int64_t col, int64_t t, int64_t steps, int32_t* out, float* scale) const {
-    const Int table = load_int(kCode16.at);
+    const Int table = load_int(kCode16<Weight>.at);
     float lane[kDepth / 32 * kLanes];
     for (int v = 0; v < V; ++v, col += kLanes) {
       scales(col, t, steps, lane);
       for (int64_t s = 0; s < steps / segment; ++s)
-        store(scale + (s * V + v) * kLanes, load(lane + s * kLanes) * set(1.f / kCodeFactor));
+        store(scale + (s * V + v) * kLanes, load(lane + s * kLanes) * set(1.f / Codes<Weight>::kFactor16));
       // A 16-bit look-up sees the low code of each half dword: columns i and i + 4 of the eight.
       each_octet(col, t, steps, [&](int64_t k, Int q) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i)
-          store_int(out + ((k / 2 + i) * V + v) * kLanes, _mm512_permutexvar_epi16(code_at(q, i), table));
+          store_int(out + ((k / 2 + i) * V + v) * kLanes, _mm512_permutexvar_epi16(code_at<Weight>(q, i), table));
       });
     }
   }
@@ -135,7 +121,7 @@ template <int V> struct Nf4Columns {
 
 #if defined(__AVX512BF16__)
   void pack_bf16(int64_t col, int64_t t, int64_t steps, int32_t* out) const {
-    const Table16 table(kNf4Code);
+    const Table16 table(Codes<Weight>::at);
     float scale[kDepth / 32 * kLanes];
     for (int v = 0; v < V; ++v, col += kLanes) {
       scales(col, t, steps, scale);
@@ -144,14 +130,14 @@ template <int V> struct Nf4Columns {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i)
           store_int(out + ((k / 2 + i) * V + v) * kLanes,
-                    pair_bf16(table(code_at(q, i)) * s, table(code_at(q, i + 4)) * s));
+                    pair_bf16(table(code_at<Weight>(q, i)) * s, table(code_at<Weight>(q, i + 4)) * s));
       });
     }
   }
 #endif
 };
 
-template <class F> void with_columns(const Nf4Weight& w, const F& f) { f(Nf4Columns<2>{w}); }
+template <class Weight, class F> void with_columns(const Weight& w, const F& f) { f(CodeColumns<2, Weight>{w}); }
 
 }  // namespace
 }  // namespace peftops::cpu::PEFTOPS_ISA

@@ -1,55 +1,12 @@
-"""Frozen layers over a group-quantised weight."""
+"""Convolutions over a group-quantised weight."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import GroupQuantTensor, group_linear, group_quantize
+from ..ops import GroupQuantTensor, group_quantize
 from .quantized import StoredInParts
-
-
-class GroupLinear(StoredInParts, nn.Linear):
-    """``nn.Linear`` whose weight is a :class:`~peftops.GroupQuantTensor`: frozen, in 2, 3, 4 or 8 bits.
-
-    ``compute="int8"`` lets it round activations where that is faster, see :func:`peftops.group_linear`.
-    ``dense_shell`` is as for :class:`NF4Linear`.
-    """
-
-    weight: GroupQuantTensor
-
-    def __init__(
-        self, weight: GroupQuantTensor, bias: Tensor | None = None, dense_shell: nn.Module | None = None, *,
-        compute: Literal["float", "int8"] = "float",
-    ):  # fmt: skip
-        nn.Module.__init__(self)
-        if dense_shell is None:
-            dense_shell = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-        self.__dict__["dense_shell"] = dense_shell  # no submodule
-        self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.compute = compute
-
-    @classmethod
-    def from_dense(cls, linear: nn.Linear, **how: object) -> GroupLinear:
-        """Quantise ``linear`` by :func:`peftops.group_quantize`, whose options ``how`` are; the bias is shared."""
-        return cls(group_quantize(linear.weight, **how), linear.bias).train(linear.training)
-
-    def with_codes(self, weight: GroupQuantTensor, bias: Tensor | None) -> GroupLinear:
-        """The same layer over another weight."""
-        return GroupLinear(weight, bias, self.dense_shell, compute=self.compute)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return group_linear(x, self.weight, self.bias, compute=self.compute)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={self.weight.bits}, group_size={self.weight.group_size}"
-        )
 
 
 def patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -103,7 +60,7 @@ class GroupConv2d(StoredInParts):
         return cls(conv, group_quantize(conv.weight.flatten(1), **how)).train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return group_linear(patches(x, self._like[0]), self.weight, self.bias).movedim(-1, -3)
+        return self.weight.product(patches(x, self._like[0]), self.bias).movedim(-1, -3)
 
     def extra_repr(self) -> str:
         conv = self._like[0]

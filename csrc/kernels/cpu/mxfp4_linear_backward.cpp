@@ -1,0 +1,13 @@
+// Compiled once for each of the builds of cpu/kernel.h.
+#include "kernels/mxfp4_linear.h"
+#include "kernels/cpu/dropout.h"
+#include "kernels/cpu/mxfp4_rows.h"
+#include "kernels/cpu/packed_product.h"
+
+namespace peftops::cpu::PEFTOPS_ISA {
+
+int64_t mxfp4_linear_backward(const Mxfp4LinearBackward& a, int64_t begin, int64_t end, void* scratch) {
+  return packed_linear_backward(a, begin, end, scratch, add_dropped_term<Mxfp4LinearBackward>);
+}
+
+}  // namespace peftops::cpu::PEFTOPS_ISA

@@ -1,0 +1,134 @@
+"""Frozen linear layers over a packed weight."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from ..ops import GroupQuantTensor, MXFP4Tensor, NF4Tensor
+from ..ops.packed_tensor import PackedTensor
+from .layers import LINEAR, kind_of, matrix
+from .quantized import StoredInParts, is_quantized
+from .undo import about
+
+
+class PackedLinear(StoredInParts, nn.Linear):
+    """``nn.Linear`` over a frozen packed weight. Each format has a subclass, which :meth:`over` finds.
+
+    ``compute="int8"`` lets it round activations (and the codes of NF4) where that is faster.
+    ``dense_shell`` is the layer it was quantised from, without parameters, if that was no plain ``nn.Linear``:
+    dense again, it has to become such a layer.
+    """
+
+    format: ClassVar[type[PackedTensor]]
+    weight: PackedTensor
+
+    def __init__(
+        self, weight: PackedTensor, bias: Tensor | None = None, dense_shell: nn.Module | None = None, *,
+        compute: Literal["float", "int8"] = "float",
+    ):  # fmt: skip
+        nn.Module.__init__(self)
+        if dense_shell is None:
+            dense_shell = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        self.__dict__["dense_shell"] = dense_shell  # no submodule
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.compute = compute
+
+    @classmethod
+    def of_format(cls, name: str) -> type[PackedLinear]:
+        """The layers of a format: "nf4", "group", ..."""
+        return next(kind for kind in cls.__subclasses__() if kind.format is PackedTensor.FORMATS[name])
+
+    @classmethod
+    def over(cls, weight: PackedTensor, bias: Tensor | None, dense_shell: nn.Module | None = None) -> PackedLinear:
+        """A layer over a weight of any format."""
+        return cls.of_format(weight._FORMAT)(weight, bias, dense_shell)
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, **options: Any) -> PackedLinear:
+        """Quantise ``linear`` (or a Conv1D of transformers) by the function of the format, such as
+        :func:`peftops.nf4_quantize`, whose options these are; the bias is shared, not copied."""
+        weight = cls.format.quantize(matrix(linear).contiguous(), **options)
+        return cls(weight, linear.bias, shell_of(linear)).train(linear.training)
+
+    def with_codes(self, weight: PackedTensor, bias: Tensor | None) -> PackedLinear:
+        """The same layer over another weight."""
+        return type(self)(weight, bias, self.dense_shell, compute=self.compute)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight.product(x, self.bias, compute=self.compute)
+
+    def extra_repr(self) -> str:
+        options = "".join(f", {name}={value}" for name, value in self.weight._options().items())
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{options}"
+        )
+
+
+class NF4Linear(PackedLinear):
+    """Over an :class:`~peftops.NF4Tensor`: an eighth of the memory of float32."""
+
+    format = NF4Tensor
+
+
+class GroupLinear(PackedLinear):
+    """Over a :class:`~peftops.GroupQuantTensor`, in 2, 3, 4 or 8 bits."""
+
+    format = GroupQuantTensor
+
+
+class MXFP4Linear(PackedLinear):
+    """Over an :class:`~peftops.MXFP4Tensor`, in the format of gpt-oss."""
+
+    format = MXFP4Tensor
+
+
+def quantize_linears(
+    model: nn.Module,
+    chosen: Callable[[str], bool],
+    *,
+    format: str = "nf4",
+    **options: Any,
+) -> list[str]:
+    """Replace the chosen dense linear layers of ``model`` by packed ones, in place and one by one.
+
+    A dense weight is freed before the next one is quantised (unless something else refers to it), so the
+    dense and the 4-bit model never exist at once.
+
+    Args:
+        model: any module. Layers that are quantised already are left alone.
+        chosen: tells by its dotted name whether a layer is to be quantised.
+        format: "nf4" or another name in ``PackedTensor.FORMATS``.
+        options: of the function that quantises to it, such as :func:`peftops.nf4_quantize`.
+
+    Returns:
+        The names of the layers that were replaced.
+    """
+    replaced, kind = [], PackedLinear.of_format(format)
+    for name, parent, leaf in list(_dense_linears(model)):
+        if chosen(name):
+            dense = getattr(parent, leaf)
+            with about(name):
+                setattr(parent, leaf, kind.from_dense(dense, **options))
+            replaced.append(name)
+            del dense
+    return replaced
+
+
+def _dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    for path, parent in model.named_modules():
+        for leaf, child in parent.named_children():
+            if kind_of(child) == LINEAR and not is_quantized(child.weight):
+                yield f"{path}.{leaf}".lstrip("."), parent, leaf
+
+
+def shell_of(layer: nn.Module) -> nn.Module:
+    """A layer like ``layer`` that holds no weights."""
+    shell = copy.copy(layer)
+    shell._parameters = dict.fromkeys(layer._parameters)
+    return shell
