@@ -45,7 +45,7 @@ class Format:
         return getattr(ops, f"{cls._FORMAT}_{verb}")
 
     def _options(self) -> dict[str, Any]:
-        """What it was quantised with."""
+        """The options that it was quantised with."""
         return {name: getattr(self, name) for name in self._LAYOUT if name != "shape"}
 
     @classmethod

@@ -36,4 +36,5 @@ def mxfp4_dequantize(weight: MXFP4Tensor, *, dtype: torch.dtype | None = None) -
     """
     if not isinstance(weight, MXFP4Tensor):
         raise TypeError(f"mxfp4_dequantize: weight must be an MXFP4Tensor, not a {type(weight).__name__}")
-    return _dequantize(*weight._arguments, dtype or weight.dtype)
+    rows = (part.flatten(0, -2) for part in weight._arguments)  # of all experts of a stack
+    return _dequantize(*rows, dtype or weight.dtype).view(weight.shape)

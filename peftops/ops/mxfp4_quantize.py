@@ -24,7 +24,8 @@ def mxfp4_quantize(weight: Tensor) -> MXFP4Tensor:
     of the mean square), :func:`peftops.nf4_quantize` 9.2 %. It is there for weights that must be in this format.
 
     Args:
-        weight: float32, bfloat16 or float16, ``[out, in]``, not empty; any strides. ``in`` is a multiple of 32.
+        weight: float32, bfloat16 or float16, ``[out, in]`` or ``[experts, out, in]``, not empty; any strides. ``in`` is
+            a multiple of 32.
 
     Raises:
         ValueError: the weight is empty or holds a NaN or an infinity.
@@ -36,11 +37,14 @@ def mxfp4_quantize(weight: Tensor) -> MXFP4Tensor:
     """
     if weight.numel() == 0:
         raise ValueError(f"mxfp4_quantize: weight is empty, shape {tuple(weight.shape)}")
-    blocks, scales = _quantize(weight.detach())
+    stack = weight.dim() == 3
+    blocks, scales = _quantize(weight.detach().flatten(0, 1) if stack else weight.detach())
     if not torch.compiler.is_compiling() and not weight.is_meta and (scales == 255).any():
         row, block = (scales == 255).nonzero()[0].tolist()
         raise ValueError(
             f"mxfp4_quantize: weight holds a NaN or an infinity, the first in row {row}, columns {block * BLOCK} to "
             f"{(block + 1) * BLOCK - 1}"
         )
+    if stack:
+        blocks, scales = (part.unflatten(0, weight.shape[:-1]) for part in (blocks, scales))
     return MXFP4Tensor(blocks, scales, weight.shape, weight.dtype)

@@ -21,12 +21,13 @@ class MXFP4Tensor(PackedTensor):
     An element is ``E2M1[code] * 2**(scale - 127)``: one of 0, 0.5, 1, 1.5, 2, 3, 4 and 6 with a sign, and a scale for
     each 32 columns of a row. It is made by :func:`peftops.mxfp4_quantize` (or :meth:`from_blocks`) and used by
     :func:`peftops.mxfp4_linear` and :func:`peftops.mxfp4_dequantize`. Like an :class:`~peftops.NF4Tensor` it can be a
-    (frozen) parameter, be copied, moved, pickled and saved, and raises at any other operation.
+    (frozen) parameter, be copied, moved, pickled and saved, and raises at any other operation. A stack
+    ``[experts, out, in]`` is kept and dequantised; ``weight[e]`` is expert ``e``, a view, for products.
 
     Attributes:
-        blocks: uint8, ``[out, in / 2]``; two codes a byte, the first in the low four bits. The highest bit of a code is
-            its sign.
-        scales: uint8, ``[out, in / 32]``; exponents, less 127. 255 is NaN, and so is its block.
+        blocks: uint8, ``[..., out, in / 2]``; two codes a byte, the first in the low four bits. The highest bit of a
+            code is its sign.
+        scales: uint8, ``[..., out, in / 32]``; exponents, less 127. 255 is NaN, and so is its block.
 
     Examples:
         >>> weight = peftops.mxfp4_quantize(torch.randn(4, 64))
@@ -59,8 +60,8 @@ class MXFP4Tensor(PackedTensor):
         """A weight from the tensors of a checkpoint, which are kept and not copied.
 
         Args:
-            blocks: uint8, ``[out, in / 32, 16]`` as transformers writes ``*_blocks``, or ``[out, in / 2]``.
-            scales: uint8, ``[out, in / 32]``.
+            blocks: uint8, ``[..., out, in / 32, 16]`` as transformers writes ``*_blocks``, or ``[..., out, in / 2]``.
+            scales: uint8, ``[..., out, in / 32]``; with a first dim for experts, or without.
             dtype: the dtype of the weight that it stands for.
 
         Raises:
@@ -69,15 +70,19 @@ class MXFP4Tensor(PackedTensor):
         for name, part in (("blocks", blocks), ("scales", scales)):
             if part.dtype != torch.uint8:
                 raise ValueError(f"MXFP4Tensor.from_blocks: {name} must be uint8, not {part.dtype}")
-        if scales.dim() != 2:
-            raise ValueError(f"MXFP4Tensor.from_blocks: scales must be [out, in / 32], not {list(scales.shape)}")
-        n, groups = scales.shape
-        if tuple(blocks.shape) not in ((n, groups, BLOCK // 2), (n, groups * BLOCK // 2)):
+        if scales.dim() not in (2, 3):
             raise ValueError(
-                f"MXFP4Tensor.from_blocks: blocks must have shape [{n}, {groups}, {BLOCK // 2}] or "
-                f"[{n}, {groups * BLOCK // 2}] beside scales of {list(scales.shape)}, not {list(blocks.shape)}"
+                "MXFP4Tensor.from_blocks: scales must be [out, in / 32] or [experts, out, in / 32], "
+                f"not {list(scales.shape)}"
             )
-        return cls(blocks.reshape(n, -1), scales, torch.Size((n, groups * BLOCK)), dtype)
+        *rows, groups = scales.shape
+        apart, together = [*rows, groups, BLOCK // 2], [*rows, groups * BLOCK // 2]
+        if list(blocks.shape) not in (apart, together):
+            raise ValueError(
+                f"MXFP4Tensor.from_blocks: blocks must have shape {apart} or {together} beside scales of "
+                f"{list(scales.shape)}, not {list(blocks.shape)}"
+            )
+        return cls(blocks.reshape(together), scales, torch.Size((*rows, groups * BLOCK)), dtype)
 
     @staticmethod
     def product_gradient(g: Tensor, weight: Operands, term: LoRATerm | None, v: Tensor | None) -> Tensor:

@@ -7,12 +7,12 @@ import peftops
 import reference
 from mxfp4_layer import pack, random_weight, unpack
 from numerics import assert_exact
-from strategies import dtypes, outs, seeds
+from strategies import dtypes, seeds
 
-blocks = st.sampled_from([1, 2, 3, 5, 17, 33])
+some_rows, blocks = st.sampled_from([1, 3, 17, 40]), st.sampled_from([1, 2, 3, 5, 17])
 
 
-@given(n=outs, k=blocks.map(lambda b: 32 * b), dtype=dtypes, seed=seeds)
+@given(n=some_rows, k=blocks.map(lambda b: 32 * b), dtype=dtypes, seed=seeds)
 def test_matches_reference(device, n, k, dtype, seed):
     """Any code under any scale, infinities of what no dtype holds and NaN included."""
     weight = random_weight(n, k, seed, dtype, device, low=0, high=256)
@@ -57,7 +57,7 @@ def test_registration(device):
 
 
 def test_same_bits_for_any_number_of_threads(device, threads):
-    weight = random_weight(777, 1024, 1, device=device)
+    weight = random_weight(77, 1024, 1, device=device)
     runs = []
     for n in (1, 2, 3):
         threads(n)
@@ -81,7 +81,7 @@ def test_bad_input(device):
     make = peftops.MXFP4Tensor.from_blocks
     for wrong, sentence in (
         (lambda: make(codes.view(8, 3, 16).int(), scales), "from_blocks: blocks must be uint8, not torch.int32"),
-        (lambda: make(codes, scales.view(-1)), r"from_blocks: scales must be \[out, in / 32\], not \[24\]"),
+        (lambda: make(codes, scales.view(-1)), r"from_blocks: scales must be \[out, in / 32\] or .*, not \[24\]"),
         (lambda: make(codes[:, :32], scales), r"from_blocks: blocks must have shape \[8, 3, 16\] or \[8, 48\] beside"),
     ):
         with pytest.raises(ValueError, match=sentence):

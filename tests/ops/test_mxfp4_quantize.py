@@ -8,7 +8,7 @@ import reference
 from mxfp4_layer import unpack
 from strategies import dtypes, layouts, normal, seeds, strided
 
-some_rows, blocks = st.sampled_from([1, 2, 3, 16, 17]), st.sampled_from([1, 2, 3, 5, 33])
+some_rows, blocks = st.sampled_from([1, 2, 3, 16, 17]), st.sampled_from([1, 2, 3, 5, 17])
 
 
 @given(n=some_rows, k=blocks.map(lambda b: 32 * b), dtype=dtypes, layout=layouts, seed=seeds,
@@ -34,7 +34,7 @@ def test_ties_and_what_lies_beside_them(device, dtype, sign):
     row = sign * torch.nn.functional.pad(row, (0, 5))
     got = peftops.mxfp4_quantize(row[None].to(device))
     assert got.scales.item() == 127
-    want = [0, 2, 2, 4, 4, 6, 6] + [0, 1, 2, 3, 4, 5, 6] + [1, 2, 3, 4, 5, 6, 7] + [6, 7, 7, 7]
+    want = [0, 2, 2, 4, 4, 6, 6, 0, 1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6, 7, 6, 7, 7, 7]
     codes = unpack(got.blocks.cpu())[0]
     assert (codes[:25] & 7).tolist() == want
     assert torch.equal(codes >> 3, row.signbit().to(torch.uint8))  # signs stay, those of zeros too
@@ -56,7 +56,7 @@ def test_registration(device):
 
 
 def test_same_bits_for_any_number_of_threads(device, threads):
-    weight, runs = torch.randn(777, 1024, device=device), []
+    weight, runs = torch.randn(77, 1024, device=device), []
     for n in (1, 2, 3):
         threads(n)
         runs.append(peftops.mxfp4_quantize(weight))

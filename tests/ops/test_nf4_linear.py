@@ -31,7 +31,7 @@ from packed_linear_tests import (
 )
 from strategies import block_sizes, dtypes, ins, layouts, normal, outs, ranks, rows, seeds, strided
 
-CODE8 = 124.115  # the factor of codes in 8 bits, as in csrc/kernels/cpu/nf4_columns.h
+CODE8 = 124.115  # the factor of codes in 8 bits, as in csrc/kernels/cpu/nf4_decode.h
 TINY = torch.finfo(torch.bfloat16).tiny  # bf16 products take what is smaller for zero
 
 leads = st.one_of(rows.map(lambda m: (m,)), st.sampled_from([(), (2, 3), (1, 0, 4), (2, 1, 9)]))

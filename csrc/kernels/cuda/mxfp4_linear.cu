@@ -1,6 +1,7 @@
 // Two ways to a product with an MXFP4 weight. With 16-bit x, rows of whole chunks stream through tensor cores, again for
 // every 8 or 16 rows of x (mxfp4_rows.cuh). Everything else, and the backward product, is multiplied in fp32, tile by tile
 // (tile.cuh), with the low-rank term as more depth.
+#include "kernels/mxfp4_linear.h"
 #include "kernels/cuda/crossover.cuh"
 #include "kernels/cuda/dropout.cuh"
 #include "kernels/cuda/linear.cuh"

@@ -1,0 +1,75 @@
+"""Checkpoints of gpt-oss: the codes of its experts, as transformers reads and dequantises them."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import peftops
+from peftops.integrations.mxfp4_files import mxfp4_weights
+
+GptOss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny gpt-oss with its experts in MXFP4, laid out as the original is."""
+    torch.manual_seed(0)
+    config = GptOss.GptOssConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=96, dtype="bfloat16",
+        layer_types=["sliding_attention", "full_attention"], pad_token_id=0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("gpt-oss")
+    GptOss.GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    for name in [name for name in state if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        codes = peftops.mxfp4_quantize(state.pop(name).transpose(1, 2))
+        state[f"{name}_blocks"] = codes.blocks.unflatten(-1, (-1, 16)).contiguous()
+        state[f"{name}_scales"] = codes.scales.contiguous()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    description = json.loads((folder / "config.json").read_text())
+    description["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(description))
+    return folder, state
+
+
+def test_bits_are_those_of_the_file(checkpoint):
+    folder, state = checkpoint
+    weights = dict(mxfp4_weights(folder))
+    assert len(weights) == 4 and all(name.endswith("_proj") for name in weights)
+    for name, weight in weights.items():
+        assert torch.equal(weight.blocks, state[f"{name}_blocks"].flatten(-2))
+        assert torch.equal(weight.scales, state[f"{name}_scales"])
+    one = dict(mxfp4_weights(folder, lambda name: name.endswith("layers.1.mlp.experts.down_proj"), dtype=torch.float32))
+    (weight,) = one.values()
+    assert weight.shape == (4, 64, 96) and weight.dtype == torch.float32
+
+
+def test_numbers_are_those_of_transformers(checkpoint):
+    folder, _ = checkpoint
+    model = GptOss.GptOssForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    dense, rows = dict(model.named_parameters()), torch.randn(3, 64).bfloat16()
+    for name, weight in mxfp4_weights(folder):
+        assert torch.equal(dense[name].transpose(1, 2), peftops.mxfp4_dequantize(weight))
+        for e, expert in enumerate(dense[name].detach()):
+            x = rows if expert.shape[0] == 64 else rows.repeat(1, 2)[:, :96]
+            torch.testing.assert_close(peftops.mxfp4_linear(x, weight[e]), x @ expert)
+            assert weight[e].blocks.data_ptr() == weight.blocks.data_ptr() + e * weight.blocks[0].numel()
+
+
+def test_what_is_missing_or_does_not_fit_is_named(checkpoint, tmp_path):
+    _, state = checkpoint
+    name = "model.layers.0.mlp.experts.down_proj"
+    for change, sentence in (
+        (lambda s: s.pop(f"{name}_scales"), f"{name}_scales is missing"),
+        (lambda s: s.pop(f"{name}_blocks"), f"{name}_blocks is missing"),
+        (lambda s: s.update({f"{name}_blocks": s[f"{name}_blocks"][:3].contiguous()}), f"{name}: .*blocks must have"),
+        (lambda s: s.update({f"{name}_scales": s[f"{name}_scales"].float()}), f"{name}: .*scales must be uint8"),
+    ):
+        changed = dict(state)
+        change(changed)
+        save_file(changed, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=sentence):
+            dict(mxfp4_weights(tmp_path))
