@@ -11,6 +11,7 @@ Elementwise results are exact. Sums are bounded from float64 by what rounding ca
 
 import torch
 
+import arm
 import reference
 import sim
 from peftops import _C
@@ -75,9 +76,20 @@ def code_error(dtype):
 def product_of(x, regular, few=False):
     """How the CPU kernels multiply 16-bit activations ``x`` with a weight: in "fp32", "int16" or "bf16". ``regular``:
     rows of whole strips; ``few``: rows few enough for the dot products, which know no bf16."""
-    if on_cuda(x) or x.dtype == torch.float32 or not regular or "avx512" not in _C.isa():
+    if on_cuda(x) or x.dtype == torch.float32 or not regular:
         return "fp32"
-    return "bf16" if _C.isa() == "avx512bf16" and x.dtype == torch.bfloat16 and not few else "int16"
+    if isa().endswith("bf16") and x.dtype == torch.bfloat16 and not few:
+        return "bf16"
+    return "int16" if "avx512" in isa() else "fp32"
+
+
+def isa():
+    """The instruction set of the CPU kernels that run at the moment."""
+    return arm.active or _C.isa()
+
+
+def has_int8():
+    return "avx512" in isa() or isa() == "neonbf16"
 
 
 def int16_error(x):

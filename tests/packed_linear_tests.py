@@ -9,7 +9,7 @@ import torch
 import sim
 from conftest import CUDA_DEVICES
 from group_layer import FEW
-from numerics import FP32, assert_sums, on_cuda
+from numerics import FP32, assert_sums, isa, on_cuda
 from peftops import _C
 from strategies import normal
 
@@ -89,7 +89,7 @@ class PackedLinearTests:
         """Roundings average out over many results; a wrong factor would not. 2e-5 is a third of one step of int16.
         A weight rounded to bf16 has few distinct values, whose errors average out less."""
         layer = self.layer(device, 512, 1024, (64,), dtype, 11)
-        narrow = self.rounded_on_cuda if on_cuda(layer.x) else _C.isa() == "avx512bf16"
+        narrow = self.rounded_on_cuda if on_cuda(layer.x) else isa().endswith("bf16")
         bound = 1e-4 if narrow and dtype == torch.bfloat16 else 2e-5
         y = layer()
         want_y, want = layer.reference()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import peftops
 import reference
 from group_layer import FEW, GroupLayer
-from numerics import FP32, assert_sums, on_cuda, segment_max
+from numerics import FP32, assert_sums, has_int8, on_cuda, segment_max
 from packed_linear_tests import (
     Int8Tests,
     PackedLinearTests,
@@ -16,7 +16,6 @@ from packed_linear_tests import (
     check_what_is_not_finite,
     on_any_cuda,
 )
-from peftops import _C
 from strategies import bit_widths, dtypes, grouped_ins, layouts, normal, outs, ranks, rows, seeds, strided
 
 leads = st.one_of(rows.map(lambda m: (m,)), st.sampled_from([(), (2, 3), (1, 0, 4), (2, 1, 9)]))
@@ -148,7 +147,7 @@ def test_backward_of_a_repeated_factor(device, m, n, group_k, bits, dtype, seed)
 
 
 def takes_int8(layer):
-    return "avx512" in _C.isa() and not on_cuda(layer.x) and len(layer.x) > FEW and layer.weight.group_size >= 32
+    return has_int8() and not on_cuda(layer.x) and len(layer.x) > FEW and layer.weight.group_size >= 32
 
 
 def int8_error(layer):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 import peftops
 import reference
 from mxfp4_layer import MXFP4Layer, random_weight
-from numerics import FP32, assert_sums, on_cuda, segment_max
+from numerics import FP32, assert_sums, has_int8, on_cuda, segment_max
 from packed_linear_tests import (
     Int8Tests,
     PackedLinearTests,
@@ -126,7 +126,7 @@ def test_int8_matches_reference(device, n, k, m, dtype, bias, seed):
     layer = MXFP4Layer(device, n, k, (m,), dtype, seed, bias=bias)
     y, (want, _), (size, _) = layer(compute="int8"), layer.reference(), layer.magnitudes()
     # Codes are shifted by the zero 12 of 0 to 24: what is added up is no more than 13 halves of a scale.
-    if "avx512" in _C.isa() and not on_cuda(layer.x):
+    if has_int8() and not on_cuda(layer.x):
         scale = segment_max(torch.where(layer.dense == 0, 0.0, layer.size), 1, 32)
         size = size + 13 * layer.x.detach().double().abs() @ scale.T
     assert_sums(y, want, size, k + 8, int8_error(layer))

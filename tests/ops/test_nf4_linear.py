@@ -14,6 +14,7 @@ from numerics import (
     assert_exact,
     assert_sums,
     code_error,
+    has_int8,
     int16_error,
     on_cuda,
     product_of,
@@ -28,7 +29,6 @@ from packed_linear_tests import (
     kernels_of,
     on_any_cuda,
 )
-from peftops import _C
 from strategies import block_sizes, dtypes, ins, layouts, normal, outs, ranks, rows, seeds, strided
 
 CODE8 = 124.115  # the factor of codes in 8 bits, as in csrc/kernels/cpu/nf4_decode.h
@@ -215,7 +215,7 @@ def test_registration(device, layout):
 
 
 def takes_int8(layer):
-    return "avx512" in _C.isa() and not on_cuda(layer.x) and len(layer.x) > 4 and layer.weight.shape[1] % 32 == 0
+    return has_int8() and not on_cuda(layer.x) and len(layer.x) > 4 and layer.weight.shape[1] % 32 == 0
 
 
 @given(n=outs, k=ins, m=rows, dtype=dtypes, block_size=block_sizes, double_quant=st.booleans(), bias=st.booleans(),

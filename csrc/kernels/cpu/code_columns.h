@@ -3,11 +3,13 @@
 #pragma once
 #include "kernels/cpu/code_dot.h"
 #include "kernels/cpu/product.h"
-#if defined(__AVX512F__)
+#if defined(PEFTOPS_INT16)
 #include "kernels/cpu/product_int16.h"
+#endif
+#if defined(PEFTOPS_INT8)
 #include "kernels/cpu/product_int8.h"
 #endif
-#if defined(__AVX512BF16__)
+#if defined(PEFTOPS_BF16)
 #include "kernels/cpu/product_bf16.h"
 #endif
 
@@ -82,10 +84,9 @@ template <int V, class Weight> struct CodeColumns {
     }
   }
 
-#if defined(__AVX512F__)
+#if defined(PEFTOPS_INT8)
   // For product_int8.h: columns 0, 2, 4, 6 of eight are one half of their bytes, and 1, 3, 5, 7 the other.
   void pack8(int64_t col, int64_t t, int64_t steps, int32_t* out, float* scale, float* zeros) const {
-    const Int table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kCode8<Weight>.at)));
     float lane[kDepth / 32 * kLanes];
     for (int v = 0; v < V; ++v, col += kLanes) {
       scales(col, t, steps, lane);
@@ -97,11 +98,13 @@ template <int V, class Weight> struct CodeColumns {
 #pragma GCC unroll 2
         for (int d = 0; d < kDwords; ++d)
           store_int(out + ((k / kPerDword + d) * V + v) * kLanes,
-                    _mm512_shuffle_epi8(table, code_at<Weight>(q, d) & set_int(0x0f0f0f0f)));
+                    look_up_bytes(kCode8<Weight>.at, code_at<Weight>(q, d) & set_int(0x0f0f0f0f)));
       });
     }
   }
+#endif
 
+#if defined(PEFTOPS_INT16)
   void pack16(int64_t col, int64_t t, int64_t steps, int32_t* out, float* scale) const {
     const Int table = load_int(kCode16<Weight>.at);
     float lane[kDepth / 32 * kLanes];
@@ -119,7 +122,7 @@ template <int V, class Weight> struct CodeColumns {
   }
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(PEFTOPS_BF16)
   void pack_bf16(int64_t col, int64_t t, int64_t steps, int32_t* out) const {
     const Table16 table(Codes<Weight>::at);
     float scale[kDepth / 32 * kLanes];

@@ -32,7 +32,7 @@ template <class Weight> Int code_at(Int octet, int i) {
   return shift_right(octet, Codes<Weight>::kHighFirst ? i / 2 * 8 + (i % 2 ? 0 : 4) : 4 * i);
 }
 
-#if defined(__AVX512F__)
+#if defined(PEFTOPS_INT16) || defined(PEFTOPS_INT8)
 struct Code16 { int16_t at[32]; };   // twice the table: vpermw reads five bits, a code has four
 struct Code8 { uint8_t at[16]; };
 

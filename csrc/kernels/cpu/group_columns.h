@@ -4,11 +4,13 @@
 #include "kernels/cpu/group_decode.h"
 #include "kernels/cpu/group_dot.h"
 #include "kernels/cpu/product.h"
-#if defined(__AVX512F__)
+#if defined(PEFTOPS_INT16)
 #include "kernels/cpu/product_int16.h"
+#endif
+#if defined(PEFTOPS_INT8)
 #include "kernels/cpu/product_int8.h"
 #endif
-#if defined(__AVX512BF16__)
+#if defined(PEFTOPS_BF16)
 #include "kernels/cpu/product_bf16.h"
 #endif
 
@@ -48,7 +50,7 @@ template <int B> struct LaneRows {
   }
 };
 
-#if defined(__AVX512F__)
+#if defined(PEFTOPS_INT8)
 // For product_int8.h: codes as they are. Eight of four bits are two quadruples, the even and the odd ones: what a shift
 // and a mask make of them.
 // Dword d of the codes of kLanes rows.
@@ -104,13 +106,15 @@ template <int V, int B> struct GroupColumns {
       else accumulate<V>(rows, w.cols, Rows<T>{x, w.cols}, *this, at);
     }
   }
-#if defined(__AVX512F__)
+#if defined(PEFTOPS_INT8)
   bool fits_int8() const { return w.group >= kLeastInt8Segment; }
   GroupInt8<B> int8() const { return {w}; }
+#endif
+#if defined(PEFTOPS_INT16)
   bool fits_int16() const { return w.cols % 32 == 0; }
   AsInt16<GroupColumns> int16() const { return {*this, AsInt16<GroupColumns>::segment_of(w.cols)}; }
 #endif
-#if defined(__AVX512BF16__)
+#if defined(PEFTOPS_BF16)
   bool fits_bf16() const { return true; }
   AsBf16<V, GroupColumns> bf16() const { return {*this}; }
 #endif

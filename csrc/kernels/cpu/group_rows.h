@@ -3,10 +3,10 @@
 #pragma once
 #include "kernels/cpu/group_decode.h"
 #include "kernels/cpu/product.h"
-#if defined(__AVX512F__)
+#if defined(PEFTOPS_INT16)
 #include "kernels/cpu/product_int16.h"
 #endif
-#if defined(__AVX512BF16__)
+#if defined(PEFTOPS_BF16)
 #include "kernels/cpu/product_bf16.h"
 #endif
 
@@ -16,11 +16,11 @@ namespace {
 template <int V, int B> struct GroupRows {
   const GroupWeight& w;
 
-#if defined(__AVX512F__)
+#if defined(PEFTOPS_INT16)
   bool fits_int16() const { return w.rows % 32 == 0; }
   AsInt16<GroupRows> int16() const { return {*this, AsInt16<GroupRows>::segment_of(w.rows)}; }
 #endif
-#if defined(__AVX512BF16__)
+#if defined(PEFTOPS_BF16)
   bool fits_bf16() const { return w.rows % 8 == 0; }
   AsBf16<V, GroupRows> bf16() const { return {*this}; }
 #endif

@@ -7,12 +7,36 @@
 #include <cstring>
 #include <iterator>
 
+#if defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace peftops::cpu {
 namespace {
 
 #define PEFTOPS_TEXT_OF(build, ...) #build,
 constexpr const char* kNames[] = {PEFTOPS_EACH_BUILD(PEFTOPS_TEXT_OF)};
 #undef PEFTOPS_TEXT_OF
+
+#if defined(__aarch64__) && defined(__APPLE__)
+bool has_bf16_and_i8mm() {
+  const auto has = [](const char* feature) {
+    int32_t value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value;
+  };
+  return has("hw.optional.arm.FEAT_BF16") && has("hw.optional.arm.FEAT_I8MM");
+}
+#elif defined(__aarch64__) && defined(__linux__)
+bool has_bf16_and_i8mm() {
+  constexpr unsigned long kI8mm = 1ul << 13, kBf16 = 1ul << 14;   // of AT_HWCAP2; old headers lack their names
+  return (getauxval(AT_HWCAP2) & (kI8mm | kBf16)) == (kI8mm | kBf16);
+}
+#elif defined(__aarch64__)
+bool has_bf16_and_i8mm() { return false; }
+#endif
 
 Isa detect() {
 #if defined(__x86_64__)
@@ -22,9 +46,12 @@ Isa detect() {
       __builtin_cpu_supports("avx512vnni"))
     return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
   // Every CPU with AVX2 has F16C, which older compilers cannot be asked about.
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
-#endif
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::avx2 : Isa::scalar;
+#elif defined(__aarch64__)
+  return has_bf16_and_i8mm() ? Isa::neonbf16 : Isa::neon;   // NEON itself is part of the architecture
+#else
   return Isa::scalar;
+#endif
 }
 
 Isa limit_from_environment() {

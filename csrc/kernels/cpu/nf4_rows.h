@@ -3,10 +3,10 @@
 #pragma once
 #include "kernels/cpu/nf4_decode.h"
 #include "kernels/cpu/product.h"
-#if defined(__AVX512F__)
+#if defined(PEFTOPS_INT16)
 #include "kernels/cpu/product_int16.h"
 #endif
-#if defined(__AVX512BF16__)
+#if defined(PEFTOPS_BF16)
 #include "kernels/cpu/product_bf16.h"
 #endif
 
@@ -27,7 +27,7 @@ template <int V> struct Nf4Rows {
     for (int64_t k = 0; k < steps; ++k) decode_run(w, (t + k) * w.cols + col, cols, out + k * V * kLanes);
   }
 
-#if defined(__AVX512F__)
+#if defined(PEFTOPS_INT16)
   // A panel's columns share a block in every row, but the rows, over which int16 sums run, do not share
   // its absmax: codes are scaled to the largest of the segment's rows before they are rounded.
   void pack16(int64_t col, int64_t t, int64_t steps, int32_t* out, float* scale) const {
@@ -55,7 +55,7 @@ template <int V> struct Nf4Rows {
   }
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(PEFTOPS_BF16)
   void pack_bf16(int64_t col, int64_t t, int64_t steps, int32_t* out) const {
     const Table16 table(kNf4Code);
     const auto row = [&](int64_t i, int64_t v) {

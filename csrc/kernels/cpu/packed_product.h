@@ -2,8 +2,8 @@
 // has, the type of x, and what the weight allows. From the top:
 //
 //   a few rows, forward               dot products straight from the codes (dot.h), in fp32 or int16
-//   int8 allowed, AVX-512             codes and x rounded to int8 (product_int8.h)
-//   bf16 x, AVX512-BF16               panels decoded to bf16 (product_bf16.h)
+//   int8 allowed, AVX-512, ARMv8.6    codes and x rounded to int8 (product_int8.h)
+//   bf16 x, AVX512-BF16, ARMv8.6      panels decoded to bf16 (product_bf16.h)
 //   16-bit x, AVX-512                 panels decoded to int16 (product_int16.h)
 //   otherwise                         panels decoded to fp32 (product.h)
 //
@@ -21,11 +21,13 @@
 #include "kernels/cpu/linear_output.h"
 #include "kernels/cpu/product.h"
 #include "kernels/linear.h"
-#if defined(__AVX512F__)
+#if defined(PEFTOPS_INT16)
 #include "kernels/cpu/product_int16.h"
+#endif
+#if defined(PEFTOPS_INT8)
 #include "kernels/cpu/product_int8.h"
 #endif
-#if defined(__AVX512BF16__)
+#if defined(PEFTOPS_BF16)
 #include "kernels/cpu/product_bf16.h"
 #endif
 
@@ -38,11 +40,11 @@ template <class T, class View, class Term>
 void add_product(const Block& b, int64_t depth, const T* x, const View& view, const Scratch& s, const Term& term,
                  [[maybe_unused]] bool narrow = true) {
   term(b, s);
-#if defined(__AVX512BF16__)
+#if defined(PEFTOPS_BF16)
   if constexpr (is_bf16<T>)
     if (view.fits_bf16()) return accumulate_bf16(b, depth, x, depth, view.bf16(), s);
 #endif
-#if defined(__AVX512F__)
+#if defined(PEFTOPS_INT16)
   if constexpr (sizeof(T) == 2)
     if (narrow && view.fits_int16()) {
       const auto& packs = view.int16();
@@ -63,7 +65,7 @@ void add_product_of_columns(const Block& b, int64_t m, int64_t depth, const T* x
     term(b, s);
     return view.dot(b, x, s);
   }
-#if defined(__AVX512F__)
+#if defined(PEFTOPS_INT8)
   if (int8 && view.fits_int8()) {
     term(b, s);
     const auto& packs = view.int8();

@@ -1,34 +1,25 @@
-// The product of product.h for bf16 activations where the CPU multiplies bf16 itself (AVX512-BF16): twice
+// The product of product.h for bf16 activations where the CPU multiplies bf16 itself (AVX512-BF16, ARMv8.6): twice
 // the multiply-adds per instruction, nothing to scale, fp32 sums. The decoded weight is rounded to bf16 once,
 // as it would be in a dense bf16 layer; that is the whole difference to fp32.
 //
-// vdpbf16ps multiplies pairs. Steps are paired i with i + 4 inside each eight, as in product_int16.h.
+// vdpbf16ps and bfdot multiply pairs. Steps are paired i with i + 4 inside each eight, as in product_int16.h.
 #pragma once
 #include "kernels/cpu/product.h"
 
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
-// Sixteen pairs of bf16: `first` in the low halves, `second` in the high ones.
-inline Int pair_bf16(Vec first, Vec second) {
-  const Int order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-                                     23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, Int(_mm512_cvtne2ps_pbh(second, first)));
-}
-
 // Views into the scratch of the fp32 product: half of it, since a pair takes the place of a float.
 constexpr int64_t kBf16Pairs = kDepth / 2, kBf16Stride = kBf16Pairs + kLanes;
 
 // A tile of A: rows of pairs.
 inline void pack_tile_bf16(const bf16* x, int64_t ldx, int64_t rows, int64_t steps, int32_t* out) {
-  // Words 0-3 and 4-7 of each 128-bit part, interleaved.
-  const Int order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t k = 0; k < steps; k += 2 * kLanes) {
       const int64_t n = at_most(kLanes, (steps - k) / 2);
       const bf16* from = x + i * ldx + k;
       const Int words = n == kLanes ? load_int(from) : load_int_n(from, n);
-      store_int(out + i * kBf16Stride + k / 2, _mm512_shuffle_epi8(words, order));
+      store_int(out + i * kBf16Stride + k / 2, interleave_halves(words));
     }
 }
 
@@ -37,12 +28,12 @@ template <int R> void tile_bf16(const int32_t* a, const int32_t* p, int64_t pair
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = zero();
   for (int64_t t = 0; t < pairs; ++t) {
-    const auto b0 = __m512bh(load_int(p + t * 2 * kLanes)), b1 = __m512bh(load_int(p + (t * 2 + 1) * kLanes));
+    const Int b0 = load_int(p + t * 2 * kLanes), b1 = load_int(p + (t * 2 + 1) * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
-      const auto x = __m512bh(_mm512_set1_epi32(a[i * kBf16Stride + t]));
-      sum[i][0] = _mm512_dpbf16_ps(sum[i][0], x, b0);
-      sum[i][1] = _mm512_dpbf16_ps(sum[i][1], x, b1);
+      const Int x = set_int(a[i * kBf16Stride + t]);
+      sum[i][0] = dot_bf16(sum[i][0], x, b0);
+      sum[i][1] = dot_bf16(sum[i][1], x, b1);
     }
   }
 #pragma GCC unroll 16

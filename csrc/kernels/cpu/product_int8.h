@@ -3,8 +3,8 @@
 //
 //   y += x_scale * scale * (sum of code * x - zero * sum of x)
 //
-// with the first sum in int32 and the second exact, too: x is rounded and nothing else. One instruction of AVX-512
-// VNNI, vpdpbusd, multiplies and adds four pairs. AVX2 has none for more than two that could not saturate (vpmaddwd on
+// with the first sum in int32 and the second exact, too: x is rounded and nothing else. One instruction multiplies and
+// adds four pairs: vpdpbusd of AVX-512 VNNI, usdot of ARMv8.6. AVX2 has none for more than two that could not saturate (vpmaddwd on
 // int16): in groups of 128 it came to 0.9 to 1.1 times the speed of fp32, and plain C++ to a third, so they have no
 // such product. A weight is packed in dwords: dword d of eight columns holds column d + kDwords i at its i-th place.
 #pragma once
@@ -37,14 +37,6 @@ struct Scratch8 {
 };
 static_assert(kDepth / kPerDword + 2 * kSegments8 <= kDepth);
 static_assert(kTileRows8 * (kStride8 + 2 * kSegments8) <= kTileRows * kLeftStride);
-
-// Rounded activations, whole numbers in the low bits, as dwords in the order of the weight's.
-inline void pack_left8(const int32_t* whole, int64_t n, int32_t* out) {
-  const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-  for (int64_t i = 0; i < n; i += kLanes)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i / kPerDword),
-                     _mm_shuffle_epi8(_mm512_cvtepi32_epi8(load_int(whole + i)), order));
-}
 
 // A tile of A, kLanes segments at a time, so that their maxima and sums are found side by side. `fits` becomes
 // false for a row that int8 cannot hold: with a NaN, an infinity, or so small that 1 / max overflows.
@@ -88,7 +80,7 @@ void pack_tile8(const T* x, int64_t ldx, int64_t rows, int64_t steps, int64_t se
     store(largest, total);
     each([&](int64_t i, int64_t row, int64_t s) { to.left_sums[row * kSegments8 + s] = largest[i]; });
   }
-  for (int64_t i = 0; i < rows; ++i) pack_left8(whole[i], steps, to.left + i * kStride8);
+  for (int64_t i = 0; i < rows; ++i) put_quads(whole[i], steps, to.left + i * kStride8);
 }
 
 template <int R>
@@ -108,7 +100,7 @@ void tile8(const int32_t* a, const float* a_scales, const float* a_sums, const i
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) {
           const Int x = set_int(a[i * kStride8 + t + d]);
-          dot[i][0] = _mm512_dpbusd_epi32(dot[i][0], b0, x), dot[i][1] = _mm512_dpbusd_epi32(dot[i][1], b1, x);
+          dot[i][0] = dot_bytes(dot[i][0], b0, x), dot[i][1] = dot_bytes(dot[i][1], b1, x);
         }
       }
     const Vec s0 = load(p_scales), s1 = load(p_scales + kLanes), z0 = load(p_zeros), z1 = load(p_zeros + kLanes);

@@ -6,6 +6,8 @@
 //   transpose                    kLanes vectors of kLanes 32-bit lanes
 //   Table8, Table16              eight or sixteen values, looked up by the low three or four bits of each lane
 //   Table256                     256 values, looked up by lanes that are bytes
+//   dot_bytes, look_up_bytes, put_quads            for product_int8.h, where there is PEFTOPS_INT8
+//   dot_bf16, pair_bf16, interleave_halves         for product_bf16.h, where there is PEFTOPS_BF16
 //
 // Everything is in an unnamed namespace: each ISA build keeps its own copy, whatever the linker sees
 // (numpy#25274, FBGEMM#46). No STL here or in any kernel file, for the same reason.
@@ -31,10 +33,23 @@ template <> struct TwoBytes<f16> { using type = void; };
 }  // namespace
 }  // namespace peftops::cpu::PEFTOPS_ISA
 
+// Which products in narrower numbers this build has instructions for.
+#if defined(__AVX512F__)
+#define PEFTOPS_INT16
+#endif
+#if defined(__AVX512F__) || (defined(PEFTOPS_NEON) && defined(__ARM_FEATURE_MATMUL_INT8))
+#define PEFTOPS_INT8
+#endif
+#if defined(__AVX512BF16__) || (defined(PEFTOPS_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC))
+#define PEFTOPS_BF16
+#endif
+
 #if defined(__AVX512F__)
 #include "kernels/cpu/simd_avx512.h"
 #elif defined(__AVX2__)
 #include "kernels/cpu/simd_avx2.h"
+#elif defined(PEFTOPS_NEON)
+#include "kernels/cpu/simd_neon.h"
 #else
 #include "kernels/cpu/simd_scalar.h"
 #endif

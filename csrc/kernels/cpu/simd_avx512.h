@@ -148,5 +148,35 @@ template <bool kHighFirst = true> inline Int unpack_codes(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(kHighFirst ? _mm_unpacklo_epi8(high, bytes) : _mm_unpacklo_epi8(bytes, high));
 }
 
+// sum + the four products of unsigned bytes of a with signed ones of b, in each lane.
+inline Int dot_bytes(Int sum, Int a, Int b) { return _mm512_dpbusd_epi32(sum, a, b); }
+// Each byte, less than 16, becomes what the table has there.
+inline Int look_up_bytes(const uint8_t* table, Int at) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), at);
+}
+// n whole numbers, a multiple of kLanes, as bytes; of each eight the even ones before the odd ones.
+inline void put_quads(const int32_t* whole, int64_t n, int32_t* out) {
+  const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  for (int64_t i = 0; i < n; i += kLanes)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i / 4),
+                     _mm_shuffle_epi8(_mm512_cvtepi32_epi8(load_int(whole + i)), order));
+}
+
+#if defined(PEFTOPS_BF16)
+// Pairs of bf16: `first` in the low halves, `second` in the high ones.
+inline Int pair_bf16(Vec first, Vec second) {
+  const Int order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                     23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, Int(_mm512_cvtne2ps_pbh(second, first)));
+}
+// Words 0-3 and 4-7 of each 128-bit part, interleaved.
+inline Int interleave_halves(Int words) {
+  return _mm512_shuffle_epi8(
+      words, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)));
+}
+// sum + the two products of pairs, in each lane.
+inline Vec dot_bf16(Vec sum, Int a, Int b) { return _mm512_dpbf16_ps(sum, __m512bh(a), __m512bh(b)); }
+#endif
+
 }  // namespace
 }  // namespace peftops::cpu::PEFTOPS_ISA
