@@ -33,7 +33,7 @@ struct Mxfp4Weight {
   const uint8_t* scales;   // [rows, cols / 32]
   int64_t rows, cols;
 
-  static constexpr int64_t block_size = kMxBlock;
+  static constexpr int64_t block_size = kMxBlock, first = 0;   // as Nf4Weight has them
 };
 
 }  // namespace peftops

@@ -17,6 +17,9 @@ namespace {
 //   run(w, flat, n, out)                           numbers, by the index of an element
 template <class Weight> struct Codes;
 
+// The index of an element.
+template <class Weight> int64_t flat_of(const Weight& w, int64_t row, int64_t col) { return w.first + row * w.cols + col; }
+
 // The fast paths read a weight in strips: one load of packed codes, kLanes dwords of eight codes each.
 constexpr int64_t kStrip = 8 * kLanes;
 
