@@ -58,8 +58,8 @@ def _(x, factor, offsets, by_rank, scale):
 
 @torch.library.register_fake("peftops::experts_gradient")
 def _(u, x, offsets, dtype, by_rank, scale):
-    (k, r), experts = (x.shape[1], u.shape[1]), offsets.shape[0]
-    return u.new_empty((experts * r, k) if by_rank else (experts * k, r), dtype=dtype)
+    rows, columns = (u.shape[1], x.shape[1]) if by_rank else (x.shape[1], u.shape[1])
+    return u.new_empty((offsets.shape[0] * rows, columns), dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,6 @@ class _ExpertsLinear(torch.autograd.Function):
     def backward(ctx, g):
         x, u, lora_A, lora_B, offsets, *tensors = ctx.saved_tensors
         need_x, need_bias, need_A, need_B = ctx.needs_input_grad[:4]
-        experts = offsets.shape[0]
         v = dx = dbias = dA = dB = None
         if u is not None:
             v = _shrink(g, _flat(lora_B), offsets, False, ctx.scaling) if need_x or need_A else None
@@ -131,7 +130,7 @@ class _ExpertsLinear(torch.autograd.Function):
             dx = ctx.form.backward(g, (*tensors, *ctx.numbers), offsets, v, _flat(lora_A))
         if need_bias:  # a gradient of rank one, whose factor is 1 in every row
             ones = torch.ones(g.shape[0], 1, device=g.device)
-            dbias = _gradient(ones, g, offsets, ctx.bias_dtype, True, 1.0).view(experts, -1)
+            dbias = _gradient(ones, g, offsets, ctx.bias_dtype, True, 1.0).view(len(offsets), -1)
         return dx, dbias, dA, dB, *[None] * 5
 
 

@@ -148,22 +148,21 @@ def views(stack):
     return [stack[e] for e in range(stack.shape[0])]
 
 
-@pytest.mark.parametrize("compute", ["float", "int8"])
-@pytest.mark.parametrize("n, k", [(64, 96), (33, 128), (46, 64), (288, 576), (16, 40)])
+@pytest.mark.parametrize("n, k", [(33, 128), (46, 64), (288, 576), (16, 40)])
 @pytest.mark.parametrize("form", [form for form in FORMATS if form.startswith(("nf4", "group"))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_bits_of_each_layer_alone(device, form, n, k, dtype, compute):
+def test_the_bits_of_each_layer_alone(device, form, n, k, dtype):
     """On every instruction set: the same kernel does them, whatever its neighbours in the stack."""
     if sim.active or k % GROUPS.get(form, 1) or n * k % 128:
         pytest.skip("on CUDA, tiles differ; or the format does not have such columns, or experts share a block")
     layers = Experts(device, form, [5, 0, 1, 4, 33], n, k, dtype, 7, r=5, bias=True)
-    y = layers(compute=compute)
-    grads = layers.gradients(y)
+    grads = layers.gradients(layers())
     op = peftops.nf4_linear if isinstance(layers.weight, NF4Tensor) else peftops.group_linear
     for (e, rows, layer), weight in zip(layers.each(), views(layers.weight), strict=True):
-        own = op(layer.x, weight, layer.bias, lora_A=layer.lora_A, lora_B=layer.lora_B, scaling=layer.scaling,
-                 compute=compute)  # fmt: skip
-        assert torch.equal(y[rows], own)
+        for compute in ("int8", "float"):
+            own = op(layer.x, weight, layer.bias, lora_A=layer.lora_A, lora_B=layer.lora_B, scaling=layer.scaling,
+                     compute=compute)  # fmt: skip
+            assert torch.equal(layers(compute=compute)[rows], own)
         for name, grad in layer.gradients(own).items():
             if name != "bias":  # torch's own sum
                 assert torch.equal(grads[name][rows if name == "x" else e], grad), name

@@ -7,7 +7,7 @@
 #include "kernels/cuda/linear.cuh"
 #include "kernels/cuda/nf4_backward.cuh"
 #include "kernels/cuda/nf4_many.cuh"
-#include "kernels/cuda/thin.cuh"
+#include "kernels/cuda/thin_dense.cuh"
 
 namespace peftops::cuda {
 namespace {
@@ -55,7 +55,9 @@ __global__ void __launch_bounds__(kGroupWarps * kWarp, 1) group_rows(ExpertsGrou
   extern __shared__ uint4 dynamic[];
   ExpertTile tile;
   if (!find_tile(a.offsets, a.experts, a.all.m, 8 * Tiles, &tile)) return;
-  const GroupLinear part = part_of(a.all, tile, 8 * Tiles);
+  __shared__ GroupLinear part;   // of three bits, no register is left for it
+  if (threadIdx.x == 0) part = part_of(a.all, tile, 8 * Tiles);
+  __syncthreads();
   multiply_rows<T>(part, Stream{part.weight, log_group}, memory,
                    *reinterpret_cast<RowsSums<Stream, Tiles, kGroupWarps>*>(dynamic), GroupFinish<T>{part, log_group});
 }
@@ -169,7 +171,7 @@ template <class T> cudaError_t launch_chunks(const ExpertsNf4& a, cudaStream_t s
 
 template <class T, int B> cudaError_t launch_rows(const ExpertsGroup& a, cudaStream_t stream) {
   const int log = log_of(a.all.weight.group);
-  if constexpr (B != 3)
+  if constexpr (B > 3)
     if (a.all.m > 8 * a.experts)
       return launch_few<group_rows<T, B, 2>, GroupStream<T, B, 32>, 2, kGroupWarps>(a, log, stream);
   return launch_few<group_rows<T, B, 1>, GroupStream<T, B, 32>, 1, kGroupWarps>(a, log, stream);

@@ -1,5 +1,5 @@
 // The thin products of low-rank adapters, as the tiles of thin.cuh.
-#include "kernels/cuda/thin.cuh"
+#include "kernels/cuda/thin_dense.cuh"
 #include "kernels/lora_linear.h"
 
 namespace peftops::cuda {
