@@ -36,7 +36,7 @@ __device__ inline bool find_tile(const int64_t* offsets, int64_t experts, int64_
     }
     const uint32_t reached = __ballot_sync(~0u, wanted < end);
     if (reached) {
-      const int of = __ffs(int(reached)) - 1;
+      const int of = __popc(~reached & (reached - 1));   // the first of them
       const int64_t into = int64_t(wanted - __shfl_sync(~0u, end - tiles, of)) * size;
       *found = {first + of, __shfl_sync(~0u, rows.begin, of) + into, __shfl_sync(~0u, rows.count, of) - into};
       return true;

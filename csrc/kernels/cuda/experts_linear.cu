@@ -65,34 +65,38 @@ __global__ void __launch_bounds__(kGroupWarps * kWarp, 1) group_rows(ExpertsGrou
 // Any element of a weight, for products in fp32.
 template <class T> struct AnyElement {
   float map[256];   // in shared memory
+  int log;          // of the elements that share a scale
 
-  __device__ void begin() { map[threadIdx.x] = dynamic_map.at[threadIdx.x]; }   // multiply_tile begins with a barrier
-  __device__ float operator()(const Nf4Weight& w, int64_t flat) const {
-    return weight_at(w, __ffsll(w.block_size) - 1, w.first + flat, map);
+  __device__ void begin(int log_shared) {   // multiply_tile begins with a barrier
+    map[threadIdx.x] = dynamic_map.at[threadIdx.x];
+    if (threadIdx.x == 0) log = log_shared;
   }
-  __device__ float operator()(const GroupWeight& w, int64_t flat) const { return weight_at(w, __ffsll(w.group) - 1, flat); }
+  __device__ float operator()(const Nf4Weight& w, int64_t flat) const {
+    return weight_at(w, log, w.first + flat, map);
+  }
+  __device__ float operator()(const GroupWeight& w, int64_t flat) const { return weight_at(w, log, flat); }
   __device__ float operator()(const DenseWeight& w, int64_t flat) const {
     return to_float(static_cast<const T*>(w.p)[w.transposed ? flat % w.cols * w.rows + flat / w.cols : flat]);
   }
 };
 
-template <class T, class Args> __global__ void __launch_bounds__(kTileThreads) any_rows(Experts<Args> a) {
+template <class T, class Args> __global__ void __launch_bounds__(kTileThreads) any_rows(Experts<Args> a, int log) {
   __shared__ TileMemory memory;
   __shared__ AnyElement<T> weight;
   ExpertTile tile;
   if (!find_tile(a.offsets, a.experts, a.all.m, kTile, &tile)) return;
   const Args part = part_of(a.all, tile, kTile);
-  weight.begin();
+  weight.begin(log);
   multiply_any<T>(part, [&](int64_t flat) { return weight(part.weight, flat); }, memory);
 }
 
-template <class T, class Args> __global__ void __launch_bounds__(kTileThreads) any_back(Experts<Args> of) {
+template <class T, class Args> __global__ void __launch_bounds__(kTileThreads) any_back(Experts<Args> of, int log) {
   __shared__ TileMemory memory;
   __shared__ AnyElement<T> weight;
   ExpertTile tile;
   if (!find_tile(of.offsets, of.experts, of.all.m, kTile, &tile)) return;
   const Args a = backward_part_of(of.all, tile, kTile);
-  weight.begin();
+  weight.begin(log);
   const int64_t n = a.weight.rows, k = a.weight.cols;
   TileSums c;
   multiply_tile<Along::depth, Along::across>(
@@ -138,6 +142,9 @@ template <class X, int Tiles> __global__ void __launch_bounds__(kThinThreads) gr
 }
 
 int log_of(int64_t power) { return __builtin_ctzll(uint64_t(power)); }
+int log_of(const Nf4Weight& w) { return log_of(w.block_size); }
+int log_of(const GroupWeight& w) { return log_of(w.group); }
+int log_of(const DenseWeight&) { return 0; }
 
 // Tiles of rows by tiles of columns.
 template <class Args> dim3 grid_of(const Experts<Args>& a, int64_t size, int64_t columns, int64_t of_columns) {
@@ -159,7 +166,7 @@ cudaError_t launch_few(const Experts<Args>& a, int log, cudaStream_t stream) {
 }
 
 template <class T> cudaError_t launch_chunks(const ExpertsNf4& a, cudaStream_t stream) {
-  const int log = log_of(a.all.weight.block_size);
+  const int log = log_of(a.all.weight);
   if (a.all.m <= 8 * a.experts) return launch_few<few_rows<T, 1, 8>, Nf4Few<T, 1>, 1, 8>(a, log, stream);
   if (a.all.m <= kFewRows * a.experts) return launch_few<few_rows<T, 2, 16>, Nf4Few<T, 2>, 2, 16>(a, log, stream);
   const cudaError_t status = allow_shared<many_rows<T>>(sizeof(ManyMemory<T>));
@@ -170,7 +177,7 @@ template <class T> cudaError_t launch_chunks(const ExpertsNf4& a, cudaStream_t s
 }
 
 template <class T, int B> cudaError_t launch_rows(const ExpertsGroup& a, cudaStream_t stream) {
-  const int log = log_of(a.all.weight.group);
+  const int log = log_of(a.all.weight);
   if constexpr (B > 3)
     if (a.all.m > 8 * a.experts)
       return launch_few<group_rows<T, B, 2>, GroupStream<T, B, 32>, 2, kGroupWarps>(a, log, stream);
@@ -179,14 +186,14 @@ template <class T, int B> cudaError_t launch_rows(const ExpertsGroup& a, cudaStr
 
 template <class Args> cudaError_t launch_any(const Experts<Args>& a, cudaStream_t stream) {
   return with_type(a.all.dtype, [&](auto t) {
-    any_rows<decltype(t)><<<grid_of(a, kTile, a.all.weight.rows, kTile), kTileThreads, 0, stream>>>(a);
+    any_rows<decltype(t)><<<grid_of(a, kTile, a.all.weight.rows, kTile), kTileThreads, 0, stream>>>(a, log_of(a.all.weight));
     return cudaGetLastError();
   });
 }
 template <class Args> cudaError_t launch_any_back(const Experts<Args>& a, cudaStream_t stream) {
   if (a.all.m == 0 || a.all.weight.cols == 0) return cudaSuccess;
   return with_type(a.all.dtype, [&](auto t) {
-    any_back<decltype(t)><<<grid_of(a, kTile, a.all.weight.cols, kTile), kTileThreads, 0, stream>>>(a);
+    any_back<decltype(t)><<<grid_of(a, kTile, a.all.weight.cols, kTile), kTileThreads, 0, stream>>>(a, log_of(a.all.weight));
     return cudaGetLastError();
   });
 }
@@ -196,7 +203,7 @@ template <class T> cudaError_t launch_units(const ExpertsNf4Backward& a, cudaStr
   const cudaError_t status = allow_shared<many_back<T>>(kShared);
   if (status != cudaSuccess) return status;
   many_back<T><<<grid_of(a, kBackRows, a.all.weight.cols, kBackCols), kBackThreads, kShared, stream>>>(
-      a, DropoutMask(a.all.dropout), log_of(a.all.weight.block_size));
+      a, DropoutMask(a.all.dropout), log_of(a.all.weight));
   return cudaGetLastError();
 }
 
