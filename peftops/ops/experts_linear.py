@@ -62,6 +62,11 @@ def _(u, x, offsets, dtype, by_rank, scale):
     return u.new_empty((offsets.shape[0] * rows, columns), dtype=dtype)
 
 
+def _flat(stack: Tensor | None) -> Tensor | None:
+    """Of all experts, one after the other, as the operators take it."""
+    return None if stack is None else stack.flatten(0, 1)
+
+
 @dataclass(frozen=True)
 class ExpertsFormat:
     """How the operators multiply with a stack of weights in one format."""
@@ -71,11 +76,6 @@ class ExpertsFormat:
     backward: Callable[..., Tensor]  # (g, weight, offsets, v, lora_A)
 
 
-def _group_arguments(weight: GroupQuantTensor) -> Operands:
-    *parts, bits, group_size = weight._arguments
-    return *(part.flatten(0, 1) for part in parts), bits, group_size
-
-
 FORMATS: dict[type[PackedTensor], ExpertsFormat] = {
     NF4Tensor: ExpertsFormat(
         lambda weight: (*weight._arguments, *weight.shape[1:]),
@@ -83,7 +83,7 @@ FORMATS: dict[type[PackedTensor], ExpertsFormat] = {
         lambda g, weight, *rest: _ops.experts_nf4_backward(g, *weight[:-2], weight[-1], *rest),
     ),
     GroupQuantTensor: ExpertsFormat(
-        _group_arguments,
+        lambda weight: (*map(_flat, weight._parts().values()), weight.bits, weight.group_size),
         lambda x, weight, *rest: _ops.experts_group(x, *weight, *rest),
         lambda g, weight, *rest: _ops.experts_group_backward(g, *weight, *rest),
     ),
@@ -93,11 +93,6 @@ DENSE = ExpertsFormat(
     lambda x, weight, *rest: _ops.experts_dense(x, *weight, *rest[:-1]),
     lambda g, weight, *rest: _ops.experts_dense_backward(g, *weight, *rest),
 )
-
-
-def _flat(stack: Tensor | None) -> Tensor | None:
-    """Of all experts, one after the other, as the operators take it."""
-    return None if stack is None else stack.flatten(0, 1)
 
 
 def _forward(x, bias, lora_A, lora_B, offsets, weight, form, scaling, int8):
