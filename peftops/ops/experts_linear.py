@@ -83,7 +83,7 @@ FORMATS: dict[type[PackedTensor], ExpertsFormat] = {
         lambda g, weight, *rest: _ops.experts_nf4_backward(g, *weight[:-2], weight[-1], *rest),
     ),
     GroupQuantTensor: ExpertsFormat(
-        lambda weight: (*map(_flat, weight._parts().values()), weight.bits, weight.group_size),
+        lambda weight: (*map(_flat, weight._arguments[:-2]), *weight._arguments[-2:]),
         lambda x, weight, *rest: _ops.experts_group(x, *weight, *rest),
         lambda g, weight, *rest: _ops.experts_group_backward(g, *weight, *rest),
     ),
