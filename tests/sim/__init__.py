@@ -28,15 +28,16 @@ class Finding(Exception):
     """What the interpreter found wrong with a kernel or its launch."""
 
 
-def cmake(target: str, *options: str) -> None:
-    """Builds a target of CMakeLists.txt into build/sim; seconds where nothing changed. Processes take turns."""
+def cmake(target: str, *options: str, into: Path = BUILD) -> None:
+    """Builds a target of CMakeLists.txt into a folder; seconds where nothing changed. Processes take turns."""
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    options = "-DPEFTOPS_SIM=ON", f"-DPEFTOPS_SIM_ARCH={ARCH}", *options
-    configure = ["cmake", "-S", ROOT, "-B", BUILD, *generator, *options]
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with (BUILD / "lock").open("w") as lock:
+    if into == BUILD:
+        options = "-DPEFTOPS_SIM=ON", f"-DPEFTOPS_SIM_ARCH={ARCH}", *options
+    configure = ["cmake", "-S", ROOT, "-B", into, *generator, *options]
+    into.mkdir(parents=True, exist_ok=True)
+    with (into / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (configure, ["cmake", "--build", BUILD, "--target", target, "--parallel", "2"]):
+        for command in (configure, ["cmake", "--build", into, "--target", target, "--parallel", "2"]):
             done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{(done.stdout + done.stderr)[-4000:]}")
