@@ -10,6 +10,7 @@ import httpx
 import pytest
 import torch
 from http_process import copy_adapter, make_adapter, make_model, serving
+from soak import soak
 
 import models
 import peftops
@@ -340,3 +341,8 @@ def test_an_end_in_order_and_time_limits(folder):
             last = [line for line in lines if line][-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] in ("cancelled", "timeout")
         assert server.process.wait(20) == 0 and "shutting down" in server.stop()
+
+
+def test_many_clients_and_adapters(tmp_path):
+    """A slice; `python tests/serving/soak.py` does the whole."""
+    soak(tmp_path, requests=240, clients=32, count=40, checked=5, slack=24 << 20)
