@@ -82,7 +82,7 @@ async def replay(url, requests, clients, count, seed=0):
 def soak(folder, *, requests, clients, count, checked, slack):
     """Half of the requests to warm up, and twice as many again, between which the process may grow by ``slack``."""
     make(folder, count)
-    with serving("--model", folder / "model", "--adapters", folder / "adapters", "--max-queue", clients * 2,
+    with serving("--model", folder / "model", "--adapters", folder / "adapters", "--max-queue", requests,
                  "--resident", 8, "--max-rank", 2) as server:  # fmt: skip
         process = psutil.Process(server.process.pid)
         half = requests // 3

@@ -1,4 +1,4 @@
-"""The server over HTTP, in the shape of OpenAI's API. Needs the extra ``serve``."""
+"""The server over HTTP, in the shape of OpenAI's API. It needs the extra ``serve``."""
 
 from .adapters import Adapters
 from .app import App
