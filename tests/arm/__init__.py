@@ -26,7 +26,7 @@ def contracts() -> str:
     """A header: every contract, and PEFTOPS_ARM_KERNELS(kernel), the list of their kernels with their arguments."""
     headers = sorted((ROOT / "csrc/kernels").glob("*.h"))
     listed = [re.findall(r"PEFTOPS_CPU_KERNELS\((.*?)\)\n", header.read_text(), re.S) for header in headers]
-    kernels = re.findall(r"Kernel<([^;]+)> (\w+);", "".join(sum(listed, [])))
+    kernels = re.findall(r"Kernel<([^;]+)> (\w+);", "".join("".join(found) for found in listed))
     includes = [f'#include "kernels/{header.name}"' for header, has in zip(headers, listed, strict=True) if has]
     rows = " ".join(f"kernel({name}, {args})" for args, name in kernels)
     return "\n".join([*includes, f"#define PEFTOPS_ARM_KERNELS(kernel) {rows}", ""])
