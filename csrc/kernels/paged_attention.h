@@ -37,8 +37,6 @@ struct PagedAttention {
 
 constexpr int64_t kMaxPagedHeadDim = 512;
 
-PEFTOPS_CPU_KERNELS(
-  Kernel<PagedAttention> paged_attention;
-)
+PEFTOPS_CPU_KERNELS(Kernel<PagedAttention> paged_attention;)
 
 }  // namespace peftops

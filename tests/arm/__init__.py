@@ -13,7 +13,7 @@ import subprocess
 import warnings
 from pathlib import Path
 
-import sim
+import native
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "arm"
@@ -41,9 +41,9 @@ def build() -> None:
     if not header.exists() or header.read_text() != contracts():
         header.write_text(contracts())
     cross = "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}"
-    sim.cmake("arm_guest", f"-DPEFTOPS_ARM_TESTS={BUILD}", *cross, into=BUILD / "guest")
+    native.build(BUILD / "guest", "arm_guest", f"-DPEFTOPS_ARM_TESTS={BUILD}", *cross)
     root = Path(torch.__file__).parent
-    sim.cmake("arm_ops", f"-DPEFTOPS_ARM_TESTS={BUILD}", f"-DPEFTOPS_TORCH={root}", into=BUILD / "host")
+    native.build(BUILD / "host", "arm_ops", f"-DPEFTOPS_ARM_TESTS={BUILD}", f"-DPEFTOPS_TORCH={root}")
 
 
 @functools.cache

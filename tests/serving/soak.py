@@ -80,15 +80,15 @@ async def replay(url, requests, clients, count, seed=0):
 
 
 def soak(folder, *, requests, clients, count, checked, slack):
-    """Half of the requests to warm up, and twice as many again, between which the process may grow by ``slack``."""
+    """A third of the requests to warm up; over the others the process may grow by ``slack`` bytes."""
     make(folder, count)
     with serving("--model", folder / "model", "--adapters", folder / "adapters", "--max-queue", requests,
                  "--resident", 8, "--max-rank", 2) as server:  # fmt: skip
         process = psutil.Process(server.process.pid)
-        half = requests // 3
-        texts = asyncio.run(replay(server.url, half, clients, count))
+        warm_up = requests // 3
+        texts = asyncio.run(replay(server.url, warm_up, clients, count))
         before = process.memory_info().rss
-        texts += asyncio.run(replay(server.url, requests - half, clients, count, seed=1))
+        texts += asyncio.run(replay(server.url, requests - warm_up, clients, count, seed=1))
         grown = process.memory_info().rss - before
     seen = {}
     for name, prompt, text in texts:

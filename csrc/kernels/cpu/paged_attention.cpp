@@ -1,4 +1,4 @@
-// Compiled once per ISA into namespace peftops::cpu::<build>; see CMakeLists.txt.
+// Compiled once for each of the builds of cpu/kernel.h.
 //
 // Up to sixteen queries that share a head of keys go at a time, over 32 tokens at a time, as in flash attention. The
 // tokens lie across the lanes: decoding, which has few queries, wastes none. Limit: reading keys and values.
@@ -71,7 +71,8 @@ struct Attention {
   // The first token that a query sees.
   int64_t from(int64_t i) const { return at[i] + 1 > a.window ? at[i] + 1 - a.window : 0; }
 
-  // n tokens from t on; behind them zeros, which hidden scores are multiplied with.
+  // n tokens from t on. Behind them values are 0, since 0 times what lies there may be NaN; keys are whatever they were,
+  // since their scores are replaced.
   template <class P> void load_tokens(int64_t sequence, int64_t kv_head, int64_t t, int64_t n) {
     for (int64_t j = 0; j < n; ++j) {
       const int64_t page = a.table[sequence * a.most_pages + (t + j) / a.page_size], token = (t + j) % a.page_size;
@@ -81,7 +82,6 @@ struct Attention {
       widen_row(row(a.key, a.key_at), a.d, keys.row(j), d);
       widen_row(row(a.value, a.value_at), a.dv, values.row(j), dv);
     }
-    memset(keys.row(n), 0, (kTokens - n) * d * sizeof(float));
     memset(values.row(n), 0, (kTokens - n) * dv * sizeof(float));
     transpose_tile(keys, 1.f, key_t);
   }

@@ -79,12 +79,13 @@ class Adapters:
         except (OSError, TypeError, ValueError) as error:
             why = " ".join(str(error).split()).replace(repr(key), repr(name))
             raise bad(f"cannot load {name!r}: {why}", "bad_adapter", "lora_path") from error
-        finally:
+        else:
+            with self._lock:
+                old, self._live[name] = self._live.get(name), Entry(name, key, path)
+        finally:  # now: until then, another one could take the name
             with self._lock:
                 self._loading.discard(name)
-        with self._lock:
-            old, self._live[name] = self._live.get(name), Entry(name, key, path)
-        self._retire(old)
+        self._change(old, retired=True)
 
     def unload(self, name: str) -> None:
         """Answer to a name no more; 404 if there is none."""
@@ -92,7 +93,7 @@ class Adapters:
             old = self._live.pop(name, None)
         if old is None:
             raise ApiError(404, "there is no adapter of this name", "adapter_not_found", "lora_name")
-        self._retire(old)
+        self._change(old, retired=True)
 
     def borrow(self, model: str, times: int) -> Entry | None:
         """The adapter that a request names, kept until :meth:`give_back`; None for the base."""
@@ -106,20 +107,18 @@ class Adapters:
             return entry
 
     def give_back(self, entry: Entry | None) -> None:
-        if entry is not None:
-            with self._lock:
-                entry.used -= 1
-                unused = entry.retired and not entry.used
-            if unused:
-                self._pool.remove(entry.key)
+        self._change(entry, used=-1)
 
-    def _retire(self, entry: Entry | None) -> None:
-        if entry is not None:
-            with self._lock:
-                entry.retired = True
-                unused = not entry.used
-            if unused:
-                self._pool.remove(entry.key)
+    def _change(self, entry: Entry | None, *, used: int = 0, retired: bool = False) -> None:
+        """An adapter that is retired leaves the pool as its last request gives it back."""
+        if entry is None:
+            return
+        with self._lock:
+            entry.used += used
+            entry.retired |= retired
+            over = entry.retired and not entry.used
+        if over:
+            self._pool.remove(entry.key)
 
 
 class Watched:
