@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import arm
 import sim
 from peftops import _C
 
@@ -23,7 +24,10 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 CUDA_DEVICES = ["cuda-sim"]
 if torch.cuda.is_available():
     CUDA_DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
-DEVICES = [*(f"cpu-{isa}" for isa in _C.isas()), *CUDA_DEVICES]
+ARM_WHOLE = os.environ.get("PEFTOPS_TEST_ARM", "").split()  # builds for AArch64 whose tests all run; see arm/README.md
+ARM_DEVICES = [f"arm-{build}" for build in ARM_WHOLE or ["neon"]]
+ARM_SLICE = 60  # tests, evenly spread, where not all are asked for
+DEVICES = [*(f"cpu-{isa}" for isa in _C.isas()), *CUDA_DEVICES, *ARM_DEVICES]
 
 
 @pytest.fixture(params=DEVICES)
@@ -38,6 +42,12 @@ def device(request):
         if isinstance(sim.cuda_ops(), str):
             pytest.skip(sim.cuda_ops())
         with sim.on_cpu_tensors():
+            yield "cpu"
+        return
+    if request.param in ARM_DEVICES:
+        if isinstance(arm.operators(), str):
+            pytest.skip(arm.operators())
+        with arm.on_cpu_tensors(request.param.removeprefix("arm-")):
             yield "cpu"
         return
     isa, old = request.param.removeprefix("cpu-"), _C.isa_limit()
@@ -56,7 +66,11 @@ def pytest_collection_modifyitems(items):
     stems = {f"test_{path.stem}" for path in sim.KERNELS}
     is_sim = lambda item: hasattr(item, "callspec") and item.callspec.params.get("device") == "cuda-sim"
     wanted = lambda item: item.path.stem in stems and "threads" not in item.fixturenames
+    is_arm = lambda item: hasattr(item, "callspec") and item.callspec.params.get("device") in ARM_DEVICES
     items[:] = [item for item in items if not is_sim(item) or wanted(item)]
+    on_arm = [item for item in items if is_arm(item) and "threads" not in item.fixturenames]
+    chosen = set(on_arm if ARM_WHOLE else on_arm[:: len(on_arm) // ARM_SLICE or 1])
+    items[:] = [item for item in items if not is_arm(item) or item in chosen]
 
 
 @pytest.fixture

@@ -3,14 +3,7 @@
 #pragma once
 #include "kernels/cpu/group_decode.h"
 #include "kernels/cpu/group_dot.h"
-#include "kernels/cpu/product.h"
-#if defined(__AVX512F__)
-#include "kernels/cpu/product_int16.h"
-#include "kernels/cpu/product_int8.h"
-#endif
-#if defined(__AVX512BF16__)
-#include "kernels/cpu/product_bf16.h"
-#endif
+#include "kernels/cpu/products.h"
 
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {

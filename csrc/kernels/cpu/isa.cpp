@@ -22,9 +22,12 @@ Isa detect() {
       __builtin_cpu_supports("avx512vnni"))
     return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
   // Every CPU with AVX2 has F16C, which older compilers cannot be asked about.
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
-#endif
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::avx2 : Isa::scalar;
+#elif defined(__aarch64__)
+  return Isa::neon;   // part of the architecture
+#else
   return Isa::scalar;
+#endif
 }
 
 Isa limit_from_environment() {

@@ -20,6 +20,8 @@ constexpr int64_t kScratchBytes = 640 << 10;   // most of a core's L2; product.h
 #if defined(__x86_64__)
 #define PEFTOPS_EACH_BUILD(f, ...) \
   f(scalar, __VA_ARGS__) f(avx2, __VA_ARGS__) f(avx512, __VA_ARGS__) f(avx512bf16, __VA_ARGS__)
+#elif defined(__aarch64__)
+#define PEFTOPS_EACH_BUILD(f, ...) f(scalar, __VA_ARGS__) f(neon, __VA_ARGS__)
 #else
 #define PEFTOPS_EACH_BUILD(f, ...) f(scalar, __VA_ARGS__)
 #endif

@@ -2,13 +2,7 @@
 // a transposition. See packed_product.h for the view.
 #pragma once
 #include "kernels/cpu/nf4_decode.h"
-#include "kernels/cpu/product.h"
-#if defined(__AVX512F__)
-#include "kernels/cpu/product_int16.h"
-#endif
-#if defined(__AVX512BF16__)
-#include "kernels/cpu/product_bf16.h"
-#endif
+#include "kernels/cpu/products.h"
 
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {

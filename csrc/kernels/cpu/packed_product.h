@@ -19,15 +19,8 @@
 #pragma once
 #include "kernels/cpu/dot.h"
 #include "kernels/cpu/linear_output.h"
-#include "kernels/cpu/product.h"
+#include "kernels/cpu/products.h"
 #include "kernels/linear.h"
-#if defined(__AVX512F__)
-#include "kernels/cpu/product_int16.h"
-#include "kernels/cpu/product_int8.h"
-#endif
-#if defined(__AVX512BF16__)
-#include "kernels/cpu/product_bf16.h"
-#endif
 
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {

@@ -15,7 +15,7 @@
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(PEFTOPS_NEON)
 constexpr int kTileRows = 14;   // x 2 vectors = 28 of 32 registers hold C; 2 hold P, 1 an element of A
 #elif defined(__AVX2__)
 constexpr int kTileRows = 6;    // x 2 = 12 of 16 registers

@@ -35,6 +35,8 @@ template <> struct TwoBytes<f16> { using type = void; };
 #include "kernels/cpu/simd_avx512.h"
 #elif defined(__AVX2__)
 #include "kernels/cpu/simd_avx2.h"
+#elif defined(PEFTOPS_NEON)
+#include "kernels/cpu/simd_neon.h"
 #else
 #include "kernels/cpu/simd_scalar.h"
 #endif

@@ -3,11 +3,11 @@
 //
 // A binding begins with a device guard: what was allowed before is forgotten. Every pointer that it then takes from a
 // tensor allows the bytes from that tensor's first element to its last and no more, for reading only if it asked for a constant pointer.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+
+#include "extent.h"
 
 extern "C" {
 
@@ -17,17 +17,7 @@ void sim_forbid_all();
 AOTITorchError __real_torch_get_const_data_ptr(AtenTensorHandle, const void**);
 AOTITorchError __real_torch_get_mutable_data_ptr(AtenTensorHandle, void**);
 
-static void allow(AtenTensorHandle tensor, const void* p, bool read_only) {
-  int64_t elements = 0, dims = 0, extent = 1, *sizes = nullptr, *strides = nullptr;
-  int32_t dtype = 0;
-  aoti_torch_get_numel(tensor, &elements);
-  aoti_torch_get_dtype(tensor, &dtype);
-  aoti_torch_get_dim(tensor, &dims);
-  aoti_torch_get_sizes(tensor, &sizes);
-  aoti_torch_get_strides(tensor, &strides);
-  for (int64_t i = 0; i < dims; ++i) extent += (sizes[i] - 1) * strides[i];
-  sim_allow(p, size_t(elements ? extent : 0) * aoti_torch_dtype_element_size(dtype), read_only);
-}
+static void allow(AtenTensorHandle tensor, const void* p, bool read_only) { sim_allow(p, extent_of(tensor), read_only); }
 
 AOTITorchError __wrap_torch_get_const_data_ptr(AtenTensorHandle tensor, const void** p) {
   const AOTITorchError error = __real_torch_get_const_data_ptr(tensor, p);
