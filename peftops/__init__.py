@@ -69,6 +69,7 @@ from .ops import (
     nf4_dequantize,
     nf4_linear,
     nf4_quantize,
+    paged_attention,
     qalora_linear,
     qalora_merge,
     with_gated_prompt,
@@ -80,19 +81,19 @@ if torch.version.cuda and find_spec("peftops._C_cuda"):
 
 __version__ = "0.1.0"
 __all__ = [
-    "AdamW8bit", "AdapterPool", "BitFitConfig", "BottleneckConfig", "CalibrationConfig", "DoRAConfig",
-    "GLoRAConfig", "GroupQuantTensor", "HardPrompt", "HeadOnlyConfig", "IA3Config", "Influence",
-    "LLaMAAdapterConfig", "LQLoRAConfig", "LoRAConfig", "LoRAFAConfig", "LoftQConfig", "LongLoRAConfig",
-    "MXFP4Tensor", "MultiLoRAConfig", "NF4Tensor", "NormTuningConfig", "OLoRAConfig", "PiSSAConfig",
-    "PrefixTuningConfig", "PromptTuningConfig", "QALoRAConfig", "QLoRAConfig", "ReLoRAConfig", "Sampling", "Server",
-    "SurgicalConfig", "TiedLoRAConfig", "TopLayersConfig", "VeRAConfig", "Verbalizer", "activate",
-    "add_gated_prompt", "attach", "auto_rgn", "auto_snr", "choice_scores", "demonstrations", "detach", "disabled",
-    "experts_linear", "fisher", "from_bitsandbytes", "gated_prompt_attention", "gptq_quantize", "group_dequantize",
-    "group_linear", "group_quantize", "head_loss", "image_prompts", "input_moments", "language_model_loss", "load",
-    "load_model", "lora_linear", "loraplus_groups", "merge", "multi_lora_linear", "mxfp4_dequantize",
-    "mxfp4_linear", "mxfp4_quantize", "nf4_dequantize", "nf4_linear", "nf4_quantize", "prompt_per_row",
-    "prune_state", "qalora_linear", "qalora_merge", "quantize_model", "relora_schedule", "relora_step", "save",
-    "summary", "unmerge", "weighted_groups", "with_gated_prompt",
+    "AdamW8bit", "AdapterPool", "BitFitConfig", "BottleneckConfig", "CalibrationConfig", "DoRAConfig", "GLoRAConfig",
+    "GroupQuantTensor", "HardPrompt", "HeadOnlyConfig", "IA3Config", "Influence", "LLaMAAdapterConfig", "LQLoRAConfig",
+    "LoRAConfig", "LoRAFAConfig", "LoftQConfig", "LongLoRAConfig", "MXFP4Tensor", "MultiLoRAConfig", "NF4Tensor",
+    "NormTuningConfig", "OLoRAConfig", "PiSSAConfig", "PrefixTuningConfig", "PromptTuningConfig", "QALoRAConfig",
+    "QLoRAConfig", "ReLoRAConfig", "Sampling", "Server", "SurgicalConfig", "TiedLoRAConfig", "TopLayersConfig",
+    "VeRAConfig", "Verbalizer", "activate", "add_gated_prompt", "attach", "auto_rgn", "auto_snr", "choice_scores",
+    "demonstrations", "detach", "disabled", "experts_linear", "fisher", "from_bitsandbytes", "gated_prompt_attention",
+    "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "head_loss", "image_prompts",
+    "input_moments", "language_model_loss", "load", "load_model", "lora_linear", "loraplus_groups", "merge",
+    "multi_lora_linear", "mxfp4_dequantize", "mxfp4_linear", "mxfp4_quantize", "nf4_dequantize", "nf4_linear",
+    "nf4_quantize", "paged_attention", "prompt_per_row", "prune_state", "qalora_linear", "qalora_merge",
+    "quantize_model", "relora_schedule", "relora_step", "save", "summary", "unmerge", "weighted_groups",
+    "with_gated_prompt",
 ]  # fmt: skip
 
 

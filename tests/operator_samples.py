@@ -49,6 +49,8 @@ def samples():
         "gated_prompt_add_": (out.clone(), *prompt),
         "gated_prompt_backward": (out, *prompt, True),
         "gated_prompt_backward_": (out.clone(), out, *prompt),
+        "paged_attention": (out, torch.randn(3, 2, 4, 16), torch.randn(3, 2, 4, 16), torch.tensor([[2, 0]]).int(),
+                            torch.tensor([7]).int(), 0.25, 8),
         "multi_lora_add_": (g.clone(), x, index, layer.storage, *layer.slots, False, r),
         "multi_lora_gradient": (u, x, index, index[:1], *layer.slots, True, r),
         "experts_nf4": (x, *stack, n, k, ends, bias.repeat(2), u, B2, 0.5),

@@ -222,6 +222,21 @@ def qalora_merge(scales, zeros, lora_A, lora_B, scaling, pool, group_size):
     return zeros - scaling * pool_factor(pool, group_size, lora_A.shape[1]) * (lora_B @ lora_A) / scales
 
 
+def paged_attention(query, keys, values, table, lengths, scale=None, window=None):
+    """A sequence and a query at a time, over its tokens gathered from their pages."""
+    batch, heads, rows, d = query.shape
+    y = query.new_zeros(batch, heads, rows, values.shape[-1])
+    for s, length in enumerate(lengths.tolist()):
+        wide = [pages[table[s].long()].transpose(0, 1).flatten(1, 2).repeat_interleave(heads // pages.shape[1], 0)
+                for pages in (keys, values)]  # fmt: skip
+        for i in range(max(0, rows - length), rows):
+            at = length - rows + i
+            seen = slice(0 if window is None else max(0, at + 1 - window), at + 1)
+            scores = (wide[0][:, seen] @ query[s, :, i, :, None])[..., 0] * (d**-0.5 if scale is None else scale)
+            y[s, :, i] = (scores.softmax(-1)[:, None] @ wide[1][:, seen])[:, 0]
+    return y
+
+
 def gated_prompt(out, query, prompt_key, prompt_value, gate, tanh=True, scale=None):
     """The prompt's part of zero-init gated attention, added to ``out``; prompts have three dims or four."""
     group = query.shape[1] // prompt_key.shape[-3]

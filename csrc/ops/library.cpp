@@ -55,6 +55,8 @@ STABLE_TORCH_LIBRARY(peftops, m) {
         " -> (Tensor dquery, Tensor dprompt_key, Tensor dprompt_value, Tensor dgate)");
   m.def("gated_prompt_backward_(Tensor(a!) dquery, Tensor g, " GATED_PROMPT ")"
         " -> (Tensor dprompt_key, Tensor dprompt_value, Tensor dgate)");
+  m.def("paged_attention(Tensor query, Tensor key_pages, Tensor value_pages, Tensor block_table, Tensor lengths,"
+        " float scale, int window) -> Tensor");
   m.def("adamw8bit_(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq,"
         " Tensor(d!)[] exp_avg_absmax, Tensor(e!)[] exp_avg_sq_absmax, int block_size, int step, float lr, float beta1,"
         " float beta2, float eps, float weight_decay) -> ()");

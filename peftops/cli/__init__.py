@@ -176,7 +176,7 @@ _COMMANDS = {
     "finetune": ("Train an adapter of a causal language model.", _finetune_arguments),
     "quantize": ("Put a model into NF4 with calibration: half of what that costs is gone.", _quantize_arguments),
     "generate": ("Let a model answer, with an adapter or without.", _generate_arguments),
-    "serve": ("Answer a file of requests, each with an adapter of its own, in one batch.", _serve_arguments),
+    "serve": ("Answer requests over HTTP or of a file, each with its own adapter, in one batch.", _serve_arguments),
     "merge": ("Fold an adapter into a dense model and save that.", _merge_arguments),
     "influence": ("Tell which training rows made a model say something.", _influence_arguments),
     "plan": ("Tell which methods fit in memory, and which one to choose.", _plan_arguments),

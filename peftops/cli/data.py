@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.chat import ids_of, pieces, render
+from ..methods.chat import pieces, prompt_ids
 from ..methods.hard_prompt import HardPrompt
 
 IGNORE = -100  # the label of a position that has no target
@@ -180,14 +180,6 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
     if not messages or messages[-1]["role"] != "assistant":
         raise DataError("the last of messages must be the assistant's")
     return messages
-
-
-def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """The ids that ask for an answer to ``messages``."""
-    if getattr(tokenizer, "chat_template", None):
-        return ids_of(tokenizer, render(tokenizer, messages, ask=True))
-    text = "\n".join(m["content"] for m in messages) + "\n"
-    return list(tokenizer(text)["input_ids"])
 
 
 def encode(

@@ -18,14 +18,14 @@ from ..integrations.calibration import CalibrationConfig, input_moments
 from ..integrations.files import fingerprint, writable_directory
 from ..integrations.peft_files import CONFIG, OWN, WEIGHTS
 from ..methods import METHODS, attach
-from ..methods.chat import TURNS
+from ..methods.chat import TURNS, prompt_ids
 from ..methods.few_shot import demonstrations
 from ..methods.hard_prompt import HardPrompt
 from ..methods.qlora import QLoRAConfig
 from ..methods.relora import ReLoRAConfig
 from . import report
 from .checkpoint import digest, load_checkpoint
-from .data import DataError, Example, Row, encode, prompt_ids, read_rows
+from .data import DataError, Example, Row, encode, read_rows
 from .job import CHECKPOINT, Job
 from .model import add_arguments as add_model_arguments
 from .model import base_options, device_and_dtype, load_base, load_tokenizer, positions, vocabulary

@@ -12,10 +12,9 @@ from torch import nn
 from ..integrations import load
 from ..integrations.hf import check_own_code, gguf_file, load_model, model_config
 from ..integrations.peft_files import read_adapter
-from ..methods.chat import stop_ids
+from ..methods.chat import prompt_ids, stop_ids
 from ..methods.config import Config
 from ..methods.qlora import QLoRAConfig
-from .data import prompt_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -1,4 +1,4 @@
-"""``peftops serve``: a file of requests, each for an adapter of its own, answered in one batch."""
+"""``peftops serve``: requests, each for an adapter of its own, answered in one batch; from a file, or over HTTP."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 
 from ..integrations.files import writable_directory
 from ..integrations.peft_files import CONFIG, read_adapter
-from ..methods.chat import stop_ids
+from ..methods.chat import prompt_ids, stop_ids
 from ..serving import Sampling, Server, add_adapter, pool_for
-from .data import DataError, lines_of, parsed, prompt_ids, read_text
+from . import serve_http
+from .data import DataError, lines_of, parsed, read_text
 from .model import add_arguments as add_model_arguments
 from .model import add_base_arguments, base_options, load_base, load_tokenizer
 
@@ -28,21 +29,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_base_arguments(parser)
     arg("--adapters", type=Path, nargs="*", default=[], metavar="DIR",
         help="directories of LoRA adapters, or of such directories; an adapter has its directory's name")  # fmt: skip
-    arg("--requests", type=Path, required=True, help="JSONL: prompt or messages, and, as wished, adapter (none is the "
+    arg("--requests", type=Path, help="JSONL: prompt or messages, and, as wished, adapter (none is the "
         "model itself), max_tokens, temperature, top_k, top_p, seed (without any of these four: greedy)")  # fmt: skip
-    arg("--out", type=Path, required=True, help="JSONL: a line per answer, as it is done, with its row's number")
-    arg("--max-tokens", type=int, default=128, help="of an answer whose row does not say (default 128)")
+    arg("--out", type=Path, help="JSONL: a line per answer, as it is done, with its row's number")
+    arg("--max-tokens", type=int, default=128, help="of an answer whose request does not say (default 128)")
     arg("--max-batch", type=int, default=16, help="requests that run at once (default 16)")
     arg("--max-cache", type=int, default=16384, help="tokens whose keys and values are kept at once (default 16384)")
     arg("--resident", type=int, default=16, help="adapters for which there is room at once (default 16)")
+    serve_http.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
+    if (args.port is None) == (args.requests is None and args.out is None):
+        raise ValueError("serve needs either --port, for a server over HTTP, or --requests and --out, for a file")
+    if args.port is None and (args.requests is None or args.out is None):
+        raise ValueError("a file of requests needs both --requests and --out")
     for name in ("max_tokens", "max_batch", "resident"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    return _run_file(args) if args.port is None else _run_http(args)
+
+
+def _run_http(args: argparse.Namespace) -> int:
+    sock = serve_http.prepare(args)
+    with sock:
+        adapters = find_adapters(args.adapters)
+        known = {**adapters, **serve_http.readable(args.watch)}
+        base = _base(args, known)
+        tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+        model = load_base(args, **base)
+        rank = max([args.max_rank, *(_rank(folder) for folder in known.values())])
+        pool = pool_for(model, adapters=args.resident, rank=rank)
+        check = None if args.dense or args.quantize else lambda folder: _check_base(folder, base)
+        return serve_http.run(args, sock, tokenizer, model, pool, adapters, check)
+
+
+def _run_file(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     adapters = find_adapters(args.adapters)
     rows = read_requests(args.requests, adapters)
     if args.out.is_dir() or args.out.resolve() == args.requests.resolve():
@@ -141,6 +165,13 @@ def _base(args: argparse.Namespace, adapters: dict[str, Path]) -> dict[str, Any]
         raise ValueError(f"the adapters {name} and {other} were trained on different bases, {_words(first)} and "
                          f"{_words(wanted[other])}; choose one for all with --dense or --quantize")  # fmt: skip
     return first
+
+
+def _check_base(folder: Path, base: dict[str, Any]) -> None:
+    other = base_options(read_adapter(folder)[0])
+    if other != base:
+        raise ValueError(f"it was trained on another base than this server's, {_words(other)} and not {_words(base)}; "
+                         "start the server with --dense or --quantize to have it nevertheless")  # fmt: skip
 
 
 def _words(base: dict[str, Any]) -> str:

@@ -37,6 +37,14 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """The ids that ask for an answer to ``messages``."""
+    if getattr(tokenizer, "chat_template", None):
+        return ids_of(tokenizer, render(tokenizer, messages, ask=True))
+    text = "\n".join(m["content"] for m in messages) + "\n"
+    return list(tokenizer(text)["input_ids"])
+
+
 def pieces(tokenizer: Any, messages: Sequence[Message], turns: str = "last") -> list[tuple[list[int], bool]]:
     """A conversation as stretches of ids, each with whether it is to be learnt. Together they are the ids of what the
     template makes of all messages.

@@ -17,6 +17,7 @@ from .nf4_dequantize import nf4_dequantize
 from .nf4_linear import nf4_linear
 from .nf4_quantize import nf4_quantize
 from .nf4_tensor import NF4Tensor
+from .paged_attention import paged_attention
 from .qalora_linear import qalora_linear
 from .qalora_merge import qalora_merge
 
@@ -24,5 +25,6 @@ __all__ = [
     "GroupQuantTensor", "MXFP4Tensor", "NF4Tensor", "add_gated_prompt", "experts_linear", "gated_prompt_attention",
     "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "lora_linear", "multi_lora_linear",
     "mxfp4_dequantize", "mxfp4_linear", "mxfp4_quantize", "nf4_dequantize", "nf4_linear", "nf4_quantize",
+    "paged_attention",
     "qalora_linear", "qalora_merge", "with_gated_prompt",
 ]  # fmt: skip

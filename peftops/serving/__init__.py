@@ -1,7 +1,8 @@
 """Many adapters on one frozen model, in one batch (S-LoRA, arXiv:2311.03285)."""
 
 from .adapters import add_adapter, pool_for
+from .batch import Logprob
 from .sampling import Sampling
 from .server import Cancelled, Completion, Server
 
-__all__ = ["Cancelled", "Completion", "Sampling", "Server", "add_adapter", "pool_for"]
+__all__ = ["Cancelled", "Completion", "Logprob", "Sampling", "Server", "add_adapter", "pool_for"]

@@ -17,6 +17,28 @@ from .cache import RowCache
 BASE = -1  # index of a row that no adapter changes
 
 
+class NotFinite(ValueError):
+    """The error of a request whose logits are not finite."""
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """The logarithms of the probabilities that the model gave, before anything was drawn.
+
+    Attributes:
+        own: that of the token that was taken.
+        top: those of the likeliest ones, by token, the likeliest first.
+
+    Examples:
+        >>> from peftops.serving import Logprob
+        >>> Logprob(own=-0.7, top={5: -0.6, 6: -0.7}).top[5]
+        -0.6
+    """
+
+    own: float
+    top: dict[int, float]
+
+
 @dataclass
 class Request:
     """A question, and its answer so far."""
@@ -26,8 +48,12 @@ class Request:
     adapter: str | None
     max_new: int
     draw: Callable[[Tensor], int] | None = None  # None takes the likeliest token
+    logprobs: int | None = None  # how many of the likeliest tokens are told of, beside the one taken
+    watch: Callable[[int, Logprob | None], bool] | None = None  # is told each token; true ends the answer
     index: int = BASE  # in the pool, while it runs
     ids: list[int] = field(default_factory=list)
+    told: list[Logprob] = field(default_factory=list)
+    ended: bool = False  # by its watch
     error: Exception | None = None  # why it cannot go on
 
     @property
@@ -93,6 +119,7 @@ class Batch:
                 del self.running[first:]
                 for request in group:
                     request.ids.clear()
+                    request.told.clear()
                 self.cache.clear(first)
                 raise
 
@@ -172,10 +199,22 @@ def _append(requests: list[Request], logits: Tensor) -> None:
     for request, row, token, top in zip(requests, logits, likeliest, largest, strict=True):
         try:
             if not math.isfinite(top):
-                raise ValueError("its logits are not finite: the adapter's numbers are not, or activations overflow")
-            request.ids.append(token if request.draw is None else request.draw(row))
+                raise NotFinite("its logits are not finite: the adapter's numbers are not, or activations overflow")
+            chosen = token if request.draw is None else request.draw(row)
+            told = None if request.logprobs is None else _logprob(row, chosen, request.logprobs)
+            request.ids.append(chosen)
+            if told is not None:
+                request.told.append(told)
+            if request.watch is not None:
+                request.ended = request.watch(chosen, told)
         except Exception as error:
             request.error = error
+
+
+def _logprob(logits: Tensor, chosen: int, count: int) -> Logprob:
+    every = logits.float().log_softmax(-1)
+    top = every.topk(min(count, len(every)))
+    return Logprob(float(every[chosen]), dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
 
 
 def alike(requests: list[Request]) -> Iterator[list[Request]]:

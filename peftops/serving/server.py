@@ -16,9 +16,9 @@ import inspect
 import itertools
 import operator
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch import nn
 from ..methods.config import check_range
 from ..nn import AdapterPool
 from ..nn.prompt import cache_name
-from .batch import Batch, PooledLinear, Request, Rows
+from .batch import Batch, Logprob, PooledLinear, Request, Rows
 from .sampling import Sampling
 
 
@@ -40,6 +40,7 @@ class Completion:
         ids: the tokens that were generated, with the one that stopped it.
         error: why they are not the whole answer: an exception that concerned this request alone, which is over then;
             None if they are. That it was cancelled is a :class:`Cancelled`.
+        logprobs: of each token, if they were asked for.
 
     Examples:
         >>> from peftops.serving import Completion
@@ -50,6 +51,7 @@ class Completion:
     number: int
     ids: list[int]
     error: Exception | None = None
+    logprobs: list[Logprob] = field(default_factory=list)
 
 
 class Cancelled(Exception):
@@ -97,7 +99,7 @@ class Server:
             raise TypeError(f"Server: {type(model).__name__} takes no {', '.join(sorted(lacks))}")
         self.model, self.pool, self.max_batch, self.max_tokens = model, pool, max_batch, max_tokens
         config = model.config.get_text_config()
-        self._vocabulary, self._window = config.vocab_size, _window(config)
+        self.vocabulary, self._window = config.vocab_size, _window(config)
         ends = model.generation_config.eos_token_id if stop is None else list(stop)
         self.stop = {ends} if isinstance(ends, int) else set(ends or ())
         rows = Rows()
@@ -106,6 +108,7 @@ class Server:
         self._cancelled: set[int] = set()
         self._done: list[Completion] = []  # not yet told
         self._numbers, self._ahead, self._asked = itertools.count(1), prefetch, ()
+        self.hits, self.misses = 0, 0  # whether a request's adapter was in the working set as it was admitted
         self._loader = ThreadPoolExecutor(1, "peftops-prefetch")
         self._loading: Future | None = None
         self._was_training, self._closed = model.training, False
@@ -133,7 +136,14 @@ class Server:
         self.close()
 
     def submit(
-        self, prompt: Sequence[int], *, adapter: str | None = None, max_new: int = 128, sampling: Sampling | None = None
+        self,
+        prompt: Sequence[int],
+        *,
+        adapter: str | None = None,
+        max_new: int = 128,
+        sampling: Sampling | None = None,
+        logprobs: int | None = None,
+        watch: Callable[[int, Logprob | None], bool] | None = None,
     ) -> int:
         """Queue a request; its number. May be called from any thread, at any time.
 
@@ -142,28 +152,34 @@ class Server:
             adapter: its name in the pool; None for the base model.
             max_new: the most tokens to generate.
             sampling: how to draw them; None for the likeliest one each time.
+            logprobs: keep a :class:`Logprob` of each token, with this many of the likeliest ones.
+            watch: is called with each token, and its Logprob if there is one, as soon as it is there, by the thread
+                that steps. If it returns true, the answer ends with this token; if it raises, with this error.
 
         Raises:
             KeyError: the pool has no such adapter.
             RuntimeError: the server is closed.
             TypeError: the prompt has something that is no whole number.
-            ValueError: max_new is no whole number above 0; the prompt is empty or no ids of this model; prompt and
-                answer could never fit ``max_tokens``, or the window of a model whose attention slides.
+            ValueError: max_new is no whole number above 0, or logprobs none from 0; the prompt is empty or no ids of
+                this model; prompt and answer could never fit ``max_tokens``, or the window of a model whose attention
+                slides.
         """
         self._check_open()
         prompt = [operator.index(i) for i in prompt]
-        if not prompt or not all(0 <= i < self._vocabulary for i in prompt):
-            known = f"ids from 0 to {self._vocabulary - 1}, at least one"
+        if not prompt or not all(0 <= i < self.vocabulary for i in prompt):
+            known = f"ids from 0 to {self.vocabulary - 1}, at least one"
             raise ValueError(f"Server: a prompt needs {known}, not {prompt[:9]}")
         check_range("Server: max_new", max_new, 1, whole=True)
-        most = min(self.max_tokens, self._window or self.max_tokens)
+        if logprobs is not None:
+            check_range("Server: logprobs", logprobs, 0, whole=True)
+        most = self.longest
         if len(prompt) + max_new > most:
             why = "max_tokens" if most == self.max_tokens else "the window over which this model's attention slides"
             raise ValueError(f"Server: {len(prompt)} + {max_new} tokens are more than {why}, {most}")
         if adapter is not None:
             self.pool._find(adapter)
         draw = None if sampling is None else sampling.drawer()
-        request = Request(next(self._numbers), prompt, adapter, max_new, draw)
+        request = Request(next(self._numbers), prompt, adapter, max_new, draw, logprobs, watch)
         self._waiting.append(request)
         return request.number
 
@@ -178,6 +194,16 @@ class Server:
         if known:
             self._cancelled.add(number)
         return known
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that a prompt and its answer may have together."""
+        return min(self.max_tokens, self._window or self.max_tokens)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests do not run yet."""
+        return len(self._waiting)
 
     @property
     def idle(self) -> bool:
@@ -229,8 +255,10 @@ class Server:
             if rows * max(longest, request.longest) > self.max_tokens:
                 break
             if request.adapter is not None:
+                there = request.adapter in self.pool.resident
                 try:
                     request.index = self.pool.pin(request.adapter)
+                    self.hits, self.misses = self.hits + there, self.misses + (not there)
                 except Exception as error:
                     if isinstance(error, RuntimeError) and rows > 1:
                         break  # there is no room beside the adapters of those that run
@@ -261,8 +289,9 @@ class Server:
         done = []
         for row in range(len(self.batch.running) - 1, -1, -1):
             request = self.batch.running[row]
-            if request.error or len(request.ids) == request.max_new or request.ids[-1] in self.stop:
-                done.append(Completion(request.number, request.ids, request.error))
+            over = request.ended or len(request.ids) == request.max_new
+            if request.error or over or request.ids[-1] in self.stop:
+                done.append(Completion(request.number, request.ids, request.error, request.told))
                 self._release(request)
                 self.batch.leave(row)
         self._done += done[::-1]

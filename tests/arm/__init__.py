@@ -13,7 +13,7 @@ import subprocess
 import warnings
 from pathlib import Path
 
-import sim
+import native
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "arm"
@@ -27,7 +27,7 @@ def contracts() -> str:
     """A header: every contract, and PEFTOPS_ARM_KERNELS(kernel), the list of their kernels with their arguments."""
     headers = sorted((ROOT / "csrc/kernels").glob("*.h"))
     listed = [re.findall(r"PEFTOPS_CPU_KERNELS\((.*?)\)\n", header.read_text(), re.S) for header in headers]
-    kernels = re.findall(r"Kernel<([^;]+)> (\w+);", "".join("".join(has) for has in listed))
+    kernels = re.findall(r"Kernel<([^;]+)> (\w+);", "".join("".join(found) for found in listed))
     includes = [f'#include "kernels/{header.name}"' for header, has in zip(headers, listed, strict=True) if has]
     rows = " ".join(f"kernel({name}, {args})" for args, name in kernels)
     return "\n".join([*includes, f"#define PEFTOPS_ARM_KERNELS(kernel) {rows}", ""])
@@ -42,9 +42,9 @@ def build() -> None:
     if not header.exists() or header.read_text() != contracts():
         header.write_text(contracts())
     cross = "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}"
-    sim.cmake("arm_guest", f"-DPEFTOPS_ARM_TESTS={BUILD}", *cross, into=BUILD / "guest")
+    native.build(BUILD / "guest", "arm_guest", f"-DPEFTOPS_ARM_TESTS={BUILD}", *cross)
     root = Path(torch.__file__).parent
-    sim.cmake("arm_ops", f"-DPEFTOPS_ARM_TESTS={BUILD}", f"-DPEFTOPS_TORCH={root}", into=BUILD / "host")
+    native.build(BUILD / "host", "arm_ops", f"-DPEFTOPS_ARM_TESTS={BUILD}", f"-DPEFTOPS_TORCH={root}")
 
 
 @functools.cache

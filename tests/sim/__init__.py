@@ -5,16 +5,16 @@
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
+
+import native
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCH = os.environ.get("PEFTOPS_SIM_ARCH", "80")  # whose PTX is run
@@ -28,19 +28,9 @@ class Finding(Exception):
     """What the interpreter found wrong with a kernel or its launch."""
 
 
-def cmake(target: str, *options: str, into: Path = BUILD) -> None:
-    """Builds a target of CMakeLists.txt into a folder; seconds where nothing changed. Processes take turns."""
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    if into == BUILD:
-        options = "-DPEFTOPS_SIM=ON", f"-DPEFTOPS_SIM_ARCH={ARCH}", *options
-    configure = ["cmake", "-S", ROOT, "-B", into, *generator, *options]
-    into.mkdir(parents=True, exist_ok=True)
-    with (into / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (configure, ["cmake", "--build", into, "--target", target, "--parallel", "2"]):
-            done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{(done.stdout + done.stderr)[-4000:]}")
+def cmake(target: str, *options: str) -> None:
+    """Builds a target of CMakeLists.txt into build/sim."""
+    native.build(BUILD, target, "-DPEFTOPS_SIM=ON", f"-DPEFTOPS_SIM_ARCH={ARCH}", *options)
 
 
 class Simulator:

@@ -1,17 +1,9 @@
-// Rows of a weight in codes of four bits (codes4.h) as columns of P (product.h), for each of the products: a dword of eight codes is transposed, so
-// that a lane is a row, and a shift and a look-up leave what the product multiplies. See packed_product.h for the view.
+// Rows of a weight in codes of four bits (codes4.h) as columns of P (product.h), for each of the products: a dword of
+// eight codes is transposed, so that a lane is a row, and a shift and a look-up leave what the product multiplies. See
+// packed_product.h for the view.
 #pragma once
 #include "kernels/cpu/code_dot.h"
-#include "kernels/cpu/product.h"
-#if defined(PEFTOPS_INT16)
-#include "kernels/cpu/product_int16.h"
-#endif
-#if defined(PEFTOPS_INT8)
-#include "kernels/cpu/product_int8.h"
-#endif
-#if defined(PEFTOPS_BF16)
-#include "kernels/cpu/product_bf16.h"
-#endif
+#include "kernels/cpu/products.h"
 
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {

@@ -1,6 +1,6 @@
-// A few rows of x against a weight in codes of four bits (codes4.h), straight from the packed codes: every row of the weight is
-// read once, in order, and nothing is written but the result. Lanes run along the columns of the
-// weight, in the order in which a strip's codes lie: x is brought into that order once per call.
+// A few rows of x against a weight in codes of four bits (codes4.h), straight from the packed codes: every row of the
+// weight is read once, in order, and nothing is written but the result. Lanes run along the columns of the weight, in
+// the order in which a strip's codes lie: x is brought into that order once per call.
 //
 // Limit: reading the codes; at four rows and more, decoding into a panel (product.h) is faster.
 #pragma once

@@ -3,16 +3,7 @@
 #pragma once
 #include "kernels/cpu/group_decode.h"
 #include "kernels/cpu/group_dot.h"
-#include "kernels/cpu/product.h"
-#if defined(PEFTOPS_INT16)
-#include "kernels/cpu/product_int16.h"
-#endif
-#if defined(PEFTOPS_INT8)
-#include "kernels/cpu/product_int8.h"
-#endif
-#if defined(PEFTOPS_BF16)
-#include "kernels/cpu/product_bf16.h"
-#endif
+#include "kernels/cpu/products.h"
 
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {

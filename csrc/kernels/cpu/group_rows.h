@@ -2,13 +2,7 @@
 // decoded without a transposition. See packed_product.h for the view.
 #pragma once
 #include "kernels/cpu/group_decode.h"
-#include "kernels/cpu/product.h"
-#if defined(PEFTOPS_INT16)
-#include "kernels/cpu/product_int16.h"
-#endif
-#if defined(PEFTOPS_BF16)
-#include "kernels/cpu/product_bf16.h"
-#endif
+#include "kernels/cpu/products.h"
 
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {

@@ -19,17 +19,8 @@
 #pragma once
 #include "kernels/cpu/dot.h"
 #include "kernels/cpu/linear_output.h"
-#include "kernels/cpu/product.h"
+#include "kernels/cpu/products.h"
 #include "kernels/linear.h"
-#if defined(PEFTOPS_INT16)
-#include "kernels/cpu/product_int16.h"
-#endif
-#if defined(PEFTOPS_INT8)
-#include "kernels/cpu/product_int8.h"
-#endif
-#if defined(PEFTOPS_BF16)
-#include "kernels/cpu/product_bf16.h"
-#endif
 
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {

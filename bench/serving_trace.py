@@ -1,0 +1,118 @@
+"""A trace of requests as they arrive (Poisson), for adapters of which few are asked for often (a power law): tokens a
+second, time to the first token, and time per token, at p50 and p99. Against HF PEFT, which takes one request after the
+other and switches adapters in between.
+
+    python bench/serving_trace.py --adapters 1 16 200 --requests 64 --rate 20
+"""
+
+import argparse
+import itertools
+import random
+import statistics
+import time
+
+import torch
+
+from bench_serving import model
+from peftops.serving import Server, pool_for
+
+RANK, TARGET = 8, ["q_proj", "v_proj"]
+
+
+def factors(base, seed):
+    draw, found = torch.Generator().manual_seed(seed), {}
+    for name, module in base.named_modules():
+        if name.rpartition(".")[2] in TARGET:
+            out, width = module.weight.shape
+            found[name] = (torch.randn(RANK, width, generator=draw) / 24, torch.randn(out, RANK, generator=draw) / 50)
+    return found
+
+
+def trace(requests, adapters, rate, seed=0):
+    """When each request comes, its adapter, its prompt, and how many tokens it wants."""
+    draw, at = random.Random(seed), 0.0
+    for _ in range(requests):
+        at += draw.expovariate(rate)
+        prompt = [draw.randrange(1, 4096) for _ in range(min(int(8 * draw.paretovariate(1.0)), 256))]
+        yield at, min(int(draw.paretovariate(1.0)) - 1, adapters - 1), prompt, draw.randrange(4, 33)
+
+
+def ours(base, asked, adapters):
+    pool = pool_for(base, adapters=min(adapters, 16), rank=RANK, target=TARGET)
+    for i in range(adapters):
+        pool.add(str(i), factors(base, i))
+    times, waiting = [[] for _ in asked], list(enumerate(asked))[::-1]
+    with Server(base, pool, stop=[]) as server:
+        start = time.perf_counter()
+        while waiting or not server.idle:
+            now = time.perf_counter() - start
+            while waiting and waiting[-1][1][0] <= now:
+                i, (_, adapter, prompt, new) = waiting.pop()
+                told = lambda *_, i=i: times[i].append(time.perf_counter() - start)  # returns None: goes on
+                server.submit(prompt, adapter=str(adapter), max_new=new, watch=told)
+            if server.idle:
+                time.sleep(max(0.0, waiting[-1][1][0] - now))
+            else:
+                server.step()
+    return times
+
+
+def peft(base, asked, adapters):
+    from peft import LoraConfig, get_peft_model
+    from transformers.generation.streamers import BaseStreamer
+
+    config = LoraConfig(r=RANK, target_modules=TARGET)
+    adapted = get_peft_model(base, config, adapter_name="0")
+    for i in range(1, adapters):
+        adapted.add_adapter(str(i), config)
+
+    class Times(BaseStreamer):
+        def __init__(self, into):
+            self.into, self.prompt = into, True
+
+        def put(self, value):
+            if not self.prompt:
+                self.into.append(time.perf_counter() - start)
+            self.prompt = False
+
+        def end(self):
+            pass
+
+    times, start = [[] for _ in asked], time.perf_counter()
+    for i, (at, adapter, prompt, new) in enumerate(asked):
+        time.sleep(max(0.0, at - (time.perf_counter() - start)))
+        adapted.set_adapter(str(adapter))
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            adapted.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
+                             pad_token_id=0, streamer=Times(times[i]))  # fmt: skip
+    return times
+
+
+def report(name, adapters, asked, times):
+    arrived = [at for at, *_ in asked]
+    tokens, seconds = sum(map(len, times)), max(map(max, times)) - arrived[0]
+    first = [ts[0] - at for ts, at in zip(times, arrived, strict=True)]
+    each = [b - a for ts in times for a, b in itertools.pairwise(ts)]
+    ends = lambda values: "{0[49]:8.3f} {0[98]:8.3f}".format(statistics.quantiles(values, n=100))
+    rate = f"{tokens / seconds:8.1f} tokens/s"
+    print(f"{name:8} {adapters:5} adapters {rate}   first {ends(first)} s   each {ends(each)} s", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 16, 200])
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=20.0, help="requests a second")
+    parser.add_argument("--peft", type=int, default=16, help="the most adapters with which PEFT is tried, too")
+    args = parser.parse_args()
+    print(f"{args.requests} requests, {args.rate:g} a second, {torch.get_num_threads()} threads; times at p50 and p99")
+    for adapters in args.adapters:
+        asked = list(trace(args.requests, adapters, args.rate))
+        report("peftops", adapters, asked, ours(model(), asked, adapters))
+        if adapters <= args.peft:
+            report("PEFT", adapters, asked, peft(model(), asked, adapters))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Attention over keys and values in pages, as servers keep them."""
+
+import torch
+from torch import Tensor
+
+_attend = torch.ops.peftops.paged_attention.default
+_ALL = 2**62  # a window that no sequence fills
+
+
+@torch.library.register_fake("peftops::paged_attention")
+def _(query, key_pages, value_pages, block_table, lengths, scale, window):
+    batch, heads, rows, _ = query.shape
+    return query.new_empty(batch, rows, heads, value_pages.shape[-1])
+
+
+def paged_attention(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of each sequence's newest tokens to all of its tokens, whose keys and values lie in pages
+    (PagedAttention, arXiv:2309.06180).
+
+    Token j of sequence s is in page ``block_table[s, j // page_size]``, at ``j % page_size``. The rows of a query are
+    the last ``rows`` tokens of its sequence, whose own keys and values are in the pages already: one row to decode,
+    several for a prompt or a piece of it. The result of a row has the same bits however a prompt is cut, whatever else
+    is in the batch, wherever the pages lie, and for any number of threads. Nothing of a page is read beyond a
+    sequence's length. There is no gradient. On the CPU alone.
+
+    Args:
+        query: ``[batch, heads, rows, d]``; float32, bfloat16 or float16. A row before its sequence's first token is
+            padding, and its result is 0.
+        key_pages: ``[pages, kv_heads, page_size, d]`` of any float dtype; dims but the last may have any strides. Each
+            head serves ``heads / kv_heads`` query heads, as in grouped-query attention.
+        value_pages: ``[pages, kv_heads, page_size, dv]``, of key_pages's dtype.
+        block_table: int32 ``[batch, most]``; behind a sequence's last page it may hold anything.
+        lengths: int32 ``[batch]``, tokens of each sequence, those of the query included.
+        scale: of the scores; ``1 / sqrt(d)`` if None.
+        window: a token sees itself and ``window - 1`` before it; None for all.
+
+    Returns:
+        ``[batch, heads, rows, dv]`` in query's dtype; heads lie next to each other in memory.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit together; a length or a page is out of range; a head has more than
+            512 dims.
+
+    Examples:
+        >>> keys, values = torch.randn(2, 8, 2, 4, 16)  # of 8 pages, 2 heads, 4 tokens a page, d = 16
+        >>> table = torch.tensor([[5, 0], [3, 0]], dtype=torch.int32)
+        >>> lengths = torch.tensor([6, 3], dtype=torch.int32)
+        >>> peftops.paged_attention(torch.randn(2, 4, 1, 16), keys, values, table, lengths).shape
+        torch.Size([2, 4, 1, 16])
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    tensors = (query.detach(), key_pages.detach(), value_pages.detach(), block_table, lengths)
+    return _attend(*tensors, scale, _ALL if window is None else window).transpose(1, 2)
