@@ -61,6 +61,14 @@ class PackedTensor(NoMemory, RowShards, Tensor):
         settings = tuple(getattr(self, name) for name in self._SETTINGS)
         return self._make(parts, settings, self.shape, dtype or self.dtype)
 
+    def _expert(self, index: int) -> Any:
+        """Weight ``index`` of a stack of them, whose parts are views of the stack's."""
+        return self._with({name: self._piece(name, index) for name in self._BY_ROW}, self.shape[1:])
+
+    def _piece(self, name: str, index: int) -> Tensor:
+        """What a part holds of weight ``index`` of a stack."""
+        return getattr(self, name)[index]
+
     def _layout(self) -> tuple:
         return tuple(getattr(self, name) for name in self._LAYOUT)
 
@@ -109,6 +117,8 @@ class PackedTensor(NoMemory, RowShards, Tensor):
             return args[0]._arguments[0].is_pinned()
         if func is _aten._pin_memory.default:
             return args[0]._like(Tensor.pin_memory)
+        if func is _aten.select.int and args[0].dim() == 3 and args[1] == 0:
+            return args[0]._expert(args[2])
         if (done := on_rows(func, args, kwargs)) is not NotImplemented:
             return done
         raise NotImplementedError(f"{func} does not work on {cls._NAME}. {cls._INSTEAD}")
