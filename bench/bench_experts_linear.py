@@ -47,10 +47,10 @@ def cases():
             for tokens in TOKENS:
                 chosen = torch.rand(tokens, experts).topk(top).indices.flatten().sort().values
                 offsets = chosen.bincount(minlength=experts).cumsum(0)
-                ends, x = offsets.tolist(), torch.randn(tokens * top, k).to(dtype)
+                ends, x, int32 = offsets.tolist(), torch.randn(tokens * top, k).to(dtype), offsets.int()
                 providers = {
                     "peftops": lambda x=x, w=weight, o=offsets: peftops.experts_linear(x, w, o),
-                    "grouped": lambda x=x, d=dense, o=offsets.int(): torch._grouped_mm(x, d.transpose(1, 2), offs=o),
+                    "grouped": lambda x=x, d=dense, o=int32: torch._grouped_mm(x, d.transpose(1, 2), offs=o),
                     "decoded": lambda x=x, w=weight, ends=ends, n=n: each_expert(
                         x, x.new_empty(len(x), n), ends, lambda e, rows: rows @ peftops.nf4_dequantize(w[e]).T
                     ),
