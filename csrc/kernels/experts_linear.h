@@ -50,4 +50,13 @@ PEFTOPS_CPU_KERNELS(
     Kernel<ExpertsDense> experts_dense; Kernel<ExpertsDenseBackward> experts_dense_backward;
     Kernel<ExpertsShrink> experts_shrink; Kernel<ExpertsGradient> experts_gradient;)
 
+#ifdef PEFTOPS_CUDA
+namespace cuda {   // offsets lie on the device, and nobody has checked them
+Kernel<ExpertsNf4> experts_nf4; Kernel<ExpertsNf4Backward> experts_nf4_backward;
+Kernel<ExpertsGroup> experts_group; Kernel<ExpertsGroupBackward> experts_group_backward;
+Kernel<ExpertsDense> experts_dense; Kernel<ExpertsDenseBackward> experts_dense_backward;
+Kernel<ExpertsShrink> experts_shrink; Kernel<ExpertsGradient> experts_gradient;
+}  // namespace cuda
+#endif
+
 }  // namespace peftops
