@@ -9,7 +9,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ..ops import NF4Tensor, nf4_linear, nf4_quantize
-from .layers import LINEAR, kind_of, matrix
+from .experts_linear import ExpertsLinear
+from .layers import EXPERTS, LINEAR, kind_of, matrix
 from .quantized import StoredInParts, is_quantized
 from .undo import about
 
@@ -41,7 +42,7 @@ class NF4Linear(StoredInParts, nn.Linear):
     def from_dense(cls, linear: nn.Linear, *, block_size: int = 64, double_quant: bool = True) -> NF4Linear:
         """Quantise ``linear`` (or a Conv1D of transformers); the bias is shared, not copied."""
         weight = nf4_quantize(matrix(linear).contiguous(), block_size=block_size, double_quant=double_quant)
-        return cls(weight, linear.bias, shell_of(linear)).train(linear.training)
+        return nf4_layer(linear, weight)
 
     def with_codes(self, weight: NF4Tensor, bias: Tensor | None) -> NF4Linear:
         """The same layer over another weight."""
@@ -64,7 +65,8 @@ def quantize_linears(
     block_size: int = 64,
     double_quant: bool = True,
 ) -> list[str]:
-    """Replace the chosen dense linear layers of ``model`` by :class:`NF4Linear`, in place and one by one.
+    """Replace the chosen dense linear layers of ``model`` by :class:`NF4Linear`, and experts' by layers over codes, in
+    place and one by one.
 
     A dense weight is freed before the next one is quantised (unless something else refers to it), so the
     dense and the 4-bit model never exist at once.
@@ -81,16 +83,24 @@ def quantize_linears(
         if chosen(name):
             dense = getattr(parent, leaf)
             with about(name):
-                setattr(parent, leaf, NF4Linear.from_dense(dense, block_size=block_size, double_quant=double_quant))
+                codes = nf4_quantize(matrix(dense).contiguous(), block_size=block_size, double_quant=double_quant)
+                setattr(parent, leaf, nf4_layer(dense, codes))
             replaced.append(name)
             del dense
     return replaced
 
 
+def nf4_layer(dense: nn.Module, codes: NF4Tensor) -> nn.Module:
+    """A linear layer, or one of experts, over codes in the place of its weight; the bias is shared."""
+    if isinstance(dense, ExpertsLinear):
+        return dense.with_codes(codes, dense.bias)
+    return NF4Linear(codes, dense.bias, shell_of(dense)).train(dense.training)
+
+
 def _dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for path, parent in model.named_modules():
         for leaf, child in parent.named_children():
-            if kind_of(child) == LINEAR and not is_quantized(child.weight):
+            if kind_of(child) in (LINEAR, EXPERTS) and not is_quantized(child.weight):
                 yield f"{path}.{leaf}".lstrip("."), parent, leaf
 
 
