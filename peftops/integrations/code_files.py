@@ -83,11 +83,11 @@ def _nf4(given: dict[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> NF4
 
 
 def _group(given: dict[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> GroupQuantTensor:
-    n, k = shape
+    *rows, k = shape
     groups, width = (given[name].shape[-1] if given[name].dim() else 0 for name in ("scales", "packed"))
     size, bits = k // max(groups, 1), width * 8 // k
-    wants = {"packed": (torch.uint8, (n, k // 8 * bits)), "scales": (torch.float32, (n, groups)),
-             "zeros": (torch.float32, (n, groups))}  # fmt: skip
+    wants = {"packed": (torch.uint8, (*rows, k // 8 * bits)), "scales": (torch.float32, (*rows, groups)),
+             "zeros": (torch.float32, (*rows, groups))}  # fmt: skip
     _check(given, wants, shape)
     if bits not in (2, 3, 4, 8) or not 8 <= size <= 4096 or size & (size - 1) or size * groups != k:
         raise ValueError(f"codes of {bits} bits in groups of {size} are none of a weight of shape {list(shape)}")
