@@ -93,7 +93,7 @@ def stack_layer(experts: nn.Module, name: str) -> ExpertsLinear:
 
 
 class _Opened:
-    """What is called in the place of a module's own forward. (An object of a class, and no bound function, so that it
+    """The forward that is called in the place of a module's own. (An object of a class, and no bound function, so that it
     can be pickled and goes with a copy of the module.)"""
 
     def __init__(self, experts: nn.Module):
