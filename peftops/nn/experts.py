@@ -93,8 +93,8 @@ def stack_layer(experts: nn.Module, name: str) -> ExpertsLinear:
 
 
 class _Opened:
-    """The forward that is called in the place of a module's own. (An object of a class, and no bound function, so that it
-    can be pickled and goes with a copy of the module.)"""
+    """The forward that is called in the place of a module's own. (It is an object, and no bound function: so it can be
+    pickled, and goes with a copy of the module.)"""
 
     def __init__(self, experts: nn.Module):
         self.experts, self.names = experts, list(experts._parameters)

@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     rows = [{"instruction": f"repeat {c}", "response": c * 6} for c in "abcdefgh"]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "requests.jsonl").write_text(json.dumps({"prompt": "abc", "adapter": "attention"}) + "\n")
-    common = ["finetune", "--model", "model", "--train", "rows.jsonl", "--method", "qlora", "--steps", "1", "--lr", "0.01"]
+    common = ["finetune", "--model", "model", "--train", "rows.jsonl", "--method", "qlora", "--steps", "1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main([*common, "--out", "all"]) == 0
