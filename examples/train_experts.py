@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True)
     for name, value in {"layers": 24, "experts": 128, "top-k": 8, "hidden": 2048, "intermediate": 768, "heads": 32,
-                        "kv-heads": 4, "vocabulary": 151936, "tokens": 256, "rank": 4}.items():  # fmt: skip
+                        "kv-heads": 4, "vocabulary": 151936, "tokens": 256, "labels": 16, "rank": 4}.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -120,11 +120,13 @@ def main() -> None:
         peftops.attach(model, peftops.QLoRAConfig(r=args.rank, target=ADAPTED))
     print(peftops.summary(model))
     ids = torch.randint(args.vocabulary, (1, args.tokens))
+    labels = ids.clone()
+    labels[:, : -args.labels] = -100  # a prompt and its answer: on CPUs without bfloat16 the head is the slowest part
     optimizer = peftops.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     with measured(f"step of {args.tokens} tokens"):
-        total, count = peftops.language_model_loss(model, ids, ids)
+        total, count = peftops.language_model_loss(model, ids, labels)
         loss = total / count
         loss.backward()
         optimizer.step()

@@ -44,6 +44,7 @@ from ..nn import (
 from ..ops import GroupQuantTensor, NF4Tensor, group_quantize, nf4_quantize
 from .bitsandbytes_files import to_bitsandbytes
 from .code_files import OWN_PARTS, Layout
+from .expert_codes import with_codes
 from .gptq_files import FORMAT, to_gptq
 
 _LAYERS = {NF4Tensor: NF4Linear, GroupQuantTensor: GroupLinear}
@@ -294,6 +295,8 @@ class CodesQuantizer(HfQuantizer):
             own.append(WeightRenaming(f"{exact}.bias", f"{end}_bias"))
             own.append(WeightConverter([f"{exact}.{part}" for part in OWN_PARTS], end, [_Read(self, f"{exact}.")]))
         self.renamed = [way for way in own if isinstance(way, WeightRenaming)]
+        if self.pre_quantized and self.layout.name == "bitsandbytes":
+            weight_conversions = [with_codes(way, self) for way in weight_conversions]
         return own + super().update_weight_conversions(weight_conversions, model)
 
     def _process_model_before_weight_loading(

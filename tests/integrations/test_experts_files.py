@@ -1,18 +1,20 @@
 """Files of mixtures of experts: HF PEFT's adapters of parameters, our own, and checkpoints read into codes."""
 
 import copy
+import json
 import warnings
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import models
 import peftops
 from moe_models import OPTIONS, moe
 from peftops.integrations import peft_experts
+from peftops.integrations.bitsandbytes_files import to_bitsandbytes
 from peftops.integrations.quantizer import dequantize
 from peftops.methods import hosts
 
@@ -87,10 +89,6 @@ def test_our_own_files(kind, config, tmp_path):
 
 
 def test_files_that_do_not_fit_say_so(tmp_path):
-    import json
-
-    from safetensors.torch import save_file
-
     model = peftops.attach(moe("Qwen3Moe"), peftops.LoRAConfig(r=2, target=["down_proj"]))
     peftops.save(model, tmp_path)
     path = tmp_path / "adapter_config.json"
@@ -144,6 +142,42 @@ def test_experts_can_stay_dense(kind, tmp_path):
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_experts_that_bitsandbytes_quantised_one_by_one(kind, double_quant, tmp_path):
+    """As checkpoints have them whose experts were linear layers then."""
+    dense = moe(kind)
+    dense.save_pretrained(tmp_path)
+    tensors, written = load_file(tmp_path / "model.safetensors"), {}
+    for key, tensor in tensors.items():
+        coded = tensor.dim() == 2 and key.endswith(".weight") and ("experts." in key or "_proj" in key)
+        if not coded:
+            written[key] = tensor
+            continue
+        codes = peftops.nf4_quantize(tensor, double_quant=double_quant)
+        tensors[key] = peftops.nf4_dequantize(codes)
+        parts = to_bitsandbytes(codes).items()
+        written |= {key.removesuffix("weight") + part: t.contiguous() for part, t in parts}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    want = peftops.load_model(tmp_path, quantize=False)
+    save_file(written, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    codes = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+             "bnb_4bit_use_double_quant": double_quant}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": codes}))
+    model = peftops.load_model(tmp_path)
+    summary = peftops.summary(model)
+    assert summary.packed > 0.9 * summary.total
+    close(model(ids).logits, want(ids).logits)
+    model.hf_quantizer.quantization_config.layout = "peftops"
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(peftops.load_model(tmp_path / "again")(ids).logits, model(ids).logits)
+    del written[next(key for key in written if "experts.3." in key and key.endswith(".absmax"))]
+    save_file(written, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="experts have tensors of .* that others lack"):
+        peftops.load_model(tmp_path)
+
+
 def test_group_codes_and_what_no_other_layout_has(tmp_path):
     dense = moe("Olmoe")
     dense.save_pretrained(tmp_path / "dense")
@@ -169,8 +203,6 @@ def test_an_adapted_model_is_written_whole(tmp_path):
 def test_a_stack_of_another_shape_is_refused(tmp_path):
     moe("GptOss").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    from safetensors.torch import save_file
-
     tensors = load_file(file)
     key = "model.layers.1.mlp.experts.down_proj"
     save_file(tensors | {key: tensors[key][:, :, :-8].contiguous()}, file, metadata={"format": "pt"})
