@@ -101,7 +101,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True)
     for name, value in {"layers": 24, "experts": 128, "top-k": 8, "hidden": 2048, "intermediate": 768, "heads": 32,
-                        "kv-heads": 4, "vocabulary": 151936, "tokens": 256, "labels": 16, "rank": 4}.items():  # fmt: skip
+                        "kv-heads": 4, "vocabulary": 151936, "tokens": 256, "labels": 16,
+                        "rank": 4}.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     torch.manual_seed(0)
