@@ -55,6 +55,7 @@ from .ops import (
     MXFP4Tensor,
     NF4Tensor,
     add_gated_prompt,
+    experts_linear,
     gated_prompt_attention,
     gptq_quantize,
     group_dequantize,
@@ -79,18 +80,17 @@ if torch.version.cuda and find_spec("peftops._C_cuda"):
 
 __version__ = "0.1.0"
 __all__ = [
-    "AdamW8bit", "AdapterPool", "BitFitConfig", "BottleneckConfig", "CalibrationConfig", "DoRAConfig",
-    "GLoRAConfig", "GroupQuantTensor", "HardPrompt", "HeadOnlyConfig", "IA3Config", "Influence",
-    "LLaMAAdapterConfig", "LQLoRAConfig", "LoRAConfig", "LoRAFAConfig", "LoftQConfig", "LongLoRAConfig",
-    "MXFP4Tensor", "MultiLoRAConfig", "NF4Tensor", "NormTuningConfig", "OLoRAConfig", "PiSSAConfig",
-    "PrefixTuningConfig", "PromptTuningConfig", "QALoRAConfig", "QLoRAConfig", "ReLoRAConfig", "Sampling", "Server",
-    "SurgicalConfig", "TiedLoRAConfig", "TopLayersConfig", "VeRAConfig", "Verbalizer", "activate", "add_gated_prompt",
-    "attach", "auto_rgn", "auto_snr", "choice_scores", "demonstrations", "detach", "disabled", "fisher",
-    "from_bitsandbytes",
+    "AdamW8bit", "AdapterPool", "BitFitConfig", "BottleneckConfig", "CalibrationConfig", "DoRAConfig", "GLoRAConfig",
+    "GroupQuantTensor", "HardPrompt", "HeadOnlyConfig", "IA3Config", "Influence", "LLaMAAdapterConfig",
+    "LQLoRAConfig", "LoRAConfig", "LoRAFAConfig", "LoftQConfig", "LongLoRAConfig", "MXFP4Tensor", "MultiLoRAConfig",
+    "NF4Tensor", "NormTuningConfig", "OLoRAConfig", "PiSSAConfig", "PrefixTuningConfig", "PromptTuningConfig",
+    "QALoRAConfig", "QLoRAConfig", "ReLoRAConfig", "Sampling", "Server", "SurgicalConfig", "TiedLoRAConfig",
+    "TopLayersConfig", "VeRAConfig", "Verbalizer", "activate", "add_gated_prompt", "attach", "auto_rgn", "auto_snr",
+    "choice_scores", "demonstrations", "detach", "disabled", "experts_linear", "fisher", "from_bitsandbytes",
     "gated_prompt_attention", "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "head_loss",
     "image_prompts", "input_moments", "language_model_loss", "load", "load_model", "lora_linear", "loraplus_groups",
-    "merge", "multi_lora_linear", "mxfp4_dequantize", "mxfp4_linear", "mxfp4_quantize", "nf4_dequantize", "nf4_linear",
-    "nf4_quantize", "prompt_per_row", "prune_state", "qalora_linear", "qalora_merge", "quantize_model",
+    "merge", "multi_lora_linear", "mxfp4_dequantize", "mxfp4_linear", "mxfp4_quantize", "nf4_dequantize",
+    "nf4_linear", "nf4_quantize", "prompt_per_row", "prune_state", "qalora_linear", "qalora_merge", "quantize_model",
     "relora_schedule", "relora_step", "save", "summary", "unmerge", "weighted_groups", "with_gated_prompt",
 ]  # fmt: skip
 

@@ -20,6 +20,9 @@ def samples():
     pool = peftops.AdapterPool({"layer": (k, n)}, pages=8, page_size=128, slots=2)
     pool.add("a", {"layer": (A, B)})
     index, layer = torch.tensor([pool.load("a")] * m), pool.layer("layer")
+    ends, stack = torch.tensor([1, m]), peftops.nf4_quantize(torch.randn(2, n, k))._arguments
+    groups, dense = peftops.group_quantize(torch.randn(2 * n, k))._arguments, torch.randn(2, n, k)
+    A2, B2 = A.repeat(2, 1), B.repeat(2, 1)
     moments = [torch.randn(n, k)], [torch.rand(n, k)], [], []  # float32: the results follow from floats alone
     return {
         "adamw8bit_": ([torch.randn(n, k)], [torch.randn(n, k)], *moments, k, 1, 0.1, 0.9, 0.999, 1e-8, 0.0),
@@ -48,6 +51,14 @@ def samples():
         "gated_prompt_backward_": (out.clone(), out, *prompt),
         "multi_lora_add_": (g.clone(), x, index, layer.storage, *layer.slots, False, r),
         "multi_lora_gradient": (u, x, index, index[:1], *layer.slots, True, r),
+        "experts_nf4": (x, *stack, n, k, ends, bias.repeat(2), u, B2, 0.5),
+        "experts_nf4_backward": (g, *stack, k, ends, u, A2),
+        "experts_group": (x, *groups, ends, bias.repeat(2), u, B2, 0.5),
+        "experts_group_backward": (g, *groups, ends, u, A2),
+        "experts_dense": (x, dense, ends, bias.repeat(2), u, B2, 0.5),
+        "experts_dense_backward": (g, dense, ends, u, A2),
+        "experts_shrink": (x, A2, ends, True, 0.5),
+        "experts_gradient": (u, x, ends, f32, True, 0.5),
     }
 
 

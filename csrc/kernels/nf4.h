@@ -94,6 +94,7 @@ struct Nf4Weight {
   const float* absmax_offset;   // [1], or null
   int64_t rows, cols;
   int64_t block_size;
+  int64_t first;                // flat index of its first element; 0 but for a part of a stack of weights
 };
 
 }  // namespace peftops

@@ -16,6 +16,11 @@
 // Four arguments that are the adapters of one layer, by slot; their factors lie in the pages of a storage.
 #define LORA_SLOTS "Tensor handles, Tensor pages, Tensor where, Tensor scaling"
 
+// Stacks are flat: weights [experts * out, in] (but a dense one), bias [experts * out], lora_B [experts * out, r], lora_A
+// [experts * r, in]. offsets is int64.
+#define EXPERTS_FORWARD "Tensor offsets, Tensor? bias, Tensor? u, Tensor? lora_B, float scaling"
+#define EXPERTS_BACKWARD "Tensor offsets, Tensor? v, Tensor? lora_A"
+
 STABLE_TORCH_LIBRARY(peftops, m) {
   m.def("nf4_quantize(Tensor weight, int block_size) -> (Tensor packed, Tensor absmax)");
   m.def("nf4_quantize_absmax(Tensor absmax, Tensor offset) -> (Tensor code, Tensor scale)");
@@ -57,8 +62,19 @@ STABLE_TORCH_LIBRARY(peftops, m) {
         " int max_rank) -> Tensor");
   m.def("multi_lora_gradient(Tensor u, Tensor x, Tensor index, Tensor wanted, " LORA_SLOTS ", bool by_rank,"
         " int total) -> Tensor");
+  m.def("experts_nf4(Tensor x, " NF4_WEIGHT ", int out_features, int in_features, " EXPERTS_FORWARD ", bool int8=False)"
+        " -> Tensor");
+  m.def("experts_nf4_backward(Tensor g, " NF4_WEIGHT ", int in_features, " EXPERTS_BACKWARD ") -> Tensor");
+  m.def("experts_group(Tensor x, " GROUP_WEIGHT ", " EXPERTS_FORWARD ", bool int8=False) -> Tensor");
+  m.def("experts_group_backward(Tensor g, " GROUP_WEIGHT ", " EXPERTS_BACKWARD ") -> Tensor");
+  m.def("experts_dense(Tensor x, Tensor weight, " EXPERTS_FORWARD ") -> Tensor");
+  m.def("experts_dense_backward(Tensor g, Tensor weight, " EXPERTS_BACKWARD ") -> Tensor");
+  m.def("experts_shrink(Tensor x, Tensor factor, Tensor offsets, bool by_rank, float scale) -> Tensor");
+  m.def("experts_gradient(Tensor u, Tensor x, Tensor offsets, ScalarType dtype, bool by_rank, float scale) -> Tensor");
 }
 
+#undef EXPERTS_BACKWARD
+#undef EXPERTS_FORWARD
 #undef LORA_SLOTS
 #undef GATED_PROMPT
 #undef NF4_WEIGHT

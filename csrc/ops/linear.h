@@ -6,14 +6,15 @@
 
 namespace peftops::ops {
 
-// y = x W^T + bias + scaling * u lora_B^T. Args: Linear of some weight.
+// y = x W^T + bias + scaling * u lora_B^T. Args: Linear of some weight. Of a stack of `experts` layers, weight is of the
+// size of one; bias and lora_B are all of them, one after the other.
 template <class Args> struct LinearOperands {
   Tensor x, y, bias, u, b;
   Args args = {};
 
   template <class Weight>
   LinearOperands(const char* op, const Weight& weight, const Tensor& x_, const std::optional<Tensor>& bias_,
-                 const std::optional<Tensor>& u_, const std::optional<Tensor>& b_, double scaling) {
+                 const std::optional<Tensor>& u_, const std::optional<Tensor>& b_, double scaling, int64_t experts = 1) {
     check_last_dim(op, "x", x_, weight.cols);
     x = as_contiguous(x_), y = empty_with_last_dim(x, weight.rows);
     args.weight = weight;
@@ -23,7 +24,7 @@ template <class Args> struct LinearOperands {
     args.dtype = dtype_of(op, "x", x);
     if (bias_) {
       bias = as_contiguous(*bias_);
-      check_shape(op, "bias", bias, {weight.rows});
+      check_shape(op, "bias", bias, {experts * weight.rows});
       args.bias = bias.const_data_ptr();
       args.bias_dtype = dtype_of(op, "bias", bias);
     }
@@ -32,7 +33,7 @@ template <class Args> struct LinearOperands {
     u = as_contiguous(*u_), b = as_contiguous(*b_);
     args.r = u.size(-1);
     check_shape(op, "u", u, {args.m, args.r});
-    check_shape(op, "lora_B", b, {weight.rows, args.r});
+    check_shape(op, "lora_B", b, {experts * weight.rows, args.r});
     args.u = floats_of(op, "u", u);
     args.b = b.const_data_ptr();
     args.b_dtype = dtype_of(op, "lora_B", b);

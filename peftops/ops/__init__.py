@@ -1,5 +1,6 @@
 """The operators: what a kernel computes, as differentiable functions of tensors."""
 
+from .experts_linear import experts_linear
 from .gated_prompt_attention import add_gated_prompt, gated_prompt_attention, with_gated_prompt
 from .gptq_quantize import gptq_quantize
 from .group_dequantize import group_dequantize
@@ -20,8 +21,8 @@ from .qalora_linear import qalora_linear
 from .qalora_merge import qalora_merge
 
 __all__ = [
-    "GroupQuantTensor", "MXFP4Tensor", "NF4Tensor", "add_gated_prompt", "gated_prompt_attention", "gptq_quantize",
-    "group_dequantize", "group_linear", "group_quantize", "lora_linear", "multi_lora_linear", "mxfp4_dequantize",
-    "mxfp4_linear", "mxfp4_quantize", "nf4_dequantize", "nf4_linear", "nf4_quantize", "qalora_linear", "qalora_merge",
-    "with_gated_prompt",
+    "GroupQuantTensor", "MXFP4Tensor", "NF4Tensor", "add_gated_prompt", "experts_linear", "gated_prompt_attention",
+    "gptq_quantize", "group_dequantize", "group_linear", "group_quantize", "lora_linear", "multi_lora_linear",
+    "mxfp4_dequantize", "mxfp4_linear", "mxfp4_quantize", "nf4_dequantize", "nf4_linear", "nf4_quantize",
+    "qalora_linear", "qalora_merge", "with_gated_prompt",
 ]  # fmt: skip

@@ -30,4 +30,6 @@ def group_dequantize(weight: GroupQuantTensor, *, dtype: torch.dtype | None = No
     """
     if not isinstance(weight, GroupQuantTensor):
         raise TypeError(f"group_dequantize: weight must be a GroupQuantTensor, not a {type(weight).__name__}")
-    return _dequantize(*weight._arguments, dtype or weight.dtype)
+    *parts, bits, group_size = weight._arguments
+    rows = (part.flatten(0, -2) for part in parts)  # of all experts of a stack
+    return _dequantize(*rows, bits, group_size, dtype or weight.dtype).view(weight.shape)

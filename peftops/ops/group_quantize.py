@@ -37,8 +37,8 @@ def group_quantize(
     down to half as wide: the extremes are clipped, and everything between them is finer.
 
     Args:
-        weight: float32, bfloat16 or float16, ``[out, in]``, not empty; any strides. ``in`` is a multiple
-            of ``group_size``.
+        weight: float32, bfloat16 or float16, ``[out, in]`` or ``[experts, out, in]``, not empty; any strides. ``in``
+            is a multiple of ``group_size``.
         bits: 2, 3, 4 or 8.
         group_size: a power of two from 8 to 4096.
         symmetric: one zero for all, in the middle of the codes.
@@ -57,11 +57,15 @@ def group_quantize(
     if clip not in ("none", "mse"):
         raise ValueError(f"group_quantize: clip must be 'none' or 'mse', not {clip!r}")
     narrower = 31 if clip == "mse" else 0
-    packed, scales, zeros = _quantize(weight.detach(), bits, group_size, symmetric, narrower)
+    stack = weight.shape[:-2] if weight.dim() == 3 else ()
+    rows = weight.detach().flatten(0, 1) if stack else weight.detach()
+    packed, scales, zeros = _quantize(rows, bits, group_size, symmetric, narrower)
     if not torch.compiler.is_compiling() and not weight.is_meta and not all_finite(scales):
         row, group = (~scales.isfinite()).nonzero()[0].tolist()
         raise ValueError(
             f"group_quantize: weight holds a NaN or an infinity (or a span beyond float32), the first in "
             f"row {row}, columns {group * group_size} to {(group + 1) * group_size - 1}"
         )
+    if stack:
+        packed, scales, zeros = (part.unflatten(0, weight.shape[:-1]) for part in (packed, scales, zeros))
     return GroupQuantTensor(packed, scales, zeros, bits, group_size, weight.shape, weight.dtype)

@@ -21,12 +21,13 @@ class GroupQuantTensor(PackedTensor):
     :func:`peftops.group_quantize` (or :meth:`from_codes`) and used by :func:`peftops.group_linear`,
     :func:`peftops.qalora_linear` and :func:`peftops.group_dequantize`. Like an
     :class:`~peftops.NF4Tensor` it can be a (frozen) parameter, be copied, moved, pickled and saved, and
-    raises at any other operation.
+    raises at any other operation. A stack ``[experts, out, in]`` is for :func:`peftops.experts_linear`;
+    ``weight[e]`` is expert ``e``, a view.
 
     Attributes:
-        packed: uint8, ``[out, in * bits / 8]``; each row a string of bits, the first code lowest.
-        scales: float32, ``[out, in / group_size]``, none of them 0.
-        zeros: float32, ``[out, in / group_size]``, in units of a code; any real number.
+        packed: uint8, ``[..., out, in * bits / 8]``; each row a string of bits, the first code lowest.
+        scales: float32, ``[..., out, in / group_size]``, none of them 0.
+        zeros: float32, ``[..., out, in / group_size]``, in units of a code; any real number.
         bits: 2, 3, 4 or 8.
         group_size: a power of two from 8 to 4096.
 
@@ -75,8 +76,8 @@ class GroupQuantTensor(PackedTensor):
         """A weight from codes that exist already; the group size follows from the shapes.
 
         Args:
-            codes: integers from 0 to ``2**bits - 1``, ``[out, in]``.
-            scales: ``[out, in / group_size]``, and zeros of the same shape; kept as float32.
+            codes: integers from 0 to ``2**bits - 1``, ``[out, in]`` or ``[experts, out, in]``.
+            scales: ``[..., out, in / group_size]``, and zeros of the same shape; kept as float32.
             bits: 2, 3, 4 or 8.
             dtype: what the weight stands for.
 
@@ -86,18 +87,22 @@ class GroupQuantTensor(PackedTensor):
         op = "GroupQuantTensor.from_codes"
         if bits not in (2, 3, 4, 8):
             raise ValueError(f"{op}: bits must be 2, 3, 4 or 8, not {bits}")
-        if codes.dim() != 2 or codes.is_floating_point():
-            raise ValueError(f"{op}: codes must be integers [out, in], not {codes.dtype} {list(codes.shape)}")
-        n, k = codes.shape
-        if scales.dim() != 2 or scales.shape[0] != n or not 0 < scales.shape[1] <= k or k % scales.shape[1]:
+        if codes.dim() not in (2, 3) or codes.is_floating_point():
             raise ValueError(
-                f"{op}: scales must have shape [{n}, groups] with groups a divisor of {k}, not {list(scales.shape)}"
+                f"{op}: codes must be integers [out, in] or [experts, out, in], not {codes.dtype} {list(codes.shape)}"
+            )
+        *rows, k = codes.shape
+        groups = scales.shape[-1] if scales.dim() else 0
+        if list(scales.shape[:-1]) != rows or not 0 < groups <= k or k % groups:
+            wanted = ", ".join(map(str, [*rows, "groups"]))
+            raise ValueError(
+                f"{op}: scales must have shape [{wanted}] with groups a divisor of {k}, not {list(scales.shape)}"
             )
         if zeros.shape != scales.shape:
             raise ValueError(
                 f"{op}: zeros must have the shape of scales, {list(scales.shape)}, not {list(zeros.shape)}"
             )
-        group = k // scales.shape[1]
+        group = k // groups
         if not 8 <= group <= 4096 or group & (group - 1):
             raise ValueError(f"{op}: the group size must be a power of two from 8 to 4096, not {group}")
         if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < 2**bits):
@@ -128,7 +133,7 @@ class GroupQuantTensor(PackedTensor):
 
     @property
     def codes(self) -> Tensor:
-        """uint8 ``[out, in]``: the codes, a byte each."""
+        """uint8 ``[..., out, in]``: the codes, a byte each."""
         return unpack_bits(self.packed, self.bits)
 
     def with_zeros(self, zeros: Tensor) -> GroupQuantTensor:
@@ -146,19 +151,19 @@ def all_finite(t: Tensor) -> bool:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Rows of codes as rows of bits: ``[n, k]`` to uint8 ``[n, k * bits / 8]``, the first code lowest."""
+    """Rows of codes as rows of bits: ``[..., k]`` to uint8 ``[..., k * bits / 8]``, the first code lowest."""
     place = torch.arange(8, device=codes.device) * bits
-    octets = (codes.long().unflatten(1, (-1, 8)) << place).sum(-1)
+    octets = (codes.long().unflatten(-1, (-1, 8)) << place).sum(-1)
     place = torch.arange(bits, device=codes.device) * 8
-    return (octets[..., None] >> place & 255).to(torch.uint8).flatten(1)
+    return (octets[..., None] >> place & 255).to(torch.uint8).flatten(-2)
 
 
 def unpack_bits(packed: Tensor, bits: int) -> Tensor:
     """The inverse of :func:`pack_bits`."""
     place = torch.arange(bits, device=packed.device) * 8
-    octets = (packed.long().unflatten(1, (-1, bits)) << place).sum(-1)
+    octets = (packed.long().unflatten(-1, (-1, bits)) << place).sum(-1)
     place = torch.arange(8, device=packed.device) * bits
-    return (octets[..., None] >> place & 2**bits - 1).to(torch.uint8).flatten(1)
+    return (octets[..., None] >> place & 2**bits - 1).to(torch.uint8).flatten(-2)
 
 
 torch.serialization.add_safe_globals([GroupQuantTensor])

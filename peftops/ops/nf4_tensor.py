@@ -21,7 +21,9 @@ class NF4Tensor(PackedTensor):
     :func:`peftops.nf4_quantize` and used by :func:`peftops.nf4_linear` and
     :func:`peftops.nf4_dequantize`. It can be a (frozen) parameter, be copied, moved, pickled and saved;
     ``.to(dtype)`` changes the dtype it stands for and leaves the codes alone. Any other operation
-    raises: nothing dequantises it behind your back.
+    raises: nothing dequantises it behind your back. A stack ``[experts, out, in]`` for
+    :func:`peftops.experts_linear` is one flat weight; ``weight[e]`` is expert ``e``, a view, if its codes and absmax
+    values share no block with another's.
 
     Attributes:
         packed: uint8, ``[ceil(numel / 2)]``; two codes a byte, the first element in the high nibble,
@@ -97,6 +99,23 @@ class NF4Tensor(PackedTensor):
     def double_quant(self) -> bool:
         """Whether the absmax values are quantised themselves, to 8 bits."""
         return self._absmax_scale is not None
+
+    def _expert(self, index: int) -> NF4Tensor:
+        size = self.shape[1] * self.shape[2]
+        group = self.block_size * (256 if self.double_quant else 1)
+        if size % group:
+            raise ValueError(
+                f"an NF4Tensor of shape {list(self.shape)} has no view of one expert: blocks of {group} elements share "
+                f"their scales, and {size} are no multiple of it; peftops.experts_linear takes the whole, "
+                "peftops.nf4_dequantize(weight)[e] are the numbers"
+            )
+        expert = super()._expert(index)
+        if self.double_quant:
+            expert._absmax_scale = self._piece("_absmax_scale", index)
+        return expert
+
+    def _piece(self, name: str, index: int) -> Tensor:
+        return getattr(self, name).unflatten(0, (self.shape[0], -1))[index]
 
     @property
     def _is_ragged(self) -> bool:

@@ -114,8 +114,8 @@ def test_bad_parts():
     assert make().group_size == 32
     for bad, message in (
         (dict(bits=5), "bits must be 2, 3, 4 or 8, not 5"),
-        (dict(codes=codes.float()), r"codes must be integers \[out, in\], not torch.float32 \[4, 64\]"),
-        (dict(codes=codes[0]), r"codes must be integers \[out, in\], not torch.int64 \[64\]"),
+        (dict(codes=codes.float()), r"integers \[out, in\] or \[experts, out, in\], not torch.float32 \[4, 64\]"),
+        (dict(codes=codes[0]), r"codes must be integers \[out, in\] or \[experts, out, in\], not torch.int64 \[64\]"),
         (dict(scales=one[:3]), r"scales must have shape \[4, groups\] with groups a divisor of 64, not \[3, 2\]"),
         (dict(scales=torch.ones(4, 3)), r"a divisor of 64, not \[4, 3\]"),
         (dict(zeros=one[:, :1]), r"zeros must have the shape of scales, \[4, 2\], not \[4, 1\]"),

@@ -37,7 +37,7 @@ template <int V, class Weight> struct CodeColumns {
       const int64_t octets = at_most(kLanes, (steps - k) / 8);
       Int q[kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        const uint8_t* p = w.packed + (at_most(row + i, w.rows - 1) * w.cols + t + k) / 2;
+        const uint8_t* p = w.packed + flat_of(w, at_most(row + i, w.rows - 1), t + k) / 2;
         __builtin_prefetch(p + kDepth / 2);   // where the next panel begins
         q[i] = octets == kLanes ? load_int(p) : load_int_n(p, octets);
       }
@@ -49,8 +49,9 @@ template <int V, class Weight> struct CodeColumns {
   void scales(int64_t row, int64_t t, int64_t steps, float* out) const {
     const int shift = __builtin_ctzll(w.block_size);
     for (int i = 0; i < kLanes; ++i) {
-      const int64_t flat = at_most(row + i, w.rows - 1) * w.cols + t;
-      for (int64_t s = 0; s < steps / segment; ++s) out[s * kLanes + i] = Codes<Weight>::scale_of(w, (flat + s * segment) >> shift);
+      const int64_t flat = flat_of(w, at_most(row + i, w.rows - 1), t);
+      for (int64_t s = 0; s < steps / segment; ++s)
+        out[s * kLanes + i] = Codes<Weight>::scale_of(w, (flat + s * segment) >> shift);
     }
   }
 
@@ -73,7 +74,7 @@ template <int V, class Weight> struct CodeColumns {
     float rows[kLanes * kDepth];
     for (int v = 0; v < V; ++v) {
       const int64_t row = col + v * kLanes, n = at_most(kLanes, w.rows - row);
-      for (int64_t i = 0; i < n; ++i) Codes<Weight>::run(w, (row + i) * w.cols + t, steps, rows + i * kDepth);
+      for (int64_t i = 0; i < n; ++i) Codes<Weight>::run(w, flat_of(w, row + i, t), steps, rows + i * kDepth);
       float* lanes = out + v * kLanes;
       each_vector(steps, [&](int64_t k, int64_t m) {
         Int square[kLanes] = {};

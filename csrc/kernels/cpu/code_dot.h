@@ -128,13 +128,14 @@ template <class Weight> struct Strips {
       lane[0][i] = int32_t(i * 8 / segment), lane[1][i] = i < rest ? -1 : 0, lane[2][i] = i < kLanes / 2 ? -1 : 0;
     which = load_int(lane[0]), inside = load_int(lane[1]), low = load_int(lane[2]);
   }
-  const uint8_t* packed(int64_t row) const { return w.packed + (row * w.cols + k) / 2; }
+  const uint8_t* packed(int64_t row) const { return w.packed + flat_of(w, row, k) / 2; }
 
   // The scales of `rows` rows from `row` on, one row after the other.
   void scales(int64_t row, int64_t rows, float* out) const {
-    if (segment == w.block_size && cols == w.cols) return Codes<Weight>::scales(w, row * segments, rows * segments, out);
+    if (segment == w.block_size && cols == w.cols)
+      return Codes<Weight>::scales(w, flat_of(w, row, 0) / segment, rows * segments, out);
     for (int64_t i = 0; i < rows; ++i, out += segments) {
-      const int64_t flat = (row + i) * w.cols + k;
+      const int64_t flat = flat_of(w, row + i, k);
       if (segment == w.block_size) {
         Codes<Weight>::scales(w, flat / segment, segments, out);
       } else {

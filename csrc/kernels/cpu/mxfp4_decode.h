@@ -6,6 +6,9 @@
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
+// Where an element lies, counted from the first.
+inline int64_t flat_of(const Mxfp4Weight& w, int64_t row, int64_t col) { return row * w.cols + col; }
+
 // out[i] = weight[flat + i] for i < n, both multiples of kLanes. A block is one, too.
 template <class T> void decode_run(const Mxfp4Weight& w, int64_t flat, int64_t n, T* out) {
   const Table16 table(kE2m1);

@@ -6,6 +6,9 @@
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
+// The flat index of an element.
+inline int64_t flat_of(const Nf4Weight& w, int64_t row, int64_t col) { return w.first + row * w.cols + col; }
+
 // The absmax of one block. Multiplied and added with two roundings, like bitsandbytes.
 inline float absmax_of(const Nf4Weight& w, int64_t block) {
   if (w.absmax) return w.absmax[block];

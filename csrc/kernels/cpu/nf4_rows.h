@@ -24,7 +24,7 @@ template <int V> struct Nf4Rows {
 
   void pack(int64_t col, int64_t t, int64_t steps, float* out) const {
     const int64_t cols = at_most(V * kLanes, w.cols - col);
-    for (int64_t k = 0; k < steps; ++k) decode_run(w, (t + k) * w.cols + col, cols, out + k * V * kLanes);
+    for (int64_t k = 0; k < steps; ++k) decode_run(w, flat_of(w, t + k, col), cols, out + k * V * kLanes);
   }
 
 #if defined(PEFTOPS_INT16)
@@ -36,14 +36,14 @@ template <int V> struct Nf4Rows {
       float absmax[kDepth];
       Int most = as_int(zero());
       for (int64_t i = 0; i < segment; ++i) {
-        absmax[i] = absmax_of(w, ((t + s + i) * w.cols + col) / w.block_size);
+        absmax[i] = absmax_of(w, flat_of(w, t + s + i, col) / w.block_size);
         most = max_int(most, as_int(abs(set(absmax[i]))));   // as integers, so that a NaN is the largest
       }
       const float largest = _mm512_cvtss_f32(as_float(most)), factor = largest > 0 ? kCodeFactor / largest : 0.f;
       store(scale, set(largest / kCodeFactor));
       store(scale + kLanes, set(largest / kCodeFactor));
       const auto whole = [&](int64_t i, int64_t v) {
-        const uint8_t* p = w.packed + ((t + s + i) * w.cols + col + v * kLanes) / 2;
+        const uint8_t* p = w.packed + flat_of(w, t + s + i, col + v * kLanes) / 2;
         return _mm512_cvtps_epi32(table(unpack_codes(p)) * set(absmax[i] * factor));
       };
       for (int64_t i = 0; i < segment; i += 8)
@@ -59,7 +59,7 @@ template <int V> struct Nf4Rows {
   void pack_bf16(int64_t col, int64_t t, int64_t steps, int32_t* out) const {
     const Table16 table(kNf4Code);
     const auto row = [&](int64_t i, int64_t v) {
-      const int64_t flat = i * w.cols + col;
+      const int64_t flat = flat_of(w, i, col);
       return table(unpack_codes(w.packed + (flat + v * kLanes) / 2)) * set(absmax_of(w, flat / w.block_size));
     };
     for (int64_t i = t; i < t + steps; i += 8)

@@ -9,24 +9,6 @@
 namespace peftops::cuda {
 namespace {
 
-// A code times an infinity minus a zero times it is no number, though a weight times it is one: where x is not finite,
-// or sums leave the range of fp32, they are made again as plain arithmetic has them.
-template <class T> struct GroupFinish {
-  const GroupLinear& a;
-  int log_group;
-
-  __device__ void operator()(int64_t row, int64_t col, float sum) const {
-    const int64_t k = a.weight.cols;
-    if (!isfinite(sum)) {
-      const T* x = static_cast<const T*>(a.x) + row * k;
-      sum = 0.f;
-#pragma unroll 1
-      for (int64_t j = 0; j < k; ++j) sum = __fmaf_rn(to_float(x[j]), weight_at(a.weight, log_group, col * k + j), sum);
-    }
-    Finish<T, GroupLinear>{a, a.r}(row, col, sum);
-  }
-};
-
 constexpr int kRowsWarps = 8;
 template <class T, int B> using FewStream = GroupStream<T, B, 32>;
 

@@ -5,6 +5,7 @@
 // chunk has several groups, each is multiplied with x of its own threads, and zeros for the others.
 #pragma once
 #include "kernels/cuda/group_decode.cuh"
+#include "kernels/cuda/linear.cuh"
 #include "kernels/cuda/rows.cuh"
 #include "kernels/group_linear.h"
 
@@ -89,6 +90,24 @@ template <class T, int B, int Outs> struct GroupStream {
   }
   __device__ void decode(NoTable, const uint2 (&codes)[kPieces], int i, uint32_t& low, uint32_t& high) const {
     low = pair(codes, 2 * i), high = pair(codes, 2 * i + 1);
+  }
+};
+
+// A code times an infinity minus a zero times it is no number, though a weight times it is one: where x is not finite,
+// or sums leave the range of fp32, they are made again as plain arithmetic has them.
+template <class T> struct GroupFinish {
+  const GroupLinear& a;
+  int log_group;
+
+  __device__ void operator()(int64_t row, int64_t col, float sum) const {
+    const int64_t k = a.weight.cols;
+    if (!isfinite(sum)) {
+      const T* x = static_cast<const T*>(a.x) + row * k;
+      sum = 0.f;
+#pragma unroll 1
+      for (int64_t j = 0; j < k; ++j) sum = __fmaf_rn(to_float(x[j]), weight_at(a.weight, log_group, col * k + j), sum);
+    }
+    Finish<T, GroupLinear>{a, a.r}(row, col, sum);
   }
 };
 

@@ -5,24 +5,6 @@
 namespace peftops::cuda {
 namespace {
 
-// A factor of rank r between k columns, lying by rank as [r, k] or by column as [k, r].
-struct DenseFactor {
-  const void* f;
-  DType dtype;
-  bool wide;
-  int64_t r, k, stride;   // stride: from column to column
-
-  DenseFactor(const void* factor, DType type, bool by_rank, int64_t ranks, int64_t columns)
-      : f(factor), dtype(type),
-        wide(by_rank && columns % 4 == 0 && aligned(factor, dtype == DType::f32 ? 16 : 8)), r(ranks), k(columns),
-        stride(by_rank ? 1 : ranks) {}
-  __device__ bool exact() const { return dtype != DType::f32; }
-  __device__ FactorLine line(int64_t j, int64_t chunk) const {
-    const int64_t of = j < r ? j : r - 1;
-    return {of * (stride == 1 ? k : 1) + chunk * stride, j < r ? k - chunk : 0};
-  }
-};
-
 struct TileRows {   // of a block of threads
   int64_t m;
   __device__ int64_t operator()(int i) const {
@@ -30,11 +12,6 @@ struct TileRows {   // of a block of threads
     return row < m ? row : -1;
   }
 };
-
-// Rows of k elements at p are read n at a time.
-bool is_wide(const void* p, DType dtype, int64_t k, int64_t n) {
-  return k % n == 0 && aligned(p, size_t(n) * (dtype == DType::f32 ? 4 : 2));
-}
 
 template <class X, int Tiles>
 __global__ void __launch_bounds__(kThinThreads, 1) shrink(LoraShrink a, DropoutMask mask, DenseFactor f, bool wide) {
@@ -58,14 +35,6 @@ __global__ void __launch_bounds__(kThinThreads, 2) expand(LoraExpand a, DropoutM
   expand_tile(static_cast<Y*>(a.y), a.k, wide, TileRows{a.m}, u, a.r, f, mask);
 }
 
-template <class D> __device__ void store_gradient(const LoraGradient& a, int64_t j, int64_t col, const Few<4>& sum) {
-  D* d = static_cast<D*>(a.d);
-  if (a.by_rank) return sum.store(d + j * a.k + col, a.k - col, a.k % 4 == 0);
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (col + i < a.k) d[(col + i) * a.r + j] = from_float<D>(sum.at[i]);
-}
-
 template <class X, int Tiles>
 __global__ void __launch_bounds__(kThinThreads) gradient(LoraGradient a, DropoutMask mask, bool wide) {
   __shared__ GradientMemory memory;
@@ -79,9 +48,7 @@ __global__ void __launch_bounds__(kThinThreads) gradient(LoraGradient a, Dropout
         if (a.parts) return sum.store(a.parts + (blockIdx.z * a.r + j) * a.k + col, a.k - col, a.k % 4 == 0);
 #pragma unroll
         for (float& v : sum.at) v = __fmul_rn(scale, v);
-        if (a.d_dtype == DType::f32) store_gradient<float>(a, j, col, sum);
-        else if (a.d_dtype == DType::bf16) store_gradient<__nv_bfloat16>(a, j, col, sum);
-        else store_gradient<__half>(a, j, col, sum);
+        store_gradient(a, j, col, sum);
       }, {blockIdx.z, gridDim.z});
 }
 

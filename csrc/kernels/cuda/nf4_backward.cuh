@@ -56,7 +56,7 @@ __device__ void multiply_backward(const Nf4LinearBackward& a, const DropoutMask&
   // Half of the threads bring a unit of codes each, of a row that advances with the steps.
   const int code_row = thread / kCodeUnits, code_unit = thread % kCodeUnits;
   const bool brings = thread < kBackDepth * kCodeUnits && first_col + 32 * code_unit < k;
-  const uint8_t* codes_from = w.packed + (code_row * k + first_col + 32 * code_unit) / 2;
+  const uint8_t* codes_from = w.packed + (w.first + code_row * k + first_col + 32 * code_unit) / 2;
   const auto fetch = [&](int step) {   // g and codes into their stage; an empty group keeps the count
     if (step < steps) copy(memory.in.g[step % kStages], step);
     if (step < steps && thread < kBackDepth * kCodeUnits) {
@@ -70,7 +70,7 @@ __device__ void multiply_backward(const Nf4LinearBackward& a, const DropoutMask&
   const int unit = thread % kBackUnits, row = thread / kBackUnits;
   const int last = first_col + 8 * unit < k ? int(n) - row : 0;   // this thread's rows of W end before
   const float offset = offset_of(w);
-  int64_t flat = row * k + first_col + 8 * unit;
+  int64_t flat = w.first + row * k + first_col + 8 * unit;
   float scale[2];
   const auto load_scales = [&](int step) {   // step after step
 #pragma unroll

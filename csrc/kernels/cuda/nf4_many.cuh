@@ -47,7 +47,7 @@ template <int Stripes> struct WeightReader {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int64_t row = first + 16 * s + 8 * half + threadIdx.x % kWarp / 4;
-        flat[s][half] = (row < w.rows ? row : w.rows - 1) * w.cols;
+        flat[s][half] = w.first + (row < w.rows ? row : w.rows - 1) * w.cols;
       }
   }
   __device__ void read(WeightChunk<Stripes>& chunk) {

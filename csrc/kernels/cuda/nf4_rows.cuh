@@ -84,7 +84,7 @@ template <class T, int Outs> struct Nf4Stream {
         const int64_t row = first + e / kScales, column = (begin + int64_t(e % kScales)) * kChunk;
         scale[i] = 0.f, code[i] = 0;
         if (row >= w.rows || column >= w.cols) continue;
-        const int64_t block = (row * w.cols + column) >> of.log_block;
+        const int64_t block = (w.first + row * w.cols + column) >> of.log_block;
         scale[i] = w.absmax ? w.absmax[block] : w.absmax_scale[uint64_t(block) / kAbsmaxBlock];
         if (!w.absmax) code[i] = w.absmax_code[block];
       }

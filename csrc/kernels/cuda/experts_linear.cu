@@ -1,0 +1,259 @@
+// The kernels of nf4_linear.cu, group_linear.cu and lora_linear.cu for a stack of weights: their tiles, each of an expert's
+// rows (experts.cuh). With 16-bit x, packed rows of whole chunks go through tensor cores: where experts have up to 16 rows
+// on the average they stream their weight (rows.cuh), where they have more it is shared by 64 (nf4_many.cuh). Everything
+// else is multiplied in fp32, tile by tile. Offsets are read on the device, so a graph of it serves any loads.
+#include "kernels/cuda/experts.cuh"
+#include "kernels/cuda/group_rows.cuh"
+#include "kernels/cuda/linear.cuh"
+#include "kernels/cuda/nf4_backward.cuh"
+#include "kernels/cuda/nf4_many.cuh"
+#include "kernels/cuda/thin.cuh"
+
+namespace peftops::cuda {
+namespace {
+
+template <class T, int Tiles> using Nf4Few = Nf4Stream<T, Tiles == 1 ? 16 : 32>;
+
+template <class T, int Tiles, int Warps>
+__global__ void __launch_bounds__(Warps * kWarp, RowsChunk<Nf4Few<T, Tiles>, Tiles, Warps>::kBlocks)
+few_rows(ExpertsNf4 a, int log_block) {
+  using Stream = Nf4Few<T, Tiles>;
+  __shared__ typename Stream::Memory memory;
+  extern __shared__ uint4 dynamic[];
+  ExpertTile tile;
+  if (!find_tile(a.offsets, a.experts, a.all.m, 8 * Tiles, &tile)) return;
+  Nf4Linear part = part_of(a.all, tile, 8 * Tiles);
+  const Nf4Weight weight = part.weight;
+  part.weight.packed += weight.first / 2;   // rows of whole chunks begin at a byte
+  multiply_rows<T>(part, Stream{weight, log_block}, memory, *reinterpret_cast<RowsSums<Stream, Tiles, Warps>*>(dynamic),
+                   Finish<T, Nf4Linear>{part, part.r});
+}
+
+template <class T> __global__ void __launch_bounds__(kManyThreads) many_rows(ExpertsNf4 a, int log_block) {
+  extern __shared__ uint4 dynamic[];
+  ExpertTile tile;
+  if (!find_tile(a.offsets, a.experts, a.all.m, kManyRows, &tile)) return;
+  const Nf4Linear part = part_of(a.all, tile, kManyRows);
+  multiply_many<T, 1>(part, log_block, *reinterpret_cast<ManyMemory<T>*>(dynamic), Finish<T, Nf4Linear>{part, 0});
+}
+
+constexpr int kBackRows = 64;
+template <class T> __global__ void __launch_bounds__(kBackThreads) many_back(ExpertsNf4Backward a, DropoutMask none, int log_block) {
+  extern __shared__ uint4 dynamic[];
+  ExpertTile tile;
+  if (!find_tile(a.offsets, a.experts, a.all.m, kBackRows, &tile)) return;
+  const Nf4LinearBackward part = backward_part_of(a.all, tile, kBackRows);
+  multiply_backward<T, kBackRows>(part, none, log_block,
+                                  *reinterpret_cast<BackwardMemory<kBackRows>*>(dynamic));
+}
+
+constexpr int kGroupWarps = 8;
+template <class T, int B, int Tiles>
+__global__ void __launch_bounds__(kGroupWarps * kWarp, 1) group_rows(ExpertsGroup a, int log_group) {
+  using Stream = GroupStream<T, B, 32>;
+  __shared__ typename Stream::Memory memory;
+  extern __shared__ uint4 dynamic[];
+  ExpertTile tile;
+  if (!find_tile(a.offsets, a.experts, a.all.m, 8 * Tiles, &tile)) return;
+  const GroupLinear part = part_of(a.all, tile, 8 * Tiles);
+  multiply_rows<T>(part, Stream{part.weight, log_group}, memory,
+                   *reinterpret_cast<RowsSums<Stream, Tiles, kGroupWarps>*>(dynamic), GroupFinish<T>{part, log_group});
+}
+
+// Any element of a weight, for products in fp32.
+template <class T> struct AnyElement {
+  float map[256];   // in shared memory
+
+  __device__ void begin() { map[threadIdx.x] = dynamic_map.at[threadIdx.x]; }   // multiply_tile begins with a barrier
+  __device__ float operator()(const Nf4Weight& w, int64_t flat) const {
+    return weight_at(w, __ffsll(w.block_size) - 1, w.first + flat, map);
+  }
+  __device__ float operator()(const GroupWeight& w, int64_t flat) const { return weight_at(w, __ffsll(w.group) - 1, flat); }
+  __device__ float operator()(const DenseWeight& w, int64_t flat) const {
+    return to_float(static_cast<const T*>(w.p)[w.transposed ? flat % w.cols * w.rows + flat / w.cols : flat]);
+  }
+};
+
+template <class T, class Args> __global__ void __launch_bounds__(kTileThreads) any_rows(Experts<Args> a) {
+  __shared__ TileMemory memory;
+  __shared__ AnyElement<T> weight;
+  ExpertTile tile;
+  if (!find_tile(a.offsets, a.experts, a.all.m, kTile, &tile)) return;
+  const Args part = part_of(a.all, tile, kTile);
+  weight.begin();
+  multiply_any<T>(part, [&](int64_t flat) { return weight(part.weight, flat); }, memory);
+}
+
+template <class T, class Args> __global__ void __launch_bounds__(kTileThreads) any_back(Experts<Args> of) {
+  __shared__ TileMemory memory;
+  __shared__ AnyElement<T> weight;
+  ExpertTile tile;
+  if (!find_tile(of.offsets, of.experts, of.all.m, kTile, &tile)) return;
+  const Args a = backward_part_of(of.all, tile, kTile);
+  weight.begin();
+  const int64_t n = a.weight.rows, k = a.weight.cols;
+  TileSums c;
+  multiply_tile<Along::depth, Along::across>(
+      a.m, k, n, [&](int64_t t, int64_t row) { return to_float(static_cast<const T*>(a.g)[row * n + t]); },
+      [&](int64_t t, int64_t col) { return weight(a.weight, t * k + col); }, memory, c);
+  multiply_tile<Along::depth, Along::across>(
+      a.m, k, a.r, [&](int64_t t, int64_t row) { return a.v[row * a.r + t]; },
+      [&](int64_t t, int64_t col) { return element(a.a, a.a_dtype, t * k + col); }, memory, c);
+  each_result(a.m, k, [&](int64_t row, int64_t col, int i, int j) {
+    static_cast<T*>(a.dx)[row * k + col] = from_float<T>(c.at[i][j]);
+  });
+}
+
+template <class X, int Tiles>
+__global__ void __launch_bounds__(kThinThreads, 1) shrink(ExpertsShrink a, DropoutMask none, DenseFactor f, bool wide) {
+  __shared__ ShrinkMemory<Tiles> memory;
+  ExpertTile tile;
+  if (!find_tile(a.offsets, a.experts, a.all.m, kThinRows, &tile)) return;
+  f.f = moved(f.f, f.dtype, tile.expert * f.r * f.k);
+  const auto row = [&](int i) { return i < tile.rows ? tile.row + i : -1; };
+  shrink_tile<X, Tiles>(static_cast<const X*>(a.all.x), a.all.k, wide, row, f, int64_t(blockIdx.y) * 8 * Tiles,
+                        none, memory, [&](int i, int64_t j, float sum) {
+                          if (j < a.all.r) a.all.u[row(i) * a.all.r + j] = __fmul_rn(a.all.scale, sum);
+                        });
+}
+
+// An expert without rows has zeros.
+template <class X, int Tiles> __global__ void __launch_bounds__(kThinThreads) gradient(ExpertsGradient of, DropoutMask none, bool wide) {
+  __shared__ GradientMemory memory;
+  LoraGradient a = of.all;
+  const int64_t expert = int64_t(blockIdx.z);
+  const ExpertRows rows = rows_of(of.offsets, expert, a.m);
+  a.d = moved(a.d, a.d_dtype, expert * a.r * a.k);
+  const auto u = [&](int64_t row, int64_t j) { return j < a.r ? a.u[row * a.r + j] : 0.f; };
+  gradient_tile<X, Tiles>(static_cast<const X*>(a.x), a.k, wide, [&](int64_t i) { return rows.begin + i; }, rows.count, u,
+                          int64_t(blockIdx.y) * 16 * Tiles, none, memory,
+                          [&](int64_t j, int64_t col, Few<4> sum) {
+                            if (j >= a.r || col >= a.k) return;
+#pragma unroll
+                            for (float& v : sum.at) v = __fmul_rn(a.scale, v);
+                            store_gradient(a, j, col, sum);
+                          });
+}
+
+int log_of(int64_t power) { return __builtin_ctzll(uint64_t(power)); }
+
+// Tiles of rows by tiles of columns.
+template <class Args> dim3 grid_of(const Experts<Args>& a, int64_t size, int64_t columns, int64_t of_columns) {
+  return dim3(most_tiles(a.all.m, a.experts, size), unsigned(ceil_div(columns, of_columns)));
+}
+
+// Kernel: one that streams the weight, for Tiles of 8 rows.
+template <auto* Kernel, class Stream, int Tiles, int Warps, class Args>
+cudaError_t launch_few(const Experts<Args>& a, int log, cudaStream_t stream) {
+  constexpr size_t kShared = sizeof(RowsSums<Stream, Tiles, Warps>);
+  cudaError_t status = allow_shared<Kernel>(kShared);
+  Gpu gpu;
+  if (status == cudaSuccess) status = ask_gpu(&gpu);
+  if (status != cudaSuccess) return status;
+  const int64_t tiles = most_tiles(a.all.m, a.experts, 8 * Tiles);
+  const dim3 grid = rows_grid<Stream, Tiles, Warps>(tiles * 8 * Tiles, a.all.weight.rows, gpu);
+  Kernel<<<grid, Warps * kWarp, kShared, stream>>>(a, log);
+  return cudaGetLastError();
+}
+
+template <class T> cudaError_t launch_chunks(const ExpertsNf4& a, cudaStream_t stream) {
+  const int log = log_of(a.all.weight.block_size);
+  if (a.all.m <= 8 * a.experts) return launch_few<few_rows<T, 1, 8>, Nf4Few<T, 1>, 1, 8>(a, log, stream);
+  if (a.all.m <= kFewRows * a.experts) return launch_few<few_rows<T, 2, 16>, Nf4Few<T, 2>, 2, 16>(a, log, stream);
+  const cudaError_t status = allow_shared<many_rows<T>>(sizeof(ManyMemory<T>));
+  if (status != cudaSuccess) return status;
+  many_rows<T><<<grid_of(a, kManyRows, a.all.weight.rows, 16 * kManyWarps), kManyThreads, sizeof(ManyMemory<T>), stream>>>(
+      a, log);
+  return cudaGetLastError();
+}
+
+template <class T, int B> cudaError_t launch_rows(const ExpertsGroup& a, cudaStream_t stream) {
+  const int log = log_of(a.all.weight.group);
+  if constexpr (B != 3)
+    if (a.all.m > 8 * a.experts)
+      return launch_few<group_rows<T, B, 2>, GroupStream<T, B, 32>, 2, kGroupWarps>(a, log, stream);
+  return launch_few<group_rows<T, B, 1>, GroupStream<T, B, 32>, 1, kGroupWarps>(a, log, stream);
+}
+
+template <class Args> cudaError_t launch_any(const Experts<Args>& a, cudaStream_t stream) {
+  return with_type(a.all.dtype, [&](auto t) {
+    any_rows<decltype(t)><<<grid_of(a, kTile, a.all.weight.rows, kTile), kTileThreads, 0, stream>>>(a);
+    return cudaGetLastError();
+  });
+}
+template <class Args> cudaError_t launch_any_back(const Experts<Args>& a, cudaStream_t stream) {
+  if (a.all.m == 0 || a.all.weight.cols == 0) return cudaSuccess;
+  return with_type(a.all.dtype, [&](auto t) {
+    any_back<decltype(t)><<<grid_of(a, kTile, a.all.weight.cols, kTile), kTileThreads, 0, stream>>>(a);
+    return cudaGetLastError();
+  });
+}
+
+template <class T> cudaError_t launch_units(const ExpertsNf4Backward& a, cudaStream_t stream) {
+  constexpr size_t kShared = sizeof(BackwardMemory<kBackRows>);
+  const cudaError_t status = allow_shared<many_back<T>>(kShared);
+  if (status != cudaSuccess) return status;
+  many_back<T><<<grid_of(a, kBackRows, a.all.weight.cols, kBackCols), kBackThreads, kShared, stream>>>(
+      a, DropoutMask(a.all.dropout), log_of(a.all.weight.block_size));
+  return cudaGetLastError();
+}
+
+template <class Args> bool is_empty(const Experts<Args>& a) { return a.all.m == 0 || a.all.weight.rows == 0; }
+
+}  // namespace
+
+cudaError_t experts_nf4(const ExpertsNf4& a, cudaStream_t stream) {
+  if (is_empty(a)) return cudaSuccess;
+  if (!has_chunks(a.all)) return launch_any(a, stream);
+  return a.all.dtype == DType::bf16 ? launch_chunks<__nv_bfloat16>(a, stream) : launch_chunks<__half>(a, stream);
+}
+
+cudaError_t experts_nf4_backward(const ExpertsNf4Backward& a, cudaStream_t stream) {
+  if (a.all.m == 0 || !has_units(a.all)) return launch_any_back(a, stream);
+  return a.all.dtype == DType::bf16 ? launch_units<__nv_bfloat16>(a, stream) : launch_units<__half>(a, stream);
+}
+
+cudaError_t experts_group(const ExpertsGroup& a, cudaStream_t stream) {
+  if (is_empty(a)) return cudaSuccess;
+  return with_bits(a.all.weight.bits, [&](auto bits) {
+    constexpr int B = decltype(bits)::value;
+    if (!has_chunks<B>(a.all)) return launch_any(a, stream);
+    return a.all.dtype == DType::bf16 ? launch_rows<__nv_bfloat16, B>(a, stream) : launch_rows<__half, B>(a, stream);
+  });
+}
+
+cudaError_t experts_group_backward(const ExpertsGroupBackward& a, cudaStream_t stream) {
+  return launch_any_back(a, stream);
+}
+
+cudaError_t experts_dense(const ExpertsDense& a, cudaStream_t stream) {
+  return is_empty(a) ? cudaSuccess : launch_any(a, stream);
+}
+
+cudaError_t experts_dense_backward(const ExpertsDenseBackward& a, cudaStream_t stream) {
+  return launch_any_back(a, stream);
+}
+
+cudaError_t experts_shrink(const ExpertsShrink& a, cudaStream_t stream) {
+  if (a.all.m == 0 || a.all.r == 0) return cudaSuccess;
+  const LoraShrink& all = a.all;
+  const DenseFactor f(all.f, all.f_dtype, all.by_rank, all.r, all.k);
+  return with_type(all.x_dtype, [&](auto t) {
+    shrink<decltype(t), 2><<<grid_of(a, kThinRows, all.r, 16), kThinThreads, 0, stream>>>(
+        a, DropoutMask(all.dropout), f, is_wide(all.x, all.x_dtype, all.k, 4));
+    return cudaGetLastError();
+  });
+}
+
+cudaError_t experts_gradient(const ExpertsGradient& a, cudaStream_t stream) {
+  const LoraGradient& all = a.all;
+  if (all.r == 0 || all.k == 0) return cudaSuccess;
+  return with_type(all.x_dtype, [&](auto t) {
+    const dim3 grid(unsigned(ceil_div(all.k, kThinCols)), unsigned(ceil_div(all.r, 16)), unsigned(a.experts));
+    gradient<decltype(t), 1><<<grid, kThinThreads, 0, stream>>>(a, DropoutMask(all.dropout),
+                                                                is_wide(all.x, all.x_dtype, all.k, 2));
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace peftops::cuda
