@@ -13,7 +13,7 @@ from torch import nn
 
 from ..integrations.files import whole_directory
 from ..integrations.gptq_files import FORMAT, to_gptq
-from ..nn import GroupLinear
+from ..nn import ExpertsLinear, GroupLinear
 
 
 def write_dense(model: nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -44,6 +44,9 @@ def stand_alone(model: nn.Module) -> None:
 def write_packed(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Write a model whose layers are group-quantised as it is: codes, scales and zeros in GPTQ's layout, the last two
     in float32, so that nothing is lost. Raises what :func:`write_dense` does."""
+    experts = next((path for path, layer in model.named_modules() if isinstance(layer, ExpertsLinear)), None)
+    if experts:
+        raise TypeError(f"{experts} is of experts, of which GPTQ's layout has no codes; merge without --packed")
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, GroupLinear)}
     coded = {f"{path}.weight" for path in layers}
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters() if name not in coded}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..methods import attachment, hosts
 from ..methods.lora import LoRA
-from ..nn import LINEAR, Adapter, kind_of
+from ..nn import EXPERTS, LINEAR, Adapter, kind_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def matrices(model: nn.Module) -> list[Matrix]:
             continue
         adapter = host.adapters[name]
         if not isinstance(adapter, LoRA) or type(adapter).adapt is not LoRA.adapt or kind_of(host.base) != LINEAR:
-            what = f"{path or 'the model'} has {type(adapter).__name__}'s"
+            kind = " of experts" if kind_of(host.base) == EXPERTS else ""
+            what = f"{path or 'the model'} has {type(adapter).__name__}'s{kind}"
             raise TypeError(f"influence needs A and B of linear layers, as LoRA trains them; {what}")
         A, B, scaling = adapter.lora_A, adapter.lora_B, adapter.scaling
         if A.requires_grad:

@@ -22,7 +22,7 @@ from ..methods import hosts
 from ..methods.config import check_choice, check_range
 from ..methods.qlora import BLOCK_SIZES
 from ..methods.targets import ALL_LINEAR, Target, blocks, body_of, find_targets
-from ..nn import NF4Linear, is_quantized, matrix, module_at, quantize_linears, shell_of
+from ..nn import NF4Linear, is_quantized, matrix, module_at, quantize_linears, shell_of, stacks_of
 from ..nn.undo import about, all_or_nothing
 from ..ops.gptq_nf4 import gptq_nf4
 from ..ops.moments import Moments
@@ -236,6 +236,10 @@ def input_moments(
 
 
 def _check_dense(source: Any, model: nn.Module, files: ModelFiles | None) -> None:
+    experts = next((path for path, module in model.named_modules() if stacks_of(module)), None)
+    if experts:
+        raise ValueError(f"{source if files else type(model).__name__} is a mixture of experts, and {experts} would "
+                         "stay dense: calibration is for linear layers; load_model reads it into NF4")  # fmt: skip
     if (files is not None and files.prequantised) or any(is_quantized(p) for p in model.parameters()):
         what = source if files else type(model).__name__
         raise ValueError(f"{what} is quantised already: the dense weights are gone")

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ..methods import METHODS, attach, attachment, detach, hosts
 from ..methods.targets import exact_target, is_within
 from ..methods.targets import layers as modules_of
-from ..nn import PREFIX, Stored, unwrapped
+from ..nn import PREFIX, Stored, opened, unwrapped
 from ..nn.undo import all_or_nothing
+from . import peft_experts
 from .files import writable_directory
 from .peft_tensors import adapted_layers_of, adapters_own, plain_names, some
 from .together import write_together
@@ -73,9 +74,14 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
         return
     _check_finite(tensors, f"the adapter {name!r}")
     adapted = [path for path in adapters if not is_within(path, config.modules_to_save)]
-    targets = {"target_modules": exact_target(model, adapted)} if _target_field(config) else {}
+    own_fields = config.to_peft()
+    peft_knows = own_fields["peft_type"] == "LORA"
+    if peft_knows:
+        tensors = peft_experts.to_peft(tensors, model)
+    split = peft_experts.split_target if peft_knows else lambda *found: {"target_modules": exact_target(*found)}
+    targets = split(model, adapted) if _target_field(config) else {}
     fields = {
-        **config.to_peft(),
+        **own_fields,
         **targets,
         **({"modules_to_save": list(config.modules_to_save)} if config.modules_to_save else {}),
         "task_type": _task(model, config),
@@ -118,7 +124,15 @@ def load(
     """
     folder = Path(directory)
     config, tensors = read_adapter(folder, quantize)
+    with opened(model):
+        _load(model, folder, name, config, tensors)
+    return model
+
+
+def _load(model: nn.Module, folder: Path, name: str, config: Any, tensors: dict[str, Tensor]) -> None:
     tensors = plain_names(tensors, model, folder / WEIGHTS)
+    if hasattr(config, "target"):
+        tensors = peft_experts.from_peft(tensors, model, config, folder / WEIGHTS)
     _check_sizes(config, tensors, folder / WEIGHTS)
     tensors = adapters_own(tensors, model, folder / WEIGHTS)
     # PEFT lists every name that a head may have: one that neither the file nor the model knows means nothing.
@@ -137,7 +151,6 @@ def load(
         except BaseException:
             detach(model, name)
             raise
-    return model
 
 
 def read_adapter(directory: str | os.PathLike, quantize: bool | None = None) -> tuple[Any, dict[str, Tensor]]:

@@ -7,6 +7,7 @@ each tensor of the files once transformers has renamed and converted it as it do
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from types import MethodType
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -22,10 +23,27 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..methods.config import check_choice
 from ..methods.qlora import BLOCK_SIZES
 from ..methods.targets import ALL_LINEAR, find_targets, is_linear, layers
-from ..nn import PackedLinear, as_matrix, dense_matrix, is_conv1d, is_quantized, shell_of, with_matrix
+from ..nn import (
+    EXPERTS,
+    LINEAR,
+    ExpertsLinear,
+    PackedLinear,
+    as_matrix,
+    close_experts,
+    dense_matrix,
+    is_conv1d,
+    is_quantized,
+    open_experts,
+    opened,
+    shell_of,
+    stack_layer,
+    stacks_of,
+    with_matrix,
+)
 from ..ops import group_quantize, nf4_quantize
 from .bitsandbytes_files import to_bitsandbytes
 from .code_files import OWN_PARTS, Layout
+from .expert_codes import with_codes
 from .gptq_files import FORMAT, to_gptq
 
 
@@ -152,8 +170,9 @@ class _Read(ConversionOps):
     An error would be logged by transformers and end in one that says nothing, so it waits in ``hf_quantizer.faults``.
     """
 
-    def __init__(self, quantizer: CodesQuantizer):
+    def __init__(self, quantizer: CodesQuantizer, prefix: str = ""):
         self.hf_quantizer = quantizer  # (by this name transformers knows that it must not cast what codes are made of)
+        self.prefix = prefix  # of the names that the tensors come under
 
     def __deepcopy__(self, memo: dict) -> _Read:
         return self  # transformers copies it for each parameter; there is one quantizer
@@ -161,30 +180,34 @@ class _Read(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], model: nn.Module, full_layer_name: str, **kwargs: Any
     ) -> dict[str, Any]:
-        tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        tensors = {
+            name.removeprefix(self.prefix): value[0] if isinstance(value, list) else value
+            for name, value in input_dict.items()
+        }
         if self.hf_quantizer.pre_quantized:
-            stored = lambda layer: self._stored(layer, tensors, full_layer_name, model)
+            stored = lambda layer, leaf: self._stored(_part(layer, leaf), tensors, full_layer_name, model)
             return {full_layer_name: self._kept(full_layer_name, model, stored)}
         return {
-            name: self._kept(name, model, lambda layer, dense=dense: self._quantized(layer, dense))
+            name: self._kept(name, model, lambda layer, leaf, dense=dense: self._quantized(layer, leaf, dense))
             for name, dense in tensors.items()
         }
 
-    def _kept(self, name: str, model: nn.Module, make: Callable[[nn.Module], Tensor]) -> Tensor:
-        layer = model.get_submodule(name.rpartition(".")[0])
+    def _kept(self, name: str, model: nn.Module, make: Callable[[nn.Module, str], Tensor]) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        layer = model.get_submodule(path)
         try:
-            return make(layer)
+            return make(layer, leaf)
         except (ValueError, RuntimeError, TypeError) as error:
             self.hf_quantizer.faults[name] = error
-            return layer.weight
+            return getattr(layer, leaf)
 
-    def _quantized(self, layer: nn.Module, dense: Tensor) -> Tensor:
+    def _quantized(self, layer: nn.Module, leaf: str, dense: Tensor) -> Tensor:
+        own, layer = getattr(layer, leaf), _part(layer, leaf)
         dense = _fitting(layer, dense)
         if dense.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             dense = dense.float()
-        dense = as_matrix(layer.dense_shell, dense).contiguous()
-        codes = self.hf_quantizer.quantization_config.quantize(dense)
-        return nn.Parameter(codes.to(layer.weight.dtype), requires_grad=False)
+        codes = self.hf_quantizer.quantization_config.quantize(_as_matrix(layer, dense).contiguous())
+        return nn.Parameter(codes.to(own.dtype), requires_grad=False)
 
     def _stored(self, layer: nn.Module, tensors: dict[str, Tensor], name: str, model: nn.Module) -> Tensor:
         if tensors.keys() == {"weight"}:  # dense; of whatever layer
@@ -192,9 +215,10 @@ class _Read(ConversionOps):
             if dense.is_floating_point() and not (dense.dtype == torch.float32 and _is_in(name, _wide(model))):
                 dense = dense.to(layer.weight.dtype)
             return _fitting(layer, dense) if isinstance(layer, PackedLinear) else dense
-        if not isinstance(layer, PackedLinear):
+        if not isinstance(layer, PackedLinear | ExpertsLinear):
             raise ValueError(f"a {type(layer).__name__} cannot be in codes")
-        codes = self.hf_quantizer.layout.read(tensors, layer.weight.shape, layer.weight.dtype)
+        shape = layer.matrices.shape if isinstance(layer, ExpertsLinear) else layer.weight.shape
+        codes = self.hf_quantizer.layout.read(tensors, shape, layer.weight.dtype)
         return nn.Parameter(codes._like(_own_memory), requires_grad=False)
 
     @property
@@ -202,9 +226,19 @@ class _Read(ConversionOps):
         raise NotImplementedError("codes are written as they are")
 
 
+def _part(module: nn.Module, leaf: str) -> nn.Module:
+    """The layer that a parameter belongs to: experts' are parameters as they are read, and layers afterwards."""
+    return stack_layer(module, leaf) if leaf in stacks_of(module) else module
+
+
+def _as_matrix(layer: nn.Module, dense: Tensor) -> Tensor:
+    return as_matrix(getattr(layer, "dense_shell", layer), dense)
+
+
 def _fitting(layer: nn.Module, dense: Tensor) -> Tensor:
-    if as_matrix(layer.dense_shell, dense).shape != layer.weight.shape:
-        expected = layer.weight.shape[::-1] if is_conv1d(layer.dense_shell) else layer.weight.shape
+    transposed = is_conv1d(getattr(layer, "dense_shell", layer))
+    expected = layer.weight.shape[::-1] if transposed else layer.weight.shape
+    if dense.shape != expected:
         raise ValueError(f"has shape {list(dense.shape)}, the model expects {list(expected)}")
     return dense
 
@@ -233,13 +267,15 @@ class CodesQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.faults: dict[str, Exception] = {}
         self.layout = quantization_config.file_layout()
+        self.renamed: list[WeightRenaming] = []
+        self.stacks: dict[str, torch.Size] = {}  # the parameters of experts that may become codes as they are read
 
     def is_serializable(self) -> bool:
         return True
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         path, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and isinstance(model.get_submodule(path), PackedLinear)
+        return param_name in self.stacks or (leaf == "weight" and isinstance(model.get_submodule(path), PackedLinear))
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Read(self)
@@ -247,14 +283,34 @@ class CodesQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[WeightConverter]:
         return [WeightConverter(self.layout.names, "weight", [_Read(self)])] if self.pre_quantized else []
 
+    def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
+        """Those of experts come first: their codes have the names of layers, which they are not until all is read."""
+        ends = {f".{path.rpartition('.')[2]}.{leaf}" for path, module in layers(model) for leaf in stacks_of(module)}
+        own = []
+        for end in sorted(ends) if self.pre_quantized and self.layout.name == "peftops" else ():
+            exact = re.escape(end)
+            own.append(WeightRenaming(f"{exact}.bias", f"{end}_bias"))
+            own.append(WeightConverter([f"{exact}.{part}" for part in OWN_PARTS], end, [_Read(self, f"{exact}.")]))
+        self.renamed = [way for way in own if isinstance(way, WeightRenaming)]
+        if self.pre_quantized and self.layout.name == "bitsandbytes":
+            weight_conversions = [with_codes(way, self) for way in weight_conversions]
+        return own + super().update_weight_conversions(weight_conversions, model)
+
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if not self.pre_quantized and _has_codes(checkpoint_files or ()):
             # A model that was quantised where no configuration says so, as by peftops.attach.
             self.pre_quantized, self.layout = True, Layout()
-        everything = self.pre_quantized  # the files tell which are dense
-        names = {name for name, _ in _linears(model)} if everything else self._chosen(model)
+        if self.pre_quantized:  # the files tell which are dense
+            names = {name for name, _ in _linears(model)}
+        else:
+            names = self._chosen(model)
+        self.stacks = {
+            name: getattr(module, leaf).shape
+            for path, module in layers(model) for leaf in stacks_of(module)
+            if (name := f"{path}.{leaf}") in names or self.pre_quantized
+        }  # fmt: skip
         for name, layer in list(_linears(model)):
             if name in names:
                 _replace(model, layer, PackedLinear(as_matrix(layer, layer.weight), layer.bias, shell_of(layer)))
@@ -262,7 +318,9 @@ class CodesQuantizer(HfQuantizer):
     def _chosen(self, model: nn.Module) -> set[str]:
         tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
         skip = {*self.quantization_config.skip, *_wide(model)}
-        return {name for name in find_targets(model, ALL_LINEAR) if name not in tied and not _is_in(name, skip)}
+        with opened(model):
+            found = find_targets(model, ALL_LINEAR, (LINEAR, EXPERTS))
+        return {name for name in found if name not in tied and not _is_in(name, skip)}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.faults:
@@ -272,6 +330,12 @@ class CodesQuantizer(HfQuantizer):
         for _, layer in list(layers(model)):
             if type(layer) is PackedLinear:  # of no format yet
                 _replace(model, layer, _of_kind(layer))
+        for name, shape in self.stacks.items():
+            tensor = model.get_parameter(name)
+            if not is_quantized(tensor) and tensor.shape != shape:
+                raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, the model expects {list(shape)}")
+        open_experts(model)  # those that are in codes now stay so
+        close_experts(model)
         release_files(model)
         self.remember(model)
         model.is_loaded_in_4bit = not isinstance(self.quantization_config, GroupConfig)
@@ -292,7 +356,9 @@ class CodesQuantizer(HfQuantizer):
             target in name for target in way.target_patterns for name in names
         )
         ways = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [way for way in ways if not (isinstance(way, WeightConverter) and cut(way))]
+        model._weight_conversions = [
+            way for way in ways if way not in self.renamed and not (isinstance(way, WeightConverter) and cut(way))
+        ]
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict]:
         config = self.quantization_config
@@ -301,6 +367,9 @@ class CodesQuantizer(HfQuantizer):
         tensors: dict[str, Tensor] = {}
         for name, value in model.state_dict(keep_vars=True).items():
             if is_quantized(value):
+                if value.dim() != 2:
+                    raise ValueError(f"{name} is of experts, of which layout={config.layout!r} has no codes; save the "
+                                     "model with layout='peftops'")  # fmt: skip
                 parts = config.stored(value)
                 tensors |= {f"{name.removesuffix('weight')}{part}": t.contiguous() for part, t in parts.items()}
             else:
@@ -319,10 +388,12 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     is by default that which each stands for."""
     for module in list(model.modules()):
         for leaf, layer in list(module.named_children()):
-            if is_quantized(getattr(layer, "weight", None)) and hasattr(layer, "dense_shell"):
+            kept = isinstance(layer, ExpertsLinear) or hasattr(layer, "dense_shell")
+            if kept and is_quantized(getattr(layer, "weight", None)):
                 bias = layer.bias if layer.bias is None or dtype is None else layer.bias.to(dtype)
                 dense = with_matrix(layer, dense_matrix(layer, dtype or layer.weight.dtype), bias)
                 setattr(module, leaf, dense.train(layer.training))
+    close_experts(model)
     return model
 
 
@@ -360,14 +431,16 @@ def _of_kind(layer: PackedLinear) -> nn.Module:
 
 
 def _has_codes(files: Any) -> bool:
+    return any(key.endswith(f".{part}") for key in _keys(files) for part in OWN_PARTS)
+
+
+def _keys(files: Any) -> Iterator[str]:
     from safetensors import safe_open
 
     for file in files:
         if str(file).endswith(".safetensors"):
             with safe_open(file, "pt") as tensors:
-                if any(key.endswith(f".{part}") for key in tensors.keys() for part in OWN_PARTS):
-                    return True
-    return False
+                yield from tensors.keys()
 
 
 def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 
+from ..nn import experts_forward
+
 
 def when_imported(name: str, call: Callable[[], None]) -> None:
     """Call right after the module ``name`` is imported for the first time; now, if it has been."""
@@ -47,5 +49,12 @@ def _register_layers() -> None:
     from . import peft_layers  # noqa: F401  (it registers itself)
 
 
+def _register_experts() -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS["peftops"] = experts_forward
+
+
 when_imported("peft.tuners.lora.model", _register_layers)
 when_imported("transformers.quantizers.auto", _register_quantizers)
+when_imported("transformers.integrations.moe", _register_experts)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from ..methods import adapted_layers
+from ..methods.left_dense import left_dense
 from ..methods.targets import layers
 from ..nn import base_of, is_quantized, unwrapped
+
+MOST = 6  # tensors that a line names
 
 
 @dataclass
@@ -22,6 +25,8 @@ class Summary:
     total: int  # parameters of the base and the adapters; four bits count as one
     frozen_bytes: int  # of the frozen linear weights that are adapted or quantised, as they are
     dense_bytes: int  # of the same weights, had they stayed in their dtype
+    packed: int = 0  # parameters that are in codes
+    left_dense: dict[str, int] = field(default_factory=dict)  # other parameters of matrices, by name, "*" for layers
 
     def __str__(self) -> str:
         lines = [f"{name}{' (active)' if name == self.active else ''}: {kind}" for name, kind in self.adapters.items()]
@@ -31,6 +36,11 @@ class Summary:
             lines.append(
                 f"their frozen weights: {self.frozen_bytes / 2**20:,.1f} MiB, dense {self.dense_bytes / 2**20:,.1f} MiB"
             )
+        if self.packed:
+            largest = [f"{count:,} in {name}" for name, count in list(self.left_dense.items())[:MOST]]
+            more = [f"{len(self.left_dense) - MOST} more"] if len(self.left_dense) > MOST else []
+            lines.append(f"in codes: {self.packed:,} parameters ({self.packed / self.total:.1%}); "
+                         f"dense: {', '.join(largest + more) or 'no matrix'}")  # fmt: skip
         return "\n".join(lines)
 
 
@@ -54,4 +64,6 @@ def summary(model: nn.Module) -> Summary:
         if is_quantized(parameter) or id(parameter) in adapted:
             result.frozen_bytes += parameter.nbytes
             result.dense_bytes += parameter.numel() * parameter.dtype.itemsize
+        result.packed += parameter.numel() if is_quantized(parameter) else 0
+    result.left_dense = left_dense(model)
     return result

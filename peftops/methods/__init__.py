@@ -31,14 +31,18 @@ from ..nn import (
     Stored,
     Switch,
     base_of,
+    close_experts,
     is_quantized,
+    keep_names,
     module_at,
+    opened,
     sizes,
     unwrapped,
 )
 from ..nn.ties import forget_broken_ties
 from ..nn.undo import about, all_or_nothing
 from ..nn.unreached import watch
+from .left_dense import tell_left_dense
 from .selection import whole
 from .targets import body_of, find_targets, head_of, is_within, layers
 
@@ -157,18 +161,20 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
         raise ValueError(f"the model already has an adapter named {name!r}; give this one another name")
     if any(host.is_merged for _, host in hosts(model)):
         raise ValueError("an adapter is merged into the model; unmerge it first: peftops.unmerge(model)")
-    # Whatever can be wrong with the config shows here, before anything has changed.
-    adapters = build(adapter_class, model, config)
-    _tell_large_ranks(model, adapters)
-    _tell_frozen_head(model, adapters)
+    with opened(model):
+        # Whatever can be wrong with the config shows here, before anything has changed.
+        adapters = build(adapter_class, model, config)
+        _tell_large_ranks(model, adapters)
+        _tell_frozen_head(model, adapters)
 
-    configs, active, resting = dict(state.configs), state.switch.active, dict(state.resting)
-    try:
-        with all_or_nothing(model):
-            _put(model, state, name, config, adapters)
-    except BaseException:
-        state.configs, state.switch.active, state.resting = configs, active, resting
-        raise
+        configs, active, resting = dict(state.configs), state.switch.active, dict(state.resting)
+        try:
+            with all_or_nothing(model):
+                _put(model, state, name, config, adapters)
+        except BaseException:
+            state.configs, state.switch.active, state.resting = configs, active, resting
+            raise
+    tell_left_dense(model, config)
     return given
 
 
@@ -190,6 +196,7 @@ def _put(model: nn.Module, state: Attachment, name: str, config: object, adapter
     model._peftops = state
     _ignore_codes(model, state)
     _keep_vocabulary(model)
+    keep_names(model)
     watch({f"{path}.{n}": p for path, adapter in adapters.items() for n, p in adapter.named_parameters()})
 
 
@@ -300,6 +307,7 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
             forget_broken_ties(model)
     else:
         _ignore_codes(model, state)  # layers that are no adapted ones any more have other names
+    close_experts(model)
     return given
 
 

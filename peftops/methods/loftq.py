@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import LINEAR, NF4Linear, dense_matrix, is_quantized, shell_of
+from ..nn import EXPERTS, LINEAR, dense_matrix, is_quantized, packed_layer
 from ..ops import NF4Tensor, nf4_dequantize, nf4_quantize
 from . import register
 from .calibrated_factors import calibrated_factors, gptq_like
@@ -62,7 +62,7 @@ def loftq(
     """Q, A and B of the best iterate, and the relative errors: of plain NF4, then of each iterate.
 
     Args:
-        weight: ``[out, in]``, any float dtype, which Q has, too.
+        weight: ``[out, in]``, or ``[E, out, in]``; any float dtype, which Q has, too.
     """
     want, size = weight.float(), weight.float().norm().clamp(min=1e-30)
     rest, errors, best = want, [], None
@@ -71,7 +71,7 @@ def loftq(
         lost = want - nf4_dequantize(codes, dtype=torch.float32)
         if not errors:
             errors.append((lost.norm() / size).item())
-        A, B = shared(*leading(lost, min(r, *lost.shape)), scaling)
+        A, B = shared(*leading(lost, min(r, *lost.shape[-2:])), scaling)
         rest = want - scaling * B @ A
         errors.append(((lost - scaling * B @ A).norm() / size).item())
         if best is None or errors[-1] < min(errors[1:-1], default=float("inf")):
@@ -81,7 +81,7 @@ def loftq(
 
 @register(LoftQConfig)
 class LoftQ(LoRA):
-    layers: ClassVar = (LINEAR,)
+    layers: ClassVar = (LINEAR, EXPERTS)
 
     def __init__(self, base: nn.Module, config: LoftQConfig, layer: str):
         super().__init__(base, config, layer)
@@ -94,18 +94,17 @@ class LoftQ(LoRA):
     def prepare(model: nn.Module, config: LoftQConfig) -> None:
         """Quantise the linear layers that are not adapted."""
         check_nothing_dense_is_adapted("LoftQ", model)
-        chosen = {*find_targets(model, ALL_LINEAR)} - {*find_targets(model, config.target)}
+        chosen = {*find_targets(model, ALL_LINEAR, LoftQ.layers)} - {*find_targets(model, config.target, LoftQ.layers)}
         quantize_base(model, chosen, config)
 
     @torch.no_grad()
     def begin(self, base: nn.Module) -> nn.Module:
         if is_quantized(base.weight):
             return base
-        c, r = self.config, self.lora_A.shape[0]
+        c, r = self.config, self.rank
         weight = dense_matrix(base, base.weight.dtype)
         if weight.is_meta:  # nothing is lost of what is not there
-            codes = nf4_quantize(weight, block_size=c.block_size, double_quant=c.double_quant)
-            return NF4Linear(codes, base.bias, shell_of(base)).train(base.training)
+            return packed_layer(base, nf4_quantize(weight, block_size=c.block_size, double_quant=c.double_quant))
         codes, A, B, self.errors = loftq(weight, r, self.scaling, iterations=c.iterations, block_size=c.block_size,
                                          double_quant=c.double_quant)  # fmt: skip
         if (moments := (c.moments or {}).get(self.layer)) is not None:
@@ -114,9 +113,9 @@ class LoftQ(LoRA):
                 weight, r, own, gptq_like(codes, moments), moments, c.iterations
             )
             B = left / self.scaling
-        self.lora_A[: len(A)] = A  # (a small weight has fewer vectors than r: the rest starts as LoRA's)
-        self.lora_B[:, : len(A)] = B
-        return NF4Linear(codes, base.bias, shell_of(base)).train(base.training)
+        self.lora_A[..., : A.shape[-2], :] = A  # (a small weight has fewer vectors than r: the rest starts as LoRA's)
+        self.lora_B[..., : B.shape[-1]] = B
+        return packed_layer(base, codes)
 
     def extra_repr(self) -> str:
         line = f", error {min(self.errors[1:]):.3%} (NF4 {self.errors[0]:.3%})" if self.errors else ""

@@ -4,7 +4,7 @@
 
 A in R^(r x in) starts random (Kaiming uniform), B in R^(out x r) at 0: the model starts as it was. W may also be
 the kernel of a Conv2d (A then has its shape, with r channels, and B is 1 x 1) or an embedding (A, a column per id,
-starts at 0, and B is normal).
+starts at 0, and B is normal), or the weights of a mixture's experts, each of which has an A and a B of its own.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import CONVOLUTION, EMBEDDING, LINEAR, Adapter, factor_shapes, kind_of, low_rank
+from ..nn import CONVOLUTION, EMBEDDING, EXPERTS, LINEAR, Adapter, factor_shapes, kind_of, low_rank, low_rank_change
 from . import register
 from .config import Config, by_pattern, check_pattern, check_range, check_scaling, check_target, needs, refuse
-from .targets import ALL_LINEAR, Target
+from .targets import ALL_LINEAR, Target, joined_target
 
 # PEFT's names of where A and B started, where that left the base as it was. (None: files of old versions.)
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -39,8 +39,8 @@ class LoRAConfig(Config):
         r: rank.
         alpha: numerator of the scaling; by default 2 r.
         dropout: probability of dropping an element of a layer's input on its way to A, in training.
-        target: "all-linear" (all linear layers but the output layer), a list of names or their last parts,
-            or a regular expression, with HF PEFT's meaning.
+        target: "all-linear" (all linear layers, those of experts too, but the output layer), a list of names or their
+            last parts, or a regular expression, with HF PEFT's meaning.
         rslora: scale by alpha / sqrt(r), which keeps large ranks stable.
         rank_pattern: other ranks for layers whose name ends in a match of the key, a regular expression.
         alpha_pattern: the same for alpha.
@@ -87,9 +87,12 @@ class LoRAConfig(Config):
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> LoRAConfig:
-        needs(fields, "r", "lora_alpha", "target_modules")
+        needs(fields, "r", "lora_alpha")
+        target = joined_target(fields.get("target_modules"), fields.get("target_parameters"))
+        if not target:
+            needs(fields, "target_modules")
         refuse(fields, bias="none", use_dora=False, use_qalora=False, lora_bias=False, ensure_weight_tying=False,
-               trainable_token_indices=None, target_parameters=None, layer_replication=None,
+               trainable_token_indices=None, layer_replication=None,
                alora_invocation_tokens=None, arrow_config=None, kasa_config=None, monteclora_config=None,
                use_bdlora=None, velora_config=None)  # fmt: skip
         if start_of(fields) not in STARTS:
@@ -100,14 +103,14 @@ class LoRAConfig(Config):
             )
         return cls(
             r=fields["r"], alpha=fields["lora_alpha"], dropout=fields.get("lora_dropout", 0.0),
-            target=fields["target_modules"], rslora=fields.get("use_rslora", False),
+            target=target, rslora=fields.get("use_rslora", False),
             rank_pattern=fields.get("rank_pattern") or {}, alpha_pattern=fields.get("alpha_pattern") or {}, **own,
         )  # fmt: skip
 
 
 @register(LoRAConfig)
 class LoRA(Adapter):
-    layers: ClassVar = (LINEAR, EMBEDDING, CONVOLUTION)
+    layers: ClassVar = (LINEAR, EMBEDDING, CONVOLUTION, EXPERTS)
     peft_keys: ClassVar = {
         "lora_A": "lora_A.weight", "lora_B": "lora_B.weight",
         "lora_embedding_A": "lora_embedding_A", "lora_embedding_B": "lora_embedding_B",
@@ -118,6 +121,9 @@ class LoRA(Adapter):
         r, self.scaling = config.rank_and_scaling(layer)
         self.rank = r
         self.dropout = config.dropout
+        if kind_of(base) == EXPERTS and self.dropout:
+            raise ValueError(f"dropout is {self.dropout}, and experts are adapted without, as in HF PEFT; set it to 0, "
+                             "or target to names of other layers alone")  # fmt: skip
         device = base.weight.device
         A, B = (nn.Parameter(torch.zeros(shape, device=device)) for shape in factor_shapes(base, r))  # in float32
         if kind_of(base) == EMBEDDING:
@@ -125,7 +131,7 @@ class LoRA(Adapter):
             nn.init.normal_(B)
         else:
             self.names = "lora_A", "lora_B"
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(A.flatten(0, 1) if kind_of(base) == EXPERTS else A, a=math.sqrt(5))
         for name, factor in zip(self.names, (A, B), strict=True):
             self.register_parameter(name, factor)
 
@@ -134,15 +140,15 @@ class LoRA(Adapter):
         A, B = self.names
         return getattr(self, A), getattr(self, B)
 
-    def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
-        return low_rank(base, x, *self.factors(), self.scaling, dropout=self.dropout, training=self.training)
+    def adapt(self, base: nn.Module, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+        return low_rank(base, x, *self.factors(), self.scaling, dropout=self.dropout, training=self.training,
+                        offsets=offsets)  # fmt: skip
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        A, B = self.factors()
-        return weight + self.scaling * B.float().flatten(1) @ A.float().flatten(1), bias
+        return weight + self.scaling * low_rank_change(*self.factors()), bias
 
     def extra_repr(self) -> str:
-        return f"r={self.factors()[0].shape[0]}, scaling={self.scaling:g}, dropout={self.dropout}"
+        return f"r={self.rank}, scaling={self.scaling:g}, dropout={self.dropout}"
 
 
 def needs_scaling(method: str, scaling: float, layer: str) -> None:

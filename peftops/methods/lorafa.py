@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import LINEAR
+from ..nn import EXPERTS, LINEAR
 from . import register
 from .lora import LoRA, LoRAConfig, needs_scaling
 
@@ -52,7 +52,7 @@ class _Preconditioned(torch.autograd.Function):
 
 @register(LoRAFAConfig)
 class LoRAFA(LoRA):
-    layers: ClassVar = (LINEAR,)
+    layers: ClassVar = (LINEAR, EXPERTS)
 
     def __init__(self, base: nn.Module, config: LoRAFAConfig, layer: str):
         super().__init__(base, config, layer)
@@ -64,6 +64,6 @@ class LoRAFA(LoRA):
     def factors(self) -> tuple[Tensor, Tensor]:
         if not self.precondition or not torch.is_grad_enabled():
             return self.lora_A, self.lora_B
-        gram = self.lora_A @ self.lora_A.t()
-        gram = gram + 1e-8 * torch.eye(len(gram), device=gram.device)  # as PEFT's: A may lack rank
+        gram = self.lora_A @ self.lora_A.mT
+        gram = gram + 1e-8 * torch.eye(self.rank, device=gram.device)  # as PEFT's: A may lack rank
         return self.lora_A, _Preconditioned.apply(self.lora_B, torch.linalg.inv(gram) / self.scaling**2)

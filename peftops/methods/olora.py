@@ -39,5 +39,4 @@ class OLoRAConfig(PiSSAConfig):
 class OLoRA(PiSSA):
     def start(self, weight: Tensor, config: OLoRAConfig) -> tuple[Tensor, Tensor]:
         q, upper = torch.linalg.qr(weight)
-        r = self.lora_A.shape[0]
-        return upper[:r], q[:, :r]
+        return upper[..., : self.rank, :], q[..., : self.rank]

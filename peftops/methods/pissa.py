@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import LINEAR, dense_matrix, is_quantized
+from ..nn import EXPERTS, LINEAR, dense_matrix, is_quantized
 from . import register
 from .config import MOST_ITERATIONS, check_range
 from .lora import LoRA, LoRAConfig, needs_scaling, start_of
@@ -71,26 +71,25 @@ class PiSSAConfig(LoRAConfig):
 
 @register(PiSSAConfig)
 class PiSSA(LoRA):
-    layers: ClassVar = (LINEAR,)
+    layers: ClassVar = (LINEAR, EXPERTS)
 
     def __init__(self, base: nn.Module, config: PiSSAConfig, layer: str):
         super().__init__(base, config, layer)
         needs_scaling(type(self).__name__, self.scaling, layer)
         A, B = self.start(dense_matrix(base), config)
         with torch.no_grad():
-            self.lora_A[: len(A)] = A  # (a small weight has fewer vectors than r: the rest starts as LoRA's)
-            self.lora_B[:, : len(A)] = B
+            # (A small weight has fewer vectors than r: the rest starts as LoRA's.)
+            self.lora_A[..., : A.shape[-2], :], self.lora_B[..., : B.shape[-1]] = A, B
         self.rounded = is_quantized(base.weight)
         self.start_A = nn.Parameter(self.lora_A.detach().clone(), requires_grad=False)
         self.start_B = nn.Parameter(self.lora_B.detach().clone(), requires_grad=False)
 
     def start(self, weight: Tensor, config: PiSSAConfig) -> tuple[Tensor, Tensor]:
         """A0 and B0."""
-        r = self.lora_A.shape[0]
-        return main_factors(weight, r, self.scaling, config.iterations)
+        return main_factors(weight, self.rank, self.scaling, config.iterations)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], 1)
+        return _beside(self.lora_A, self.start_A, self.lora_B, self.start_B)
 
     def stored(self) -> dict[str, Tensor]:
         return dict(zip(("lora_A", "lora_B"), self.factors(), strict=True))
@@ -102,12 +101,17 @@ class PiSSA(LoRA):
         if self.rounded:
             raise ValueError("HF PEFT took the start of this adapter off a dense base, and this one is quantised")
         A, B = tensors["lora_A"].to(self.start_A), tensors["lora_B"].to(self.start_B)
-        return {"lora_A": torch.cat([A, self.start_A]), "lora_B": torch.cat([B, -self.start_B], 1)}
+        return dict(zip(("lora_A", "lora_B"), _beside(A, self.start_A, B, self.start_B), strict=True))
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        A, B = tensors["lora_A"].chunk(2), tensors["lora_B"].chunk(2, 1)
+        A, B = tensors["lora_A"].chunk(2, -2), tensors["lora_B"].chunk(2, -1)
         for parameter, value in ((self.lora_A, A[0]), (self.start_A, A[1]), (self.lora_B, B[0]), (self.start_B, -B[1])):
             parameter.copy_(value)
+
+
+def _beside(A: Tensor, A0: Tensor, B: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of ``B A - B0 A0``."""
+    return torch.cat([A, A0], -2), torch.cat([B, -B0], -1)
 
 
 def main_factors(weight: Tensor, r: int, scaling: float, iterations: int | None = None) -> tuple[Tensor, Tensor]:
@@ -115,6 +119,6 @@ def main_factors(weight: Tensor, r: int, scaling: float, iterations: int | None 
     if iterations is None:
         u, s, vt = torch.linalg.svd(weight, full_matrices=False)
     else:
-        u, s, v = torch.svd_lowrank(weight, min(2 * r, *weight.shape), iterations)
-        vt = v.t()
-    return shared(u[:, :r], s[:r], vt[:r], scaling)
+        u, s, v = torch.svd_lowrank(weight, min(2 * r, *weight.shape[-2:]), iterations)
+        vt = v.mT
+    return shared(u[..., :r], s[..., :r], vt[..., :r, :], scaling)

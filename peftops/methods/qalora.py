@@ -19,9 +19,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import Adapter, GroupLinear, MergeError, module_at, owner_of, sizes, with_matrix
+from ..nn import (
+    EXPERTS,
+    LINEAR,
+    Adapter,
+    ExpertsLinear,
+    GroupLinear,
+    MergeError,
+    is_quantized,
+    low_rank,
+    matrix,
+    module_at,
+    owner_of,
+    sizes,
+    with_matrix,
+)
 from ..nn.undo import about
-from ..ops import GroupQuantTensor, group_dequantize, qalora_linear, qalora_merge
+from ..ops import GroupQuantTensor, group_dequantize, group_quantize, qalora_linear, qalora_merge
 from . import each_target, register
 from .config import Config, check_choice, check_range, check_scaling, check_target, refuse
 from .lora import LoRAConfig
@@ -90,6 +104,7 @@ class QALoRAConfig(Config):
 
 @register(QALoRAConfig)
 class QALoRA(Adapter):
+    layers: ClassVar = (LINEAR, EXPERTS)
     peft_keys: ClassVar = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 
     def __init__(self, base: nn.Module, config: QALoRAConfig, layer: str):
@@ -97,7 +112,8 @@ class QALoRA(Adapter):
         in_, out = sizes(base)
         weight, group, self.config, self.scaling = base.weight, config.group_size, config, config.scaling
         quantised = isinstance(weight, GroupQuantTensor)
-        if type(base) not in (nn.Linear, GroupLinear):
+        experts = base.weight.shape[:1] if isinstance(base, ExpertsLinear) else ()
+        if type(base) not in (nn.Linear, GroupLinear) and not (experts and (quantised or not is_quantized(weight))):
             raise TypeError(f"QA-LoRA quantises plain linear layers, and {layer} is a {type(base).__name__}")
         if config.bits is None and not quantised:
             raise ValueError(f"bits=None is for a base that is quantised in groups of {group}, and {layer} is dense")
@@ -109,36 +125,52 @@ class QALoRA(Adapter):
         if in_ % group:
             raise ValueError(f"{layer} has {in_} inputs, which is no multiple of group_size={group}")
         self.rank = config.r
-        self.lora_A = nn.Parameter(torch.empty(config.r, in_ // group, device=weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(out, config.r, device=weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if experts and config.pool == "peft":
+            raise ValueError(f"pool='peft' is for files of HF PEFT, which has no QA-LoRA for experts like {layer}")
+        self.lora_A = nn.Parameter(torch.empty(*experts, config.r, in_ // group, device=weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(*experts, out, config.r, device=weight.device))
+        nn.init.kaiming_uniform_(self.lora_A.flatten(0, -2), a=math.sqrt(5))
 
     @staticmethod
     def prepare(model: nn.Module, config: QALoRAConfig) -> None:
         """Quantise the layers of the target that are dense."""
         for path, base in each_target(QALoRA, model, config).items():
-            if not isinstance(base, GroupLinear):
+            if not is_quantized(base.weight):
                 if base is not module_at(model, path):
                     raise ValueError(f"QA-LoRA would quantise {path}, which carries another adapter; attach it before")
                 owner, leaf = owner_of(model, path)
                 with about(path):
-                    quantised = GroupLinear.from_dense(base, bits=config.bits, group_size=config.group_size)
-                setattr(owner, leaf, quantised)
+                    codes = group_quantize(matrix(base).contiguous(), bits=config.bits, group_size=config.group_size)
+                    setattr(owner, leaf, _layer_of(base, codes).train(base.training))
 
-    def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
+    def adapt(self, base: nn.Module, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+        if offsets is not None:  # adding up a group's inputs is the same as an A that is constant in it
+            group = self.config.group_size
+            A = self.lora_A.repeat_interleave(group, -1) / (group if self.config.pool == "mean" else 1)
+            return low_rank(base, x, A, self.lora_B, self.scaling, offsets=offsets)
         return qalora_linear(x, base.weight, base.bias, lora_A=self.lora_A, lora_B=self.lora_B, scaling=self.scaling,
                              pool=self.config.pool)  # fmt: skip
 
     def merge_into(self, base: nn.Module, *, dense: bool) -> tuple[nn.Module, MergeError]:
         """Other zeros under the same codes and scales, or the dense weight that these stand for."""
-        codes = qalora_merge(base.weight, self.lora_A, self.lora_B, scaling=self.scaling, pool=self.config.pool)
+        merged = lambda *parts: qalora_merge(*parts, scaling=self.scaling, pool=self.config.pool)
+        if isinstance(base, ExpertsLinear):
+            each = zip(range(len(self.lora_A)), self.lora_A, self.lora_B, strict=True)
+            zeros = torch.stack([merged(base.weight[e].contiguous(), A, B).zeros for e, A, B in each])
+            codes = base.weight.with_zeros(zeros)
+        else:
+            codes = merged(base.weight, self.lora_A, self.lora_B)
         before, after = (group_dequantize(w, dtype=torch.float32) for w in (base.weight, codes))
         if not dense:
-            return GroupLinear(codes, base.bias).train(base.training), MergeError.between(before, after, after)
+            return _layer_of(base, codes).train(base.training), MergeError.between(before, after, after)
         rounded = after.to(base.weight.dtype)
-        shell = nn.Linear(*sizes(base), bias=base.bias is not None, device="meta")
-        merged = with_matrix(shell, rounded, base.bias).train(base.training)
-        return merged, MergeError.between(before, after, rounded)
+        layer = with_matrix(base, rounded, base.bias).train(base.training)
+        return layer, MergeError.between(before, after, rounded)
 
     def extra_repr(self) -> str:
-        return f"r={len(self.lora_A)}, scaling={self.scaling:g}, pool={self.config.pool!r}"
+        return f"r={self.rank}, scaling={self.scaling:g}, pool={self.config.pool!r}"
+
+
+def _layer_of(base: nn.Module, codes: GroupQuantTensor) -> nn.Module:
+    """The base over other codes; the bias is shared."""
+    return base.with_codes(codes, base.bias) if isinstance(base, ExpertsLinear) else GroupLinear(codes, base.bias)

@@ -73,7 +73,7 @@ def quantize_base(model: nn.Module, paths: set[str], config: QLoRAConfig) -> Non
 class QLoRA(LoRA):
     @staticmethod
     def prepare(model: nn.Module, config: QLoRAConfig) -> None:
-        """Quantise all linear layers but the output layer, adapted or not."""
+        """Quantise all linear layers but the output layer, experts' too, adapted or not."""
         check_nothing_dense_is_adapted("QLoRA", model)
-        chosen = {*find_targets(model, ALL_LINEAR), *find_targets(model, config.target, QLoRA.layers)}
+        chosen = {*find_targets(model, ALL_LINEAR, QLoRA.layers), *find_targets(model, config.target, QLoRA.layers)}
         quantize_base(model, chosen, config)

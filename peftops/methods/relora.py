@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import LINEAR, Adapter, MergeError, Select, is_quantized, low_rank
+from ..nn import EXPERTS, LINEAR, Adapter, MergeError, Select, is_quantized, kind_of, low_rank
 from . import MergeReport, attachment, each_target, hosts, register
 from .config import Config, check_choice, check_range
 from .lora import LoRA, LoRAConfig
@@ -86,7 +86,9 @@ class ReLoRA(LoRA):
             found[path] = ReLoRA(base, config, path)
         if config.restarts and getattr(model, "_peftops", None):
             raise ValueError("these restarts changed the base, which this model's other adapters stand on")
-        other = lambda path, layer, leaf: path not in found and not is_quantized(getattr(layer, leaf))
+        # Experts are most of a model: they are left as they are, which attaching tells.
+        left = lambda layer, leaf: kind_of(layer) == EXPERTS or is_quantized(getattr(layer, leaf))
+        other = lambda path, layer, leaf: path not in found and not left(layer, leaf)
         return found | copies(Select, model, other, None) if config.rest else found
 
     def __init__(self, base: nn.Module, config: ReLoRAConfig, layer: str):

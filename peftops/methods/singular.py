@@ -19,9 +19,11 @@ def leading(matrix: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     is a projection of the matrix, so what it leaves is never larger than the matrix.
 
     Args:
-        matrix: ``[m, n]``, float32.
+        matrix: ``[m, n]``, float32; or ``[E, m, n]`` for E of them, one after the other.
         r: from 1 to the smaller of m and n.
     """
+    if matrix.dim() == 3:
+        return tuple(torch.stack(parts) for parts in zip(*(leading(one, r) for one in matrix), strict=True))
     if matrix.shape[0] < matrix.shape[1]:
         u, s, vt = leading(matrix.t(), r)
         return vt.t(), s, u.t()
@@ -48,4 +50,4 @@ def leading(matrix: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 def shared(u: Tensor, s: Tensor, vt: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """A and B with ``scaling * B A = u diag(s) vt``, each with the root of the singular values."""
     root = (s / scaling).sqrt()
-    return root[:, None] * vt, u * root
+    return root.unsqueeze(-1) * vt, u * root.unsqueeze(-2)

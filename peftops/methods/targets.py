@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..nn import LINEAR, Prompted, base_of, kind_of, module_at, unwrapped
+from ..nn import EXPERTS, LINEAR, Prompted, base_of, kind_of, module_at, unwrapped
 from ..nn.uncalled import uncalled
 from .patterns import matches_whole
 
@@ -49,7 +49,7 @@ def find_targets(model: nn.Module, target: Target, kinds: Sequence[str] = (LINEA
         target: "all-linear" for every linear layer but the output layer; any other string is a regular
             expression for whole names; a list holds names or their last parts (``"q_proj"`` matches
             ``"model.layers.0.self_attn.q_proj"``). Layers whose weights are read without calling them are left out.
-        kinds: of layers that are supported; "all-linear" means linear ones anyway.
+        kinds: of layers that are supported; "all-linear" means linear ones anyway, and experts' if they are.
 
     Raises:
         ValueError: nothing matches; the sentence lists near names.
@@ -57,7 +57,8 @@ def find_targets(model: nn.Module, target: Target, kinds: Sequence[str] = (LINEA
     """
     if target == ALL_LINEAR:
         left_out = {*output_layers(model), *read_without_calls(model)}
-        linear = [name for name, module in layers(model) if is_linear(module) and name not in left_out]
+        meant = {LINEAR, *kinds} & {LINEAR, EXPERTS}
+        linear = [name for name, m in layers(model) if kind_of(base_of(m)) in meant and name not in left_out]
         if not linear:
             subclasses = {type(m).__name__ for _, m in layers(model) if isinstance(m, nn.Linear) and not is_linear(m)}
             others = f" ({', '.join(sorted(subclasses))} compute otherwise than nn.Linear)" if subclasses else ""
@@ -129,6 +130,15 @@ def exact_target(model: nn.Module, names: Collection[str]) -> Target:
         if {name for name, _ in layers(model) if any(f".{name}".endswith(f".{t}") for t in target)} == set(names):
             return sorted(target)
     return "|".join(re.escape(name) for name in sorted(names))
+
+
+def joined_target(modules: list[str] | str | None, parameters: list[str] | None) -> list[str] | str:
+    """One target for HF PEFT's ``target_modules`` and ``target_parameters``, which it reads by the same rules."""
+    if not parameters or modules == ALL_LINEAR:  # (then all the experts' are meant, too, or what the tensors tell)
+        return modules or []
+    if isinstance(modules, str):
+        return "|".join([f"({modules})", *(rf"(.*\.)?{re.escape(name)}" for name in parameters)])
+    return [*(modules or []), *parameters]
 
 
 def has_parameters(module: nn.Module, *, recurse: bool = True) -> bool:

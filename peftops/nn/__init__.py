@@ -15,12 +15,15 @@ from .adapter import (
     unwrapped,
 )
 from .adapter_pool import AdapterPool, PoolFull, peak_tokens
+from .experts import close_experts, experts_forward, keep_names, open_experts, opened, stack_layer, stacks_of
+from .experts_linear import ExpertsLinear
 from .gated_prompt import GatedPrompt
 from .group_conv2d import GroupConv2d
 from .language_loss import head_loss, language_model_loss, splits
 from .layers import (
     CONVOLUTION,
     EMBEDDING,
+    EXPERTS,
     LINEAR,
     as_matrix,
     dense_matrix,
@@ -30,8 +33,16 @@ from .layers import (
     sizes,
     with_matrix,
 )
-from .low_rank import factor_shapes, low_rank, product
-from .packed_linear import GroupLinear, MXFP4Linear, NF4Linear, PackedLinear, quantize_linears, shell_of
+from .low_rank import factor_shapes, low_rank, low_rank_change, product
+from .packed_linear import (
+    GroupLinear,
+    MXFP4Linear,
+    NF4Linear,
+    PackedLinear,
+    packed_layer,
+    quantize_linears,
+    shell_of,
+)
 from .prompt import Prompt, Prompted
 from .quantized import dequantized, is_quantized, quantized_like
 from .select import Select
@@ -40,6 +51,7 @@ from .tensor_parallel import column_parallel_lora, row_parallel_lora, shard_lora
 __all__ = [
     "CONVOLUTION",
     "EMBEDDING",
+    "EXPERTS",
     "LINEAR",
     "PREFIX",
     "WRAPPERS",
@@ -47,6 +59,7 @@ __all__ = [
     "AdaptedLayer",
     "Adapter",
     "AdapterPool",
+    "ExpertsLinear",
     "GatedPrompt",
     "GroupConv2d",
     "GroupLinear",
@@ -62,18 +75,25 @@ __all__ = [
     "Switch",
     "as_matrix",
     "base_of",
+    "close_experts",
     "column_parallel_lora",
     "dense_matrix",
     "dequantized",
+    "experts_forward",
     "factor_shapes",
     "head_loss",
     "is_conv1d",
     "is_quantized",
+    "keep_names",
     "kind_of",
     "language_model_loss",
     "low_rank",
+    "low_rank_change",
     "matrix",
     "module_at",
+    "packed_layer",
+    "open_experts",
+    "opened",
     "owner_of",
     "peak_tokens",
     "product",
@@ -84,6 +104,8 @@ __all__ = [
     "shell_of",
     "sizes",
     "splits",
+    "stack_layer",
+    "stacks_of",
     "unshard_lora",
     "unwrapped",
     "with_matrix",

@@ -7,6 +7,7 @@ layer                its weight                                  as a matrix
 ``Conv1D`` (GPT-2)   ``[in, out]``                               transposed
 ``nn.Embedding``     ``[ids, width]``                            transposed: in = ids, out = width
 ``nn.Conv2d``        ``[out, channels, height, width]``          in = channels * height * width
+stacks of experts    ``[E, out, in]`` or ``[E, in, out]``         ``[E, out, in]``: one for each
 ===================  ==========================================  =================================
 """
 
@@ -18,9 +19,10 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from .experts_linear import ExpertsLinear
 from .quantized import dequantized, is_quantized
 
-LINEAR, EMBEDDING, CONVOLUTION = "linear", "embedding", "convolution"
+LINEAR, EMBEDDING, CONVOLUTION, EXPERTS = "linear", "embedding", "convolution", "experts"
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -35,6 +37,8 @@ def kind_of(layer: nn.Module) -> str | None:
         return LINEAR if is_quantized(layer.weight) or is_plain_linear(kind) else None
     if is_conv1d(layer):
         return LINEAR
+    if isinstance(layer, ExpertsLinear):
+        return EXPERTS
     # A subclass that does more than look up (Gemma's scales what it found) is not linear in its weight alone.
     if isinstance(layer, nn.Embedding) and kind.forward is nn.Embedding.forward and layer.max_norm is None:
         return EMBEDDING
@@ -71,6 +75,8 @@ def as_matrix(layer: nn.Module, weight: Tensor) -> Tensor:
     """``weight``, stored as ``layer`` stores its own, as ``[out, in]``: a view."""
     if is_conv1d(layer) or isinstance(layer, nn.Embedding):
         return weight.t()
+    if isinstance(layer, ExpertsLinear):
+        return layer.as_matrices(weight)
     return weight.flatten(1) if isinstance(layer, nn.Conv2d) else weight
 
 
@@ -81,7 +87,7 @@ def matrix(layer: nn.Module) -> Tensor:
 
 def sizes(layer: nn.Module) -> tuple[int, int]:
     """``in`` and ``out`` of the matrix."""
-    out, in_ = matrix(layer).shape
+    out, in_ = matrix(layer).shape[-2:]
     return in_, out
 
 
@@ -107,5 +113,7 @@ def with_matrix(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Mod
         weight = weight.t().contiguous()
     elif isinstance(layer, nn.Conv2d):
         weight = weight.view(weight.shape[0], layer.in_channels, *layer.kernel_size)
+    elif isinstance(layer, ExpertsLinear):
+        weight = layer.as_matrices(weight).contiguous()  # which transposes back what is transposed
     parameters = {"weight": weight} if isinstance(layer, nn.Embedding) else {"weight": weight, "bias": bias}
     return with_parameters(layer, parameters)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..ops import GroupQuantTensor, MXFP4Tensor, NF4Tensor
 from ..ops.packed_tensor import PackedTensor
-from .layers import LINEAR, kind_of, matrix
+from .experts_linear import ExpertsLinear
+from .layers import EXPERTS, LINEAR, kind_of, matrix
 from .quantized import StoredInParts, is_quantized
 from .undo import about
 
@@ -53,8 +54,7 @@ class PackedLinear(StoredInParts, nn.Linear):
     def from_dense(cls, linear: nn.Linear, **options: Any) -> PackedLinear:
         """Quantise ``linear`` (or a Conv1D of transformers) by the function of the format, such as
         :func:`peftops.nf4_quantize`, whose options these are; the bias is shared, not copied."""
-        weight = cls.format.quantize(matrix(linear).contiguous(), **options)
-        return cls(weight, linear.bias, shell_of(linear)).train(linear.training)
+        return packed_layer(linear, cls.format.quantize(matrix(linear).contiguous(), **options))
 
     def with_codes(self, weight: PackedTensor, bias: Tensor | None) -> PackedLinear:
         """The same layer over another weight."""
@@ -95,7 +95,8 @@ def quantize_linears(
     format: str = "nf4",
     **options: Any,
 ) -> list[str]:
-    """Replace the chosen dense linear layers of ``model`` by packed ones, in place and one by one.
+    """Replace the chosen dense linear layers of ``model`` by packed ones, and experts' by layers over codes, in place
+    and one by one.
 
     A dense weight is freed before the next one is quantised (unless something else refers to it), so the
     dense and the 4-bit model never exist at once.
@@ -114,16 +115,24 @@ def quantize_linears(
         if chosen(name):
             dense = getattr(parent, leaf)
             with about(name):
-                setattr(parent, leaf, kind.from_dense(dense, **options))
+                codes = kind.format.quantize(matrix(dense).contiguous(), **options)
+                setattr(parent, leaf, packed_layer(dense, codes))
             replaced.append(name)
             del dense
     return replaced
 
 
+def packed_layer(dense: nn.Module, codes: PackedTensor) -> nn.Module:
+    """A linear layer, or one of experts, over codes in the place of its weight; the bias is shared."""
+    if isinstance(dense, ExpertsLinear):
+        return dense.with_codes(codes, dense.bias)
+    return PackedLinear.over(codes, dense.bias, shell_of(dense)).train(dense.training)
+
+
 def _dense_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for path, parent in model.named_modules():
         for leaf, child in parent.named_children():
-            if kind_of(child) == LINEAR and not is_quantized(child.weight):
+            if kind_of(child) in (LINEAR, EXPERTS) and not is_quantized(child.weight):
                 yield f"{path}.{leaf}".lstrip("."), parent, leaf
 
 

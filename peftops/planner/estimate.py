@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,10 @@ import torch
 from torch import nn
 
 from ..integrations.hf import model_config
-from ..methods import METHODS, attach
+from ..methods import METHODS, adapted_layers, attach
 from ..methods.config import check_choice
 from ..methods.lora import LoRAConfig
-from ..nn import AdamW8bit
+from ..nn import AdamW8bit, ExpertsLinear, Select
 from . import trace
 
 # The bytes of state that an optimizer keeps of a parameter, by its name in `peftops finetune --optimizer`.
@@ -82,6 +83,8 @@ def skeleton(
         kind = config.model_type
         raise ValueError(f"{path}: transformers builds no causal language model of a {kind}, or none whose attention "
                          f"can be counted: {str(error).splitlines()[0]}") from None  # fmt: skip
+    if getattr(model, "_can_set_experts_implementation", bool)():  # torch's own has no meta kernel in float32
+        model.set_experts_implementation("peftops")
     model.tie_weights()
     model.config.pad_token_id = None  # for its sake, some models look at ids, of which there are none
     return model
@@ -119,13 +122,18 @@ def estimate(
     name = METHODS[type(config)].__name__.lower()
     model = copy.deepcopy(model).train()
     try:
-        attach(model, config)
+        with warnings.catch_warnings():  # of what stays dense, which the plan counts
+            warnings.filterwarnings("ignore", ".* in 3-D tensors that")
+            attach(model, config)
     except (ValueError, TypeError) as error:
         return Estimate(name, why_not=str(error))
     except RuntimeError as error:
         if "meta tensors" not in str(error):
             raise
         return Estimate(name, why_not="what it makes of a layer depends on the weights, which a plan does not read")
+    if any(isinstance(host.base, ExpertsLinear) and isinstance(adapter, Select)
+           for _, host in adapted_layers(model) for adapter in host.adapters.values()):  # fmt: skip
+        return Estimate(name, why_not="it trains experts whole, and a plan cannot tell the memory of that")
     if checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})

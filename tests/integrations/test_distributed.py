@@ -6,6 +6,7 @@ from torch import multiprocessing
 
 import models
 import peftops
+from moe_models import moe
 from peftops import LoRAConfig, PromptTuningConfig, QALoRAConfig, QLoRAConfig
 from peftops.integrations.peft_files import WEIGHTS
 
@@ -16,13 +17,15 @@ METHODS = {
     "qlora": QLoRAConfig(r=4),
     "qalora": QALoRAConfig(r=4, group_size=16, bits=4),
     "prompttuning": PromptTuningConfig(tokens=3, init="vocab"),
+    "experts": QLoRAConfig(r=2),
 }
 STEPS = 3
 
 
 def start(method):
     torch.manual_seed(0)
-    model = peftops.attach(models.llama(vocabulary=64), METHODS[method.removeprefix("two-")])
+    base = moe("Qwen3Moe", vocab_size=64) if method == "experts" else models.llama(vocabulary=64)
+    model = peftops.attach(base, METHODS[method.removeprefix("two-")])
     if method.startswith("two-"):  # another beside it, which rests
         peftops.attach(model, LoRAConfig(r=2), name="other")
         peftops.activate(model, "default")
@@ -65,7 +68,7 @@ def in_a_process(rank, world, how, method, folder):
 
 @pytest.mark.parametrize(
     "how, method",
-    [("ddp", "qlora"), ("ddp", "two-lora"), ("ddp", "prompttuning"),
+    [("ddp", "qlora"), ("ddp", "two-lora"), ("ddp", "prompttuning"), ("ddp", "experts"), ("fsdp", "experts"),
      ("fsdp", "lora"), ("fsdp", "qlora"), ("fsdp", "qalora")],
 )  # fmt: skip
 def test_two_processes_train_like_one(tmp_path, how, method):

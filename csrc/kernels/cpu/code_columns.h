@@ -42,7 +42,8 @@ template <int V, class Weight> struct CodeColumns {
     const int shift = __builtin_ctzll(w.block_size);
     for (int i = 0; i < kLanes; ++i) {
       const int64_t flat = flat_of(w, at_most(row + i, w.rows - 1), t);
-      for (int64_t s = 0; s < steps / segment; ++s) out[s * kLanes + i] = Codes<Weight>::scale_of(w, (flat + s * segment) >> shift);
+      for (int64_t s = 0; s < steps / segment; ++s)
+        out[s * kLanes + i] = Codes<Weight>::scale_of(w, (flat + s * segment) >> shift);
     }
   }
 

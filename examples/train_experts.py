@@ -1,0 +1,149 @@
+"""QLoRA on a mixture of experts larger than memory: written with random weights, read into NF4, trained, saved, read.
+
+    python examples/train_experts.py --folder /tmp/moe   # 15 billion parameters: 30 GB of disk, 12 of memory
+    python examples/train_experts.py --folder /tmp/moe --layers 2 --experts 8 --hidden 256 --intermediate 128 \\
+        --vocabulary 1000                                                 # seconds
+
+The layout is Qwen3-30B-A3B's on the Hub: bfloat16, a tensor for each matrix of each expert, a file for each layer. A
+file that is there already is not written again. The peak of anonymous memory, which swapping alone could take back, is
+sampled every few milliseconds; pages of files come and go and do not count.
+"""
+
+import argparse
+import json
+import math
+import re
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import peftops
+
+ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]  # attention and experts
+
+
+def anonymous() -> int:
+    """Bytes of memory that no file is behind."""
+    kilobytes = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(kilobytes[1])
+
+
+@contextmanager
+def measured(what: str):
+    """Prints the seconds that the inside takes, and the peak of its anonymous memory."""
+    peak, done, start = [anonymous()], threading.Event(), time.perf_counter()
+
+    def sample() -> None:
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], anonymous())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    print(f"{what:24}{time.perf_counter() - start:8.1f} s, peak {peak[0] / 1e9:6.2f} GB, "
+          f"now {anonymous() / 1e9:6.2f} GB", flush=True)  # fmt: skip
+
+
+def shapes(config: Qwen3MoeConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The tensors of each file, as the Hub's checkpoints have them."""
+    h, d, i = config.hidden_size, config.head_dim, config.moe_intermediate_size
+    q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
+    files = {"ends": {"model.embed_tokens.weight": (config.vocab_size, h), "model.norm.weight": (h,),
+                      "lm_head.weight": (config.vocab_size, h)}}  # fmt: skip
+    for layer in range(config.num_hidden_layers):
+        attention = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q), "q_norm": (d,),
+                     "k_norm": (d,)}  # fmt: skip
+        own = {f"self_attn.{name}": shape for name, shape in attention.items()}
+        own |= {"input_layernorm": (h,), "post_attention_layernorm": (h,), "mlp.gate": (config.num_experts, h)}
+        for expert in range(config.num_experts):
+            matrices = {"gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i)}
+            own |= {f"mlp.experts.{expert}.{name}": shape for name, shape in matrices.items()}
+        files[f"layer-{layer:03}"] = {f"model.layers.{layer}.{name}.weight": shape for name, shape in own.items()}
+    return files
+
+
+def drawn(shape: tuple[int, ...], bank: torch.Tensor) -> torch.Tensor:
+    """A weight of random numbers: those of ``bank``, over and over from some place on. (Drawing 15 billion is slow.)"""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=bank.dtype)
+    start = torch.randint(len(bank), (1,)).item()
+    numbers = bank.roll(start).repeat(-(-math.prod(shape) // len(bank)))[: math.prod(shape)]
+    return numbers.view(shape) / math.sqrt(shape[1])
+
+
+def write(folder: Path, config: Qwen3MoeConfig) -> int:
+    """A checkpoint of random weights, a file at a time; how many parameters it has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    index, files, bank = {}, shapes(config), torch.randn(2**22).bfloat16()
+    for name, own in files.items():
+        file = folder / f"{name}.safetensors"
+        index |= dict.fromkeys(own, file.name)
+        if not file.exists():
+            part = file.with_suffix(".part")  # so that a file that is there is whole
+            save_file({key: drawn(shape, bank) for key, shape in own.items()}, part, metadata={"format": "pt"})
+            part.rename(file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    config.architectures = [Qwen3MoeForCausalLM.__name__]
+    config.save_pretrained(folder)
+    return sum(math.prod(shape) for own in files.values() for shape in own.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, required=True)
+    for name, value in {"layers": 24, "experts": 128, "top-k": 8, "hidden": 2048, "intermediate": 768, "heads": 32,
+                        "kv-heads": 4, "vocabulary": 151936, "tokens": 256, "labels": 16,
+                        "rank": 4}.items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.intermediate,
+        moe_intermediate_size=args.intermediate, num_hidden_layers=args.layers, num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads, head_dim=128, num_experts=args.experts, num_experts_per_tok=args.top_k,
+        norm_topk_prob=True, tie_word_embeddings=False, dtype=torch.bfloat16,
+    )  # fmt: skip
+    with measured("write"):
+        written = write(args.folder / "base", config)
+    print(f"{written:,} parameters")
+    with measured("read into NF4"):
+        model = peftops.load_model(args.folder / "base", dtype=torch.bfloat16)
+    with measured("attach"):
+        peftops.attach(model, peftops.QLoRAConfig(r=args.rank, target=ADAPTED))
+    print(peftops.summary(model))
+    ids = torch.randint(args.vocabulary, (1, args.tokens))
+    labels = ids.clone()
+    labels[:, : -args.labels] = -100  # a prompt and its answer: on CPUs without bfloat16 the head is the slowest part
+    optimizer = peftops.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    with measured(f"step of {args.tokens} tokens"):
+        total, count = peftops.language_model_loss(model, ids, labels)
+        loss = total / count
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    with measured("save the adapter"):
+        peftops.save(model, args.folder / "adapter")
+    with torch.no_grad(), measured("forward"):
+        want = model(ids[:, :16]).logits
+    with measured("read the adapter"):
+        peftops.detach(model)
+        peftops.load(model, args.folder / "adapter")
+    with torch.no_grad():
+        same = torch.equal(model(ids[:, :16]).logits, want)
+    print(f"loss {loss.item():.4f}; the adapter that was read gives the same bits: {same}")
+
+
+if __name__ == "__main__":
+    main()
