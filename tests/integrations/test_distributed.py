@@ -1,5 +1,8 @@
 """Training on several devices: two gloo processes, each with half of the rows, are one with all of them."""
 
+import faulthandler
+import os
+
 import pytest
 import torch
 from torch import multiprocessing
@@ -20,6 +23,7 @@ METHODS = {
     "experts": QLoRAConfig(r=2),
 }
 STEPS = 3
+PATIENCE = 180  # seconds; all of it takes ten
 
 
 def start(method):
@@ -47,6 +51,8 @@ def train(model, run, ids):
 def in_a_process(rank, world, how, method, folder):
     from torch.distributed.fsdp import fully_shard
 
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)  # a process that waits for ever says where, and ends
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever name and network the machine has
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=world)
     model, ids = start(method)
@@ -64,6 +70,7 @@ def in_a_process(rank, world, how, method, folder):
     if how == "fsdp" or rank == 0:
         peftops.save(model, f"{folder}/trained")
     torch.distributed.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.mark.parametrize(
