@@ -19,7 +19,7 @@ enum class Space : u8 { Generic, Global, Shared, Local, Param, Const };
 enum class Flow : u8 { Next, Branch, Table, Exit, Barrier, Converge };
 
 // What the report counts it as.
-enum class Class : u8 { Other, Load, Store, Atomic, AsyncCopy, Ldmatrix, Mma, Barrier, Shuffle, Vote, Branch, Special };
+enum class Class : u8 { Other, Load, Store, Atomic, AsyncCopy, Ldmatrix, Mma, Wgmma, Barrier, Shuffle, Vote, Branch, Special };
 
 // Every register, constant and special register is a slot of the warp's file: 32 lanes of 64 bits.
 // Predicates have a file of their own, one 32-bit mask each.
@@ -77,7 +77,9 @@ struct Function {
   std::vector<std::pair<int, bool>> truths;        // predicate slot, value
   std::map<std::string, int> special;              // %tid.x and the like -> slot
   u32 static_shared = 0, local_bytes = 0;
-  u32 max_threads = 0;                             // .maxntid; 0 if none
+  u32 max_threads = 0, min_blocks = 0;             // .maxntid, .minnctapersm; 0 if none
+  bool wgmma = false;                              // has one
+  bool roles = false;                              // its warps wait for some of the others alone
   std::vector<bool> covered;                       // by line of the body's text: has a launch come by?
 };
 
@@ -122,6 +124,9 @@ Handler decode_async(Inst&, Modifiers&);
 Handler decode_atomic(Inst&, Modifiers&);
 Handler decode_warp(Inst&, Modifiers&);
 Handler decode_matrix(Inst&, Modifiers&);
+Handler decode_wgmma(Inst&, Modifiers&);
+Handler decode_mbarrier(Inst&, Modifiers&);
+Handler decode_bulk(Inst&, Modifiers&);
 Handler decode_control(Inst&, Modifiers&);
 
 }  // namespace sim
