@@ -198,7 +198,7 @@ bool before(const Warp&, int lane, u32 agent, u32 time, u8 other, bool fenced = 
 void begin_write(Warp&, const Inst&, int lane, u32 offset, u32 bytes);   // by a bulk copy
 void end_write(Block&, u32 agent, u32 offset, u32 bytes);
 const u8* begin_read(Warp&, const Inst&, int lane, u32 offset, u32 bytes);         // by the asynchronous proxy
-void end_read(Warp&, u32 offset, u32 bytes);
+void end_read(Warp&, int lane, u32 offset, u32 bytes);
 
 // ops_mbarrier.cpp
 Mbarrier& mbarrier_at(Warp&, const Inst&, int lane, u64 address);

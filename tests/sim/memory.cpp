@@ -254,11 +254,11 @@ const u8* begin_read(Warp& w, const Inst& i, int lane, u32 offset, u32 bytes) {
   }
   return w.block.shared.data() + offset;
 }
-void end_read(Warp& w, u32 offset, u32 bytes) {
+void end_read(Warp& w, int lane, u32 offset, u32 bytes) {
   for (u32 k = offset; k < offset + bytes; ++k) {
     Shadow& s = w.block.shadow[k];
     --s.reading;
-    if (w.block.launch.device.options.check_races) note_reader(w, kSeveral, s, k, true);
+    if (w.block.launch.device.options.check_races) note_reader(w, lane, s, k, true);
   }
 }
 

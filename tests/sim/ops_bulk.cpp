@@ -98,7 +98,7 @@ void wait(Warp& w, const Inst& i, u32 lanes) {   // (with .read the writes may s
     if (!(lanes >> s.lane & 1) || s.group + open >= w.stored[s.lane]) { ++k; continue; }
     for (const auto& p : s.pieces) {
       if (p.global) std::memcpy(reinterpret_cast<void*>(p.global), w.block.shared.data() + p.shared, p.bytes);
-      end_read(w, p.shared, p.bytes);
+      end_read(w, s.lane, p.shared, p.bytes);
     }
     w.stores.erase(w.stores.begin() + i64(k));
   }
@@ -132,6 +132,8 @@ void finish(Block& b, Delivery& d) {
 void begin_delivery(Block& b, Delivery&& d) {
   constexpr u32 kLongest = 4;
   d.delay = b.launch.device.options.seed ? b.launch.draw() % kLongest : 0;
+  for (const Delivery& other : b.deliveries)   // an arrival waits for all cp.async of the lane before it
+    if (d.copies && other.copies && other.warp == d.warp && other.lane == d.lane) d.delay = std::max(d.delay, other.delay);
   b.deliveries.push_back(std::move(d));
 }
 

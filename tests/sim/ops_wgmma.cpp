@@ -167,10 +167,11 @@ void wait(Warp& w, const Inst& i, u32) {
   for (auto it = w.in_flight.begin(); it != w.in_flight.end();)
     it = it->second.group < end ? w.in_flight.erase(it) : std::next(it);
   const auto rest = std::partition(w.readings.begin(), w.readings.end(), [&](const Reading& r) {
-    if (r.group < end) end_read(w, r.offset, r.bytes);
+    if (r.group < end) end_read(w, kSeveral, r.offset, r.bytes);
     return r.group >= end;
   });
   w.readings.erase(rest, w.readings.end());
+  meet(w);   // so that one lane's arrival speaks for these reads
 }
 
 }  // namespace

@@ -108,7 +108,7 @@ u64 Warp::run(u64 quantum) {
       case Flow::Branch: branch(*this, i, lanes, active, pc_now); continue;
       case Flow::Table: branch_by_table(*this, i, lanes, active, pc_now); continue;
       case Flow::Exit:
-        each(active, [&](int l) { land(*this, i, l, ~0u); });
+        if (!function.roles) each(active, [&](int l) { land(*this, i, l, ~0u); });   // else an mbarrier sees to it
         alive &= ~active;
         go_on(*this, lanes & ~active, pc_now + 1);
         continue;
