@@ -207,8 +207,9 @@ std::string state_of(const Mbarrier&, u32 offset);
 // ops_bulk.cpp: one round of the scheduler has passed; whether something landed.
 bool deliver(Block&);
 void begin_delivery(Block&, Delivery&&);
+// registers.cpp: before an instruction of a kernel that has wgmma or setmaxnreg.
+void check_registers(Warp&, const Inst&);
 // ops_wgmma.cpp
-void check_registers(Warp&, const Inst&);   // before an instruction of a kernel that has wgmma
 void in_step(Warp&, const Inst&, Group::Step);
 void end_of_block(Block&);
 

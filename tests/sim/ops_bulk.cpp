@@ -50,7 +50,8 @@ std::vector<Delivery::Piece> box(Warp& w, const Inst& i, const Operand& map, int
     for (u32 e = 0; e < t.box[0]; e += kUnit / t.bytes, position += kUnit) {
       const u32 to = t.permuted(shared + position);
       const i64 c = first + e, whole = kUnit / t.bytes;
-      if (inside && c >= 0 && c + whole <= i64(t.size[0])) pieces.push_back({to, address + u64(c) * t.bytes, kUnit});
+      const bool aligned = (address + u64(c) * t.bytes) % kUnit == 0;
+      if (inside && aligned && c >= 0 && c + whole <= i64(t.size[0])) pieces.push_back({to, address + u64(c) * t.bytes, kUnit});
       else
         for (i64 k = 0; k < whole; ++k) {
           const bool in = inside && c + k >= 0 && c + k < i64(t.size[0]);
@@ -157,7 +158,7 @@ Handler decode_bulk(Inst& i, Modifiers& m) {
   if (m.take("prefetch")) return m.list.clear(), nothing;
   i.flag = m.take("tensor");
   if (i.flag) i.k = m.take_any({"1d", "2d", "3d", "4d", "5d"}) + 1, m.take("tile");
-  m.take("L2::cache_hint"), m.take("global");
+  m.take("L2::cache_hint"), m.take("global"), m.take("shared::cta");
   i.counted = Class::AsyncCopy;
   if (m.take("bulk_group")) return i.space == Space::Global ? store : nullptr;
   return i.space == Space::Shared && m.take("mbarrier::complete_tx::bytes") ? load : nullptr;

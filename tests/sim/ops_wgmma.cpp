@@ -176,28 +176,6 @@ void wait(Warp& w, const Inst& i, u32) {
 
 }  // namespace
 
-void check_registers(Warp& w, const Inst& i) {
-  if (i.counted == Class::Wgmma) return;
-  const bool writes = i.counted != Class::Store && i.flow != Flow::Converge;
-  for (size_t k = 0; k < i.operands.size(); ++k) {
-    const Operand& o = i.operands[k];
-    if (o.kind != Operand::Register && o.kind != Operand::Vector && o.kind != Operand::Address) continue;
-    const bool written = k == 0 && o.kind != Operand::Address && (writes || i.operands.size() > 1);
-    const size_t parts = o.kind == Operand::Vector ? o.parts.size() : 1;
-    for (size_t p = 0; p < parts; ++p) {
-      const int slot = part(o, int(p));
-      if (slot < 0) continue;
-      if (!w.in_flight.empty()) {
-        const auto it = w.in_flight.find(slot);
-        if (it != w.in_flight.end() && (it->second.sums || written))
-          fail(w, i, std::string(it->second.sums ? "an accumulator" : "an operand") +
-                         " of a wgmma is touched before wgmma.wait_group");
-      }
-      if (written) w.changed[size_t(slot)] = w.epoch;
-    }
-  }
-}
-
 void in_step(Warp& w, const Inst& i, Group::Step s) {
   auto& steps = w.block.groups[size_t(w.id / 4)].steps;
   const u32 n = w.steps++;

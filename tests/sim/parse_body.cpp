@@ -259,6 +259,7 @@ class Body {
       if (o.kind == Operand::Label && i.flow != Flow::Branch && i.flow != Flow::Table)
         throw Error("unknown name '" + o.name + "' in: " + i.text);
     if (i.flow == Flow::Branch || i.flow == Flow::Table) branches_.push_back({f_.code.size(), current_});
+    f_.shifts_registers |= m.op == "setmaxnreg";
     f_.wgmma |= i.counted == Class::Wgmma;
     f_.roles |= m.op == "mbarrier" || m.op == "wgmma" || starts(i.text, 0, "fence.proxy") || (i.counted == Class::Barrier && i.operands.size() > 1);
     f_.code.push_back(std::move(i));
@@ -320,6 +321,7 @@ class Body {
 void parse_body(Function& f, const std::string& body, const Module& m,
                 const std::map<std::string, SharedVariable>& shared) {
   Body(f, m, shared).parse(body);
+  if (f.shifts_registers) count_alive(f);
 }
 
 }  // namespace sim

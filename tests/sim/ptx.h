@@ -61,6 +61,7 @@ struct Inst {
   std::string text;
   int line = 0;               // of the .cu file
   int ptx_line = 0;           // of the body's text
+  u32 alive = 0;              // registers before it, where setmaxnreg limits them
   mutable Counters count;
 };
 
@@ -78,7 +79,7 @@ struct Function {
   std::map<std::string, int> special;              // %tid.x and the like -> slot
   u32 static_shared = 0, local_bytes = 0;
   u32 max_threads = 0, min_blocks = 0;             // .maxntid, .minnctapersm; 0 if none
-  bool wgmma = false;                              // has one
+  bool wgmma = false, shifts_registers = false;    // has one; has setmaxnreg
   bool roles = false;                              // its warps wait for some of the others alone
   std::vector<bool> covered;                       // by line of the body's text: has a launch come by?
 };
@@ -91,6 +92,8 @@ struct Module {
   std::map<std::string, Variable> variables;       // .global and .const
   std::vector<std::unique_ptr<u8[]>> storage;
 };
+
+void count_alive(Function&);   // registers.cpp
 
 std::unique_ptr<Module> parse(const std::string& ptx);
 

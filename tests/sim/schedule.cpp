@@ -117,7 +117,7 @@ u64 Warp::run(u64 quantum) {
         go_on(*this, lanes & ~active, pc_now + 1);
         continue;
       default:
-        if (active && function.wgmma) check_registers(*this, i);
+        if (active && (function.wgmma || function.shifts_registers)) check_registers(*this, i);
         if (active) i.run(*this, i, active);
         if (!again) go_on(*this, lanes, pc_now + 1);
         if (!gives_way) continue;
