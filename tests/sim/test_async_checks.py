@@ -1,68 +1,31 @@
-"""What goes wrong between roles and with asynchronous operations: each mistake beside its cure, in PTX by hand.
+"""What goes wrong between roles and with asynchronous operations: each mistake beside its cure. hopper.py has the words."""
 
-Shared memory: mbarriers at 0, 8 and 16, data from 1024 on. %r1 is the thread, %r5 where shared memory begins, %r6 the
-thread's word of data, %d1 an array of 256 words, %d3 the thread's word of it. %p1: thread 0; %p2: the first warp.
-"""
-
-import ctypes
-
-import numpy as np
 import pytest
 
 import sim
-
-DESCRIPTOR = 1024 >> 4 | (128 >> 4) << 16 | (256 >> 4) << 32  # of 8 rows of B, k = 16, without a permutation
-START = f"""ld.param.u64 %d1, [a]; mov.u32 %r1, %tid.x; shl.b32 %r2, %r1, 2; cvt.u64.u32 %d2, %r2; add.s64 %d3, %d1, %d2;
-    mov.u32 %r5, smem; add.u32 %r6, %r5, %r2; add.u32 %r6, %r6, 1024; setp.eq.u32 %p1, %r1, 0; setp.lt.u32 %p2, %r1, 32;
-    mov.u64 %d9, {DESCRIPTOR}; """
-BARRIER, FENCE = "bar.sync 0;", "fence.proxy.async;"
-INIT = "@%p1 mbarrier.init.shared.b64 [%r5], {};"
-
-
-def init(*counts):
-    made = " ".join(f"@%p1 mbarrier.init.shared.b64 [%r5+{8 * k}], {count};" for k, count in enumerate(counts))
-    return f"{made} @%p1 {FENCE} {BARRIER}"
-
-
-def wait(barrier, parity, name):
-    return f"$wait{name}: mbarrier.try_wait.parity.shared.b64 %p9, [%r5+{barrier}], {parity}; @!%p9 bra $wait{name};"
-
-
-def arrive(barrier):
-    return f"mbarrier.arrive.shared.b64 _, [%r5+{barrier}];"
-
-
-WRITE, READ = "st.shared.u32 [%r6], %r1;", "ld.shared.u32 %r8, [%r6];"
-FILL = f"{WRITE} {FENCE} {BARRIER}"
-PRODUCT = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1, %f2, %f3, %f4}, {%r20, %r21, %r22, %r23}, %d9, 1, 1, 1, 0;"
-FIRST, COMMIT, DONE = "wgmma.fence.sync.aligned;", "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"
-WGMMA = FIRST + PRODUCT + COMMIT
-EXPECT = "@%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r5], {};"
-COPY = "@%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r5+1024], [%d1], {}, [%r5];"
-LOAD = init(1) + EXPECT.format(256) + COPY.format(256)
-STORE = "@%p1 cp.async.bulk.global.shared::cta.bulk_group [%d1], [%r5+1024], 256;"
-STORED = "@%p1 cp.async.bulk.commit_group; @%p1 cp.async.bulk.wait_group.read 0;"
-ROLES = "@!%p2 bra $second; {} bra.uni $end; $second: {} $end:"  # of two warps
-
-
-@pytest.fixture
-def device():
-    device = sim.simulator()
-    if isinstance(device, str):
-        pytest.skip(device)
-    device.options()
-    device.forbid_all()
-    yield device
-    device.options()
-
-
-def run(device, body, threads=128, outside=""):
-    array = np.arange(256, dtype="u4")
-    device.allow(array)
-    module = device.load(sim.kernel(f"{START} {body} ret;", "u64 a", shared=4096, outside=outside))
-    report = device.launch(module, "k", (1,), (threads,), [array])
-    return array, report
-
+from sim.hopper import (
+    BARRIER,
+    COMMIT,
+    COPY,
+    DONE,
+    EXPECT,
+    FENCE,
+    FILL,
+    FIRST,
+    INIT,
+    LOAD,
+    PRODUCT,
+    READ,
+    ROLES,
+    STORE,
+    STORED,
+    WGMMA,
+    WRITE,
+    arrive,
+    init,
+    run,
+    wait,
+)
 
 # name: (the kernel, where {} is its cure; the cure; the finding without it; threads)
 MISTAKES = {
@@ -104,10 +67,10 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_found_and_their_cures_are_not(device, name):
+def test_mistakes_are_found_and_their_cures_are_not(chip, name):
     kernel, cure, what, threads = MISTAKES[name]
     for seed in (0, 1, 2):
-        device.options(seed=seed, watchdog=1_000_000)
+        chip.options(seed=seed, watchdog=1_000_000)
         with pytest.raises(sim.Finding, match=what):
-            run(device, kernel.replace("{}", ""), threads)
-        run(device, kernel.replace("{}", cure), threads)
+            run(chip, kernel.replace("{}", ""), threads)
+        run(chip, kernel.replace("{}", cure), threads)

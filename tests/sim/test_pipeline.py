@@ -5,17 +5,17 @@ import re
 import shutil
 import subprocess
 
-import numpy as np
 import pytest
 import torch
 
 import sim
+from sim.hopper import Map, tensor_map
 
 TILE, ROWS, OUT, STAGES, TILES = 64, 32, 128, 3, 7
 STAGE_BYTES = 2 * TILE * ROWS
 KERNELS = ["by_tma", "by_threads"]
 RIGHT = {
-    kernel: dict(tiles=TILES, stages=STAGES, producer_ring=STAGES, consumer_ring=STAGES, full=full, empty=8, bytes=STAGE_BYTES)  # fmt: skip
+    kernel: dict(tiles=TILES, stages=STAGES, producer_ring=STAGES, consumer_ring=STAGES, full=full, empty=8, bytes=STAGE_BYTES)
     for kernel, full in zip(KERNELS, (1, 128), strict=True)
 }
 
@@ -30,69 +30,41 @@ def ptx(tmp_path_factory):
     return out.read_text()
 
 
-@pytest.fixture
-def device():
-    device = sim.simulator()
-    if isinstance(device, str):
-        pytest.skip(device)
-    device.options()
-    device.forbid_all()
-    yield device
-    device.options()
-
-
-def tensor_map(device, x, box, swizzle):
-    """Of a row-major matrix; 128 bytes."""
-    storage = np.zeros(256, np.uint8)
-    room = storage[-storage.ctypes.data % 64 :][:128]
-    u64s, u32s = lambda *v: (ctypes.c_uint64 * len(v))(*v), lambda *v: (ctypes.c_uint32 * len(v))(*v)
-    status = device.lib.sim_tensor_map(
-        ctypes.c_void_p(room.ctypes.data), 9, 2, ctypes.c_void_p(x.data_ptr()), u64s(x.shape[1], x.shape[0]),
-        u64s(x.shape[1] * 2), u32s(*reversed(box)), u32s(1, 1), swizzle)  # fmt: skip
-    if status:
-        raise sim.Finding(device.error())
-    return room
-
-
 class Plan(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int) for name in RIGHT["by_tma"]]
 
 
-class Map(ctypes.Structure):
-    _fields_ = [("opaque", ctypes.c_uint8 * 128)]
-
-
-def launch(device, module, kernel, **changes):
+def launch(chip, module, kernel, **changes):
     """out^T and what it should be; ``changes`` to the plan."""
     plan = RIGHT[kernel] | changes
     gen = torch.Generator().manual_seed(1)
     x, w = (torch.randn(rows, TILE * TILES, generator=gen).bfloat16() for rows in (ROWS, OUT))
     out = torch.full((OUT, ROWS), torch.nan)
     for t in (x, w, out):
-        device.allow(t)
+        chip.allow(t)
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (out, w)]
     source = ctypes.c_void_p(x.data_ptr())
     if kernel == "by_tma":
-        source = Map.from_buffer_copy(tensor_map(device, x, (ROWS, TILE), 3).tobytes())
+        source = Map.from_buffer_copy(tensor_map(chip, x, (ROWS, TILE), 3).tobytes())
     shared = plan["stages"] * (STAGE_BYTES + 16)
-    device.launch(module, kernel, (1,), (384,), [*pointers, source, Plan(**plan)], shared)
+    chip.launch(module, kernel, (1,), (384,), [*pointers, source, Plan(**plan)], shared)
     return out, w.double() @ x.double().T
 
 
-def check(device, module, kernel, **changes):
-    out, want = launch(device, module, kernel, **changes)
+def check(chip, module, kernel, **changes):
+    out, want = launch(chip, module, kernel, **changes)
     if not (out.double() - want).abs().max() < 1e-3:
         raise sim.Finding("wrong numbers")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_right_numbers_under_every_schedule(device, ptx, kernel):
-    module = device.load(ptx)
+def test_right_numbers_under_every_schedule(chip, ptx, kernel):
+    module = chip.load(ptx)
     for seed in range(6):
-        device.options(seed=seed)
-        check(device, module, kernel)
+        chip.options(seed=seed)
+        check(chip, module, kernel)
     for stages in (1, 2, 8):  # fewer than tiles, and more
-        check(device, module, kernel, stages=stages, producer_ring=stages, consumer_ring=stages)
+        check(chip, module, kernel, stages=stages, producer_ring=stages, consumer_ring=stages)
 
 
 def without(ptx, kernel, mark, line=""):
@@ -129,14 +101,14 @@ def mutants(ptx, kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_what_is_broken_is_found(device, ptx, kernel):
+def test_what_is_broken_is_found(chip, ptx, kernel):
     found, missed = {}, []
     for name, text, changes in mutants(ptx, kernel):
-        module = device.load(text)
+        module = chip.load(text)
         for seed in (0, 1):
-            device.options(seed=seed, watchdog=2_000_000)
+            chip.options(seed=seed, watchdog=2_000_000)
             try:
-                check(device, module, kernel, **changes)
+                check(chip, module, kernel, **changes)
             except sim.Finding as finding:
                 found[name] = str(finding).split(", in ")[0]
                 break

@@ -16,16 +16,6 @@ SWIZZLE = {0: 0, 128: 1, 64: 2, 32: 3}  # bytes of a row of the pattern: its cod
 START = 1024
 
 
-@pytest.fixture(scope="module")
-def device():
-    device = sim.simulator()
-    if isinstance(device, str):
-        pytest.skip(device)
-    device.options()
-    device.forbid_all()
-    return device
-
-
 def swizzled(address, width):
     """16-byte chunks of a row of ``width`` bytes change places by the number of the 128-byte line they are in."""
     return address ^ ((address // 128) % (width // 16) * 16) if width else address
@@ -65,7 +55,7 @@ def descriptor(start, leading, stride, width):
     return start >> 4 | (leading >> 4) << 16 | (stride >> 4) << 32 | SWIZZLE[width] << 62
 
 
-def wgmma(device, kind, sums, a, b, c, *, a_width=None, a_transposed=False, width=128, transposed=False, scale="%p1", signs=(1, 1)):
+def wgmma(chip, kind, sums, a, b, c, *, a_width=None, a_transposed=False, width=128, transposed=False, scale="%p1", signs=(1, 1)):
     """D = C + A B for a [64, K], b [N, K], c [64, N]; ``a_width`` None: A from registers."""
     dtype, item = KINDS[kind]
     n, k = b.shape
@@ -106,10 +96,10 @@ def wgmma(device, kind, sums, a, b, c, *, a_width=None, a_transposed=False, widt
         wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
         {" ".join(f"st.global.b32 [%d7+{4 * i}], %s{i};" for i in range(count))} ret;"""
     for array in (memory, io, fragment):
-        device.allow(array)
-    module = device.load(sim.kernel(body, "u64 m, u64 io, u64 f, u64 bd, u64 ad", shared=START + 32768))
+        chip.allow(array)
+    module = chip.load(sim.kernel(body, "u64 m, u64 io, u64 f, u64 bd, u64 ad", shared=START + 32768))
     arguments = [memory, io, fragment, ctypes.c_uint64(b_desc), ctypes.c_uint64(a_desc)]
-    report = device.launch(module, "k", (1,), (128,), arguments)
+    report = chip.launch(module, "k", (1,), (128,), arguments)
     assert report["wgmma"] == 16  # four warps: fence, product, commit, wait
     out = torch.zeros(64, n)
     out[rows, columns] = torch.from_numpy(io.view("f2" if half else "f4").astype("f4").reshape(128, n // 2))
@@ -133,43 +123,43 @@ def close(got, want, sums="f32"):
 
 @pytest.mark.parametrize("n", [8, 16, 40, 136, 256])
 @pytest.mark.parametrize("kind, sums", [("bf16", "f32"), ("f16", "f32"), ("f16", "f16"), ("tf32", "f32")])
-def test_widths_and_types(device, kind, sums, n):
+def test_widths_and_types(chip, kind, sums, n):
     a, b, c = operands(kind, n)
     c = c.half().float() if sums == "f16" else c
     want = c.double() + a.double() @ b.double().T
-    assert close(wgmma(device, kind, sums, a, b, c), want, sums)
+    assert close(wgmma(chip, kind, sums, a, b, c), want, sums)
 
 
 @pytest.mark.parametrize("width", SWIZZLE)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_layouts(device, width, transposed):
+def test_layouts(chip, width, transposed):
     """B in each layout beside A in each; every element of B is read from its place."""
     a, b, c = operands("bf16", 128, seed=width)
     want = c.double() + a.double() @ b.double().T
     for a_width in (None, *SWIZZLE):
         for a_transposed in (False, True) if a_width is not None else (False,):
-            got = wgmma(device, "bf16", "f32", a, b, c, a_width=a_width, a_transposed=a_transposed, width=width, transposed=transposed)  # fmt: skip
+            got = wgmma(chip, "bf16", "f32", a, b, c, a_width=a_width, a_transposed=a_transposed, width=width, transposed=transposed)  # fmt: skip
             assert close(got, want), (a_width, a_transposed)
     if not transposed:
         a, b, c = operands("tf32", 32)
-        assert close(wgmma(device, "tf32", "f32", a, b, c, a_width=width, width=width), c.double() + a.double() @ b.double().T)
+        assert close(wgmma(chip, "tf32", "f32", a, b, c, a_width=width, width=width), c.double() + a.double() @ b.double().T)
 
 
-def test_scales_and_signs(device):
+def test_scales_and_signs(chip):
     a, b, c = operands("bf16", 24)
     product = a.double() @ b.double().T
-    assert close(wgmma(device, "bf16", "f32", a, b, c, scale="%p2"), product)
-    assert close(wgmma(device, "bf16", "f32", a, b, c, scale="0"), product)
-    assert close(wgmma(device, "bf16", "f32", a, b, c, scale="1", signs=(-1, 1)), c.double() - product)
-    assert close(wgmma(device, "bf16", "f32", a, b, c, signs=(-1, -1)), c.double() + product)
+    assert close(wgmma(chip, "bf16", "f32", a, b, c, scale="%p2"), product)
+    assert close(wgmma(chip, "bf16", "f32", a, b, c, scale="0"), product)
+    assert close(wgmma(chip, "bf16", "f32", a, b, c, scale="1", signs=(-1, 1)), c.double() - product)
+    assert close(wgmma(chip, "bf16", "f32", a, b, c, signs=(-1, -1)), c.double() + product)
 
 
-def test_perturbed_sums(device):
+def test_perturbed_sums(chip):
     a, b, c = operands("bf16", 64)
-    exact = wgmma(device, "bf16", "f32", a, b, c)
-    device.options(perturb=True)
-    cut = wgmma(device, "bf16", "f32", a, b, c)
-    device.options()
+    exact = wgmma(chip, "bf16", "f32", a, b, c)
+    chip.options(perturb=True)
+    cut = wgmma(chip, "bf16", "f32", a, b, c)
+    chip.options()
     assert (exact != cut).any() and (cut.abs() <= exact.abs()).all()
     assert ((exact.view(torch.int32) - cut.view(torch.int32)).abs() <= 1).all()
 
@@ -183,6 +173,6 @@ def test_perturbed_sums(device):
         "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16.sparse {%f1, %f2, %f3, %f4}, %d1, %d2, 1, 1, 1, 0, 0;",
     ],
 )
-def test_shapes_that_do_not_exist_are_refused(device, code):
+def test_shapes_that_do_not_exist_are_refused(chip, code):
     with pytest.raises(sim.Finding, match="unsupported"):
-        device.load(sim.kernel(code + " ret;", "u64 a"))
+        chip.load(sim.kernel(code + " ret;", "u64 a"))
