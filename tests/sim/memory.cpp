@@ -33,12 +33,11 @@ namespace {
 constexpr u32 kSeveralBlocks = ~0u;
 
 // Whether what (block, agent, lane) did at `time` is not ordered before this warp's lane.
-bool concurrent(const Warp& w, int lane, u32 time, u32 block, u8 agent, u8 other) {
-  if (time == 0) return false;
-  if (block != w.block.number) return true;
-  if (agent == w.id) return other != lane && time > w.last_sync;
+[[gnu::always_inline]] inline bool concurrent(const Warp& w, int lane, u32 time, u32 block, u8 agent, u8 other) {
+  if (block != w.block.number) return time != 0;
   if (time <= w.block.last_barrier && (agent < kAgents || agent == kSeveral)) return false;
-  return agent == kSeveral || !before(w, lane, agent, time, other);
+  if (agent == w.id) return other != lane && time > w.last_sync;
+  return agent == kSeveral || !w.function.roles || !before(w, lane, agent, time, other);
 }
 
 std::string agent_name(const Warp& w, u8 agent) {
@@ -65,33 +64,40 @@ int unordered_reader(const Warp& w, int lane, const u32* row) {
   return -1;
 }
 
-// Earlier readers matter only as long as a write now would race with them. Of a byte of shared memory that several warps
-// read, the block knows all of them, so that each may hand it on by itself.
-void note_reader(Warp& w, int lane, Shadow& s, u64 offset, bool shared) {
-  shared &= w.function.roles;
+// Of a byte of shared memory that several warps read, the block knows all of them, so that each may hand it on by itself.
+void note_several(Warp& w, int lane, Shadow& s, u64 offset) {
   const u32 now = w.block.now + 1;
-  u32* row = nullptr;
-  if (shared && s.reader_warp == kSeveral && s.read) {
-    row = w.block.readers_of(offset);
-    if (row[w.id] == now) return;
+  u32* row = w.block.readers_of(offset);
+  if (s.reader_warp != kSeveral) {
+    if (s.reader_warp != w.id) {
+      std::fill_n(row, w.block.warps.size(), 0);
+      row[s.reader_warp] = s.read, row[w.id] = now, s.reader_warp = kSeveral;
+    }
+  } else if (row[w.id] != now) {
+    row[w.id] = now;
+    if (unordered_reader(w, lane, row) < 0) {
+      s.reader_warp = u8(w.id), s.reader_lane = u8(lane), s.read = now;
+      return;
+    }
   }
-  if (!concurrent(w, lane, s.read, s.reader_block, s.reader_warp, s.reader_lane) ||
-      (row && unordered_reader(w, lane, row) < 0)) {
-    s.reader_block = w.block.number, s.reader_warp = u8(w.id), s.reader_lane = u8(lane), s.read = now;
-    return;
-  }
-  if (s.reader_block != w.block.number) s.reader_block = kSeveralBlocks;
-  if (shared && !row && s.reader_warp != w.id) {
-    row = w.block.readers_of(offset);
-    std::fill_n(row, w.block.warps.size(), 0);
-    row[s.reader_warp] = s.read;
-  }
-  if (row) row[w.id] = now;
-  if (s.reader_warp != w.id) s.reader_warp = kSeveral;
   s.reader_lane = kSeveral, s.read = now;
 }
 
-void check_writer(const Warp& w, const Inst& i, int lane, const Shadow& s, const char* what) {
+// Earlier readers matter only as long as a write now would race with them.
+[[gnu::always_inline]] inline void note_reader(Warp& w, int lane, Shadow& s, u64 offset, bool shared) {
+  if (!concurrent(w, lane, s.read, s.reader_block, s.reader_warp, s.reader_lane)) {
+    s.reader_block = w.block.number, s.reader_warp = u8(w.id), s.reader_lane = u8(lane);
+  } else if (shared && w.function.roles) {
+    return note_several(w, lane, s, offset);
+  } else {
+    if (s.reader_block != w.block.number) s.reader_block = kSeveralBlocks;
+    if (s.reader_warp != w.id) s.reader_warp = kSeveral;
+    s.reader_lane = kSeveral;
+  }
+  s.read = w.block.now + 1;
+}
+
+[[gnu::always_inline]] inline void check_writer(const Warp& w, const Inst& i, int lane, const Shadow& s, const char* what) {
   if (concurrent(w, lane, s.written, s.writer_block, s.writer_warp, s.writer_lane))
     race(w, i, lane, what, s.writer_block, s.writer_warp, s.writer_lane);
 }
@@ -102,7 +108,7 @@ void check_readers(Warp& w, const Inst& i, int lane, const Shadow& s, u64 offset
   if (reader >= 0) race(w, i, lane, "write after read", s.reader_block, u8(reader), s.reader_lane);
 }
 
-void note_read(Warp& w, const Inst& i, int lane, Shadow& s, u64 offset, bool shared) {
+inline void note_read(Warp& w, const Inst& i, int lane, Shadow& s, u64 offset, bool shared) {
   check_writer(w, i, lane, s, "read after write");
   note_reader(w, lane, s, offset, shared);
 }

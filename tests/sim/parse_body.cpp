@@ -261,7 +261,7 @@ class Body {
     if (i.flow == Flow::Branch || i.flow == Flow::Table) branches_.push_back({f_.code.size(), current_});
     f_.shifts_registers |= m.op == "setmaxnreg";
     f_.wgmma |= i.counted == Class::Wgmma;
-    f_.roles |= m.op == "mbarrier" || m.op == "wgmma" || starts(i.text, 0, "fence.proxy") || (i.counted == Class::Barrier && i.operands.size() > 1);
+    f_.roles |= m.op == "mbarrier" || m.op == "wgmma" || starts(i.text, 0, "fence.proxy") || (i.counted == Class::Barrier && !i.variant && i.operands.size() > 1);
     f_.code.push_back(std::move(i));
   }
 
