@@ -140,6 +140,43 @@ def test_every_product_reads_its_place(chip, ptx):
     check(y, eye, weight, dense=dense)
 
 
+@pytest.fixture
+def asked_for(monkeypatch):
+    """The operators in the simulator, where a variable asks for this kernel."""
+    if isinstance(sim.cuda_ops(), str):
+        pytest.skip(sim.cuda_ops())
+    monkeypatch.setenv("PEFTOPS_NF4_WGMMA", "on")
+    with sim.on_cpu_tensors() as device:
+        device.pretend(90, 132)
+        yield device
+        device.pretend()
+
+
+@pytest.mark.parametrize("m", [20, 70, 130])
+def test_the_launcher(asked_for, m):
+    x, weight, bias, u, b = problem(m, 72, 192, torch.bfloat16, r=4)
+    asked_for.forget()
+    y = torch.ops.peftops.nf4_linear(x, *weight._arguments, 72, 192, bias, u, b, 0.5)
+    (report,) = asked_for.reports()
+    assert "wgmma_rows" in report["kernel"] and report["shared_bytes"] == shared_bytes(64 if m < 64 else 128 if m < 128 else 256)
+    check(y, x, weight, bias, u, b)
+
+
+def test_what_it_does_not_take(asked_for, monkeypatch):
+    """Other shapes and types go as before; another GPU, or another word, is an error."""
+    x, weight = problem(20, 40, 100, torch.bfloat16)
+    call = lambda x: torch.ops.peftops.nf4_linear(x, *weight._arguments, 40, 100, None, None, None, 1.0)
+    asked_for.forget()
+    call(x), call(x.float())
+    assert not any("wgmma_rows" in report["kernel"] for report in asked_for.reports())
+    asked_for.pretend(80, 108)
+    with pytest.raises(RuntimeError, match="nf4_linear: PEFTOPS_NF4_WGMMA=on needs an H100 or H200: "):
+        call(x)
+    monkeypatch.setenv("PEFTOPS_NF4_WGMMA", "yes")
+    with pytest.raises(RuntimeError, match="nf4_linear: PEFTOPS_NF4_WGMMA must be on or off, not yes"):
+        call(x)
+
+
 def test_what_ptxas_makes_of_it(tmp_path):
     """No spills, no wgmma that waits for the one before it (C7510), and HGMMA in the main loop."""
     said = nvcc("-cubin", "-Xptxas=-v", "-o", tmp_path / "nf4.cubin")

@@ -28,7 +28,12 @@ template <class T> cudaError_t launch_rows(const Nf4Linear& a, cudaStream_t stre
 
 }  // namespace
 
-bool has_wgmma(const Nf4Linear& a) { return has_chunks(a) && aligned(a.weight.packed, 16); }
+cudaError_t takes_wgmma(const Nf4Linear& a, bool* result) {
+  *result = a.m > 0 && a.weight.rows > 0 && has_chunks(a) && aligned(a.weight.packed, 16);
+  Gpu gpu;
+  const cudaError_t status = ask_gpu(&gpu);
+  return status == cudaSuccess && gpu.capability != 90 ? cudaErrorNoKernelImageForDevice : status;
+}
 
 cudaError_t nf4_linear_sm90(const Nf4Linear& a, cudaStream_t stream) {
   return a.dtype == DType::bf16 ? launch_rows<__nv_bfloat16>(a, stream) : launch_rows<__half>(a, stream);

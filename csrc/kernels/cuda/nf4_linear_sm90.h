@@ -4,7 +4,8 @@
 
 namespace peftops::cuda {
 
-bool has_wgmma(const Nf4Linear&);   // whether it can be multiplied so
+// Whether it can be multiplied so. An error where the current device is of another capability than 9.0.
+cudaError_t takes_wgmma(const Nf4Linear&, bool* result);
 Kernel<Nf4Linear> nf4_linear_sm90;
 
 }  // namespace peftops::cuda
