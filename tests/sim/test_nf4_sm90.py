@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import peftops
-import reference
 import sim
 from numerics import assert_sums, code_error
 from sim import sass
@@ -132,7 +131,7 @@ def test_scales_over_many_octaves(chip, ptx):
 
 def test_every_product_reads_its_place(chip, ptx):
     """One element of x, one of W: the result is their product in one place, whichever they are."""
-    x, weight = problem(40, 128, 128, torch.float16)
+    _, weight = problem(40, 128, 128, torch.float16)
     dense = peftops.nf4_dequantize(weight, dtype=torch.float32).double()
     eye = torch.zeros(64, 128, dtype=torch.float16)
     eye[range(64), torch.randperm(128, generator=torch.Generator().manual_seed(0))[:64]] = 1
