@@ -1,11 +1,36 @@
 #include "kernels/nf4_dequantize.h"
 #include "kernels/nf4_linear.h"
+#ifdef PEFTOPS_SM90
+#include "kernels/cuda/nf4_linear_sm90.h"
+#endif
 #include "ops/by_library.h"
 #include "ops/linear.h"
 #include "ops/nf4.h"
 
 namespace peftops::ops {
 namespace {
+
+#ifdef PEFTOPS_CUDA
+// Whether y is made by the kernel for an H100 that no GPU has measured yet: where PEFTOPS_NF4_WGMMA=on asks for it, and
+// x and W are such as it takes.
+bool linear_by_wgmma(const char* op, const Nf4Linear& args) {
+  const char* text = std::getenv("PEFTOPS_NF4_WGMMA");
+  const std::string way = text ? text : "off";
+  PEFTOPS_CHECK(way == "off" || way == "on", op, ": PEFTOPS_NF4_WGMMA must be on or off, not ", way);
+  if (way == "off") return false;
+#ifdef PEFTOPS_SM90
+  bool takes = false;
+  const cudaError_t status = cuda::takes_wgmma(args, &takes);
+  PEFTOPS_CHECK(status == cudaSuccess, op, ": PEFTOPS_NF4_WGMMA=on needs an H100 or H200: ",
+                cudaGetErrorString(status));
+  if (takes) run(PEFTOPS_PICK(nf4_linear_sm90), args, 0);
+  return takes;
+#else
+  PEFTOPS_CHECK(false, op, ": PEFTOPS_NF4_WGMMA=on needs a build for compute capability 9.0");
+  return false;
+#endif
+}
+#endif
 
 // y = x W^T + bias + scaling * u lora_B^T
 Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, const std::optional<Tensor>& scale,
@@ -19,6 +44,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, const
   LinearOperands<Nf4Linear> o(kOp, w.weight, x, bias, u, b, scaling);
   o.args.int8 = int8;
 #ifdef PEFTOPS_CUDA
+  if (linear_by_wgmma(kOp, o.args)) return o.y;
   if (linear_by_library(kOp, o.args, o.x, o.y, PEFTOPS_PICK(nf4_operands), PEFTOPS_PICK(nf4_dequantize))) return o.y;
 #endif
   run(PEFTOPS_PICK(nf4_linear), o.args, o.work());

@@ -19,7 +19,7 @@ import native
 ROOT = Path(__file__).resolve().parents[2]
 ARCH = os.environ.get("PEFTOPS_SIM_ARCH", "80")  # whose PTX is run
 BUILD = ROOT / "build" / ("sim" if ARCH == "80" else f"sim{ARCH}")
-KERNELS = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
+KERNELS = sorted(p for p in (ROOT / "csrc/kernels/cuda").glob("*.cu") if "_sm90" not in p.stem)  # those of any GPU
 LIBRARY_SWITCH = "PEFTOPS_NF4_LIBRARY"  # see csrc/ops/by_library.h
 active = False  # whether torch.ops.peftops runs in the simulator at the moment
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <unordered_map>
 
+#include "order.h"
 #include "ptx.h"
 
 namespace sim {
@@ -15,14 +16,6 @@ struct Options {
   bool perturb = false;         // approximate functions and tensor-core sums err as hardware may
   u64 watchdog = 2'000'000'000;  // warp instructions per launch
   u64 last_blocks = 0;          // run no more than this many of a grid's last blocks; 0: all
-};
-
-// Who touched a byte last, and when. Time is a counter that barriers advance.
-struct Shadow {
-  u32 written = 0, read = 0;               // time + 1; 0: never
-  u32 writer_block = 0, reader_block = 0;
-  u8 writer_warp = 0, writer_lane = 0, reader_warp = 0, reader_lane = 0;
-  bool in_flight = false;                  // the target of a cp.async that was not waited for
 };
 
 constexpr u32 kPageBytes = 4096, kSectorBytes = 32, kBanks = 32;
@@ -60,8 +53,41 @@ struct Launch {
   u32 draw() { return random ^= random << 13, random ^= random >> 17, random ^= random << 5; }
 };
 
-struct Copy { u32 to; u64 from; u8 bytes, size; u32 group; };   // of cp.async
-struct Copies { std::vector<Copy> open; u32 committed = 0; };
+struct Copy { u32 to; u64 from; u8 bytes, size; u32 group, serial; };   // of cp.async
+struct Copies { std::vector<Copy> open; u32 committed = 0, begun = 0; };
+
+struct Mbarrier {
+  u32 expected = 0, pending = 0, phase = 0;   // arrivals of a phase, those that are missing; phases that are over
+  i64 bytes = 0;                              // expected less delivered
+  u32 agent = kAgents;                        // of what is delivered to it
+  u32 made = 0;                               // when, by which warp and lane
+  u8 maker = 0, maker_lane = 0;
+  bool published = false;                     // by fence.mbarrier_init
+  Past gathering, done;                       // of those who arrived so far; of the phases that are over
+  std::map<int, u32> waiting;                 // by warp: the phase that it found unfinished
+};
+
+// What goes on beside the warps: a bulk copy, or the arrival that follows a lane's cp.async.
+struct Delivery {
+  struct Piece { u32 shared; u64 global; u32 bytes; };   // global 0: zeros
+  Warp* warp;
+  const Inst* inst;
+  int lane;
+  u32 mbarrier;                // its shared offset
+  u32 delay;                   // rounds of the scheduler
+  bool copies;                 // it waits for the lane's cp.async before `end`; else it is a bulk copy
+  u32 end;
+  Past past;                   // of who began it
+  std::vector<Piece> pieces;
+};
+
+struct Meeting { u32 arrived = 0; Past past; };   // at a named barrier: bar.arrive, and what those left there
+
+// What the warps of a group of four must do alike, in order: wgmma and setmaxnreg.
+struct Group {
+  struct Step { u32 pc; u64 a, b; u32 flags; };
+  std::vector<Step> steps;
+};
 
 struct Block {
   Launch& launch;
@@ -69,11 +95,51 @@ struct Block {
   u32 number = 0;
   std::vector<u8> shared;
   std::vector<Shadow> shadow;
+  std::vector<u32> readers;        // of a byte that several warps read: for each of them when; made when needed
   u32 now = 1, last_barrier = 1;   // time, and when the whole block last met
   std::vector<std::unique_ptr<Warp>> warps;
+  std::map<u32, Mbarrier> mbarriers;   // by shared offset
+  u32 agents = kAgents;                // numbers given to mbarriers
+  std::vector<Delivery> deliveries;
+  std::map<u32, Meeting> meetings;
+  std::vector<Group> groups;
+  u64 events = 0;                      // what may let a waiting warp go on
+  u32 registers = 0;                   // that warps hold, where setmaxnreg shifts them
+
+  Block(Launch& l, u32 bytes) : launch(l), shared(bytes), shadow(bytes) {}
+  void reset();
+  u32* readers_of(u64 offset) {
+    if (readers.empty()) readers.resize(shared.size() * warps.size());
+    return readers.data() + offset * warps.size();
+  }
 };
 
-struct Warp {
+// What a wgmma or a bulk store that was not waited for still reads.
+struct Reading { u32 group, offset, bytes; };
+
+// What a warp has behind it and under way; it begins anew in every block.
+struct Progress {
+  Past past, early;          // before all of its lanes; before early_lanes alone, until the lanes meet
+  u32 early_lanes = 0;
+  // Its turn ends, because what it waits for is not there, and the instruction is repeated. Its last turn ended so.
+  bool gives_way = false, again = false, waits = false;
+  u32 registers = 0;         // a lane may have, after setmaxnreg; 0: it was not run
+
+  // wgmma: groups of operations, and the registers that belong to them.
+  u32 committed = 0, steps = 0;
+  std::vector<Reading> readings;
+  struct Touch { u32 group; bool sums; };
+  std::map<int, Touch> in_flight;   // by slot: accumulators, and operands A
+  std::vector<u32> changed;         // by slot: the epoch of the last write by another instruction
+  u32 epoch = 1;                    // wgmma.fence begins one
+
+  // bulk stores of a lane, read at wait_group
+  struct Store { int lane; u32 group; std::vector<Delivery::Piece> pieces; bool read; };
+  std::vector<Store> stores;
+  u32 stored[kLanes] = {};
+};
+
+struct Warp : Progress {
   Block& block;
   const Function& function;
   int id;
@@ -88,7 +154,6 @@ struct Warp {
   u32 last_sync = 1;         // when its lanes last met, by Block::now
   std::vector<u8> local;
   Copies copies[kLanes];
-
   Warp(Block&, const Function&, int id);
   u64* slot(int s) { return file.data() + size_t(s) * kLanes; }
   u64* at(const Inst& i, int operand) { return slot(i.operands[operand].slot); }
@@ -119,8 +184,34 @@ u8* reach(Warp&, const Inst&, int lane, Space, u64 address, u32 bytes, Access);
 void count_sectors(Warp&, const Inst&, u32 lanes, const u64* address, u32 bytes, bool write);
 void count_waves(const Inst&, u32 lanes, const u64* address, u32 bytes);
 
-// async.cpp: lets the copies of groups before `end` land.
-void land(Warp&, const Inst&, int lane, u32 end);
+u8* global_bytes(Warp&, const Inst&, u64 address, u32 bytes, Access);   // of a bulk copy, by multiples of 16
+
+// ops_matrix.cpp: lets the copies of groups before `end` land; or for an agent all that were begun before.
+void land(Warp&, const Inst&, int lane, u32 end, u32 agent = 0);
+
+// order.cpp: the past that lanes hand on; that they take over; a fence.proxy.async; whether an agent's deed is before.
+Past release(Warp&, u32 lanes);
+void acquire(Warp&, u32 lanes, const Past&);
+void fence_proxy(Warp&, u32 lanes);
+void meet(Warp&);   // all lanes of the warp are together
+bool before(const Warp&, int lane, u32 agent, u32 time, u8 other, bool fenced = false);
+void begin_write(Warp&, const Inst&, int lane, u32 offset, u32 bytes);   // by a bulk copy
+void end_write(Block&, u32 agent, u32 offset, u32 bytes);
+const u8* begin_read(Warp&, const Inst&, int lane, u32 offset, u32 bytes);         // by the asynchronous proxy
+void end_read(Warp&, int lane, u32 offset, u32 bytes);
+
+// ops_mbarrier.cpp
+Mbarrier& mbarrier_at(Warp&, const Inst&, int lane, u64 address);
+void arrive(Block&, Mbarrier&, u32 offset, u32 count, i64 bytes);
+std::string state_of(const Mbarrier&, u32 offset);
+// ops_bulk.cpp: one round of the scheduler has passed; whether something landed.
+bool deliver(Block&);
+void begin_delivery(Block&, Delivery&&);
+// registers.cpp: before an instruction of a kernel that has wgmma or setmaxnreg.
+void check_registers(Warp&, const Inst&);
+// ops_wgmma.cpp
+void in_step(Warp&, const Inst&, Group::Step);
+void end_of_block(Block&);
 
 // report.cpp
 std::string report_json(const Launch&);

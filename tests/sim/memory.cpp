@@ -1,9 +1,5 @@
 // Every address that a kernel touches comes through reach(): it finds the byte behind the address and checks bounds,
-// alignment, permission, initialisation and races.
-//
-// Races. Two accesses to a byte, one of them a write, must be ordered: within a block by a barrier, within a warp by
-// __syncwarp (or any .sync operation of the whole warp), between blocks by the end of the launch. Each byte remembers
-// its last writer and reader and the time; barriers advance the time. Atomics are ordered by themselves.
+// alignment, permission, initialisation and races (order.h). Each byte remembers its last writer and reader and the time.
 #include "machine.h"
 
 #include <algorithm>
@@ -35,66 +31,126 @@ Page& Launch::page_of(u64 address) {
 namespace {
 
 constexpr u32 kSeveralBlocks = ~0u;
-constexpr u8 kSeveral = 0xff;
 
-// Whether what (block, warp, lane) did at `time` is not ordered before this warp's lane.
-bool concurrent(const Warp& w, int lane, u32 time, u32 block, u8 warp, u8 other) {
-  if (time == 0) return false;
-  if (block != w.block.number) return true;
-  if (warp != w.id) return time > w.block.last_barrier;
-  return other != lane && time > w.last_sync;
+// Whether what (block, agent, lane) did at `time` is not ordered before this warp's lane.
+[[gnu::always_inline]] inline bool concurrent(const Warp& w, int lane, u32 time, u32 block, u8 agent, u8 other) {
+  if (block != w.block.number) return time != 0;
+  if (time <= w.block.last_barrier && (agent < kAgents || agent == kSeveral)) return false;
+  if (agent == w.id) return other != lane && time > w.last_sync;
+  return agent == kSeveral || !w.function.roles || !before(w, lane, agent, time, other);
 }
 
-[[noreturn]] void race(const Warp& w, const Inst& i, int lane, const char* what, u32 block, u8 warp, u8 other) {
+std::string agent_name(const Warp& w, u8 agent) {
+  if (agent == kSeveral) return "several warps";
+  if (agent < kAgents) return "warp " + std::to_string(agent);
+  for (const auto& m : w.block.mbarriers)
+    if (m.second.agent == (agent & ~1u))
+      return std::string(agent & 1 ? "a cp.async" : "a bulk copy") + " of the mbarrier at " + std::to_string(m.first);
+  return "an asynchronous copy";
+}
+
+[[noreturn]] void race(const Warp& w, const Inst& i, int lane, const char* what, u32 block, u8 agent, u8 other) {
   std::string who = block != w.block.number ? "another block"
-                    : warp == kSeveral      ? "several warps"
-                    : warp != w.id          ? "warp " + std::to_string(warp)
+                    : agent != w.id         ? agent_name(w, agent)
                     : other == kSeveral     ? "other lanes of its warp"
                                             : "lane " + std::to_string(other) + " of its warp";
   fail(w, i, "race: " + std::string(what) + " by " + who + " without a barrier, lane " + std::to_string(lane));
 }
 
-void note_read(Warp& w, const Inst& i, int lane, Shadow& s) {
-  if (concurrent(w, lane, s.written, s.writer_block, s.writer_warp, s.writer_lane))
-    race(w, i, lane, "read after write", s.writer_block, s.writer_warp, s.writer_lane);
-  // Earlier readers matter only as long as a write now would race with them.
-  if (concurrent(w, lane, s.read, s.reader_block, s.reader_warp, s.reader_lane)) {
+// The first of several readers that is not before this warp's lane; -1 if all are.
+int unordered_reader(const Warp& w, int lane, const u32* row) {
+  for (int k = 0; k < int(w.block.warps.size()); ++k)
+    if (concurrent(w, lane, row[k], w.block.number, u8(k), kSeveral)) return k;
+  return -1;
+}
+
+// Of a byte of shared memory that several warps read, the block knows all of them, so that each may hand it on by itself.
+void note_several(Warp& w, int lane, Shadow& s, u64 offset) {
+  const u32 now = w.block.now + 1;
+  u32* row = w.block.readers_of(offset);
+  if (s.reader_warp != kSeveral) {
+    if (s.reader_warp != w.id) {
+      std::fill_n(row, w.block.warps.size(), 0);
+      row[s.reader_warp] = s.read, row[w.id] = now, s.reader_warp = kSeveral;
+    }
+  } else if (row[w.id] != now) {
+    row[w.id] = now;
+    if (unordered_reader(w, lane, row) < 0) {
+      s.reader_warp = u8(w.id), s.reader_lane = u8(lane), s.read = now;
+      return;
+    }
+  }
+  s.reader_lane = kSeveral, s.read = now;
+}
+
+// Earlier readers matter only as long as a write now would race with them.
+[[gnu::always_inline]] inline void note_reader(Warp& w, int lane, Shadow& s, u64 offset, bool shared) {
+  if (!concurrent(w, lane, s.read, s.reader_block, s.reader_warp, s.reader_lane)) {
+    s.reader_block = w.block.number, s.reader_warp = u8(w.id), s.reader_lane = u8(lane);
+  } else if (shared && w.function.roles) {
+    return note_several(w, lane, s, offset);
+  } else {
     if (s.reader_block != w.block.number) s.reader_block = kSeveralBlocks;
     if (s.reader_warp != w.id) s.reader_warp = kSeveral;
     s.reader_lane = kSeveral;
-  } else {
-    s.reader_block = w.block.number, s.reader_warp = u8(w.id), s.reader_lane = u8(lane);
   }
   s.read = w.block.now + 1;
 }
 
-void note_write(Warp& w, const Inst& i, int lane, Shadow& s) {
+[[gnu::always_inline]] inline void check_writer(const Warp& w, const Inst& i, int lane, const Shadow& s, const char* what) {
   if (concurrent(w, lane, s.written, s.writer_block, s.writer_warp, s.writer_lane))
-    race(w, i, lane, "write after write", s.writer_block, s.writer_warp, s.writer_lane);
-  if (concurrent(w, lane, s.read, s.reader_block, s.reader_warp, s.reader_lane))
-    race(w, i, lane, "write after read", s.reader_block, s.reader_warp, s.reader_lane);
-  s.written = w.block.now + 1;
+    race(w, i, lane, what, s.writer_block, s.writer_warp, s.writer_lane);
+}
+void check_readers(Warp& w, const Inst& i, int lane, const Shadow& s, u64 offset, bool shared) {
+  if (!concurrent(w, lane, s.read, s.reader_block, s.reader_warp, s.reader_lane)) return;
+  const bool rows = shared && w.function.roles && s.reader_warp == kSeveral;
+  const int reader = rows ? unordered_reader(w, lane, w.block.readers_of(offset)) : s.reader_warp;
+  if (reader >= 0) race(w, i, lane, "write after read", s.reader_block, u8(reader), s.reader_lane);
+}
+
+inline void note_read(Warp& w, const Inst& i, int lane, Shadow& s, u64 offset, bool shared) {
+  check_writer(w, i, lane, s, "read after write");
+  note_reader(w, lane, s, offset, shared);
+}
+
+void note_write(Warp& w, const Inst& i, int lane, Shadow& s, u64 offset, bool shared) {
+  check_writer(w, i, lane, s, "write after write");
+  check_readers(w, i, lane, s, offset, shared);
+  s.written = w.block.now + 1, s.read = 0;
   s.writer_block = w.block.number, s.writer_warp = u8(w.id), s.writer_lane = u8(lane);
+}
+
+void check_flight(const Warp& w, const Inst& i, const Shadow& s, u64 offset, bool reads, bool writes) {
+  const std::string where = ", shared offset " + std::to_string(offset);
+  if (s.flight == Object) fail(w, i, "the bytes of an mbarrier" + where);
+  if (s.flight == Delivering)
+    fail(w, i, std::string(reads ? "read" : "write") + " of what a bulk copy has not delivered yet" + where);
+  if (s.flight == Copying && reads) fail(w, i, "read of a cp.async that was not waited for" + where);
+  if (s.reading && writes) fail(w, i, "write to what an asynchronous operation still reads" + where);
+}
+
+void check_bounds(const Warp& w, const Inst& i, u64 offset, u32 bytes) {
+  const size_t size = w.block.shared.size();
+  if (offset + bytes > size)
+    fail(w, i,
+         "shared memory out of bounds: " + std::to_string(bytes) + " bytes at " + std::to_string(offset) + " of " +
+             std::to_string(size));
 }
 
 u8* reach_shared(Warp& w, const Inst& i, int lane, u64 address, u32 bytes, Access access) {
   Block& b = w.block;
   const u64 offset = address & 0xffffffff;
-  if (offset + bytes > b.shared.size())
-    fail(w, i,
-         "shared memory out of bounds: " + std::to_string(bytes) + " bytes at " + std::to_string(offset) + " of " +
-             std::to_string(b.shared.size()));
+  check_bounds(w, i, offset, bytes);
   if (offset % bytes)
     fail(w, i, "misaligned: " + std::to_string(bytes) + " bytes at shared offset " + std::to_string(offset));
   for (u64 k = offset; k < offset + bytes; ++k) {
     Shadow& s = b.shadow[k];
-    if (access != Access::Write) {
-      if (s.in_flight) fail(w, i, "read of a cp.async that was not waited for, shared offset " + std::to_string(k));
-      if (!s.written) fail(w, i, "uninitialised shared memory at offset " + std::to_string(k));
-    }
+    if (s.flight | s.reading) check_flight(w, i, s, k, access != Access::Write, access != Access::Read);
+    if (access != Access::Write && !s.written)
+      fail(w, i, "uninitialised shared memory at offset " + std::to_string(k));
     if (!b.launch.device.options.check_races || access == Access::Atomic) s.written = std::max(s.written, 1u);
-    else if (access == Access::Read) note_read(w, i, lane, s);
-    else note_write(w, i, lane, s);
+    else if (access == Access::Read) note_read(w, i, lane, s, k, true);
+    else note_write(w, i, lane, s, k, true);
   }
   return b.shared.data() + offset;
 }
@@ -135,7 +191,8 @@ u8* reach_global(Warp& w, const Inst& i, int lane, u64 address, u32 bytes, Acces
     Page& page = launch.page_of(address);
     if (!page.shadow) page.shadow = std::make_unique<Shadow[]>(kPageBytes);
     Shadow* s = page.shadow.get() + address % kPageBytes;   // aligned, so within the page
-    for (u32 k = 0; k < bytes; ++k) access == Access::Read ? note_read(w, i, lane, s[k]) : note_write(w, i, lane, s[k]);
+    for (u32 k = 0; k < bytes; ++k)
+      access == Access::Read ? note_read(w, i, lane, s[k], 0, false) : note_write(w, i, lane, s[k], 0, false);
   }
   return reinterpret_cast<u8*>(address);
 }
@@ -158,6 +215,62 @@ u8* reach(Warp& w, const Inst& i, int lane, Space space, u64 address, u32 bytes,
       return w.local.data() + size_t(lane) * w.function.local_bytes + address;
     default: return reach_global(w, i, lane, address, bytes, access);
   }
+}
+
+// A bulk copy writes shared memory from when it begins until it is delivered. Whatever was there before must be over.
+void begin_write(Warp& w, const Inst& i, int lane, u32 offset, u32 bytes) {
+  check_bounds(w, i, offset, bytes);
+  for (u32 k = offset; k < offset + bytes; ++k) {
+    Shadow& s = w.block.shadow[k];
+    if (s.flight | s.reading) check_flight(w, i, s, k, false, true);
+    if (w.block.launch.device.options.check_races) {
+      check_writer(w, i, lane, s, "write after write");
+      check_readers(w, i, lane, s, k, true);
+      if (s.written > 1 && (s.writer_warp < kAgents || s.writer_warp & 1) &&
+          !before(w, lane, s.writer_warp, s.written, s.writer_lane, true))
+        fail(w, i, "a bulk copy writes over what threads wrote, without a fence.proxy.async between, shared offset " +
+                       std::to_string(k));
+    }
+    s.flight = Delivering;
+  }
+}
+void end_write(Block& b, u32 agent, u32 offset, u32 bytes) {
+  for (u32 k = offset; k < offset + bytes; ++k) {
+    Shadow& s = b.shadow[k];
+    s.flight = Landed, s.written = b.now + 1, s.read = 0;
+    s.writer_block = b.number, s.writer_warp = u8(agent), s.writer_lane = kSeveral;
+  }
+}
+
+// wgmma and bulk stores read shared memory until they are waited for; from then on it is a read of the warp's.
+const u8* begin_read(Warp& w, const Inst& i, int lane, u32 offset, u32 bytes) {
+  check_bounds(w, i, offset, bytes);
+  for (u32 k = offset; k < offset + bytes; ++k) {
+    Shadow& s = w.block.shadow[k];
+    if (s.flight) check_flight(w, i, s, k, true, false);
+    if (!s.written) fail(w, i, "uninitialised shared memory at offset " + std::to_string(k));
+    if (w.block.launch.device.options.check_races) {
+      check_writer(w, i, lane, s, "read after write");
+      if (s.written > 1 && (s.writer_warp < kAgents || s.writer_warp & 1) &&
+          !before(w, lane, s.writer_warp, s.written, s.writer_lane, true))
+        fail(w, i, "the asynchronous proxy reads what threads wrote, without a fence.proxy.async between, shared offset " +
+                       std::to_string(k));
+    }
+    ++s.reading;
+  }
+  return w.block.shared.data() + offset;
+}
+void end_read(Warp& w, int lane, u32 offset, u32 bytes) {
+  for (u32 k = offset; k < offset + bytes; ++k) {
+    Shadow& s = w.block.shadow[k];
+    --s.reading;
+    if (w.block.launch.device.options.check_races) note_reader(w, lane, s, k, true);
+  }
+}
+
+u8* global_bytes(Warp& w, const Inst& i, u64 address, u32 bytes, Access access) {
+  for (u32 k = 0; k < bytes; k += 16) reach_global(w, i, kSeveral, address + k, 16, access);
+  return reinterpret_cast<u8*>(address);
 }
 
 // A warp's request takes as many 32-byte sectors as it touches, and at best as its bytes fill.

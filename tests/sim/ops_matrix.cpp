@@ -1,4 +1,4 @@
-// ldmatrix, mma.sync and cp.async.
+// ldmatrix, stmatrix, mma.sync and cp.async.
 #include <algorithm>
 #include <type_traits>
 
@@ -30,6 +30,27 @@ void load_matrix(Warp& w, const Inst& i, u32) {
       const u16 first = i.flag ? matrix[c][r] : matrix[r][c], second = i.flag ? matrix[c + 1][r] : matrix[r][c + 1];
       d[l] = u64(first) | u64(second) << 16;
     }
+  }
+}
+
+// The way back: lane l has the elements (l / 4, 2 (l % 4)) and the next of each matrix, or of the transposed one.
+void store_matrix(Warp& w, const Inst& i, u32) {
+  const u64* base = w.at(i, 0);
+  const int count = i.operands[1].kind == Operand::Vector ? int(i.operands[1].parts.size()) : 1;
+  for (int q = 0; q < count; ++q) {
+    u16 matrix[8][8];
+    const u64* v = w.slot(part(i.operands[1], q));
+    for (int l = 0; l < kLanes; ++l)
+      for (int e = 0; e < 2; ++e) {
+        const int r = l / 4, c = 2 * (l % 4) + e;
+        (i.flag ? matrix[c][r] : matrix[r][c]) = u16(v[l] >> 16 * e);
+      }
+    u64 address[kLanes];
+    for (int r = 0; r < 8; ++r) {
+      address[r] = shared_offset(base[8 * q + r] + u64(i.operands[0].offset));
+      std::memcpy(reach(w, i, 8 * q + r, Space::Shared, address[r], 16, Access::Write), matrix[r], 16);
+    }
+    count_waves(i, 0xff, address, 16);
   }
 }
 
@@ -111,7 +132,7 @@ void copy(Warp& w, const Inst& i, u32 lanes) {
       if (bytes > size) fail(w, i, "cp.async: more source bytes than it copies");
     }
     reach(w, i, l, Space::Shared, target[l], size, Access::Write);
-    for (u32 k = 0; k < size; ++k) w.block.shadow[target[l] + k].in_flight = true;
+    for (u32 k = 0; k < size; ++k) w.block.shadow[target[l] + k].flight = Copying;
     if (bytes) {
       if (source[l] % size) fail(w, i, "misaligned: cp.async of " + std::to_string(size) + " bytes");
       if (bytes == size) reach(w, i, l, Space::Global, source[l], size, Access::Read);
@@ -119,7 +140,7 @@ void copy(Warp& w, const Inst& i, u32 lanes) {
         for (u32 k = 0; k < bytes; ++k) reach(w, i, l, Space::Global, source[l] + k, 1, Access::Read);
       reading |= 1u << l;
     }
-    w.copies[l].open.push_back({u32(target[l]), source[l], u8(bytes), u8(size), w.copies[l].committed});
+    w.copies[l].open.push_back({u32(target[l]), source[l], u8(bytes), u8(size), w.copies[l].committed, w.copies[l].begun++});
   });
   if (reading) count_sectors(w, i, reading, source, size, false);
   count_waves(i, lanes, target, size);
@@ -133,13 +154,15 @@ void wait_all(Warp& w, const Inst& i, u32 lanes) { each(lanes, [&](int l) { land
 
 }  // namespace
 
-void land(Warp& w, const Inst& i, int lane, u32 end) {
+void land(Warp& w, const Inst& i, int lane, u32 end, u32 agent) {
   auto& open = w.copies[lane].open;
   size_t landed = 0;
-  for (; landed < open.size() && open[landed].group < end; ++landed) {
+  for (; landed < open.size() && (agent ? open[landed].serial : open[landed].group) < end; ++landed) {
     const Copy& c = open[landed];
-    for (u32 k = 0; k < c.size; ++k) w.block.shadow[c.to + k].in_flight = false;
-    u8* p = reach(w, i, lane, Space::Shared, c.to, c.size, Access::Write);
+    for (u32 k = 0; k < c.size; ++k) w.block.shadow[c.to + k].flight = Landed;
+    u8* p = w.block.shared.data() + c.to;
+    if (agent) end_write(w.block, agent, c.to, c.size);
+    else reach(w, i, lane, Space::Shared, c.to, c.size, Access::Write);
     std::memcpy(p, reinterpret_cast<const void*>(c.from), c.bytes);
     std::memset(p + c.bytes, 0, c.size - c.bytes);
   }
@@ -154,6 +177,14 @@ Handler decode_matrix(Inst& i, Modifiers& m) {
     i.flag = m.take("trans");
     i.flow = Flow::Converge, i.counted = Class::Ldmatrix;
     return load_matrix;
+  }
+  if (m.op == "stmatrix") {
+    m.take("sync"), m.take("aligned");
+    if (!m.take("m8n8")) return nullptr;
+    m.take("x1"), m.take("x2"), m.take("x4");
+    i.flag = m.take("trans");
+    i.flow = Flow::Converge, i.counted = Class::Ldmatrix;
+    return store_matrix;
   }
   if (m.op == "mma") {
     m.take("sync"), m.take("aligned"), m.take("row"), m.take("col");

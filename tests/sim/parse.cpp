@@ -148,6 +148,8 @@ void parse_entry(Module& m, const std::string& header, const std::string& body, 
       rest = rest.substr(0, rest.find('.'));
       for (const auto& n : split(trim(rest), ',')) f->max_threads *= number(n);
     }
+    const size_t blocks = header.find(".minnctapersm", close);
+    if (blocks != std::string::npos) f->min_blocks = number(header.substr(blocks + 13));
   }
   parse_body(*f, body, m, shared);
   m.functions[f->name] = std::move(f);

@@ -47,6 +47,7 @@ class Body {
   int current_ = 0, line_ = 0, ptx_line_ = 0;
   std::vector<Fixup> branches_;
   std::map<u64, int> constants_;
+  u32 dynamic_align_ = 16;
   std::vector<size_t> dynamic_;   // constants that count from where dynamic shared memory begins
 
   void open_scope() {
@@ -160,6 +161,7 @@ class Body {
       return find_symbol(name, add, o);
     }
     o.slot = new_slot(64);
+    dynamic_align_ = std::max(dynamic_align_, shared->second.align);
     dynamic_.push_back(f_.constants.size());
     f_.constants.push_back({o.slot, add});
     return true;
@@ -175,13 +177,16 @@ class Body {
       return o;
     }
     if (t[0] == '[') {
-      const std::string inside = trim(t.substr(1, t.rfind(']') - 1));
+      const auto pieces = split(t.substr(1, t.rfind(']') - 1), ',');   // a tensor map has coordinates beside it
+      if (pieces.size() > 2) throw Error("unknown address: " + t);
+      const std::string inside = pieces.at(0);
       const size_t sign = inside.find_first_of("+-", 1);
       o = operand(inside.substr(0, sign), Type::U64);
       if (o.kind != Operand::Register) throw Error("unknown address: " + t);
       o.kind = Operand::Address;
       if (sign != std::string::npos)
         o.offset = i64(immediate(trim(inside.substr(sign + (inside[sign] == '+'))), Type::S64));
+      if (pieces.size() > 1) o.parts = operand(pieces[1], Type::S32).parts;
       return o;
     }
     if (t[0] == '!') {
@@ -244,8 +249,8 @@ class Body {
     for (const auto& text : split(s.substr(end), ',')) i.operands.push_back(operand(text, type));
 
     using Decode = Handler (*)(Inst&, Modifiers&);
-    for (Decode decode : {decode_arithmetic, decode_bits, decode_memory, decode_async, decode_atomic, decode_warp,
-                          decode_matrix, decode_control})
+    for (Decode decode : {decode_arithmetic, decode_bits, decode_memory, decode_bulk, decode_mbarrier, decode_async,
+                          decode_atomic, decode_warp, decode_matrix, decode_wgmma, decode_control})
       if (!i.run) i.run = decode(i, m);
     if (!i.run) i.run = decode_convert(i, m, f_);
     if (!i.run || !m.list.empty())
@@ -254,12 +259,16 @@ class Body {
       if (o.kind == Operand::Label && i.flow != Flow::Branch && i.flow != Flow::Table)
         throw Error("unknown name '" + o.name + "' in: " + i.text);
     if (i.flow == Flow::Branch || i.flow == Flow::Table) branches_.push_back({f_.code.size(), current_});
+    f_.shifts_registers |= m.op == "setmaxnreg";
+    f_.wgmma |= i.counted == Class::Wgmma;
+    f_.roles |= m.op == "mbarrier" || m.op == "wgmma" || starts(i.text, 0, "fence.proxy") || (i.counted == Class::Barrier && !i.variant && i.operands.size() > 1);
     f_.code.push_back(std::move(i));
   }
 
   static void decode_suffixes(Inst& i, Modifiers& m, const std::string& op) {
     static const std::map<std::string, Space> spaces = {
         {"global", Space::Global}, {"shared", Space::Shared}, {"shared::cta", Space::Shared},
+        {"shared::cluster", Space::Shared},
         {"local", Space::Local},   {"param", Space::Param},   {"const", Space::Const}};
     size_t at = op.find('.');
     m.op = op.substr(0, at);
@@ -300,8 +309,7 @@ class Body {
       }
       if (i.table.empty()) throw Error("unknown table of branch targets " + name + " in " + f_.name);
     }
-    constexpr u32 kDynamicAlign = 16;
-    if (!dynamic_.empty()) f_.static_shared = round_up(f_.static_shared, kDynamicAlign);
+    if (!dynamic_.empty()) f_.static_shared = round_up(f_.static_shared, dynamic_align_);
     for (size_t c : dynamic_) f_.constants[c].second += f_.static_shared;
     f_.local_bytes = round_up(f_.local_bytes, 16);
     f_.covered.resize(size_t(ptx_line_) + 1);
@@ -313,6 +321,7 @@ class Body {
 void parse_body(Function& f, const std::string& body, const Module& m,
                 const std::map<std::string, SharedVariable>& shared) {
   Body(f, m, shared).parse(body);
+  if (f.shifts_registers) count_alive(f);
 }
 
 }  // namespace sim

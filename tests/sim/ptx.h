@@ -19,7 +19,7 @@ enum class Space : u8 { Generic, Global, Shared, Local, Param, Const };
 enum class Flow : u8 { Next, Branch, Table, Exit, Barrier, Converge };
 
 // What the report counts it as.
-enum class Class : u8 { Other, Load, Store, Atomic, AsyncCopy, Ldmatrix, Mma, Barrier, Shuffle, Vote, Branch, Special };
+enum class Class : u8 { Other, Load, Store, Atomic, AsyncCopy, Ldmatrix, Mma, Wgmma, Barrier, Shuffle, Vote, Branch, Special };
 
 // Every register, constant and special register is a slot of the warp's file: 32 lanes of 64 bits.
 // Predicates have a file of their own, one 32-bit mask each.
@@ -61,6 +61,7 @@ struct Inst {
   std::string text;
   int line = 0;               // of the .cu file
   int ptx_line = 0;           // of the body's text
+  u32 alive = 0;              // registers before it, where setmaxnreg limits them
   mutable Counters count;
 };
 
@@ -77,7 +78,9 @@ struct Function {
   std::vector<std::pair<int, bool>> truths;        // predicate slot, value
   std::map<std::string, int> special;              // %tid.x and the like -> slot
   u32 static_shared = 0, local_bytes = 0;
-  u32 max_threads = 0;                             // .maxntid; 0 if none
+  u32 max_threads = 0, min_blocks = 0;             // .maxntid, .minnctapersm; 0 if none
+  bool wgmma = false, shifts_registers = false;    // has one; has setmaxnreg
+  bool roles = false;                              // its warps wait for some of the others alone
   std::vector<bool> covered;                       // by line of the body's text: has a launch come by?
 };
 
@@ -89,6 +92,8 @@ struct Module {
   std::map<std::string, Variable> variables;       // .global and .const
   std::vector<std::unique_ptr<u8[]>> storage;
 };
+
+void count_alive(Function&);   // registers.cpp
 
 std::unique_ptr<Module> parse(const std::string& ptx);
 
@@ -122,6 +127,9 @@ Handler decode_async(Inst&, Modifiers&);
 Handler decode_atomic(Inst&, Modifiers&);
 Handler decode_warp(Inst&, Modifiers&);
 Handler decode_matrix(Inst&, Modifiers&);
+Handler decode_wgmma(Inst&, Modifiers&);
+Handler decode_mbarrier(Inst&, Modifiers&);
+Handler decode_bulk(Inst&, Modifiers&);
 Handler decode_control(Inst&, Modifiers&);
 
 }  // namespace sim

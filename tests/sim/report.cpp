@@ -78,8 +78,8 @@ std::string report_json(const Launch& launch) {
   s += ", \"shared_load\": " + waves_json(load) + ", \"shared_store\": " + waves_json(store);
   s += ", \"ldmatrix\": " + waves_json(matrix) + ", \"async_copy\": " + waves_json(copies);
   s += format(
-      ", \"mma\": %llu, \"barriers\": %llu, \"shuffles\": %llu, \"votes\": %llu, \"atomics\": %llu, \"special\": %llu",
-      issued(Class::Mma), issued(Class::Barrier), issued(Class::Shuffle), issued(Class::Vote), ull(atomics.issued),
+      ", \"mma\": %llu, \"wgmma\": %llu, \"barriers\": %llu, \"shuffles\": %llu, \"votes\": %llu, \"atomics\": %llu, \"special\": %llu",
+      issued(Class::Mma), issued(Class::Wgmma), issued(Class::Barrier), issued(Class::Shuffle), issued(Class::Vote), ull(atomics.issued),
       issued(Class::Special));
   s += format(", \"branches\": %llu, \"divergent\": %llu, \"local\": %llu, \"constant_replays\": %llu, \"lines\": {",
               ull(branches.issued), ull(branches.divergent), ull(load.local + store.local), ull(load.replays));

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
+KERNELS = sorted(p for p in (ROOT / "csrc/kernels/cuda").glob("*.cu") if "_sm90" not in p.stem)
 
 
 def disassembler() -> Path | None:

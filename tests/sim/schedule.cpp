@@ -80,6 +80,7 @@ Warp::Warp(Block& b, const Function& f, int number)
 u64 Warp::run(u64 quantum) {
   Launch& launch = block.launch;
   u64 n = 0;
+  waits = false;
   while (!quantum || n < quantum) {
     u32 runnable = alive & ~at_barrier & ~waiting;
     const bool stuck = !runnable;   // all that is left waits for lanes of its own warp
@@ -98,7 +99,7 @@ u64 Warp::run(u64 quantum) {
     if (i.guard >= 0) active &= i.guard_negated ? ~predicates[i.guard] : predicates[i.guard];
     if (i.flow == Flow::Converge && active) {
       if (!gathered(*this, i, active, lanes, stuck)) continue;
-      if (active == alive) last_sync = ++block.now;
+      if (active == alive) meet(*this);
     }
     ++n;
     if (++launch.issued > launch.device.options.watchdog) fail(*this, i, "watchdog: the kernel does not end");
@@ -107,7 +108,7 @@ u64 Warp::run(u64 quantum) {
       case Flow::Branch: branch(*this, i, lanes, active, pc_now); continue;
       case Flow::Table: branch_by_table(*this, i, lanes, active, pc_now); continue;
       case Flow::Exit:
-        each(active, [&](int l) { land(*this, i, l, ~0u); });
+        if (!function.roles) each(active, [&](int l) { land(*this, i, l, ~0u); });   // else an mbarrier sees to it
         alive &= ~active;
         go_on(*this, lanes & ~active, pc_now + 1);
         continue;
@@ -116,8 +117,12 @@ u64 Warp::run(u64 quantum) {
         go_on(*this, lanes & ~active, pc_now + 1);
         continue;
       default:
+        if (active && (function.wgmma || function.shifts_registers)) check_registers(*this, i);
         if (active) i.run(*this, i, active);
-        go_on(*this, lanes, pc_now + 1);
+        if (!again) go_on(*this, lanes, pc_now + 1);
+        if (!gives_way) continue;
+        again = gives_way = false, waits = true;
+        return n;
     }
   }
   return n;
@@ -147,6 +152,8 @@ void start(Warp& w) {
   const Launch& launch = w.block.launch;
   const Dim3 &b = launch.block, &g = launch.grid, &at = w.block.index;
   const u32 threads = b.x * b.y * b.z, first = u32(w.id) * kLanes;
+  static_cast<Progress&>(w) = {};
+  if (w.function.wgmma) w.changed.resize(size_t(w.function.slots));
   w.alive = w.started = u32(low_bits(std::min(threads - first, u32(kLanes))));
   w.together = true, w.pc_all = 0, w.at_barrier = w.waiting = 0, w.last_sync = w.block.now;
   for (u32 l = 0; l < kLanes; ++l) {
@@ -181,10 +188,19 @@ void open_barrier(Block& b, u32 id, bool whole_block) {
       if (i.variant) yes += w->predicate(i.operands.back()) >> l & 1;
     });
   }
+  const bool hands_on = !whole_block || b.warps[0]->function.roles;   // else the time of the barrier says it all
+  Past past;
+  const auto meeting = b.meetings.find(id);
+  if (meeting != b.meetings.end()) past = std::move(meeting->second.past), b.meetings.erase(meeting);
+  if (hands_on)
+    for (auto& [w, lanes] : passing) past.join(release(*w, lanes));
   if (whole_block) b.last_barrier = ++b.now;
+  ++b.events;
   for (auto& [w, lanes] : passing) {
+    if (hands_on) acquire(*w, lanes, past);
     w->at_barrier &= ~lanes;
     w->last_sync = std::max(w->last_sync, b.last_barrier);
+    if (lanes == w->alive) meet(*w);
     for (u32 rest = lanes; rest; rest &= rest - 1) {
       const int l = __builtin_ctz(rest);
       const Inst& i = w->function.code[w->pc[l]++];
@@ -209,49 +225,90 @@ bool open_barriers(Block& b) {
   bool opened = false;
   for (const auto& [id, barrier] : barriers) {
     const u32 needed = barrier.needed ? barrier.needed : alive;
-    if (barrier.here < needed) continue;
-    open_barrier(b, id, needed >= alive);
+    const auto meeting = b.meetings.find(id);
+    const u32 here = barrier.here + (meeting == b.meetings.end() ? 0 : meeting->second.arrived);
+    if (here < needed) continue;
+    if (here > needed && barrier.needed)
+      fail(*b.warps[0], b.warps[0]->function.code[0], "barrier " + std::to_string(id) + ": " + std::to_string(here) +
+           " threads arrive where " + std::to_string(needed) + " are expected");
+    open_barrier(b, id, barrier.here >= alive);
     opened = true;
   }
   return opened;
+}
+
+// What each warp waits for, when none can go on.
+[[noreturn]] void deadlock(Block& b) {
+  std::string what = "deadlock: all wait";
+  const Warp* first = nullptr;
+  for (auto& w : b.warps)
+    if (w->at_barrier) {
+      first = first ? first : w.get();
+      what += "; warp " + std::to_string(w->id) + " at barrier " +
+              std::to_string(w->barrier_id[__builtin_ctz(w->at_barrier)]);
+    }
+  for (const auto& [offset, m] : b.mbarriers) {
+    if (m.waiting.empty()) continue;
+    what += "; warp";
+    for (const auto& waiting : m.waiting) what += " " + std::to_string(waiting.first);
+    what += " for " + state_of(m, offset);
+  }
+  for (auto& w : b.warps)
+    if (!first && w->alive) first = w.get();
+  const u32 pc = first->at_barrier ? first->pc[__builtin_ctz(first->at_barrier)]
+                 : first->together ? first->pc_all : first->pc[__builtin_ctz(first->alive)];
+  fail(*first, first->function.code[pc], what);
 }
 
 void run_block(Block& b) {
   Launch& launch = b.launch;
   std::vector<Warp*> order;
   for (auto& w : b.warps) start(*w), order.push_back(w.get());
-  for (;;) {
+  constexpr u32 kLongestTurn = 64, kSpin = 1 << 16;   // a warp that spins must let the others go on
+  constexpr u32 kPatience = 200;                      // rounds in which nothing happens but waiting
+  for (u32 idle = 0;;) {
     u64 done = 0;
+    const u64 events = b.events;
     if (launch.device.options.seed)
       for (size_t k = order.size(); k > 1; --k) std::swap(order[k - 1], order[launch.draw() % k]);
-    constexpr u32 kLongestTurn = 64, kSpin = 1 << 16;   // a warp that spins must let the others go on
     for (Warp* w : order) done += w->run(launch.device.options.seed ? 1 + launch.draw() % kLongestTurn : kSpin);
-    if (std::all_of(order.begin(), order.end(), [](Warp* w) { return !w->alive; })) return;
-    if (!open_barriers(b) && !done)
+    if (std::all_of(order.begin(), order.end(), [](Warp* w) { return !w->alive; })) return end_of_block(b);
+    const bool opened = open_barriers(b), landed = deliver(b);
+    if (opened || landed) continue;
+    if (!done)
       for (Warp* w : order)
         if (w->at_barrier)
           fail(*w, w->function.code[w->pc[__builtin_ctz(w->at_barrier)]],
                "deadlock: a barrier that not all threads reach");
+    const bool all_wait = std::all_of(order.begin(), order.end(),
+                                      [](Warp* w) { return w->waits || !(w->alive & ~w->at_barrier); });
+    idle = all_wait && events == b.events ? idle + 1 : 0;
+    if (idle > kPatience) deadlock(b);
   }
 }
 
 }  // namespace
 
+void Block::reset() {
+  std::fill(shared.begin(), shared.end(), u8(0xff));
+  std::fill(shadow.begin(), shadow.end(), Shadow{});
+  now = last_barrier = 1, agents = kAgents, events = 0, registers = 0;
+  mbarriers.clear(), deliveries.clear(), meetings.clear();
+  groups.assign((warps.size() + 3) / 4, {});
+}
+
 void Launch::run() {
   check_special(function);
   for (Inst& i : function.code) i.count = {};
   random = device.options.seed * 2654435761u | 1;
-  Block b{*this, {}, 0, std::vector<u8>(function.static_shared + dynamic_shared), {}, 1, 1, {}};
-  b.shadow.resize(b.shared.size());
+  Block b(*this, function.static_shared + dynamic_shared);
   const int warps = int((block.x * block.y * block.z + kLanes - 1) / kLanes);
   for (int k = 0; k < warps; ++k) b.warps.push_back(std::make_unique<Warp>(b, function, k));
   const u64 blocks = u64(grid.x) * grid.y * grid.z, last_blocks = device.options.last_blocks;
   for (u64 n = last_blocks && last_blocks < blocks ? blocks - last_blocks : 0; n < blocks; ++n) {
     b.index = {u32(n % grid.x), u32(n / grid.x % grid.y), u32(n / grid.x / grid.y)};
     b.number = u32(n);
-    std::fill(b.shared.begin(), b.shared.end(), u8(0xff));
-    std::fill(b.shadow.begin(), b.shadow.end(), Shadow{});
-    b.now = b.last_barrier = 1;
+    b.reset();
     run_block(b);
   }
   for (const Inst& i : function.code)

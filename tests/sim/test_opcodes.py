@@ -612,7 +612,7 @@ def test_barrier_reductions(device):
 @pytest.mark.parametrize(
     "code",
     [
-        "wgmma.fence.sync.aligned;",
+        "tcgen05.wait::ld.sync.aligned;",
         "add.rz.f32 %f1, %f2, %f3;",
         "mov.u32 %r1, %clusterid.x;",
         "mov.u32 %r1, nowhere;",
