@@ -22,6 +22,7 @@ def samples():
     index, layer = torch.tensor([pool.load("a")] * m), pool.layer("layer")
     ends, stack = torch.tensor([1, m]), peftops.nf4_quantize(torch.randn(2, n, k))._arguments
     groups, dense = peftops.group_quantize(torch.randn(2 * n, k))._arguments, torch.randn(2, n, k)
+    floats = peftops.mxfp4_quantize(torch.randn(2 * n, k))._arguments
     A2, B2 = A.repeat(2, 1), B.repeat(2, 1)
     moments = [torch.randn(n, k)], [torch.rand(n, k)], [], []  # float32: the results follow from floats alone
     return {
@@ -57,6 +58,8 @@ def samples():
         "experts_nf4_backward": (g, *stack, k, ends, u, A2),
         "experts_group": (x, *groups, ends, bias.repeat(2), u, B2, 0.5),
         "experts_group_backward": (g, *groups, ends, u, A2),
+        "experts_mxfp4": (x, *floats, ends, bias.repeat(2), u, B2, 0.5),
+        "experts_mxfp4_backward": (g, *floats, ends, u, A2),
         "experts_dense": (x, dense, ends, bias.repeat(2), u, B2, 0.5),
         "experts_dense_backward": (g, dense, ends, u, A2),
         "experts_shrink": (x, A2, ends, True, 0.5),

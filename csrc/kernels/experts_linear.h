@@ -1,10 +1,11 @@
 // Linear layers of many experts over rows that are sorted by expert (mixtures of experts), and the thin products of their
 // adapters: the contract between the kernels and everyone above them. Rows offsets[e - 1] to offsets[e] are expert e's:
 //
-//   experts_nf4, experts_group, experts_dense   y  = x W_e^T + bias_e + scaling * u B_e^T      see kernels/linear.h
-//   ..., each with _backward                    dx = g W_e + v A_e
-//   experts_shrink                              u  = x A_e^T,  v = scaling * g B_e             see kernels/lora_linear.h
-//   experts_gradient                            dA_e = v^T x,  dB_e^T = scaling * u^T g, zeros for an expert without rows
+//   experts_nf4, experts_group, experts_mxfp4, experts_dense    see kernels/linear.h
+//                              y  = x W_e^T + bias_e + scaling * u B_e^T
+//   ..., each with _backward   dx = g W_e + v A_e
+//   experts_shrink             u  = x A_e^T,  v = scaling * g B_e             see kernels/lora_linear.h
+//   experts_gradient           dA_e = v^T x,  dB_e^T = scaling * u^T g, zeros for an expert without rows
 //
 // An expert's rows have the bits that the layer of its weight alone gives them. Rows from the last offset on are not
 // touched. Of `all`, pointers are to the rows of all experts and to stacks, expert after expert; sizes are one expert's,
@@ -17,6 +18,7 @@
 #include "kernels/group_linear.h"
 #include "kernels/linear.h"
 #include "kernels/lora_linear.h"
+#include "kernels/mxfp4_linear.h"
 #include "kernels/nf4_linear.h"
 
 namespace peftops {
@@ -37,9 +39,11 @@ template <class Args> struct Experts {
 
 using ExpertsNf4 = Experts<Nf4Linear>;
 using ExpertsGroup = Experts<GroupLinear>;
+using ExpertsMxfp4 = Experts<Mxfp4Linear>;
 using ExpertsDense = Experts<DenseLinear>;
 using ExpertsNf4Backward = Experts<Nf4LinearBackward>;
 using ExpertsGroupBackward = Experts<GroupLinearBackward>;
+using ExpertsMxfp4Backward = Experts<Mxfp4LinearBackward>;
 using ExpertsDenseBackward = Experts<DenseLinearBackward>;
 using ExpertsShrink = Experts<LoraShrink>;
 using ExpertsGradient = Experts<LoraGradient>;
@@ -47,6 +51,7 @@ using ExpertsGradient = Experts<LoraGradient>;
 PEFTOPS_CPU_KERNELS(
     Kernel<ExpertsNf4> experts_nf4; Kernel<ExpertsNf4Backward> experts_nf4_backward;
     Kernel<ExpertsGroup> experts_group; Kernel<ExpertsGroupBackward> experts_group_backward;
+    Kernel<ExpertsMxfp4> experts_mxfp4; Kernel<ExpertsMxfp4Backward> experts_mxfp4_backward;
     Kernel<ExpertsDense> experts_dense; Kernel<ExpertsDenseBackward> experts_dense_backward;
     Kernel<ExpertsShrink> experts_shrink; Kernel<ExpertsGradient> experts_gradient;)
 
@@ -54,6 +59,7 @@ PEFTOPS_CPU_KERNELS(
 namespace cuda {   // offsets lie on the device, and nobody has checked them
 Kernel<ExpertsNf4> experts_nf4; Kernel<ExpertsNf4Backward> experts_nf4_backward;
 Kernel<ExpertsGroup> experts_group; Kernel<ExpertsGroupBackward> experts_group_backward;
+Kernel<ExpertsMxfp4> experts_mxfp4; Kernel<ExpertsMxfp4Backward> experts_mxfp4_backward;
 Kernel<ExpertsDense> experts_dense; Kernel<ExpertsDenseBackward> experts_dense_backward;
 Kernel<ExpertsShrink> experts_shrink; Kernel<ExpertsGradient> experts_gradient;
 }  // namespace cuda

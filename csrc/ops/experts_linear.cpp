@@ -1,6 +1,7 @@
 #include "ops/experts.h"
 #include "ops/group.h"
 #include "ops/linear.h"
+#include "ops/mxfp4.h"
 #include "ops/nf4.h"
 
 namespace peftops::ops {
@@ -77,6 +78,28 @@ Tensor group_backward(const Tensor& g, const Tensor& packed, const Tensor& scale
   return backward<GroupLinearBackward>(kOp, PEFTOPS_PICK(experts_group_backward), w.weight, g, offsets, v, a);
 }
 
+Tensor mxfp4(const Tensor& x, const Tensor& blocks, const Tensor& scales, const Tensor& ends, const Optional& bias,
+             const Optional& u, const Optional& b, double scaling, bool int8) {
+  constexpr const char* kOp = "experts_linear";
+  const OnDevice device(kOp, {{"x", x}, {"blocks", blocks}, {"scales", scales}, {"offsets", ends}, {"bias", bias},
+                              {"u", u}, {"lora_B", b}});
+  const Offsets offsets(kOp, ends, rows_of(x));
+  Mxfp4Parts w(kOp, blocks, scales);
+  w.weight.rows = offsets.share_of(kOp, "weight", w.weight.rows);
+  return linear<Mxfp4Linear>(kOp, PEFTOPS_PICK(experts_mxfp4), w.weight, x, offsets, bias, u, b, scaling, int8);
+}
+
+Tensor mxfp4_backward(const Tensor& g, const Tensor& blocks, const Tensor& scales, const Tensor& ends, const Optional& v,
+                      const Optional& a) {
+  constexpr const char* kOp = "experts_linear_backward";
+  const OnDevice device(kOp, {{"g", g}, {"blocks", blocks}, {"scales", scales}, {"offsets", ends}, {"v", v},
+                              {"lora_A", a}});
+  const Offsets offsets(kOp, ends, rows_of(g));
+  Mxfp4Parts w(kOp, blocks, scales);
+  w.weight.rows = offsets.share_of(kOp, "weight", w.weight.rows);
+  return backward<Mxfp4LinearBackward>(kOp, PEFTOPS_PICK(experts_mxfp4_backward), w.weight, g, offsets, v, a);
+}
+
 Tensor dense(const Tensor& x, const Tensor& weight, const Tensor& ends, const Optional& bias, const Optional& u,
              const Optional& b, double scaling) {
   constexpr const char* kOp = "experts_linear";
@@ -94,39 +117,6 @@ Tensor dense_backward(const Tensor& g, const Tensor& weight, const Tensor& ends,
   return backward<DenseLinearBackward>(kOp, PEFTOPS_PICK(experts_dense_backward), w.weight, g, offsets, v, a);
 }
 
-// u = scale * x F_e^T, of factors [experts * r, k] if by_rank, else [experts * k, r]
-Tensor shrink(const Tensor& x_, const Tensor& f_, const Tensor& ends, bool by_rank, double scale) {
-  constexpr const char* kOp = "experts_shrink";
-  const OnDevice device(kOp, {{"x", x_}, {"the factor", f_}, {"offsets", ends}});
-  const Tensor x = as_contiguous(x_), f = as_contiguous(f_);
-  const int64_t m = rows_of(x), k = x.size(-1);
-  const Offsets offsets(kOp, ends, m);
-  PEFTOPS_CHECK(f.dim() == 2, kOp, ": the factor must have two dims, not shape ", shape_of(f));
-  const int64_t r = by_rank ? offsets.share_of(kOp, "the factor", f.size(0)) : f.size(1);
-  check_shape(kOp, "the factor", f, {offsets.experts * (by_rank ? r : k), by_rank ? k : r});
-  Tensor u = empty(x, {m, r}, ScalarType::Float);
-  offsets.clear_rest(u);
-  const LoraShrink all{x.const_data_ptr(), f.const_data_ptr(), u.mutable_data_ptr<float>(), m, k, r, float(scale), by_rank,
-                       dtype_of(kOp, "x", x), dtype_of(kOp, "the factor", f), {nullptr, 0}, nullptr};
-  run(PEFTOPS_PICK(experts_shrink), offsets.of(all), m * k * r);
-  return u;
-}
-
-// d_e = scale * u^T x over the rows of e, lying like the factor that it is the gradient of
-Tensor gradient(const Tensor& u_, const Tensor& x_, const Tensor& ends, ScalarType dtype, bool by_rank, double scale) {
-  constexpr const char* kOp = "experts_gradient";
-  const OnDevice device(kOp, {{"x", x_}, {"u", u_}, {"offsets", ends}});
-  const Tensor u = as_contiguous(u_), x = as_contiguous(x_);
-  const int64_t m = rows_of(x), k = x.size(-1), r = u.size(-1);
-  check_shape(kOp, "u", u, {m, r});
-  const Offsets offsets(kOp, ends, m);
-  Tensor d = empty(u, {offsets.experts * (by_rank ? r : k), by_rank ? k : r}, dtype);
-  const LoraGradient all{floats_of(kOp, "u", u), x.const_data_ptr(), d.mutable_data_ptr(), m, k, r, float(scale), by_rank,
-                         dtype_of(kOp, "x", x), dtype_of(kOp, "dtype", dtype), {nullptr, 0}, nullptr};
-  run(PEFTOPS_PICK(experts_gradient), offsets.of(all), (m + offsets.experts) * k * r);
-  return d;
-}
-
 }  // namespace
 
 PEFTOPS_IMPLEMENTATIONS(m) {
@@ -134,10 +124,10 @@ PEFTOPS_IMPLEMENTATIONS(m) {
   m.impl("experts_nf4_backward", TORCH_BOX(&nf4_backward));
   m.impl("experts_group", TORCH_BOX(&group));
   m.impl("experts_group_backward", TORCH_BOX(&group_backward));
+  m.impl("experts_mxfp4", TORCH_BOX(&mxfp4));
+  m.impl("experts_mxfp4_backward", TORCH_BOX(&mxfp4_backward));
   m.impl("experts_dense", TORCH_BOX(&dense));
   m.impl("experts_dense_backward", TORCH_BOX(&dense_backward));
-  m.impl("experts_shrink", TORCH_BOX(&shrink));
-  m.impl("experts_gradient", TORCH_BOX(&gradient));
 }
 
 }  // namespace peftops::ops

@@ -69,6 +69,8 @@ STABLE_TORCH_LIBRARY(peftops, m) {
   m.def("experts_nf4_backward(Tensor g, " NF4_WEIGHT ", int in_features, " EXPERTS_BACKWARD ") -> Tensor");
   m.def("experts_group(Tensor x, " GROUP_WEIGHT ", " EXPERTS_FORWARD ", bool int8=False) -> Tensor");
   m.def("experts_group_backward(Tensor g, " GROUP_WEIGHT ", " EXPERTS_BACKWARD ") -> Tensor");
+  m.def("experts_mxfp4(Tensor x, " MXFP4_WEIGHT ", " EXPERTS_FORWARD ", bool int8=False) -> Tensor");
+  m.def("experts_mxfp4_backward(Tensor g, " MXFP4_WEIGHT ", " EXPERTS_BACKWARD ") -> Tensor");
   m.def("experts_dense(Tensor x, Tensor weight, " EXPERTS_FORWARD ") -> Tensor");
   m.def("experts_dense_backward(Tensor g, Tensor weight, " EXPERTS_BACKWARD ") -> Tensor");
   m.def("experts_shrink(Tensor x, Tensor factor, Tensor offsets, bool by_rank, float scale) -> Tensor");

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .group_tensor import GroupQuantTensor
 from .lora_linear import autocast, autocasting
+from .mxfp4_tensor import MXFP4Tensor
 from .nf4_tensor import NF4Tensor
 from .packed_linear import Compute, Operands
 from .packed_tensor import PackedTensor
@@ -38,6 +39,16 @@ def _(x, packed, scales, zeros, bits, group_size, offsets, bias, u, lora_B, scal
 @torch.library.register_fake("peftops::experts_group_backward")
 def _(g, packed, scales, zeros, bits, group_size, offsets, v, lora_A):
     return g.new_empty((g.shape[0], scales.shape[1] * group_size))
+
+
+@torch.library.register_fake("peftops::experts_mxfp4")
+def _(x, blocks, scales, offsets, bias, u, lora_B, scaling, int8=False):
+    return x.new_empty((x.shape[0], scales.shape[0] // offsets.shape[0]))
+
+
+@torch.library.register_fake("peftops::experts_mxfp4_backward")
+def _(g, blocks, scales, offsets, v, lora_A):
+    return g.new_empty((g.shape[0], 2 * blocks.shape[1]))
 
 
 @torch.library.register_fake("peftops::experts_dense")
@@ -86,6 +97,11 @@ FORMATS: dict[type[PackedTensor], ExpertsFormat] = {
         lambda weight: (*map(_flat, weight._arguments[:-2]), *weight._arguments[-2:]),
         lambda x, weight, *rest: _ops.experts_group(x, *weight, *rest),
         lambda g, weight, *rest: _ops.experts_group_backward(g, *weight, *rest),
+    ),
+    MXFP4Tensor: ExpertsFormat(
+        lambda weight: tuple(map(_flat, weight._arguments)),
+        lambda x, weight, *rest: _ops.experts_mxfp4(x, *weight, *rest),
+        lambda g, weight, *rest: _ops.experts_mxfp4_backward(g, *weight, *rest),
     ),
 }
 DENSE = ExpertsFormat(
@@ -187,8 +203,8 @@ def experts_linear(
     """``x W_e^T + bias_e + scaling * x A_e^T B_e^T`` for rows of x that are sorted by expert ``e``: the linear layers
     of a mixture of experts, over weights in 4 bits or dense ones.
 
-    A row has the bits that :func:`peftops.nf4_linear` or :func:`peftops.group_linear` of its expert's rows and weight
-    gives it on the CPU, for any number of threads. An expert without rows costs nothing and has gradients of zero.
+    A row has the bits that :func:`peftops.nf4_linear`, :func:`peftops.group_linear` or :func:`peftops.mxfp4_linear` of
+    its expert's rows and weight gives it on the CPU, for any number of threads. An expert without rows costs nothing and has gradients of zero.
     Backward keeps ``x`` itself (only if ``lora_A`` needs a gradient) and ``x A_e^T`` (float32).
 
     On CUDA nothing waits for the device: offsets are read there, so a captured graph serves any loads. They are not
@@ -196,8 +212,8 @@ def experts_linear(
 
     Args:
         x: float32, bfloat16 or float16, ``[rows, in]``; any strides.
-        weight: ``[experts, out, in]``, frozen: an :class:`~peftops.NF4Tensor`, a :class:`~peftops.GroupQuantTensor`, or
-            a dense tensor of x's dtype, which may be the transpose of a contiguous ``[experts, in, out]``.
+        weight: ``[experts, out, in]``, frozen: an :class:`~peftops.NF4Tensor`, a :class:`~peftops.GroupQuantTensor`, an
+            :class:`~peftops.MXFP4Tensor`, or a dense tensor of x's dtype, which may be the transpose of a contiguous ``[experts, in, out]``.
         offsets: int32 or int64, ``[experts]``: rows ``offsets[e - 1]`` to ``offsets[e]`` are expert e's, as in
             ``torch.nn.functional.grouped_mm``. Rows from the last on are zero in the result and in the gradient.
         bias: ``[experts, out]`` of any float dtype, or None.

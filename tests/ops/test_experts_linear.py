@@ -12,6 +12,7 @@ import peftops
 import reference
 import sim
 from group_layer import GroupLayer
+from mxfp4_layer import MXFP4Layer
 from numerics import assert_sums
 from operator_samples import operators, samples
 from packed_layer import PackedLayer
@@ -40,6 +41,11 @@ def group_layer(stack, layer, n, k):
     layer.size = reference.group_dequantize(codes, scales, -zeros.abs()).view(stack.shape)
 
 
+def mxfp4_layer(stack, layer, n, k):
+    layer.dense = peftops.mxfp4_dequantize(stack, dtype=torch.float32).double()
+    layer.size = layer.dense.abs()
+
+
 def dense_layer(stack, layer, n, k):
     layer.dense, layer.size = stack.double(), stack.double().abs()
 
@@ -50,10 +56,11 @@ FORMATS = {
     "nf4-single": (lambda w: peftops.nf4_quantize(w, double_quant=False, block_size=128), NF4Layer, nf4_layer),
     "group": (lambda w: peftops.group_quantize(w, group_size=8), GroupLayer, group_layer),
     "group-2": (lambda w: peftops.group_quantize(w, bits=2, group_size=64), GroupLayer, group_layer),
+    "mxfp4": (peftops.mxfp4_quantize, MXFP4Layer, mxfp4_layer),
     "dense": (lambda w: w, DenseLayer, dense_layer),
     "transposed": (lambda w: w.transpose(1, 2).contiguous().transpose(1, 2), DenseLayer, dense_layer),
 }
-GROUPS = {"group": 8, "group-2": 64}  # what the number of columns is a multiple of
+GROUPS = {"group": 8, "group-2": 64, "mxfp4": 32}  # what the number of columns is a multiple of
 every_format = pytest.mark.parametrize("form", FORMATS)
 
 
@@ -149,7 +156,7 @@ def views(stack):
 
 
 @pytest.mark.parametrize("n, k", [(33, 128), (46, 64), (288, 576), (16, 40)])
-@pytest.mark.parametrize("form", [form for form in FORMATS if form.startswith(("nf4", "group"))])
+@pytest.mark.parametrize("form", [form for form in FORMATS if form.startswith(("nf4", "group", "mxfp4"))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_bits_of_each_layer_alone(device, form, n, k, dtype):
     """On every instruction set: the same kernel does them, whatever its neighbours in the stack."""
@@ -157,7 +164,7 @@ def test_the_bits_of_each_layer_alone(device, form, n, k, dtype):
         pytest.skip("on CUDA, tiles differ; or the format does not have such columns, or experts share a block")
     layers = Experts(device, form, [5, 0, 1, 4, 33], n, k, dtype, 7, r=5, bias=True)
     grads = layers.gradients(layers())
-    op = peftops.nf4_linear if isinstance(layers.weight, NF4Tensor) else peftops.group_linear
+    op = getattr(peftops, layers.weight._OP)
     for (e, rows, layer), weight in zip(layers.each(), views(layers.weight), strict=True):
         for compute in ("int8", "float"):
             own = op(layer.x, weight, layer.bias, lora_A=layer.lora_A, lora_B=layer.lora_B, scaling=layer.scaling,
@@ -290,6 +297,6 @@ def test_a_packed_weight_without_a_product_is_refused():
         _PARTS, _SETTINGS, _BY_ROW, _LAYOUT, _NAME, _INSTEAD = ("p",), (), ("p",), ("shape",), "an Unknown", ""
 
     stack = Unknown._make((torch.zeros(2, 4, 8),), (), torch.Size((2, 4, 8)), torch.float32)
-    sentence = "weight must be dense or one of NF4Tensor, GroupQuantTensor.*, not a Unknown"
+    sentence = "weight must be dense or one of NF4Tensor, GroupQuantTensor, MXFP4Tensor.*, not a Unknown"
     with pytest.raises(TypeError, match=sentence):
         peftops.experts_linear(torch.zeros(3, 8), stack, torch.tensor([1, 3]))

@@ -28,6 +28,11 @@ inline GroupWeight weight_of(GroupWeight w, int64_t expert, DType) {
   w.packed += row * (w.cols / 8 * w.bits), w.scales += group, w.zeros += group;
   return w;
 }
+inline Mxfp4Weight weight_of(Mxfp4Weight w, int64_t expert, DType) {
+  const int64_t first = expert * w.rows * w.cols;
+  w.packed += first / 2, w.scales += first / kMxBlock;
+  return w;
+}
 inline DenseWeight weight_of(DenseWeight w, int64_t expert, DType dtype) {
   w.p = element(w.p, dtype, expert * w.rows * w.cols);
   return w;
@@ -42,22 +47,14 @@ template <class Weight> Linear<Weight> part_of(Linear<Weight> a, int64_t expert,
   a.u += row * a.r, a.m = rows;
   return a;
 }
-template <class Backward> Backward backward_part_of(Backward a, int64_t expert, int64_t row, int64_t rows) {
+template <class Backward, class = decltype(Backward::dx)>
+Backward part_of(Backward a, int64_t expert, int64_t row, int64_t rows) {
   const int64_t n = a.weight.rows, k = a.weight.cols;
   a.weight = weight_of(a.weight, expert, a.dtype);
   a.g = element(a.g, a.dtype, row * n), a.dx = element(a.dx, a.dtype, row * k);
   a.a = element(a.a, a.a_dtype, expert * a.r * k);
   a.v += row * a.r, a.m = rows;
   return a;
-}
-inline Nf4LinearBackward part_of(const Nf4LinearBackward& a, int64_t expert, int64_t row, int64_t rows) {
-  return backward_part_of(a, expert, row, rows);
-}
-inline GroupLinearBackward part_of(const GroupLinearBackward& a, int64_t expert, int64_t row, int64_t rows) {
-  return backward_part_of(a, expert, row, rows);
-}
-inline DenseLinearBackward part_of(const DenseLinearBackward& a, int64_t expert, int64_t row, int64_t rows) {
-  return backward_part_of(a, expert, row, rows);
 }
 inline LoraShrink part_of(LoraShrink a, int64_t expert, int64_t row, int64_t rows) {
   a.x = element(a.x, a.x_dtype, row * a.k), a.f = element(a.f, a.f_dtype, expert * a.r * a.k);
@@ -132,6 +129,12 @@ int64_t experts_group(const ExpertsGroup& a, int64_t begin, int64_t end, void* s
 }
 int64_t experts_group_backward(const ExpertsGroupBackward& a, int64_t begin, int64_t end, void* scratch) {
   return each_expert(a, group_linear_backward, begin, end, scratch);
+}
+int64_t experts_mxfp4(const ExpertsMxfp4& a, int64_t begin, int64_t end, void* scratch) {
+  return each_expert(a, mxfp4_linear, begin, end, scratch);
+}
+int64_t experts_mxfp4_backward(const ExpertsMxfp4Backward& a, int64_t begin, int64_t end, void* scratch) {
+  return each_expert(a, mxfp4_linear_backward, begin, end, scratch);
 }
 int64_t experts_dense(const ExpertsDense& a, int64_t begin, int64_t end, void* scratch) {
   return each_expert(a, dense_linear, begin, end, scratch);

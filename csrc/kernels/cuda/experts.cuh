@@ -65,6 +65,11 @@ __device__ inline GroupWeight weight_of(GroupWeight w, int64_t expert, DType) {
   w.packed += row * (w.cols / 8 * w.bits), w.scales += group, w.zeros += group;
   return w;
 }
+__device__ inline Mxfp4Weight weight_of(Mxfp4Weight w, int64_t expert, DType) {
+  const int64_t first = expert * w.rows * w.cols;
+  w.packed += first / 2, w.scales += first / kMxBlock;
+  return w;
+}
 __device__ inline DenseWeight weight_of(DenseWeight w, int64_t expert, DType dtype) {
   w.p = moved(w.p, dtype, expert * w.rows * w.cols);
   return w;

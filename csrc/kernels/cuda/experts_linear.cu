@@ -1,10 +1,11 @@
-// The kernels of nf4_linear.cu, group_linear.cu and lora_linear.cu for a stack of weights: their tiles, each of an expert's
+// The kernels of nf4_linear.cu, group_linear.cu, mxfp4_linear.cu and lora_linear.cu for a stack of weights: their tiles, each of an expert's
 // rows (experts.cuh). With 16-bit x, packed rows of whole chunks go through tensor cores: where experts have up to 16 rows
 // on the average they stream their weight (rows.cuh), where they have more it is shared by 64 (nf4_many.cuh). Everything
 // else is multiplied in fp32, tile by tile. Offsets are read on the device, so a graph of it serves any loads.
 #include "kernels/cuda/experts.cuh"
 #include "kernels/cuda/group_rows.cuh"
 #include "kernels/cuda/linear.cuh"
+#include "kernels/cuda/mxfp4_rows.cuh"
 #include "kernels/cuda/nf4_backward.cuh"
 #include "kernels/cuda/nf4_many.cuh"
 #include "kernels/cuda/thin_dense.cuh"
@@ -62,6 +63,17 @@ __global__ void __launch_bounds__(kGroupWarps * kWarp, 1) group_rows(ExpertsGrou
                    *reinterpret_cast<RowsSums<Stream, Tiles, kGroupWarps>*>(dynamic), GroupFinish<T>{part, log_group});
 }
 
+template <class T, int Tiles> __global__ void __launch_bounds__(kGroupWarps * kWarp, 1) mxfp4_rows(ExpertsMxfp4 a, int) {
+  using Stream = Mxfp4Stream<T, 32>;
+  __shared__ typename Stream::Memory memory;
+  extern __shared__ uint4 dynamic[];
+  ExpertTile tile;
+  if (!find_tile(a.offsets, a.experts, a.all.m, 8 * Tiles, &tile)) return;
+  const Mxfp4Linear part = part_of(a.all, tile, 8 * Tiles);
+  multiply_rows<T>(part, Stream{part.weight}, memory, *reinterpret_cast<RowsSums<Stream, Tiles, kGroupWarps>*>(dynamic),
+                   Mxfp4Finish<T>{part});
+}
+
 // Any element of a weight, for products in fp32.
 template <class T> struct AnyElement {
   float map[256];   // in shared memory
@@ -75,6 +87,7 @@ template <class T> struct AnyElement {
     return weight_at(w, log, w.first + flat, map);
   }
   __device__ float operator()(const GroupWeight& w, int64_t flat) const { return weight_at(w, log, flat); }
+  __device__ float operator()(const Mxfp4Weight& w, int64_t flat) const { return weight_at(w, flat); }
   __device__ float operator()(const DenseWeight& w, int64_t flat) const {
     return to_float(static_cast<const T*>(w.p)[w.transposed ? flat % w.cols * w.rows + flat / w.cols : flat]);
   }
@@ -144,6 +157,7 @@ template <class X, int Tiles> __global__ void __launch_bounds__(kThinThreads) gr
 int log_of(int64_t power) { return __builtin_ctzll(uint64_t(power)); }
 int log_of(const Nf4Weight& w) { return log_of(w.block_size); }
 int log_of(const GroupWeight& w) { return log_of(w.group); }
+int log_of(const Mxfp4Weight&) { return kLogMxBlock; }
 int log_of(const DenseWeight&) { return 0; }
 
 // Tiles of rows by tiles of columns.
@@ -182,6 +196,11 @@ template <class T, int B> cudaError_t launch_rows(const ExpertsGroup& a, cudaStr
     if (a.all.m > 8 * a.experts)
       return launch_few<group_rows<T, B, 2>, GroupStream<T, B, 32>, 2, kGroupWarps>(a, log, stream);
   return launch_few<group_rows<T, B, 1>, GroupStream<T, B, 32>, 1, kGroupWarps>(a, log, stream);
+}
+
+template <class T> cudaError_t launch_rows(const ExpertsMxfp4& a, cudaStream_t stream) {
+  if (a.all.m > 8 * a.experts) return launch_few<mxfp4_rows<T, 2>, Mxfp4Stream<T, 32>, 2, kGroupWarps>(a, 0, stream);
+  return launch_few<mxfp4_rows<T, 1>, Mxfp4Stream<T, 32>, 1, kGroupWarps>(a, 0, stream);
 }
 
 template <class Args> cudaError_t launch_any(const Experts<Args>& a, cudaStream_t stream) {
@@ -232,6 +251,16 @@ cudaError_t experts_group(const ExpertsGroup& a, cudaStream_t stream) {
 }
 
 cudaError_t experts_group_backward(const ExpertsGroupBackward& a, cudaStream_t stream) {
+  return launch_any_back(a, stream);
+}
+
+cudaError_t experts_mxfp4(const ExpertsMxfp4& a, cudaStream_t stream) {
+  if (is_empty(a)) return cudaSuccess;
+  if (!has_chunks(a.all)) return launch_any(a, stream);
+  return a.all.dtype == DType::bf16 ? launch_rows<__nv_bfloat16>(a, stream) : launch_rows<__half>(a, stream);
+}
+
+cudaError_t experts_mxfp4_backward(const ExpertsMxfp4Backward& a, cudaStream_t stream) {
   return launch_any_back(a, stream);
 }
 

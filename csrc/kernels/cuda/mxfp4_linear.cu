@@ -11,23 +11,6 @@
 namespace peftops::cuda {
 namespace {
 
-// Sums of unscaled codes leave the range of fp32 before those of weights do: such a sum is made again as plain arithmetic
-// has it.
-template <class T> struct Mxfp4Finish {
-  const Mxfp4Linear& a;
-
-  __device__ void operator()(int64_t row, int64_t col, float sum) const {
-    const int64_t k = a.weight.cols;
-    if (!isfinite(sum)) {
-      const T* x = static_cast<const T*>(a.x) + row * k;
-      sum = 0.f;
-#pragma unroll 1
-      for (int64_t j = 0; j < k; ++j) sum = __fmaf_rn(to_float(x[j]), weight_at(a.weight, col * k + j), sum);
-    }
-    Finish<T, Mxfp4Linear>{a, a.r}(row, col, sum);
-  }
-};
-
 constexpr int kRowsWarps = 8;
 template <class T> using FewStream = Mxfp4Stream<T, 32>;
 

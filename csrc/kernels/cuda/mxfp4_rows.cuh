@@ -1,6 +1,7 @@
 // An MXFP4 weight for rows.cuh. Codes are numbers that 16-bit floats hold exactly, so only the sums round. A chunk, a
 // sector of a row, has two blocks: each is multiplied with x of its own threads, and zeros for the others.
 #pragma once
+#include "kernels/cuda/linear.cuh"
 #include "kernels/cuda/mxfp4_decode.cuh"
 #include "kernels/cuda/rows.cuh"
 #include "kernels/mxfp4_linear.h"
@@ -66,6 +67,23 @@ template <class T, int Outs> struct Mxfp4Stream {
   }
   __device__ void decode(NoTable, const uint2 (&codes)[kPieces], int i, uint32_t& low, uint32_t& high) const {
     low = pair(codes, 2 * i), high = pair(codes, 2 * i + 1);
+  }
+};
+
+// Sums of unscaled codes leave the range of fp32 before those of weights do: such a sum is made again as plain arithmetic
+// has it.
+template <class T> struct Mxfp4Finish {
+  const Mxfp4Linear& a;
+
+  __device__ void operator()(int64_t row, int64_t col, float sum) const {
+    const int64_t k = a.weight.cols;
+    if (!isfinite(sum)) {
+      const T* x = static_cast<const T*>(a.x) + row * k;
+      sum = 0.f;
+#pragma unroll 1
+      for (int64_t j = 0; j < k; ++j) sum = __fmaf_rn(to_float(x[j]), weight_at(a.weight, col * k + j), sum);
+    }
+    Finish<T, Mxfp4Linear>{a, a.r}(row, col, sum);
   }
 };
 
