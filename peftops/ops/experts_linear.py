@@ -2,63 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .group_tensor import GroupQuantTensor
+from .experts_format import DENSE, FORMATS, ExpertsFormat, flat
 from .lora_linear import autocast, autocasting
-from .mxfp4_tensor import MXFP4Tensor
-from .nf4_tensor import NF4Tensor
-from .packed_linear import Compute, Operands
+from .packed_linear import Compute
 from .packed_tensor import PackedTensor
 
 _ops = torch.ops.peftops
 _shrink, _gradient = _ops.experts_shrink.default, _ops.experts_gradient.default
-
-
-@torch.library.register_fake("peftops::experts_nf4")
-def _(x, packed, absmax, absmax_scale, absmax_offset, block_size, out_features, in_features, offsets, bias, u, lora_B,
-      scaling, int8=False):  # fmt: skip
-    return x.new_empty((x.shape[0], out_features))
-
-
-@torch.library.register_fake("peftops::experts_nf4_backward")
-def _(g, packed, absmax, absmax_scale, absmax_offset, block_size, in_features, offsets, v, lora_A):
-    return g.new_empty((g.shape[0], in_features))
-
-
-@torch.library.register_fake("peftops::experts_group")
-def _(x, packed, scales, zeros, bits, group_size, offsets, bias, u, lora_B, scaling, int8=False):
-    return x.new_empty((x.shape[0], scales.shape[0] // offsets.shape[0]))
-
-
-@torch.library.register_fake("peftops::experts_group_backward")
-def _(g, packed, scales, zeros, bits, group_size, offsets, v, lora_A):
-    return g.new_empty((g.shape[0], scales.shape[1] * group_size))
-
-
-@torch.library.register_fake("peftops::experts_mxfp4")
-def _(x, blocks, scales, offsets, bias, u, lora_B, scaling, int8=False):
-    return x.new_empty((x.shape[0], scales.shape[0] // offsets.shape[0]))
-
-
-@torch.library.register_fake("peftops::experts_mxfp4_backward")
-def _(g, blocks, scales, offsets, v, lora_A):
-    return g.new_empty((g.shape[0], 2 * blocks.shape[1]))
-
-
-@torch.library.register_fake("peftops::experts_dense")
-def _(x, weight, offsets, bias, u, lora_B, scaling):
-    return x.new_empty((x.shape[0], weight.shape[1]))
-
-
-@torch.library.register_fake("peftops::experts_dense_backward")
-def _(g, weight, offsets, v, lora_A):
-    return g.new_empty((g.shape[0], weight.shape[2]))
 
 
 @torch.library.register_fake("peftops::experts_shrink")
@@ -73,47 +27,9 @@ def _(u, x, offsets, dtype, by_rank, scale):
     return u.new_empty((offsets.shape[0] * rows, columns), dtype=dtype)
 
 
-def _flat(stack: Tensor | None) -> Tensor | None:
-    """Of all experts, one after the other, as the operators take it."""
-    return None if stack is None else stack.flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class ExpertsFormat:
-    """How the operators multiply with a stack of weights in one format."""
-
-    arguments: Callable[[Tensor], Operands]  # the stack as they take it: its tensors, then its numbers
-    forward: Callable[..., Tensor]  # (x, weight, offsets, bias, u, lora_B, scaling, int8)
-    backward: Callable[..., Tensor]  # (g, weight, offsets, v, lora_A)
-
-
-FORMATS: dict[type[PackedTensor], ExpertsFormat] = {
-    NF4Tensor: ExpertsFormat(
-        lambda weight: (*weight._arguments, *weight.shape[1:]),
-        lambda x, weight, *rest: _ops.experts_nf4(x, *weight, *rest),
-        lambda g, weight, *rest: _ops.experts_nf4_backward(g, *weight[:-2], weight[-1], *rest),
-    ),
-    GroupQuantTensor: ExpertsFormat(
-        lambda weight: (*map(_flat, weight._arguments[:-2]), *weight._arguments[-2:]),
-        lambda x, weight, *rest: _ops.experts_group(x, *weight, *rest),
-        lambda g, weight, *rest: _ops.experts_group_backward(g, *weight, *rest),
-    ),
-    MXFP4Tensor: ExpertsFormat(
-        lambda weight: tuple(map(_flat, weight._arguments)),
-        lambda x, weight, *rest: _ops.experts_mxfp4(x, *weight, *rest),
-        lambda g, weight, *rest: _ops.experts_mxfp4_backward(g, *weight, *rest),
-    ),
-}
-DENSE = ExpertsFormat(
-    lambda weight: (weight,),
-    lambda x, weight, *rest: _ops.experts_dense(x, *weight, *rest[:-1]),
-    lambda g, weight, *rest: _ops.experts_dense_backward(g, *weight, *rest),
-)
-
-
 def _forward(x, bias, lora_A, lora_B, offsets, weight, form, scaling, int8):
-    u = None if lora_A is None else _shrink(x, _flat(lora_A), offsets, True, 1.0)
-    return u, form.forward(x, weight, offsets, _flat(bias), u, _flat(lora_B), scaling, int8)
+    u = None if lora_A is None else _shrink(x, flat(lora_A), offsets, True, 1.0)
+    return u, form.forward(x, weight, offsets, flat(bias), u, flat(lora_B), scaling, int8)
 
 
 class _ExpertsLinear(torch.autograd.Function):
@@ -134,11 +50,11 @@ class _ExpertsLinear(torch.autograd.Function):
         need_x, need_bias, need_A, need_B = ctx.needs_input_grad[:4]
         v = dx = dbias = dA = dB = None
         if u is not None:
-            v = _shrink(g, _flat(lora_B), offsets, False, ctx.scaling) if need_x or need_A else None
+            v = _shrink(g, flat(lora_B), offsets, False, ctx.scaling) if need_x or need_A else None
             dA = _gradient(v, x, offsets, lora_A.dtype, True, 1.0).view(lora_A.shape) if need_A else None
             dB = _gradient(u, g, offsets, lora_B.dtype, False, ctx.scaling).view(lora_B.shape) if need_B else None
         if need_x:
-            dx = ctx.form.backward(g, (*tensors, *ctx.numbers), offsets, v, _flat(lora_A))
+            dx = ctx.form.backward(g, (*tensors, *ctx.numbers), offsets, v, flat(lora_A))
         if need_bias:  # a gradient of rank one, whose factor is 1 in every row
             ones = torch.ones(g.shape[0], 1, device=g.device)
             dbias = _gradient(ones, g, offsets, ctx.bias_dtype, True, 1.0).view(len(offsets), -1)
@@ -204,8 +120,9 @@ def experts_linear(
     of a mixture of experts, over weights in 4 bits or dense ones.
 
     A row has the bits that :func:`peftops.nf4_linear`, :func:`peftops.group_linear` or :func:`peftops.mxfp4_linear` of
-    its expert's rows and weight gives it on the CPU, for any number of threads. An expert without rows costs nothing and has gradients of zero.
-    Backward keeps ``x`` itself (only if ``lora_A`` needs a gradient) and ``x A_e^T`` (float32).
+    its expert's rows and weight gives it on the CPU, for any number of threads. An expert without rows costs nothing
+    and has gradients of zero. Backward keeps ``x`` itself (only if ``lora_A`` needs a gradient) and ``x A_e^T``
+    (float32).
 
     On CUDA nothing waits for the device: offsets are read there, so a captured graph serves any loads. They are not
     checked either; rows that decreasing ones leave out are zero.
@@ -213,7 +130,8 @@ def experts_linear(
     Args:
         x: float32, bfloat16 or float16, ``[rows, in]``; any strides.
         weight: ``[experts, out, in]``, frozen: an :class:`~peftops.NF4Tensor`, a :class:`~peftops.GroupQuantTensor`, an
-            :class:`~peftops.MXFP4Tensor`, or a dense tensor of x's dtype, which may be the transpose of a contiguous ``[experts, in, out]``.
+            :class:`~peftops.MXFP4Tensor`, or a dense tensor of x's dtype, which may be the transpose of a contiguous
+            ``[experts, in, out]``.
         offsets: int32 or int64, ``[experts]``: rows ``offsets[e - 1]`` to ``offsets[e]`` are expert e's, as in
             ``torch.nn.functional.grouped_mm``. Rows from the last on are zero in the result and in the gradient.
         bias: ``[experts, out]`` of any float dtype, or None.
