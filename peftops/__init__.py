@@ -98,7 +98,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in ("GroupConfig", "NF4Config"):  # not in __all__: they import transformers
+    if name in ("GroupConfig", "MXFP4Config", "NF4Config"):  # not in __all__: they import transformers
         from . import integrations
 
         return getattr(integrations, name)

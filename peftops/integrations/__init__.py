@@ -14,8 +14,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in ("GroupConfig", "NF4Config"):  # they are transformers' classes, which nobody pays for without need
-        from . import quantizer
+    if name in ("GroupConfig", "MXFP4Config", "NF4Config"):  # who does not need them does not import transformers
+        from . import code_configs, quantizer  # noqa: F401 (the plug-in that they are for)
 
-        return getattr(quantizer, name)
+        return getattr(code_configs, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

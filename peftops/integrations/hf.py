@@ -117,7 +117,8 @@ def load_model(
         >>> type(model.model.layers[0].mlp.up_proj.weight).__name__
         'NF4Tensor'
     """
-    from .quantizer import NF4Config, release_files
+    from .code_configs import NF4Config
+    from .quantizer import release_files
 
     file, folder = gguf_file(path), Path(path)
     config = _config(path, trust_remote_code)
@@ -271,15 +272,17 @@ def _codes_config(folder: Path, given: Any) -> dict[str, Any]:
     """The codes that a configuration tells of, as one of ours has it; raise unless they are some that are read."""
     get = given.get if isinstance(given, dict) else lambda key, default=None: getattr(given, key, default)
     method, form = get("quant_method"), get("checkpoint_format", FORMAT)
-    if method in ("peftops_nf4", "peftops_group") and isinstance(given, dict):
+    if method in ("peftops_nf4", "peftops_group", "peftops_mxfp4") and isinstance(given, dict):
         return given
     if method == "gptq" and get("bits") and form in FORMATS:
         return {"quant_method": "peftops_group", "layout": "gptq", "bits": get("bits"), "checkpoint_format": form}
     if method == "bitsandbytes" and get("bnb_4bit_quant_type") == "nf4":
         return {"quant_method": "peftops_nf4", "layout": "bitsandbytes",
                 "double_quant": get("bnb_4bit_use_double_quant") is not False}  # fmt: skip
-    raise ValueError(f"{folder} is quantised already, by {method}; only our own formats, NF4 of bitsandbytes and "
-                     f"GPTQ are read, the last with checkpoint_format {' or '.join(FORMATS)}")  # fmt: skip
+    if method == "mxfp4":
+        return {"quant_method": "peftops_mxfp4", "layout": "mxfp4"}
+    raise ValueError(f"{folder} is quantised already, by {method}; only our own formats, NF4 of bitsandbytes, "
+                     f"MXFP4 and GPTQ are read, the last with checkpoint_format {' or '.join(FORMATS)}")  # fmt: skip
 
 
 def _check_frequencies(path: object, files: list[Path], model: nn.Module) -> None:

@@ -12,7 +12,13 @@ from safetensors import safe_open
 from ..ops import MXFP4Tensor
 from .hf import safetensors_of
 
-BLOCKS, SCALES = "_blocks", "_scales"  # after a parameter's name
+MXFP4_PARTS = BLOCKS, SCALES = "_blocks", "_scales"  # after a parameter's name
+
+
+def to_mxfp4(weight: MXFP4Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of a stack of experts as transformers writes them, by what follows the parameter's name. They are the
+    weight's own memory."""
+    return {BLOCKS: weight.blocks.unflatten(-1, (-1, 16)), SCALES: weight.scales}
 
 
 def mxfp4_weights(

@@ -11,17 +11,14 @@ import re
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from types import MethodType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..methods.config import check_choice
-from ..methods.qlora import BLOCK_SIZES
 from ..methods.targets import ALL_LINEAR, find_targets, is_linear, layers
 from ..nn import (
     EXPERTS,
@@ -40,128 +37,10 @@ from ..nn import (
     stacks_of,
     with_matrix,
 )
-from ..ops import group_quantize, nf4_quantize
-from .bitsandbytes_files import to_bitsandbytes
+from .code_configs import CodesConfig, GroupConfig
 from .code_files import OWN_PARTS, Layout
 from .expert_codes import with_codes
-from .gptq_files import FORMAT, to_gptq
-
-
-class _CodesConfig(QuantizationConfigMixin):
-    """Both configurations share this: which layers stay dense, and how files are laid out."""
-
-    quant_method: str
-    layouts: ClassVar[tuple[str, ...]]
-
-    def _set(self, skip: Any, layout: str, quant_method: str | None, **own: Any) -> None:
-        if isinstance(skip, str) or not all(isinstance(name, str) for name in skip or ()):
-            raise ValueError(f"skip must be a list of layers' names or of their ends, not {skip!r}")
-        check_choice("layout", layout, self.layouts)
-        if quant_method not in (None, self.quant_method):
-            raise ValueError(f"a {type(self).__name__} is of quant_method {self.quant_method!r}, not {quant_method!r}")
-        vars(self).update(own, skip=sorted(skip or ()), layout=layout)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The entry of ``config.json`` for it; in another library's layout, as that library says it."""
-        own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return self._as_of_layout() if self.layout != "peftops" else {"quant_method": self.quant_method, **own}
-
-    def _as_of_layout(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def file_layout(self) -> Layout:
-        """How the files of a model that is in codes already are read."""
-        return Layout(self.layout)
-
-    def quantize(self, dense: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def stored(self, weight: Tensor) -> dict[str, Tensor]:
-        """The tensors of a weight by what follows the layer's name, in another library's layout."""
-        raise NotImplementedError
-
-
-@register_quantization_config("peftops_nf4")
-class NF4Config(_CodesConfig):
-    """For ``from_pretrained(..., quantization_config=NF4Config())``: linear layers become 4-bit while they are read.
-
-    Args:
-        block_size: elements of a weight that share one absmax, a power of two from 32 to 4096.
-        double_quant: quantise the absmax values, too: 4.127 instead of 4.5 bits per weight.
-        skip: names, or ends of names, of layers that stay dense. The output layer, and layers that are not called, do
-            anyway.
-        layout: how ``save_pretrained`` writes the model: "peftops", or "bitsandbytes" in that library's own files,
-            which whoever has it can read without us.
-
-    Raises:
-        ValueError: an option is not one of those.
-    """
-
-    quant_method = "peftops_nf4"
-    layouts = ("peftops", "bitsandbytes")
-
-    def __init__(self, block_size: int = 64, double_quant: bool = True, skip: Any = None, layout: str = "peftops",
-                 quant_method: str | None = None):  # fmt: skip
-        check_choice("block_size", block_size, BLOCK_SIZES)
-        check_choice("double_quant", double_quant, (True, False))
-        self._set(skip, layout, quant_method, block_size=block_size, double_quant=double_quant)
-
-    def quantize(self, dense: Tensor) -> Tensor:
-        return nf4_quantize(dense, block_size=self.block_size, double_quant=self.double_quant)
-
-    def _as_of_layout(self) -> dict[str, Any]:
-        return {
-            "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": self.double_quant, "bnb_4bit_quant_storage": "uint8",
-            "bnb_4bit_compute_dtype": vars(self).get("_dtype", "float32"),
-            "llm_int8_skip_modules": vars(self).get("_dense", self.skip),
-        }  # fmt: skip
-
-    def stored(self, weight: Tensor) -> dict[str, Tensor]:
-        return to_bitsandbytes(weight)
-
-
-@register_quantization_config("peftops_group")
-class GroupConfig(_CodesConfig):
-    """The same for groups of codes with a scale and a zero each, see :func:`peftops.group_quantize`.
-
-    Args:
-        bits, group_size, symmetric, clip: as there.
-        skip: as of :class:`NF4Config`.
-        layout: "peftops", or "gptq": GPTQ's tensors with scales and zeros in float32, so that nothing is lost, which
-            ``load_model`` reads.
-        checkpoint_format: of files that are read in layout "gptq": "gptq", or "gptq_v2".
-
-    Raises:
-        ValueError: an option is not one of those.
-    """
-
-    quant_method = "peftops_group"
-    layouts = ("peftops", "gptq")
-
-    def __init__(self, bits: int = 4, group_size: int = 32, symmetric: bool = False, clip: str = "none",
-                 skip: Any = None, layout: str = "peftops", checkpoint_format: str = FORMAT,
-                 quant_method: str | None = None):  # fmt: skip
-        check_choice("bits", bits, (2, 3, 4, 8))
-        check_choice("group_size", group_size, tuple(2**i for i in range(3, 13)))
-        check_choice("symmetric", symmetric, (True, False))
-        check_choice("clip", clip, ("none", "mse"))
-        self._set(skip, layout, quant_method, bits=bits, group_size=group_size, symmetric=symmetric, clip=clip,
-                  checkpoint_format=checkpoint_format)  # fmt: skip
-
-    def file_layout(self) -> Layout:
-        return Layout(self.layout, self.bits, self.checkpoint_format)
-
-    def quantize(self, dense: Tensor) -> Tensor:
-        how = {name: getattr(self, name) for name in ("bits", "group_size", "symmetric", "clip")}
-        return group_quantize(dense, **how)
-
-    def _as_of_layout(self) -> dict[str, Any]:
-        return {"quant_method": "gptq", "checkpoint_format": FORMAT, "bits": self.bits, "group_size": self.group_size,
-                "desc_act": False, "sym": self.symmetric, "zeros": "float32"}  # fmt: skip
-
-    def stored(self, weight: Tensor) -> dict[str, Tensor]:
-        return to_gptq(weight)
+from .mxfp4_files import MXFP4_PARTS
 
 
 class _Read(ConversionOps):
@@ -257,13 +136,14 @@ def release_files(model: nn.Module) -> None:
 
 @register_quantizer("peftops_nf4")
 @register_quantizer("peftops_group")
+@register_quantizer("peftops_mxfp4")
 class CodesQuantizer(HfQuantizer):
     """transformers calls this while it reads a model whose configuration is one of those above."""
 
     is_trainable = True
     is_qat_trainable = True  # adapters that are not PEFT's, which transformers does not see, and what stays dense
 
-    def __init__(self, quantization_config: _CodesConfig, **kwargs: Any):
+    def __init__(self, quantization_config: CodesConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.faults: dict[str, Exception] = {}
         self.layout = quantization_config.file_layout()
@@ -287,10 +167,12 @@ class CodesQuantizer(HfQuantizer):
         """Those of experts come first: their codes have the names of layers, which they are not until all is read."""
         ends = {f".{path.rpartition('.')[2]}.{leaf}" for path, module in layers(model) for leaf in stacks_of(module)}
         own = []
-        for end in sorted(ends) if self.pre_quantized and self.layout.name == "peftops" else ():
-            exact = re.escape(end)
-            own.append(WeightRenaming(f"{exact}.bias", f"{end}_bias"))
-            own.append(WeightConverter([f"{exact}.{part}" for part in OWN_PARTS], end, [_Read(self, f"{exact}.")]))
+        join, parts = {"peftops": (".", OWN_PARTS), "mxfp4": ("", MXFP4_PARTS)}.get(self.layout.name, ("", ()))
+        for end in sorted(ends) if self.pre_quantized and parts else ():
+            start = re.escape(end) + join
+            if join:
+                own.append(WeightRenaming(f"{start}bias", f"{end}_bias"))
+            own.append(WeightConverter([f"{start}{part}" for part in parts], end, [_Read(self, start)]))
         self.renamed = [way for way in own if isinstance(way, WeightRenaming)]
         if self.pre_quantized and self.layout.name == "bitsandbytes":
             weight_conversions = [with_codes(way, self) for way in weight_conversions]
@@ -365,13 +247,18 @@ class CodesQuantizer(HfQuantizer):
         if config.layout == "peftops":
             return None, {}
         tensors: dict[str, Tensor] = {}
-        for name, value in model.state_dict(keep_vars=True).items():
+        state = model.state_dict(keep_vars=True)
+        stacks = {name.removesuffix(".weight") for name, p in state.items() if is_quantized(p) and p.dim() == 3}
+        for name, value in state.items():
+            layer, _, leaf = name.rpartition(".")
             if is_quantized(value):
-                if value.dim() != 2:
-                    raise ValueError(f"{name} is of experts, of which layout={config.layout!r} has no codes; save the "
+                if value.dim() != config.stored_dims:
+                    kind = "of experts" if layer in stacks else "of a layer that is no stack of experts"
+                    raise ValueError(f"{name} is {kind}, of which layout={config.layout!r} has no codes; save the "
                                      "model with layout='peftops'")  # fmt: skip
-                parts = config.stored(value)
-                tensors |= {f"{name.removesuffix('weight')}{part}": t.contiguous() for part, t in parts.items()}
+                tensors |= {f"{layer}{part}": t.contiguous() for part, t in config.stored(value).items()}
+            elif layer in stacks and leaf == "bias":
+                tensors[f"{layer}_bias"] = value.detach()
             else:
                 tensors[name] = value.detach() if isinstance(value, Tensor) else value
         return tensors, {}

@@ -122,11 +122,11 @@ class GroupQuantTensor(PackedTensor):
 
     @classmethod
     def _settings_of(cls, parts: Mapping[str, Tensor], shape: torch.Size) -> tuple[int, int]:
-        n, k = shape
+        *lead, k = shape
         groups, width = (parts[name].shape[-1] if parts[name].dim() else 0 for name in ("scales", "packed"))
         size, bits = k // max(groups, 1), width * 8 // k
-        each = (torch.float32, (n, groups))
-        cls._check_parts(parts, {"packed": (torch.uint8, (n, k // 8 * bits)), "scales": each, "zeros": each}, shape)
+        each = (torch.float32, (*lead, groups))
+        cls._check_parts(parts, {"packed": (torch.uint8, (*lead, k // 8 * bits)), "scales": each, "zeros": each}, shape)
         if bits not in (2, 3, 4, 8) or not 8 <= size <= 4096 or size & (size - 1) or size * groups != k:
             raise ValueError(f"codes of {bits} bits in groups of {size} are none of a weight of shape {list(shape)}")
         return bits, size

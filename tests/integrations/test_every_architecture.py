@@ -84,10 +84,12 @@ def test_logits_are_those_of_the_numbers_that_the_codes_stand_for(tmp_path, name
     with torch.no_grad():
         got = model(**inputs).logits
         for path, codes in layers.items():
-            layer = original.get_submodule(path.removesuffix(".weight"))
-            numbers = peftops.nf4_dequantize(codes)
-            layer.weight.copy_(numbers if layer.weight.shape == numbers.shape and type(layer).__name__ != "Conv1D"
-                               else numbers.t())  # fmt: skip
+            numbers, name = peftops.nf4_dequantize(codes), path.removesuffix(".weight")
+            stack = original.get_parameter(name) if codes.dim() == 3 else None  # of experts, a parameter itself
+            layer = None if codes.dim() == 3 else original.get_submodule(name)
+            dense = layer.weight if stack is None else stack
+            as_it_is = dense.shape == numbers.shape and type(layer).__name__ != "Conv1D"
+            dense.copy_(numbers if as_it_is else numbers.mT)
         want = original(**inputs).logits
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
     model.save_pretrained(tmp_path / "codes")
