@@ -214,7 +214,7 @@ def test_a_subclass_that_computes_something_else_is_no_linear_layer(kind):
 
 @pytest.mark.parametrize("kind", [Pads, Standardizes])
 def test_nor_is_a_convolution_that_does(kind):
-    with pytest.raises(TypeError, match=f"matches 0, a {kind.__name__}; only linear, embedding and convolution"):
+    with pytest.raises(TypeError, match=f"matches 0, a {kind.__name__}; only linear, embedding, convolution and "):
         peftops.attach(nn.Sequential(kind(3, 4, 3)), LoRAConfig(r=2, target=["0"]))
 
 
