@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
-JOBS   ?= 0
+JOBS   ?= 2
 BIN    := $(abspath $(VENV))/bin
 
 .PHONY: demo test test-arm fuzz bench gpu gpu-build sanitize lint docs isa-check build clean
@@ -10,7 +10,7 @@ BIN    := $(abspath $(VENV))/bin
 demo: $(VENV)/.demo            # fine-tunes SmolLM2-135M in 4 bits and dense, and compares
 	$(BIN)/python examples/finetune_smollm2.py --out demo
 
-test: $(VENV)/.dev build       # everything, on every instruction set that this CPU has; JOBS=2 for two processes
+test: $(VENV)/.dev build       # everything, on every instruction set that this CPU has; JOBS=0 for one process
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-arm: $(VENV)/.dev build   # the kernels of AArch64 under qemu; needs g++-aarch64-linux-gnu and qemu-user
