@@ -20,9 +20,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..methods.config import check_choice
+from ..attaching.config import check_choice
+from ..attaching.targets import ALL_LINEAR, find_targets, is_linear, layers
 from ..methods.qlora import BLOCK_SIZES
-from ..methods.targets import ALL_LINEAR, find_targets, is_linear, layers
 from ..nn import (
     EXPERTS,
     LINEAR,

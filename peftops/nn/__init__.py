@@ -1,6 +1,5 @@
 """The blocks that methods are made of."""
 
-from .adamw8bit import AdamW8bit
 from .adapter import (
     PREFIX,
     WRAPPERS,
@@ -55,7 +54,6 @@ __all__ = [
     "LINEAR",
     "PREFIX",
     "WRAPPERS",
-    "AdamW8bit",
     "AdaptedLayer",
     "Adapter",
     "AdapterPool",
@@ -91,10 +89,10 @@ __all__ = [
     "low_rank_change",
     "matrix",
     "module_at",
-    "packed_layer",
     "open_experts",
     "opened",
     "owner_of",
+    "packed_layer",
     "peak_tokens",
     "product",
     "quantize_linears",
