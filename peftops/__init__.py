@@ -5,6 +5,8 @@ from importlib.util import find_spec
 import torch  # loads the libraries that _C is linked with
 
 from . import _C as _C
+from .attaching import activate, attach, detach, disabled, merge, unmerge
+from .factors import fisher
 from .influence import Influence
 from .integrations import (
     CalibrationConfig,
@@ -16,31 +18,23 @@ from .integrations import (
     save,
     summary,
 )
-from .methods import activate, attach, detach, disabled, merge, unmerge
 from .methods.bitfit import BitFitConfig
 from .methods.bottleneck import BottleneckConfig
 from .methods.dora import DoRAConfig
-from .methods.few_shot import Verbalizer, choice_scores, demonstrations
 from .methods.glora import GLoRAConfig
-from .methods.hard_prompt import HardPrompt
 from .methods.head_only import HeadOnlyConfig
 from .methods.ia3 import IA3Config
-from .methods.image_prompts import image_prompts
 from .methods.llama_adapter import LLaMAAdapterConfig
 from .methods.loftq import LoftQConfig
 from .methods.longlora import LongLoRAConfig
 from .methods.lora import LoRAConfig
 from .methods.lorafa import LoRAFAConfig
-from .methods.loraplus import loraplus_groups
-from .methods.lq_factors import fisher
 from .methods.lqlora import LQLoRAConfig
 from .methods.multilora import MultiLoRAConfig
 from .methods.norm_tuning import NormTuningConfig
 from .methods.olora import OLoRAConfig
-from .methods.optimizer_state import prune_state, relora_schedule
 from .methods.pissa import PiSSAConfig
 from .methods.prefix_tuning import PrefixTuningConfig
-from .methods.prompt_batch import prompt_per_row
 from .methods.prompt_tuning import PromptTuningConfig
 from .methods.qalora import QALoRAConfig
 from .methods.qlora import QLoRAConfig
@@ -49,7 +43,7 @@ from .methods.surgical import SurgicalConfig, auto_rgn, auto_snr, weighted_group
 from .methods.tiedlora import TiedLoRAConfig
 from .methods.top_layers import TopLayersConfig
 from .methods.vera import VeRAConfig
-from .nn import AdamW8bit, AdapterPool, head_loss, language_model_loss
+from .nn import AdapterPool, head_loss, language_model_loss
 from .ops import (
     GroupQuantTensor,
     MXFP4Tensor,
@@ -74,6 +68,8 @@ from .ops import (
     qalora_merge,
     with_gated_prompt,
 )
+from .optim import AdamW8bit, loraplus_groups, prune_state, relora_schedule
+from .prompts import HardPrompt, Verbalizer, choice_scores, demonstrations, image_prompts, prompt_per_row
 from .serving import Sampling, Server
 
 if torch.version.cuda and find_spec("peftops._C_cuda"):

@@ -14,7 +14,10 @@ import peftops
 from peftops import _C
 
 ROOT = Path(__file__).resolve().parents[1]
-ORDER = ["ops", "nn", "methods", "integrations", "influence", "serving", "planner"]  # peftops/<layer>, lowest first
+ORDER = [  # peftops/<layer>, lowest first
+    "ops", "nn", "attaching", "optim", "factors", "prompts", "methods",
+    "integrations", "influence", "serving", "planner", "cli",
+]  # fmt: skip
 
 
 def read(*patterns):
@@ -89,13 +92,44 @@ def test_bindings_keep_to_the_stable_abi(path, text):
     assert not re.search(r"#include <(ATen|c10|torch/(?!csrc/stable|headeronly))", text)
 
 
-@pytest.mark.parametrize("path, text", read("peftops/*/*.py"))
+def layers_imported(path, text):
+    """The layers that a file of the package imports, wherever in it: ``..nn.undo`` is ``nn``."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            modules = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) + 1 - node.level]] if node.level else []
+            module = [*base, *(node.module.split(".") if node.module else [])]
+            modules = [module] if len(module) > 1 else [[*module, alias.name] for alias in node.names]
+        else:
+            continue
+        yield from (module[1] for module in modules if module[0] == "peftops" and len(module) > 1)
+
+
+@pytest.mark.parametrize("path, text", read("peftops/*/**/*.py"))
 def test_python_layers_import_downwards(path, text):
     layer = path.relative_to(ROOT).parts[1]
-    if layer not in ORDER:
-        return
-    for above in [*ORDER[ORDER.index(layer) + 1 :], "cli"]:
-        assert not re.search(rf"(from|import) (\.\.|peftops\.){above}\b", text)
+    assert not set(layers_imported(path, text)) & set(ORDER[ORDER.index(layer) + 1 :])
+
+
+def test_imports_are_found():
+    path = ROOT / "peftops/nn/sub/file.py"
+    text = """
+from ...ops import a
+from ..undo import b
+def f():
+    from peftops.cli.data import c
+    from ... import planner
+    import peftops.serving.http
+    import torch
+"""
+    assert [*layers_imported(path, text)] == ["ops", "nn", "cli", "planner", "serving"]
+
+
+@pytest.mark.parametrize("path, text", read("peftops/methods/*.py"))
+def test_a_file_of_methods_is_a_method(path, text):
+    assert path.stem == "__init__" or "\n@register(" in text
 
 
 def test_every_op_is_whole():

@@ -8,7 +8,7 @@ import pytest
 import mutate
 
 
-@pytest.mark.parametrize("file", ["peftops/serving/cache.py", "peftops/methods/patterns.py", "peftops/nn/undo.py"])
+@pytest.mark.parametrize("file", ["peftops/serving/cache.py", "peftops/attaching/patterns.py", "peftops/nn/undo.py"])
 def test_mutants_are_other_programs(file):
     text = (mutate.ROOT / file).read_text()
     found = list(mutate.mutants(mutate.ROOT / file, 30, random.Random(1)))
@@ -30,7 +30,7 @@ def test_kernels_have_mutants_outside_comments():
 
 def test_a_fault_is_caught_and_a_change_of_words_is_not(tmp_path):
     mutate.copy_of(mutate.ROOT, tmp_path)
-    file, tests = "peftops/methods/few_shot.py", ["methods/test_hard_prompt.py"]
+    file, tests = "peftops/prompts/few_shot.py", ["methods/test_hard_prompt.py"]
     text = (tmp_path / file).read_text()
     for old, new, want in (("len(choice.encode())", "len(choice)", "caught"),
                            ("The log-probability of each", "The chance of each", "SURVIVED")):  # fmt: skip

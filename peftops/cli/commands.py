@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from ..attaching import detach
+from ..attaching import merge as merge_adapter
 from ..integrations.calibration import CalibrationConfig
 from ..integrations.files import check_new_directory
 from ..integrations.peft_files import read_adapter
-from ..methods import detach
-from ..methods import merge as merge_adapter
 from ..methods.qalora import QALoRAConfig
 from .data import encode, read_rows
 from .export import stand_alone, write_dense, write_packed

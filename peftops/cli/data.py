@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.chat import pieces, prompt_ids
-from ..methods.hard_prompt import HardPrompt
+from ..prompts.chat import pieces, prompt_ids
+from ..prompts.hard_prompt import HardPrompt
 
 IGNORE = -100  # the label of a position that has no target
 

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
+from ..attaching import METHODS, attach
 from ..integrations import summary
 from ..integrations.calibrated_files import write_nf4
 from ..integrations.calibration import CalibrationConfig, input_moments
 from ..integrations.files import fingerprint, writable_directory
 from ..integrations.peft_files import CONFIG, OWN, WEIGHTS
-from ..methods import METHODS, attach
-from ..methods.chat import TURNS, prompt_ids
-from ..methods.few_shot import demonstrations
-from ..methods.hard_prompt import HardPrompt
 from ..methods.qlora import QLoRAConfig
 from ..methods.relora import ReLoRAConfig
+from ..prompts.chat import TURNS, prompt_ids
+from ..prompts.few_shot import demonstrations
+from ..prompts.hard_prompt import HardPrompt
 from . import report
 from .checkpoint import digest, load_checkpoint
 from .data import DataError, Example, Row, encode, read_rows

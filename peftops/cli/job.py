@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attaching import hosts
 from ..integrations import save
-from ..methods import hosts
-from ..methods.optimizer_state import relora_schedule
 from ..methods.relora import relora_step
+from ..optim.restarts import relora_schedule
 from . import report
 from .checkpoint import check_moments, check_tensors, save_checkpoint
 from .data import Example, batches

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attaching.config import Config
 from ..integrations import load
 from ..integrations.hf import check_own_code, gguf_file, load_model, model_config
 from ..integrations.peft_files import read_adapter
-from ..methods.chat import prompt_ids, stop_ids
-from ..methods.config import Config
 from ..methods.qlora import QLoRAConfig
+from ..prompts.chat import prompt_ids, stop_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

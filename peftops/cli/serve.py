@@ -12,7 +12,7 @@ from typing import Any
 
 from ..integrations.files import writable_directory
 from ..integrations.peft_files import CONFIG, read_adapter
-from ..methods.chat import prompt_ids, stop_ids
+from ..prompts.chat import prompt_ids, stop_ids
 from ..serving import Sampling, Server, add_adapter, pool_for
 from . import serve_http
 from .data import DataError, lines_of, parsed, read_text

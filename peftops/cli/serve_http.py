@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from ..integrations.peft_files import CONFIG, read_adapter
-from ..methods.chat import stop_ids
 from ..nn import AdapterPool
+from ..prompts.chat import stop_ids
 from ..serving import Server
 from .model import positions
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..nn import AdamW8bit, language_model_loss
+from ..nn import language_model_loss
+from ..optim import AdamW8bit
 from .data import Example, collate, in_order
 
 

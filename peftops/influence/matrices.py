@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..methods import attachment, hosts
+from ..attaching import attachment, hosts
 from ..methods.lora import LoRA
 from ..nn import EXPERTS, LINEAR, Adapter, kind_of
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..methods.targets import layers
+from ..attaching.targets import layers
 from ..nn import NF4Linear, base_of, is_conv1d, shell_of, sizes
 from ..ops import NF4Tensor
 from .bitsandbytes_files import from_bitsandbytes, to_bitsandbytes

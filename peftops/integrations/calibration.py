@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..methods import hosts
-from ..methods.config import check_choice, check_range
+from ..attaching import hosts
+from ..attaching.config import check_choice, check_range
+from ..attaching.targets import ALL_LINEAR, Target, blocks, body_of, find_targets
 from ..methods.qlora import BLOCK_SIZES
-from ..methods.targets import ALL_LINEAR, Target, blocks, body_of, find_targets
 from ..nn import NF4Linear, is_quantized, matrix, module_at, quantize_linears, shell_of, stacks_of
 from ..nn.undo import about, all_or_nothing
 from ..ops.gptq_nf4 import gptq_nf4

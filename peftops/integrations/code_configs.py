@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..methods.config import check_choice
+from ..attaching.config import check_choice
 from ..methods.qlora import BLOCK_SIZES
 from ..ops import group_quantize, mxfp4_quantize, nf4_quantize
 from .bitsandbytes_files import to_bitsandbytes

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from ..methods.config import Config
-from ..methods.patterns import matches_whole
-from ..methods.targets import ALL_LINEAR, exact_target, layers
+from ..attaching.config import Config
+from ..attaching.patterns import matches_whole
+from ..attaching.targets import ALL_LINEAR, exact_target, layers
 from ..nn import EXPERTS, PREFIX, base_of, kind_of, module_at, stacks_of
 
 A, B = "lora_A.weight", "lora_B.weight"

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..methods import METHODS, attach, attachment, detach, hosts
-from ..methods.targets import exact_target, is_within
-from ..methods.targets import layers as modules_of
+from ..attaching import METHODS, attach, attachment, detach, hosts
+from ..attaching.targets import exact_target, is_within
+from ..attaching.targets import layers as modules_of
 from ..nn import PREFIX, Stored, opened, unwrapped
 from ..nn.undo import all_or_nothing
 from . import peft_experts

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 import torch
 from torch import Tensor, nn
 
-from ..methods.targets import is_within, layers
+from ..attaching.targets import is_within, layers
 from ..nn import PREFIX, WRAPPERS, Stored, base_of, is_quantized, module_at
 
 _BASE = ".base_layer.weight"

@@ -19,7 +19,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from ..methods.targets import ALL_LINEAR, find_targets, is_linear, layers
+from ..attaching.targets import ALL_LINEAR, find_targets, is_linear, layers
 from ..nn import (
     EXPERTS,
     LINEAR,

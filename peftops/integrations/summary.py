@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..methods import adapted_layers
-from ..methods.left_dense import left_dense
-from ..methods.targets import layers
+from ..attaching import adapted_layers
+from ..attaching.left_dense import left_dense
+from ..attaching.targets import layers
 from ..nn import base_of, is_quantized, unwrapped
 
 MOST = 6  # tensors that a line names

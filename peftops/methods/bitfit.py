@@ -12,10 +12,10 @@ from typing import ClassVar
 
 from torch import nn
 
+from ..attaching import register
+from ..attaching.config import Config
+from ..attaching.selection import copies
 from ..nn import Select
-from . import register
-from .config import Config
-from .selection import copies
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..attaching import register
+from ..attaching.config import Config, check_choice, check_range
+from ..attaching.targets import sublayers
 from ..nn import Adapter, base_of, module_at, sizes
-from . import register
-from .config import Config, check_choice, check_range
-from .targets import sublayers
 
 _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 

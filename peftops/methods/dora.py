@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attaching import register
 from ..nn import LINEAR, dense_matrix, is_quantized, low_rank, product
-from . import register
 from .lora import LoRA, LoRAConfig
 
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..attaching import register
+from ..attaching.config import Config, check_choice, check_range, check_target, needs
+from ..attaching.targets import ALL_LINEAR, Target
 from ..nn import Adapter, dense_matrix, product, sizes
-from . import register
-from .config import Config, check_choice, check_range, check_target, needs
-from .targets import ALL_LINEAR, Target
 
 _WEIGHT = ("lora", "vector", "constant", "none")
 _INPUT = ("lora", "vector", "none")

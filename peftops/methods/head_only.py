@@ -12,11 +12,11 @@ from typing import ClassVar
 
 from torch import nn
 
+from ..attaching import register
+from ..attaching.config import Config
+from ..attaching.selection import copies
+from ..attaching.targets import head_of
 from ..nn import Select
-from . import register
-from .config import Config
-from .selection import copies
-from .targets import head_of
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attaching import each_target, register
+from ..attaching.config import Config, check_target, needs
+from ..attaching.targets import ALL_LINEAR, Target, matches
 from ..nn import Adapter, sizes
-from . import each_target, register
-from .config import Config, check_target, needs
-from .targets import ALL_LINEAR, Target, matches
 
 
 @dataclass(frozen=True)

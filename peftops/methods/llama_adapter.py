@@ -19,14 +19,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..nn import PREFIX, Adapter, GatedPrompt, Stored, base_of
+from ..attaching import register
+from ..attaching.config import Config, check_choice, check_range, needs, refuse
+from ..attaching.targets import ALL_LINEAR, body_of, find_targets
+from ..attaching.targets import layers as modules_of
+from ..nn import PREFIX, Adapter, GatedPrompt, Stored, base_of, module_at
 from ..nn.gated_prompt import check_attention, close_registry, is_attention
-from . import register
-from .config import Config, check_choice, check_range, needs, refuse
-from .image_prompts import ImagePrompts
-from .scale_bias import POSITIONS, unlocked
-from .targets import body_of
-from .targets import layers as modules_of
+from ..nn.scale_bias import POSITIONS, ScaleBias
+from ..prompts.images import ImagePrompts
+from .norm_tuning import NormTuning, NormTuningConfig
 
 PEFT_TYPE = "ADAPTION_PROMPT"
 _ACTIVATIONS = {"tanh": "tanh", "raw": "none", "peft": "none"}
@@ -143,6 +144,13 @@ class LLaMAAdapter(Adapter):
     def stored(self) -> dict[str, Tensor]:
         prompt = self.prompt[None] if self.config.gate == "peft" else self.prompt  # PEFT has a batch of one
         return {"prompt": prompt, "gate": self.gate}
+
+
+def unlocked(model: nn.Module, position: str) -> dict[str, Stored]:
+    """Norm tuning of all norms, and a :class:`ScaleBias` of every linear layer but the head."""
+    linear = {path: base_of(module_at(model, path)) for path in find_targets(model, ALL_LINEAR)}
+    norms = NormTuning.build(model, NormTuningConfig())
+    return {**{path: ScaleBias(base, position) for path, base in linear.items()}, **norms}
 
 
 def check_output(attention: nn.Module, name: str) -> None:

@@ -2,10 +2,10 @@
 
     minimise || W - Q - s B A ||    Q_t = nf4(W - s B A),  s B A = the first r singular vectors of W - Q_t,  t = 1 .. T
 
-The last step is the vectors', so the factors fit their Q; they come from :mod:`~peftops.methods.singular`. The error
+The last step is the vectors', so the factors fit their Q; they come from :mod:`~peftops.factors.singular`. The error
 need not fall from one iterate to the next: the best is kept. (HF PEFT leaves the division by s out, so that its start
 is right for s = 1 alone.) With the moments of its inputs a layer goes on from there, to what its outputs are closest
-with: :mod:`~peftops.methods.calibrated_factors`. A layer that is in 4 bits already has lost its W, and starts as in
+with: :mod:`~peftops.factors.calibrated`. A layer that is in 4 bits already has lost its W, and starts as in
 QLoRA.
 """
 
@@ -17,15 +17,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attaching import register
+from ..attaching.config import MOST_ITERATIONS, check_choice, check_range
+from ..attaching.targets import ALL_LINEAR, find_targets
+from ..factors.calibrated import calibrated_factors, gptq_like
+from ..factors.singular import leading, shared
 from ..nn import EXPERTS, LINEAR, dense_matrix, is_quantized, packed_layer
 from ..ops import NF4Tensor, nf4_dequantize, nf4_quantize
-from . import register
-from .calibrated_factors import calibrated_factors, gptq_like
-from .config import MOST_ITERATIONS, check_choice, check_range
 from .lora import LoRA, needs_scaling
 from .qlora import QLoRAConfig, check_nothing_dense_is_adapted, quantize_base
-from .singular import leading, shared
-from .targets import ALL_LINEAR, find_targets
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,18 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from ..attaching import each_target, register
+from ..attaching.config import Config, check_pattern, check_range, check_scaling, check_target
+from ..attaching.selection import copies
+from ..attaching.targets import body_of, is_linear
+from ..attaching.targets import layers as modules_of
 from ..nn import MergeError, Prompt, Select, Stored, base_of
 from ..nn.gated_prompt import ARGUMENT, check_attention, close_registry, is_attention, open_registry
 from ..nn.prompt import check_one_sequence
+from ..nn.rope import check_stretch, stretch
 from ..nn.shifted_attention import ShiftedAttention
-from . import each_target, register
-from .config import Config, check_pattern, check_range, check_scaling, check_target
 from .lora import LoRA, LoRAConfig
 from .norm_tuning import is_norm
-from .rope import check_stretch, stretch
-from .selection import copies
-from .targets import body_of, is_linear
-from .targets import layers as modules_of
 
 
 @dataclass(frozen=True)

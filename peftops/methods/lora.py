@@ -16,10 +16,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attaching import register
+from ..attaching.config import (
+    Config,
+    by_pattern,
+    check_pattern,
+    check_range,
+    check_scaling,
+    check_target,
+    needs,
+    refuse,
+)
+from ..attaching.targets import ALL_LINEAR, Target, joined_target
 from ..nn import CONVOLUTION, EMBEDDING, EXPERTS, LINEAR, Adapter, factor_shapes, kind_of, low_rank, low_rank_change
-from . import register
-from .config import Config, by_pattern, check_pattern, check_range, check_scaling, check_target, needs, refuse
-from .targets import ALL_LINEAR, Target, joined_target
 
 # PEFT's names of where A and B started, where that left the base as it was. (None: files of old versions.)
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attaching import register
 from ..nn import EXPERTS, LINEAR
-from . import register
 from .lora import LoRA, LoRAConfig, needs_scaling
 
 

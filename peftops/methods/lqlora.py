@@ -19,15 +19,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attaching import each_target, register
+from ..attaching.config import MOST_ITERATIONS, Config, check_range
+from ..factors.calibrated import calibrated_factors, gptq_like
+from ..factors.lq import lq_decompose
+from ..factors.lq_budget import Precision, choose
 from ..nn import LINEAR, PackedLinear, dense_matrix, is_quantized, shell_of, sizes
-from . import each_target, register
-from .calibrated_factors import calibrated_factors, gptq_like
-from .config import MOST_ITERATIONS, Config, check_range
+from ..nn.stored_base import BASE_KEYS, base_tensors
 from .lora import LoRA, LoRAConfig, needs_scaling
-from .lq_budget import Precision, choose
-from .lq_factors import lq_decompose
 from .qlora import check_nothing_dense_is_adapted
-from .stored_base import BASE_KEYS, base_tensors
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LQLoRAConfig(LoRAConfig):
         iterations: of the decomposition, at most; 0 for plain codes under LoRA.
         fisher: of :func:`peftops.fisher`, ``[out, in]`` by layer; None if all weights matter alike.
         moments: of :func:`peftops.input_moments`: go on from the decomposition to what the layers' outputs are closest
-            with (:mod:`~peftops.methods.calibrated_factors`), in the formats that it has chosen.
+            with (:mod:`~peftops.factors.calibrated`), in the formats that it has chosen.
         precisions: a format for each layer instead of the budget: "nf4-64", "nf4-64-double", "int3-64", ...
 
     Examples:

@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attaching import register
+from ..attaching.config import check_choice, check_range
 from ..nn import LINEAR
-from . import register
-from .config import check_choice, check_range
 from .lora import LoRA, LoRAConfig
 
 

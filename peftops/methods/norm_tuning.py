@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from ..attaching import register
+from ..attaching.config import Config, needs
+from ..attaching.selection import copies
+from ..attaching.targets import Target, check_called, matches
 from ..nn import Select
-from . import register
-from .config import Config, needs
-from .selection import copies
-from .targets import Target, check_called, matches
 
 
 @dataclass(frozen=True)

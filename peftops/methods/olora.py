@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from . import register
+from ..attaching import register
 from .pissa import PiSSA, PiSSAConfig
 
 

@@ -17,11 +17,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attaching import register
+from ..attaching.config import MOST_ITERATIONS, check_range
+from ..factors.singular import shared
 from ..nn import EXPERTS, LINEAR, dense_matrix, is_quantized
-from . import register
-from .config import MOST_ITERATIONS, check_range
 from .lora import LoRA, LoRAConfig, needs_scaling, start_of
-from .singular import shared
 
 
 @dataclass(frozen=True)

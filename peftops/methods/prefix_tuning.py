@@ -16,13 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attaching import register
+from ..attaching.config import Config, check_choice, check_range, needs, refuse
+from ..attaching.targets import body_of
 from ..nn import Prompt
 from ..nn.prompt import cached, check_one_sequence, shifted
-from . import register
-from .config import Config, check_choice, check_range, needs, refuse
-from .prefix_cache import PrefixCache, keeping_the_cache, prefilled
-from .prompt_start import encoded, frequent
-from .targets import body_of
+from ..prompts.prefix_cache import PrefixCache, keeping_the_cache, prefilled
+from ..prompts.start import encoded, frequent
 
 
 @dataclass(frozen=True)

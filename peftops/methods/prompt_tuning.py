@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attaching import register
+from ..attaching.config import Config, check_choice, check_range, needs, refuse
+from ..attaching.targets import body_of
 from ..nn import Prompt
-from ..nn.prompt import cached, check_one_sequence, shifted
-from . import register
-from .config import Config, check_choice, check_range, needs, refuse
-from .prompt_start import encoded, frequent
-from .targets import body_of
+from ..prompts.soft import SoftPrompt
+from ..prompts.start import encoded, frequent
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class PromptTuningConfig(Config):
 
 
 @register(PromptTuningConfig)
-class PromptTuning(Prompt):
+class PromptTuning(SoftPrompt):
     peft_shared: ClassVar = {"prompt": "prompt_embeddings"}
 
     @staticmethod
@@ -88,10 +88,8 @@ class PromptTuning(Prompt):
         return {name_of[id(encoder)]: prompt, name_of[id(decoder)]: LongerMemory(config.tokens)}
 
     def __init__(self, model: nn.Module, embedding: nn.Module, config: PromptTuningConfig):
-        super().__init__()
-        self.keep, self._new = False, False
         size = (config.tokens, embedding.weight.shape[1])
-        self.prompt = nn.Parameter(torch.empty(size, device=embedding.weight.device).uniform_(-0.5, 0.5))
+        super().__init__(torch.empty(size, device=embedding.weight.device).uniform_(-0.5, 0.5))
         if config.init == "random" or embedding.weight.is_meta:
             return
         with torch.no_grad():
@@ -103,35 +101,6 @@ class PromptTuning(Prompt):
                 means = [embed(encoded(model, config.tokenizer, label)).mean(0) for label in config.labels]
                 rows.insert(0, torch.stack(means))
             self.prompt.copy_(torch.cat(rows)[: config.tokens])
-
-    def before(self, body: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-        check_one_sequence(arguments)
-        tokens = len(self.prompt)
-        self._new = not cached(arguments)
-        if not self._new:
-            return shifted(arguments, tokens, new=False)
-        arguments = shifted(arguments, tokens, new=True)
-        ids, embeds = arguments.pop("input_ids", None), arguments.get("inputs_embeds")
-        if embeds is None:
-            embeds = body.get_input_embeddings()(ids)
-        prompt = self.prompt.to(embeds.dtype).expand(len(embeds), -1, -1)
-        types = arguments.get("token_type_ids")
-        if types is not None:
-            arguments["token_type_ids"] = torch.cat([types.new_zeros(len(types), tokens), types], 1)
-        return {**arguments, "inputs_embeds": torch.cat([prompt, embeds], 1)}
-
-    def after(self, body: nn.Module, output: Any) -> Any:
-        """Drop the prompt's own outputs, so that the head sees the caller's positions alone."""
-        if not self._new or self.keep:
-            return output
-        drop = lambda hidden: hidden[:, len(self.prompt) :]
-        if isinstance(output, tuple):
-            return (drop(output[0]), *output[1:])
-        output.last_hidden_state = drop(output.last_hidden_state)
-        return output
-
-    def extra_repr(self) -> str:
-        return f"tokens={self.prompt.shape[0]}"
 
 
 class LongerMemory(Prompt):

@@ -19,6 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attaching import each_target, register
+from ..attaching.config import Config, check_choice, check_range, check_scaling, check_target, refuse
+from ..attaching.targets import ALL_LINEAR, Target
 from ..nn import (
     EXPERTS,
     LINEAR,
@@ -36,10 +39,7 @@ from ..nn import (
 )
 from ..nn.undo import about
 from ..ops import GroupQuantTensor, group_dequantize, group_quantize, qalora_linear, qalora_merge
-from . import each_target, register
-from .config import Config, check_choice, check_range, check_scaling, check_target, refuse
 from .lora import LoRAConfig
-from .targets import ALL_LINEAR, Target
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from ..attaching import adapted_layers, register
+from ..attaching.config import check_choice
+from ..attaching.targets import ALL_LINEAR, find_targets, is_within
 from ..nn import is_quantized, quantize_linears
-from . import adapted_layers, register
-from .config import check_choice
 from .lora import LoRA, LoRAConfig
-from .targets import ALL_LINEAR, find_targets, is_within
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FORMATS = ("nf4", "mxfp4")

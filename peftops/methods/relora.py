@@ -22,13 +22,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attaching import MergeReport, attachment, each_target, hosts, register
+from ..attaching.config import Config, check_choice, check_range
+from ..attaching.selection import copies
 from ..nn import EXPERTS, LINEAR, Adapter, MergeError, Select, is_quantized, kind_of, low_rank
-from . import MergeReport, attachment, each_target, hosts, register
-from .config import Config, check_choice, check_range
+from ..nn.stored_base import BASE_KEYS, base_tensors
+from ..optim.restarts import prune_state
 from .lora import LoRA, LoRAConfig
-from .optimizer_state import prune_state
-from .selection import copies
-from .stored_base import BASE_KEYS, base_tensors
 
 
 @dataclass(frozen=True)

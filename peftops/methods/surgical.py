@@ -18,11 +18,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attaching import register
+from ..attaching.config import Config, check_range
+from ..attaching.selection import copies
+from ..attaching.targets import blocks
 from ..nn import Select
-from . import register
-from .config import Config, check_range
-from .selection import copies
-from .targets import blocks
 
 
 @dataclass(frozen=True)

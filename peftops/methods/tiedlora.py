@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attaching import each_target, register
+from ..attaching.config import Config, check_range, check_scaling, check_target
+from ..attaching.targets import ALL_LINEAR, Target
 from ..nn import Adapter, low_rank, sizes
-from . import each_target, register
-from .config import Config, check_range, check_scaling, check_target
-from .targets import ALL_LINEAR, Target
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import ClassVar
 
 from torch import nn
 
+from ..attaching import register
+from ..attaching.config import Config, check_range
+from ..attaching.selection import copies
+from ..attaching.targets import blocks, body_of, head_of
 from ..nn import Select
-from . import register
-from .config import Config, check_range
 from .norm_tuning import is_norm
-from .selection import copies
-from .targets import blocks, body_of, head_of
 
 
 @dataclass(frozen=True)

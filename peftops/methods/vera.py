@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attaching import each_target, register
+from ..attaching.config import Config, check_range, check_target, needs, refuse
+from ..attaching.targets import ALL_LINEAR, Target
 from ..nn import sizes
-from . import each_target, register
-from .config import Config, check_range, check_target, needs, refuse
-from .targets import ALL_LINEAR, Target
 from .tiedlora import ScaledFactors
 
 

@@ -1,6 +1,5 @@
 """The blocks that methods are made of."""
 
-from .adamw8bit import AdamW8bit
 from .adapter import (
     PREFIX,
     WRAPPERS,
@@ -55,7 +54,6 @@ __all__ = [
     "LINEAR",
     "PREFIX",
     "WRAPPERS",
-    "AdamW8bit",
     "AdaptedLayer",
     "Adapter",
     "AdapterPool",

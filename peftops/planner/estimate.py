@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attaching import METHODS, adapted_layers, attach
+from ..attaching.config import check_choice
 from ..integrations.hf import model_config
-from ..methods import METHODS, adapted_layers, attach
-from ..methods.config import check_choice
 from ..methods.lora import LoRAConfig
-from ..nn import AdamW8bit, ExpertsLinear, Select
+from ..nn import ExpertsLinear, Select
+from ..optim import AdamW8bit
 from . import trace
 
 # The bytes of state that an optimizer keeps of a parameter, by its name in `peftops finetune --optimizer`.

@@ -7,10 +7,10 @@ import os
 import torch
 from torch import nn
 
+from ..attaching import METHODS
+from ..attaching.targets import ALL_LINEAR, Target, find_targets
 from ..integrations.peft_files import read_adapter
-from ..methods import METHODS
 from ..methods.lora import LoRA
-from ..methods.targets import ALL_LINEAR, Target, find_targets
 from ..nn import PREFIX, AdapterPool, base_of, module_at, sizes
 
 

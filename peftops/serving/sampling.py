@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..methods.config import check_range
+from ..attaching.config import check_range
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..methods.config import check_range
+from ..attaching.config import check_range
 from ..nn import AdapterPool
 from ..nn.prompt import cache_name
 from .batch import Batch, Logprob, PooledLinear, Request, Rows

@@ -13,9 +13,9 @@ import peftops
 from peftops.cli import main
 from peftops.cli import model as cli
 from peftops.cli.data import IGNORE, DataError, Row, encode, read_rows
-from peftops.methods import chat
-from peftops.methods.chat import prompt_ids, stop_ids
-from peftops.methods.time_limit import TookTooLong, time_limit
+from peftops.prompts import chat
+from peftops.prompts.chat import prompt_ids, stop_ids
+from peftops.prompts.time_limit import TookTooLong, time_limit
 
 ROW = {"instruction": "say", "response": "ok"}
 GEMMA = (

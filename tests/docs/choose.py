@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peftops.methods import METHODS
+from peftops.attaching import METHODS
 from peftops.planner import TABLE, WANTS
 from peftops.planner.choose import MANY, TASKS, Want
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 import models
+from peftops.attaching import METHODS
 from peftops.cli import main
-from peftops.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```(python|sh)(?: title=\"(.*)\")?\n(.*?)^```$", re.M | re.S)

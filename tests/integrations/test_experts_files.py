@@ -13,10 +13,10 @@ from torch import nn
 import models
 import peftops
 from moe_models import OPTIONS, moe
+from peftops.attaching import hosts
 from peftops.integrations import peft_experts
 from peftops.integrations.bitsandbytes_files import to_bitsandbytes
 from peftops.integrations.quantizer import dequantize
-from peftops.methods import hosts
 
 every_model = pytest.mark.parametrize("kind", OPTIONS)
 ids = models.tokens(vocabulary=96)

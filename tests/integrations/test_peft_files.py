@@ -10,8 +10,8 @@ from torch import nn
 import models
 import peftops
 from peftops import LoRAConfig, QLoRAConfig
+from peftops.attaching import adapted_layers
 from peftops.integrations import files
-from peftops.methods import adapted_layers
 from peftops.nn import NF4Linear
 
 WEIGHTS = "adapter_model.safetensors"

@@ -9,7 +9,7 @@ import torch
 import models
 import peftops
 from examples import example_of
-from peftops.methods import METHODS
+from peftops.attaching import METHODS
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")

@@ -20,7 +20,7 @@ from peftops import (
     PromptTuningConfig,
     VeRAConfig,
 )  # fmt: skip
-from peftops.methods import hosts
+from peftops.attaching import hosts
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")

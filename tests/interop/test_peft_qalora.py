@@ -9,7 +9,7 @@ from torch import nn
 import models
 import peftops
 from peftops import QALoRAConfig
-from peftops.methods import adapted_layers
+from peftops.attaching import adapted_layers
 from peftops.nn import GroupLinear
 
 peft = pytest.importorskip("peft")

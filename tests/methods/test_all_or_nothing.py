@@ -10,8 +10,8 @@ from torch import nn
 import models
 import peftops
 from examples import VARIANTS, example_of
+from peftops.attaching import METHODS, adapted_layers
 from peftops.integrations.peft_files import WEIGHTS
-from peftops.methods import METHODS, adapted_layers
 from peftops.nn import AdaptedLayer, Prompted
 
 examples = {c.__name__.removesuffix("Config").lower(): example_of(c) for c in METHODS} | VARIANTS

@@ -32,7 +32,7 @@ from peftops import (
     TopLayersConfig,
     VeRAConfig,
 )  # fmt: skip
-from peftops.methods.targets import blocks, body_of, head_of
+from peftops.attaching.targets import blocks, body_of, head_of
 from peftops.nn import NF4Linear
 
 ALL = [models.llama, models.qwen2, models.mistral, models.gemma, models.gpt2, models.bert, models.t5, models.vit]

@@ -7,7 +7,7 @@ import torch
 import models
 import peftops
 from peftops import LoftQConfig, LQLoRAConfig
-from peftops.methods import adapted_layers
+from peftops.attaching import adapted_layers
 from peftops.nn import dequantized
 from peftops.ops.moments import output_errors
 

@@ -12,7 +12,7 @@ from torch import nn
 import models
 import peftops
 from examples import VARIANTS, VECTORS, example_of
-from peftops.methods import METHODS, adapted_layers, hosts
+from peftops.attaching import METHODS, adapted_layers, hosts
 from peftops.nn import AdaptedLayer, NF4Linear, Select
 
 examples = {c.__name__.removesuffix("Config").lower(): example_of(c) for c in METHODS} | VARIANTS

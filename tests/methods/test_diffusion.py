@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import peftops
 from peftops import QALoRAConfig
-from peftops.methods import adapted_layers
+from peftops.attaching import adapted_layers
 from peftops.nn import AdaptedLayer, GroupLinear
 
 WIDTH = 32

@@ -11,7 +11,7 @@ from torch import nn
 import models
 import peftops
 from moe_models import OPTIONS, moe
-from peftops.methods import METHODS, adapted_layers, hosts
+from peftops.attaching import METHODS, adapted_layers, hosts
 from peftops.nn import EXPERTS, ExpertsLinear, kind_of
 from peftops.nn.experts import experts_forward, open_experts
 

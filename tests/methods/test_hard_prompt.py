@@ -7,7 +7,7 @@ import torch
 
 import models
 from peftops import HardPrompt, Verbalizer, choice_scores, demonstrations
-from peftops.methods.hard_prompt import joint
+from peftops.prompts.hard_prompt import joint
 
 plain, chatty = models.tokenizer(chat=False), models.tokenizer()
 ROWS = tuple({"text": f"review number {i}", "label": ("good", "bad", "so so")[i % 3]} for i in range(9))

@@ -8,8 +8,8 @@ import torch
 import models
 import peftops
 from peftops import LLaMAAdapterConfig
-from peftops.methods import adapted_layers, hosts
-from peftops.methods.image_prompts import ImagePrompts
+from peftops.attaching import adapted_layers, hosts
+from peftops.prompts.images import ImagePrompts
 
 ids = models.tokens()
 images = torch.randn(2, 12, generator=torch.Generator().manual_seed(3))

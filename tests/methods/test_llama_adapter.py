@@ -6,7 +6,7 @@ import torch
 import models
 import peftops
 from peftops import LLaMAAdapterConfig
-from peftops.methods import adapted_layers
+from peftops.attaching import adapted_layers
 
 ids = models.tokens()
 

@@ -6,9 +6,9 @@ import torch
 import models
 import peftops
 from peftops import LoftQConfig
-from peftops.methods import adapted_layers
+from peftops.attaching import adapted_layers
+from peftops.factors.singular import leading
 from peftops.methods.loftq import loftq
-from peftops.methods.singular import leading
 
 
 @pytest.mark.parametrize("scaling", [0.25, 1.0, 2.0])

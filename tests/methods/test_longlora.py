@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import models
 import peftops
 from peftops import LongLoRAConfig
-from peftops.methods import adapted_layers
+from peftops.attaching import adapted_layers
 from peftops.nn.shifted_attention import ShiftedAttention, boundaries
 
 

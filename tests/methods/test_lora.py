@@ -8,8 +8,8 @@ from torch import nn
 import models
 import peftops
 from peftops import LoRAConfig, QLoRAConfig
-from peftops.methods import adapted_layers
-from peftops.methods.targets import find_targets
+from peftops.attaching import adapted_layers
+from peftops.attaching.targets import find_targets
 from peftops.nn import NF4Linear
 
 q_and_v = ["q_proj", "v_proj"]

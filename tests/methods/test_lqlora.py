@@ -11,9 +11,9 @@ from torch import nn
 import models
 import peftops
 from peftops import LQLoRAConfig
-from peftops.methods import adapted_layers
-from peftops.methods.lq_budget import PRECISIONS, Precision, allocate
-from peftops.methods.lq_factors import Weighing, first_errors, lq_decompose
+from peftops.attaching import adapted_layers
+from peftops.factors.lq import Weighing, first_errors, lq_decompose
+from peftops.factors.lq_budget import PRECISIONS, Precision, allocate
 from peftops.nn import GroupLinear, NF4Linear, dense_matrix
 from peftops.nn.layers import dequantized
 

@@ -24,7 +24,7 @@ from peftops import (
     TopLayersConfig,
     VeRAConfig,
 )  # fmt: skip
-from peftops.methods import hosts
+from peftops.attaching import hosts
 from peftops.ops import NF4Tensor
 
 
@@ -158,7 +158,7 @@ def test_a_prompt_of_real_embeddings_is_the_same_as_the_tokens():
 
 
 def test_a_prefix_of_real_keys_and_values_is_the_same_as_the_tokens():
-    from peftops.methods.prefix_cache import prefilled
+    from peftops.prompts.prefix_cache import prefilled
 
     base, ids, more = models.llama(), models.tokens(1, 4), models.tokens(1, 6, seed=1)
     want = base(torch.cat([ids, more], 1)).logits[:, 4:]

@@ -22,8 +22,8 @@ from peftops import (
     QLoRAConfig,
     VeRAConfig,
 )
+from peftops.attaching import adapted_layers, hosts
 from peftops.integrations.peft_files import CONFIG, WEIGHTS
-from peftops.methods import adapted_layers, hosts
 from peftops.methods.lora import LoRA
 from peftops.nn import Select, is_quantized
 from peftops.serving import add_adapter, pool_for

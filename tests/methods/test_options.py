@@ -6,7 +6,7 @@ import math
 import pytest
 
 from examples import example_of
-from peftops.methods import METHODS
+from peftops.attaching import METHODS
 
 NEVER = (10**400, -(10**400), math.nan, math.inf, -math.inf, {"q": 10**400}, [math.nan], {"q": math.nan}, object(), 1j)
 KINDS = {"bool": (0, 1, None, "false"), "int": (1.5, True, None, "4", 2**63), "float": (True, None, "0.5"), "str": (3,)}

@@ -9,7 +9,7 @@ from torch import nn
 import models
 import peftops
 from peftops import HeadOnlyConfig, LoRAConfig, NormTuningConfig
-from peftops.methods import adapted_layers
+from peftops.attaching import adapted_layers
 
 ids = models.tokens()
 on_vocabulary = pytest.mark.parametrize("config", [

@@ -6,7 +6,7 @@ import torch
 import models
 import peftops
 from examples import example_of
-from peftops.methods import METHODS
+from peftops.attaching import METHODS
 
 PROMPTS = (peftops.PromptTuningConfig, peftops.PrefixTuningConfig)
 FIRST, OTHER, SECOND = models.tokens(1, 9, seed=1), models.tokens(1, 9, seed=2), models.tokens(1, 5, seed=3)

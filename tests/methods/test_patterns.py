@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import models
 import peftops
-from peftops.methods.config import by_pattern
-from peftops.methods.patterns import matches_whole
+from peftops.attaching.config import by_pattern
+from peftops.attaching.patterns import matches_whole
 
 atoms = st.sampled_from(["a", "b", ".", r"\.", "[ab]", "[^a]", "[a-c0-9]", r"\d", r"\w", "x", "^", "$", r"\A", r"\Z"])
 

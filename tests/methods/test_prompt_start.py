@@ -6,7 +6,7 @@ import torch
 import models
 import peftops
 from peftops import PromptTuningConfig
-from peftops.methods import hosts
+from peftops.attaching import hosts
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import models
 import peftops
 from examples import VECTORS
 from peftops import QALoRAConfig
-from peftops.methods import adapted_layers
+from peftops.attaching import adapted_layers
 from peftops.nn import GroupLinear
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import peftops
 from examples import example_of
-from peftops.methods import METHODS
+from peftops.attaching import METHODS
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 OF_PEFT = {"LORA", "VERA", "GLORA", "IA3", "LN_TUNING", "PROMPT_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"}

@@ -10,7 +10,7 @@ from torch import nn
 import models
 import peftops
 from peftops import ReLoRAConfig, prune_state, relora_schedule, relora_step
-from peftops.methods import adapted_layers
+from peftops.attaching import adapted_layers
 from peftops.nn import NF4Linear
 
 

@@ -10,7 +10,7 @@ from torch import nn
 import models
 import peftops
 from peftops import BottleneckConfig, LoRAConfig, NormTuningConfig, QLoRAConfig
-from peftops.methods.targets import read_without_calls
+from peftops.attaching.targets import read_without_calls
 
 
 class Net(nn.Module):
@@ -76,7 +76,7 @@ def output(model, build):
 def test_all_linear_means_layers_that_are_called(build, config):
     """In eval mode as in training, each adapter is in what comes out, and merging changes nothing."""
     model = peftops.attach(build(), config)
-    assert not read_without_calls(model) & {name for name, _ in peftops.methods.adapted_layers(model)}
+    assert not read_without_calls(model) & {name for name, _ in peftops.attaching.adapted_layers(model)}
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -86,7 +86,7 @@ def test_all_linear_means_layers_that_are_called(build, config):
         output(model.train(), build).sum().backward()
     model.eval()
     want = output(model, build)
-    for path, host in peftops.methods.adapted_layers(model):
+    for path, host in peftops.attaching.adapted_layers(model):
         kept = host.adapters["default"].lora_B.detach().clone()
         with torch.no_grad():
             host.adapters["default"].lora_B.zero_()

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import peftops
+from peftops.attaching import METHODS
 from peftops.cli.training import memory_now, memory_peak, reset_memory_peak
 from peftops.integrations.hf import gguf_file, model_config
-from peftops.methods import METHODS
 
 
 def main(path, method, batch, length, dtype):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peftops.methods import METHODS
+from peftops.attaching import METHODS
 from peftops.planner import estimate, skeleton
 
 NAMES = {adapter.__name__.lower(): config for config, adapter in METHODS.items()}

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import models
 import peftops
 from examples import example_of
-from peftops.methods import METHODS
+from peftops.attaching import METHODS
 from peftops.planner import TABLE, WANTS, Estimate, choose, estimate, estimate_all, skeleton, trace
 from peftops.planner.choose import TASKS
 

@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
-from ...methods.chat import prompt_ids
+from ...prompts.chat import prompt_ids
 from ..sampling import Sampling
 from ..server import Server
 from . import schema

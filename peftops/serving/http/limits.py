@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from ...methods.config import check_range
+from ...attaching.config import check_range
 
 
 @dataclass(frozen=True)

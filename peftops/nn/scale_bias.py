@@ -1,5 +1,4 @@
-"""The layers that LLaMA-Adapter V2, Gao et al. 2023 (arXiv:2304.15010), unlocks: norms, and a scale and a bias of
-linear layers.
+"""A scale and a bias of a linear layer, which LLaMA-Adapter V2 trains, Gao et al. 2023 (arXiv:2304.15010).
 
     y = s * (W x + b)    s in R^out;    or, as in the authors' code of 65B, y = W (s * x) + b    s in R^in
 
@@ -13,18 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import Adapter, Stored, base_of, module_at, sizes
-from .norm_tuning import NormTuning, NormTuningConfig
-from .targets import ALL_LINEAR, find_targets
+from .adapter import Adapter
+from .layers import sizes
 
 POSITIONS = ("output", "input")
-
-
-def unlocked(model: nn.Module, position: str) -> dict[str, Stored]:
-    """Norm tuning of all norms, and a :class:`ScaleBias` of every linear layer but the head."""
-    linear = {path: base_of(module_at(model, path)) for path in find_targets(model, ALL_LINEAR)}
-    norms = NormTuning.build(model, NormTuningConfig())
-    return {**{path: ScaleBias(base, position) for path, base in linear.items()}, **norms}
 
 
 class ScaleBias(Adapter):

@@ -11,7 +11,7 @@ from ..nn import dense_matrix
 from ..nn.undo import about
 from ..ops import NF4Tensor, group_quantize, nf4_quantize
 from ..ops.packed_tensor import PackedTensor
-from .lq_factors import first_errors
+from .lq import first_errors
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attaching import attachment, hosts
 from ..nn import PREFIX, Prompt
 from ..nn.gated_prompt import Kept
-from . import attachment, hosts
 
 ARGUMENT = "peftops_image"  # layers hand on what they do not know; recomputed ones get it again
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .config import check_choice, check_range
+from ..attaching.config import check_choice, check_range
 
 
 @torch.no_grad()

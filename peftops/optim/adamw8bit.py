@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..nn.paged_memory import paged_memory
 from ..ops.adamw8bit import adamw8bit_
-from .paged_memory import paged_memory
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")

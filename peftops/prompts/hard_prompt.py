@@ -17,8 +17,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from ..attaching.config import check_choice
 from .chat import ids_of, pieces, render
-from .config import check_choice
 
 SPLIT = "|||"  # between the prompt and its target, as in promptsource
 Row = Mapping[str, Any]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attaching.targets import ALL_LINEAR, Target, find_targets
 from ..nn import module_at
 from ..nn.layers import as_matrix, dequantized
 from ..ops.packed_tensor import PackedTensor
 from .singular import leading, shared
-from .targets import ALL_LINEAR, Target, find_targets
 
 
 def fisher(

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .config import check_range
+from ..attaching.config import check_range
 
 
 def loraplus_groups(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import check_choice, check_range
+from ..attaching.config import check_choice, check_range
 from .hard_prompt import Encoded, HardPrompt, Row, joint
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attaching import attachment, hosts
 from ..nn import Prompt, Prompted
 from ..nn.prompt import cached, check_one_sequence
-from . import attachment, hosts
-from .prompt_tuning import PromptTuning
+from .soft import SoftPrompt, without_front
 
 _NAME = "prompt-of-each-row"
 
@@ -54,7 +54,7 @@ def prompt_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn
     for _, host in hosting:
         for name in set(names) & set(host.adapters):
             prompts[name] = host.adapters[name]
-            if not isinstance(host.adapters[name], PromptTuning) or len(hosting) > 1:
+            if not isinstance(host.adapters[name], SoftPrompt) or len(hosting) > 1:
                 kind = type(host.adapters[name]).__name__
                 raise TypeError(f"prompt_per_row needs prompts of PromptTuning on one body, and {name!r} is {kind}")
     if prompts and None in names and getattr(model.get_submodule(hosting[0][0]), "pooler", None) is not None:
@@ -81,7 +81,7 @@ def prompt_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn
 class PromptBatch(Prompt):
     """A prompt, or none, for each row; they belong to others."""
 
-    def __init__(self, prompts: Sequence[PromptTuning | None]):
+    def __init__(self, prompts: Sequence[SoftPrompt | None]):
         super().__init__()
         self._prompts = list(prompts)  # (a list hides them)
         self._lengths = [0 if p is None else len(p.prompt) for p in prompts]
@@ -122,18 +122,11 @@ class PromptBatch(Prompt):
         changed["inputs_embeds"] = torch.cat([self._rows(prompts, embeds), embeds], 1)
         return changed
 
-    def _rows(self, prompts: list[PromptTuning | None], embeds: Tensor) -> Tensor:
+    def _rows(self, prompts: list[SoftPrompt | None], embeds: Tensor) -> Tensor:
         """``[rows, longest, hidden]``, each prompt at the beginning of its row."""
         empty = embeds.new_zeros(self._longest, embeds.shape[2])
         own = [empty if p is None else torch.cat([p.prompt.to(embeds.dtype), empty[len(p.prompt) :]]) for p in prompts]
         return torch.stack(own)
 
     def after(self, body: nn.Module, output: Any) -> Any:
-        """Drop the prompts' own outputs, as each alone does."""
-        if not self._new:
-            return output
-        drop = lambda hidden: hidden[:, self._longest :]
-        if isinstance(output, tuple):
-            return (drop(output[0]), *output[1:])
-        output.last_hidden_state = drop(output.last_hidden_state)
-        return output
+        return without_front(output, self._longest) if self._new else output
