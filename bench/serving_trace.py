@@ -1,6 +1,7 @@
 """A trace of requests as they arrive (Poisson), for adapters of which few are asked for often (a power law): tokens a
 second, time to the first token, and time per token, at p50 and p99. Against HF PEFT, which takes one request after the
-other and switches adapters in between.
+other and switches adapters in between. On a machine that others use, tokens per second of CPU time are the figure to
+compare, with OMP_NUM_THREADS=1.
 
     python bench/serving_trace.py --adapters 1 16 200 --requests 64 --rate 20
 """
@@ -37,13 +38,13 @@ def trace(requests, adapters, rate, seed=0):
         yield at, min(int(draw.paretovariate(1.0)) - 1, adapters - 1), prompt, draw.randrange(4, 33)
 
 
-def ours(base, asked, adapters):
-    pool = pool_for(base, adapters=min(adapters, 16), rank=RANK, target=TARGET)
+def ours(base, asked, adapters, paged, most):
+    pool = pool_for(base, adapters=min(adapters, 16), rank=RANK, target=TARGET, tokens=most if paged else 0)
     for i in range(adapters):
         pool.add(str(i), factors(base, i))
     times, waiting = [[] for _ in asked], list(enumerate(asked))[::-1]
-    with Server(base, pool, stop=[]) as server:
-        start = time.perf_counter()
+    with Server(base, pool, stop=[], paged=paged, max_tokens=most) as server:
+        start, cpu = time.perf_counter(), time.process_time()
         while waiting or not server.idle:
             now = time.perf_counter() - start
             while waiting and waiting[-1][1][0] <= now:
@@ -54,7 +55,7 @@ def ours(base, asked, adapters):
                 time.sleep(max(0.0, waiting[-1][1][0] - now))
             else:
                 server.step()
-    return times
+        return times, time.process_time() - cpu
 
 
 def peft(base, asked, adapters):
@@ -78,7 +79,7 @@ def peft(base, asked, adapters):
         def end(self):
             pass
 
-    times, start = [[] for _ in asked], time.perf_counter()
+    times, start, cpu = [[] for _ in asked], time.perf_counter(), time.process_time()
     for i, (at, adapter, prompt, new) in enumerate(asked):
         time.sleep(max(0.0, at - (time.perf_counter() - start)))
         adapted.set_adapter(str(adapter))
@@ -86,17 +87,18 @@ def peft(base, asked, adapters):
         with torch.no_grad():
             adapted.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
                              pad_token_id=0, streamer=Times(times[i]))  # fmt: skip
-    return times
+    return times, time.process_time() - cpu
 
 
-def report(name, adapters, asked, times):
+def report(name, adapters, asked, measured):
+    times, cpu = measured
     arrived = [at for at, *_ in asked]
     tokens, seconds = sum(map(len, times)), max(map(max, times)) - arrived[0]
     first = [ts[0] - at for ts, at in zip(times, arrived, strict=True)]
     each = [b - a for ts in times for a, b in itertools.pairwise(ts)]
     ends = lambda values: "{0[49]:8.3f} {0[98]:8.3f}".format(statistics.quantiles(values, n=100))
-    rate = f"{tokens / seconds:8.1f} tokens/s"
-    print(f"{name:8} {adapters:5} adapters {rate}   first {ends(first)} s   each {ends(each)} s", flush=True)
+    rate = f"{tokens / seconds:8.1f} tokens/s {tokens / cpu:8.1f} tokens/s of CPU"
+    print(f"{name:6} {adapters:4} adapters {rate}   first {ends(first)} s   each {ends(each)} s", flush=True)
 
 
 def main():
@@ -104,12 +106,14 @@ def main():
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 16, 200])
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--rate", type=float, default=20.0, help="requests a second")
+    parser.add_argument("--tokens", type=int, default=16384, help="whose keys and values are kept at once")
     parser.add_argument("--peft", type=int, default=16, help="the most adapters with which PEFT is tried, too")
     args = parser.parse_args()
     print(f"{args.requests} requests, {args.rate:g} a second, {torch.get_num_threads()} threads; times at p50 and p99")
     for adapters in args.adapters:
         asked = list(trace(args.requests, adapters, args.rate))
-        report("peftops", adapters, asked, ours(model(), asked, adapters))
+        for name, paged in (("pages", True), ("rows", False)):
+            report(name, adapters, asked, ours(model(), asked, adapters, paged, args.tokens))
         if adapters <= args.peft:
             report("PEFT", adapters, asked, peft(model(), asked, adapters))
 

@@ -59,7 +59,7 @@ def _run_http(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(args.model, args.trust_remote_code)
         model = load_base(args, **base)
         rank = max([args.max_rank, *(_rank(folder) for folder in known.values())])
-        pool = pool_for(model, adapters=args.resident, rank=rank)
+        pool = pool_for(model, adapters=args.resident, rank=rank, tokens=args.max_cache)
         check = None if args.dense or args.quantize else lambda folder: _check_base(folder, base)
         return serve_http.run(args, sock, tokenizer, model, pool, adapters, check)
 
@@ -75,7 +75,8 @@ def _run_file(args: argparse.Namespace) -> int:
     ranks = [_rank(folder) for folder in adapters.values()]
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     model = load_base(args, **_base(args, adapters))
-    pool = pool_for(model, adapters=min(args.resident, max(1, len(ranks))), rank=max(ranks, default=1))
+    resident = min(args.resident, max(1, len(ranks)))
+    pool = pool_for(model, adapters=resident, rank=max(ranks, default=1), tokens=args.max_cache)
     for name, folder in adapters.items():
         add_adapter(pool, name, folder)
     stop = stop_ids(tokenizer, model.generation_config)

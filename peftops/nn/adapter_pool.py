@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -45,6 +47,7 @@ class _Host:
     where: Tensor  # int64 [layers, 3], as in PoolLayer
     scaling: Tensor  # float32 [layers]
     leaves: dict[str, tuple[Tensor, Tensor]]  # A and B by layer, if they are trainable
+    serial: int  # that no other adapter has had
 
     def version(self) -> tuple[int, ...]:
         """Changes whenever an optimizer, or anything else that autograd sees, writes a leaf."""
@@ -132,6 +135,7 @@ class AdapterPool:
         self._free, self._free_slots = list(range(pages))[::-1], list(range(slots))[::-1]
         self._lent: set[int] = set()
         self._hosts: dict[str, _Host] = {}
+        self._serials = itertools.count()
         self._resident: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
         self._pins: Counter[str] = Counter()
         self._uses: Counter[str] = Counter()
@@ -146,8 +150,40 @@ class AdapterPool:
         return self._layers[name]
 
     @property
+    def layers(self) -> Mapping[str, PoolLayer]:
+        """All of them, by name."""
+        return MappingProxyType(self._layers)
+
+    @property
     def free_pages(self) -> int:
         return len(self._free)
+
+    @property
+    def fixed_pages(self) -> int:
+        """Pages that nothing can have now: those that :meth:`alloc` handed out, and those of adapters that are pinned
+        or in use."""
+        with self._lock:
+            return len(self._lent) + sum(len(at.pages) for name, at in self._resident.items() if self._holds(name))
+
+    def pages_of(self, name: str) -> int:
+        """How many pages an adapter takes; KeyError if there is none of this name."""
+        with self._lock:
+            return len(self._find(name).flat)
+
+    def is_fixed(self, name: str) -> bool:
+        """Whether an adapter is pinned or in use."""
+        with self._lock:
+            return self._holds(name)
+
+    def state(self, name: str) -> tuple[int, ...]:
+        """Of an adapter's numbers: equal for as long as they are the same. Nothing that was computed with other ones
+        can be taken for theirs. KeyError if there is no such adapter."""
+        with self._lock:
+            host = self._find(name)
+            return (host.serial, *host.version())
+
+    def _holds(self, name: str) -> bool:
+        return bool(self._pins[name] or self._uses[name])
 
     @property
     def resident(self) -> list[str]:
@@ -192,7 +228,7 @@ class AdapterPool:
         by_layer = [scaling.get(layer, 1.0) if isinstance(scaling, Mapping) else scaling for layer in known]
         host = _Host(torch.zeros(pages, page_size, dtype=self.storage.dtype, device="cpu"),
                      torch.tensor(where, device="cpu"), torch.tensor(by_layer, dtype=torch.float32, device="cpu"),
-                     ordered if trainable else {})  # fmt: skip
+                     ordered if trainable else {}, next(self._serials))  # fmt: skip
         host.fill(ordered)
         if not (host.flat.isfinite().all() and host.scaling.isfinite().all()):
             raise ValueError(f"AdapterPool: the factors and scaling of {name!r} must be finite in {host.flat.dtype}")
@@ -284,7 +320,7 @@ class AdapterPool:
             self._find(name)
             while name in self._resident and self._resident[name].loading:
                 self._lock.wait()
-            if self._pins[name] or self._uses[name]:
+            if self._holds(name):
                 raise RuntimeError(f"AdapterPool: {name!r} is {'in use' if self._uses[name] else 'pinned'}")
             if name in self._resident:
                 self._drop(name)
@@ -369,7 +405,7 @@ class AdapterPool:
     def _make_room(self, what: str, pages: int, slots: int, spare: Collection[str] = ()) -> bool:
         """Evicts what it takes, or waits for a load to end and returns False, or raises."""
         idle = [other for other, at in self._resident.items()
-                if not (self._pins[other] or self._uses[other] or at.loading or other in spare)]  # fmt: skip
+                if not (self._holds(other) or at.loading or other in spare)]  # fmt: skip
         room = len(self._free) + sum(len(self._resident[other].pages) for other in idle)
         if room < pages or len(self._free_slots) + len(idle) < slots:
             if any(at.loading for at in self._resident.values()):
@@ -398,19 +434,18 @@ class AdapterPool:
         self._free_slots.append(now.slot)
 
 
-def peak_tokens(requests: Sequence[tuple[int, int]]) -> int:
+def peak_tokens(requests: Sequence[tuple[int, int]], page: int = 1) -> int:
     """How many tokens a batch will hold at its fullest: what decides whether one more request may join.
 
-    Requests end one after the other, those with least to come first; when the i-th longest ends, i requests are
-    there, each with what it has now and as many new tokens. A batch may start if the pages left beside its adapters
-    hold the peak (S-LoRA's admission rule, arXiv:2311.03285).
+    All requests get a token at a time, and each ends when it has all of its own; as one ends, those that are left hold
+    what they have now and as many new tokens. A batch may start if the pages left beside its adapters hold the peak
+    (S-LoRA's admission rule, arXiv:2311.03285).
 
     Args:
         requests: (tokens so far, tokens to come at most) of each.
+        page: of how many tokens. A request's last page counts as full.
     """
     ordered = sorted(requests, key=lambda request: -request[1])
-    totals, held = [0], 0
-    for i, (length, left) in enumerate(ordered, 1):
-        held += length
-        totals.append(left * i + held)
-    return max(totals)
+    whole = lambda tokens: -(-tokens // page) * page
+    totals = [sum(whole(length + left) for length, _ in ordered[:i]) for i, (_, left) in enumerate(ordered, 1)]
+    return max(totals, default=0)

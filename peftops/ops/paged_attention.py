@@ -30,7 +30,7 @@ def paged_attention(
     the last ``rows`` tokens of its sequence, whose own keys and values are in the pages already: one row to decode,
     several for a prompt or a piece of it. The result of a row has the same bits however a prompt is cut, whatever else
     is in the batch, wherever the pages lie, and for any number of threads. Nothing of a page is read beyond a
-    sequence's length. There is no gradient. On the CPU alone.
+    sequence's length. There is no gradient, and wanting one is an error. On the CPU alone.
 
     Args:
         query: ``[batch, heads, rows, d]``; float32, bfloat16 or float16. A row before its sequence's first token is
@@ -48,7 +48,7 @@ def paged_attention(
 
     Raises:
         RuntimeError: shapes or dtypes do not fit together; a length or a page is out of range; a head has more than
-            512 dims.
+            512 dims; the query or the pages want a gradient.
 
     Examples:
         >>> keys, values = torch.randn(2, 8, 2, 4, 16)  # of 8 pages, 2 heads, 4 tokens a page, d = 16
@@ -57,6 +57,10 @@ def paged_attention(
         >>> peftops.paged_attention(torch.randn(2, 4, 1, 16), keys, values, table, lengths).shape
         torch.Size([2, 4, 1, 16])
     """
+    for name, t in (("query", query), ("key_pages", key_pages), ("value_pages", value_pages)):
+        if t.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"paged_attention: {name} requires a gradient, and there is none; call it under "
+                               "torch.no_grad()")  # fmt: skip
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    tensors = (query.detach(), key_pages.detach(), value_pages.detach(), block_table, lengths)
-    return _attend(*tensors, scale, _ALL if window is None else window).transpose(1, 2)
+    window = _ALL if window is None else window
+    return _attend(query, key_pages, value_pages, block_table, lengths, scale, window).transpose(1, 2)

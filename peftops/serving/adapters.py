@@ -12,6 +12,8 @@ from ..attaching.targets import ALL_LINEAR, Target, find_targets
 from ..integrations.peft_files import read_adapter
 from ..methods.lora import LoRA
 from ..nn import PREFIX, AdapterPool, base_of, module_at, sizes
+from .paged_attention import PagedModel
+from .pages import Layout, Unfit
 
 
 def pool_for(
@@ -20,7 +22,8 @@ def pool_for(
     adapters: int = 16,
     rank: int = 16,
     target: Target = ALL_LINEAR,
-    page_size: int = 16384,
+    tokens: int = 16384,
+    page_size: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> AdapterPool:
     """A pool whose working set holds this many adapters of this rank, for the layers of a model and where that is. Any
@@ -28,10 +31,14 @@ def pool_for(
 
     Args:
         target: which layers adapters may adapt, as in :class:`~peftops.LoRAConfig`.
-        page_size, dtype: see :class:`~peftops.AdapterPool`.
+        tokens: of keys and values for which there is room as well, if :class:`Server` can have them in pages. Memory
+            of the CPU is taken as it is used.
+        page_size: see :class:`~peftops.AdapterPool`; by default the least for keys and values of 16 tokens of a layer,
+            or 16384 where these lie elsewhere.
+        dtype: see :class:`~peftops.AdapterPool`.
 
     Raises:
-        ValueError: adapters or rank is below 1; nothing matches the target.
+        ValueError: adapters or rank is below 1, or tokens negative; nothing matches the target.
 
     Examples:
         >>> from peftops.serving import pool_for
@@ -39,13 +46,32 @@ def pool_for(
     """
     if adapters < 1 or rank < 1:
         raise ValueError(f"pool_for needs at least 1 adapter of rank 1, not {adapters} of rank {rank}")
+    if tokens < 0:
+        raise ValueError(f"pool_for: tokens must not be negative, but is {tokens}")
     bases = {path: base_of(module_at(model, path)) for path in find_targets(model, target)}
     layers = {path: sizes(base) for path, base in bases.items()}
     line = lambda n: -(-n // 64) * 64  # factor rows fill whole lines
     elements = rank * sum(line(k) + line(n) for k, n in layers.values())
+    layout = _layout(model) if tokens else None
+    if page_size is None:
+        least = 16384 if layout is None else max(64, -(-16 * layout.widest // dtype.itemsize))
+        page_size = 1 << (least - 1).bit_length()
     pages = adapters * -(-elements // page_size)
+    if layout is not None and page_size * dtype.itemsize >= layout.widest:
+        pages += layout.pages(tokens, page_size * dtype.itemsize)
     device = next(iter(bases.values())).weight.device
     return AdapterPool(layers, pages=pages, page_size=page_size, slots=2 * adapters, dtype=dtype, device=device)
+
+
+def _layout(model: nn.Module) -> Layout | None:
+    """The sizes of a token in pages; None if a model has none, which :class:`Server` tells of."""
+    was_training = model.training
+    try:
+        return PagedModel(model.eval()).layout
+    except (Unfit, AttributeError):  # or no language model of transformers
+        return None
+    finally:
+        model.train(was_training)
 
 
 def add_adapter(pool: AdapterPool, name: str, directory: str | os.PathLike) -> None:

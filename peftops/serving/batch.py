@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import AdapterPool, matrix
-from ..nn.prompt import cache_name
 from ..ops import multi_lora_linear
-from .cache import RowCache
+from .pages import Block
 
 BASE = -1  # index of a row that no adapter changes
 
@@ -39,7 +39,7 @@ class Logprob:
     top: dict[int, float]
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """A question, and its answer so far."""
 
@@ -55,6 +55,12 @@ class Request:
     told: list[Logprob] = field(default_factory=list)
     ended: bool = False  # by its watch
     error: Exception | None = None  # why it cannot go on
+    blocks: list[Block] = field(default_factory=list)  # of its keys and values, if they lie in pages
+    reused: int = 0  # of these, those that were there before
+    known: int = 0  # of these, those that others may find
+    root: Hashable = None  # the state of its adapter
+    parent: Hashable = None  # of the next block to be known
+    born: int = 0  # the step in which it joined
 
     @property
     def longest(self) -> int:
@@ -93,108 +99,89 @@ class PooledLinear(nn.Module):
         return self.base.bias
 
 
-class Batch:
-    """Requests, each in a row of the cache.
+class Batch(ABC):
+    """Requests that run together."""
 
-    Args:
-        model: whose linear layers are :class:`PooledLinear` with ``rows``.
-        max_rows, max_tokens: of the cache, padding included.
-    """
+    rows: Rows
+    running: list[Request]
+    reused_tokens = 0  # of prompts, whose keys and values were there already
 
-    def __init__(self, model: nn.Module, rows: Rows, *, max_rows: int, max_tokens: int):
-        self.model, self.rows, self.max_rows, self.max_tokens = model, rows, max_rows, max_tokens
-        self.running: list[Request] = []
-        self.cache = RowCache(model.config.get_text_config().num_hidden_layers)
-        self.cache_name = cache_name(model)
-        self.device = model.get_input_embeddings().weight.device
+    @property
+    @abstractmethod
+    def longest(self) -> tuple[int, str]:
+        """The most tokens of a request, and what sets this bound."""
+
+    @abstractmethod
+    def admits(self, joined: list[Request], request: Request) -> bool:
+        """Whether a request may join those that run and ``joined``, so that each of them can be finished."""
+
+    @abstractmethod
+    def leave(self, row: int) -> None:
+        """Let ``running[row]`` go."""
+
+    @abstractmethod
+    def decode(self) -> None:
+        """One token further, for all."""
+
+    @abstractmethod
+    def drop(self, requests: list[Request]) -> None:
+        """Let go of what is kept for requests that do not run."""
+
+    @abstractmethod
+    def _groups(self, requests: list[Request]) -> Iterable[list[Request]]:
+        """Those whose prompts go through the model together."""
+
+    @abstractmethod
+    def _prompts(self, group: list[Request]) -> None:
+        """A pass over prompts."""
+
+    def refuses(self, request: Request) -> str | None:
+        """Why a request could never run."""
+        most, why = self.longest
+        new = len(request.prompt), request.max_new
+        return f"{new[0]} + {new[1]} tokens are more than {why}, {most}" if sum(new) > most else None
+
+    def spare(self) -> bool:
+        """Give up something that is kept in case it is of use; whether there was anything."""
+        return False
+
+    def close(self) -> None:
+        self.running = []
 
     def join(self, requests: list[Request]) -> None:
-        """Run the prompts of new requests, each from position 0, up to the first token of the answers."""
-        for group in alike(requests):
+        """Run the prompts of new requests up to the first token of the answers."""
+        for group in self._groups(requests):
             first = len(self.running)
             self.running += group
             try:
-                self._together_or_each(self._prompts, first, group)
+                self._together_or_each(self._prompts, group)
             except BaseException:  # an interrupt: as if they had not come yet
                 del self.running[first:]
                 for request in group:
                     request.ids.clear()
                     request.told.clear()
-                self.cache.clear(first)
+                self.drop(group)
                 raise
 
-    def decode(self) -> None:
-        """One token further, for all."""
-        self._together_or_each(self._tokens, 0, self.running)
-
-    def _together_or_each(self, run: Callable[[int, list[Request]], None], first: int, requests: list[Request]) -> None:
-        """One pass over requests in rows from ``first``; if it fails, one for each, so that only what cannot go on has
-        an ``error``. A pass writes a row's keys and values where they belong, so doing it again is safe."""
+    def _together_or_each(self, run: Callable[[list[Request]], None], requests: list[Request]) -> None:
+        """One pass over requests; if it fails, one for each, so that only what cannot go on has an ``error``. A pass
+        writes a request's keys and values where they belong, so doing it again is safe."""
         try:
-            run(first, requests)
+            run(requests)
         except Exception as error:
             if len(requests) == 1:
                 requests[0].error = error
                 return
-            for row, request in enumerate(requests, first):
-                self._together_or_each(run, row, [request])
+            for request in requests:
+                self._together_or_each(run, [request])
 
-    def _prompts(self, first: int, group: list[Request]) -> None:
-        self._reserve(live=first)
-        most = max(len(r.prompt) for r in group)
-        ids = torch.zeros(len(group), most, dtype=torch.int64)  # the padding of the shorter ones lies behind their ends
-        for row, request in zip(ids, group, strict=True):
-            row[: len(request.prompt)] = torch.tensor(request.prompt)
-        ends = torch.tensor([len(r.prompt) - 1 for r in group])
-        keep, at = ends.unique(return_inverse=True)
-        self.cache.begin(first, torch.zeros_like(ends), most, torch.arange(most) > ends[:, None])
-        logits = self._forward(group, ids, torch.arange(most).expand_as(ids), None, keep)
-        _append(group, logits[torch.arange(len(group)), at])
-
-    def _tokens(self, first: int, requests: list[Request]) -> None:
-        lengths = torch.tensor([r.cached for r in requests])
-        self.cache.begin(first, lengths, 1)
-        hidden = torch.arange(int(lengths.max()) + 1) > lengths[:, None]
-        dtype = self.model.get_input_embeddings().weight.dtype
-        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]
-        last = torch.tensor([[r.ids[-1]] for r in requests])
-        logits = self._forward(requests, last, lengths[:, None], mask, torch.tensor([0]))
-        _append(requests, logits[:, 0])
-
-    def leave(self, row: int) -> None:
-        """Let the last request have the row of one that is done."""
-        last = self.running.pop()
-        if row < len(self.running):
-            self.cache.move(len(self.running), row)
-            self.running[row] = last
-        else:
-            self.cache.clear(row)
-
-    def _forward(
-        self, requests: list[Request], ids: Tensor, positions: Tensor, mask: Tensor | None, keep: Tensor
-    ) -> Tensor:
-        adapters = torch.tensor([r.index for r in requests], device="cpu")  # which is where a batch is planned
-        self.rows.index = adapters.repeat_interleave(ids.shape[1]) if (adapters != BASE).any() else None
-        there = lambda t: None if t is None else t.to(self.device)
-        try:
-            return self.model(
-                input_ids=there(ids), position_ids=there(positions), attention_mask=there(mask), use_cache=True,
-                logits_to_keep=there(keep), **{self.cache_name: self.cache},
-            ).logits  # fmt: skip
-        finally:
-            self.rows.index = None
-
-    def _reserve(self, live: int) -> None:
-        """Room for all that run, to their ends; a little more where the budget has it, so that it seldom moves."""
-        longest, count = max(r.longest for r in self.running), len(self.running)
-        rows, capacity = min(1 << (count - 1).bit_length(), self.max_rows), -(-longest // 64) * 64
-        if rows * capacity > self.max_tokens:
-            rows, capacity = count, longest
-        if count > self.cache.rows or longest > self.cache.capacity:
-            self.cache.reserve(rows, capacity, live)
+    def _adapters(self, requests: list[Request], counts: list[int]) -> Tensor | None:
+        """Of each token of a pass, on the host, which is where a batch is planned; None if none has any."""
+        index = torch.tensor([r.index for r in requests], device="cpu")
+        return index.repeat_interleave(torch.tensor(counts, device="cpu")) if (index != BASE).any() else None
 
 
-def _append(requests: list[Request], logits: Tensor) -> None:
+def append(requests: list[Request], logits: Tensor) -> None:
     largest, likeliest = (t.tolist() for t in logits.max(-1))  # a NaN is the largest
     for request, row, token, top in zip(requests, logits, likeliest, largest, strict=True):
         try:
@@ -215,15 +202,3 @@ def _logprob(logits: Tensor, chosen: int, count: int) -> Logprob:
     every = logits.float().log_softmax(-1)
     top = every.topk(min(count, len(every)))
     return Logprob(float(every[chosen]), dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
-
-
-def alike(requests: list[Request]) -> Iterator[list[Request]]:
-    """Groups whose prompts differ by a factor of two at most: so much padding costs less than another pass."""
-    group: list[Request] = []
-    for request in sorted(requests, key=lambda r: len(r.prompt)):
-        if group and len(request.prompt) > 2 * len(group[0].prompt):
-            yield group
-            group = []
-        group.append(request)
-    if group:
-        yield group

@@ -3,11 +3,14 @@
 A step admits waiting requests, runs their prompts, then takes one token further all that run. The base product is that
 of all rows together, in dense or 4-bit weights; :func:`peftops.multi_lora_linear` adds each row's own term.
 
-*Admission* is first come, first served, and never takes what could not be finished: rows times the longest prompt plus
-answer must fit ``max_tokens``, which bounds the memory of keys and values, and the pool must have room for the adapter
-beside those of the running requests, which are pinned. (S-LoRA's own bound is on the sum of lengths, for a cache that
-is paged by token; ours keeps rows side by side.) *Eviction* is the pool's: the least recently used adapter that no
-running request has. *Prefetch*: while a step computes, a thread loads the adapters of the next in line.
+Keys and values lie in pages of the adapters' pool, and prompts of one adapter that begin alike share them
+(:mod:`.pages`). Where that cannot be, they lie in rows (:mod:`.rows`), and a warning says why.
+
+*Admission* is first come, first served, and never takes what could not be finished: the tokens that all running
+requests will hold at most, were none of them to stop early, must fit ``max_tokens`` and the pool, beside the adapters
+of these requests, which are pinned (S-LoRA's bound). *Eviction* is the pool's: the least recently used adapter that no
+running request has; then known beginnings of prompts. *Prefetch*: while a step computes, a thread loads the adapters of
+the next in line.
 """
 
 from __future__ import annotations
@@ -15,19 +18,23 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..attaching.config import check_range
-from ..nn import AdapterPool
+from ..nn import AdapterPool, PoolFull
 from ..nn.prompt import cache_name
 from .batch import Batch, Logprob, PooledLinear, Request, Rows
+from .paged import PagedBatch
+from .paged_attention import PagedModel
+from .pages import Blocks, Unfit
+from .rows import RowBatch
 from .sampling import Sampling
 
 
@@ -65,14 +72,21 @@ class Server:
         model: a causal language model of transformers, dense or in 4 bits, with no adapter attached.
         pool: with the layers of the model that adapters may adapt; see :func:`~peftops.serving.pool_for`.
         max_batch: how many requests run at once.
-        max_tokens: how many tokens of keys and values are kept at once, padding included.
+        max_tokens: how many tokens of keys and values are kept at once. The pool may have room for fewer; see
+            ``tokens`` of :func:`~peftops.serving.pool_for`.
         stop: ids that end an answer; by default those of the model's generation config.
         prefetch: for how many waiting requests adapters are loaded ahead.
+        paged: keep keys and values in pages of the pool (True), or in rows beside it, each as wide as the longest
+            (False); by default in pages if the model and the pool can. Pages need a model on the CPU all of whose
+            layers attend as transformers' attention functions do, causally, in a window or without.
 
     Raises:
         TypeError: the model takes no positions, or no choice of logits.
         ValueError: a limit is too low; an adapter or another server is attached; the pool has a layer that the model
-            lacks, or is on another device.
+            lacks, or is on another device; ``paged`` is True, and they cannot.
+
+    Warns:
+        UserWarning: keys and values lie in rows, because pages cannot be had, and why.
 
     Examples:
         >>> from peftops.serving import Server, pool_for
@@ -85,7 +99,7 @@ class Server:
     """
 
     def __init__(self, model: nn.Module, pool: AdapterPool, *, max_batch: int = 16, max_tokens: int = 16384,
-                 stop: Iterable[int] | None = None, prefetch: int = 2):  # fmt: skip
+                 stop: Iterable[int] | None = None, prefetch: int = 2, paged: bool | None = None):  # fmt: skip
         limits = {"max_batch": (max_batch, 1), "max_tokens": (max_tokens, 2), "prefetch": (prefetch, 0)}
         for name, (value, least) in limits.items():
             check_range(f"Server: {name}", value, least, whole=True)
@@ -99,11 +113,10 @@ class Server:
             raise TypeError(f"Server: {type(model).__name__} takes no {', '.join(sorted(lacks))}")
         self.model, self.pool, self.max_batch, self.max_tokens = model, pool, max_batch, max_tokens
         config = model.config.get_text_config()
-        self.vocabulary, self._window = config.vocab_size, _window(config)
+        self.vocabulary = config.vocab_size
         ends = model.generation_config.eos_token_id if stop is None else list(stop)
         self.stop = {ends} if isinstance(ends, int) else set(ends or ())
         rows = Rows()
-        self.batch = Batch(model, rows, max_rows=max_batch, max_tokens=max_tokens)
         self._waiting: deque[Request] = deque()
         self._cancelled: set[int] = set()
         self._done: list[Completion] = []  # not yet told
@@ -114,6 +127,11 @@ class Server:
         self._was_training, self._closed = model.training, False
         self._replaced = _put(model, pool, rows)
         model.eval()
+        try:
+            self.batch = self._batch(rows, paged)
+        except BaseException:
+            self._give_back()
+            raise
 
     def close(self) -> None:
         """Put the model's own layers back, and let go of the adapters. Requests that are not finished are dropped."""
@@ -123,7 +141,24 @@ class Server:
         self._loader.shutdown()
         for request in self.batch.running:
             self._release(request)
-        self.batch.running, self._waiting = [], deque()
+        self.batch.close()
+        self._waiting = deque()
+        self._give_back()
+
+    def _batch(self, rows: Rows, paged: bool | None) -> Batch:
+        """Over pages if they can be had, and else over rows."""
+        if paged is not False:
+            try:
+                model = PagedModel(self.model)
+                blocks = Blocks(self.pool, model.layout, self.max_tokens)
+                return PagedBatch(model, rows, blocks, max_tokens=self.max_tokens)
+            except Unfit as error:
+                if paged:
+                    raise ValueError(f"Server: keys and values cannot lie in pages: {error}") from error
+                warnings.warn(f"Server: keys and values lie in rows, and not in pages: {error}", stacklevel=3)
+        return RowBatch(self.model, rows, max_rows=self.max_batch, max_tokens=self.max_tokens)
+
+    def _give_back(self) -> None:
         for owner, leaf, base in self._replaced:
             setattr(owner, leaf, base)
         self._replaced = []
@@ -161,8 +196,8 @@ class Server:
             RuntimeError: the server is closed.
             TypeError: the prompt has something that is no whole number.
             ValueError: max_new is no whole number above 0, or logprobs none from 0; the prompt is empty or no ids of
-                this model; prompt and answer could never fit ``max_tokens``, or the window of a model whose attention
-                slides.
+                this model; prompt and answer could never fit ``max_tokens``, the pool beside their adapter, or, in
+                rows, the window of a model whose attention slides.
         """
         self._check_open()
         prompt = [operator.index(i) for i in prompt]
@@ -172,14 +207,13 @@ class Server:
         check_range("Server: max_new", max_new, 1, whole=True)
         if logprobs is not None:
             check_range("Server: logprobs", logprobs, 0, whole=True)
-        most = self.longest
-        if len(prompt) + max_new > most:
-            why = "max_tokens" if most == self.max_tokens else "the window over which this model's attention slides"
-            raise ValueError(f"Server: {len(prompt)} + {max_new} tokens are more than {why}, {most}")
         if adapter is not None:
-            self.pool._find(adapter)
+            self.pool.pages_of(adapter)
         draw = None if sampling is None else sampling.drawer()
         request = Request(next(self._numbers), prompt, adapter, max_new, draw, logprobs, watch)
+        refusal = self.batch.refuses(request)
+        if refusal is not None:
+            raise ValueError(f"Server: {refusal}")
         self._waiting.append(request)
         return request.number
 
@@ -198,7 +232,7 @@ class Server:
     @property
     def longest(self) -> int:
         """The most tokens that a prompt and its answer may have together."""
-        return min(self.max_tokens, self._window or self.max_tokens)
+        return self.batch.longest[0]
 
     @property
     def waiting(self) -> int:
@@ -228,6 +262,7 @@ class Server:
             self.batch.join(joined)
         except BaseException:
             for request in reversed([r for r in joined if r not in self.batch.running]):
+                self.batch.drop([request])
                 self._release(request)
                 self._waiting.appendleft(request)
             raise
@@ -249,25 +284,36 @@ class Server:
 
     def _admit(self) -> list[Request]:
         joined: list[Request] = []
-        longest = max((r.longest for r in self.batch.running), default=0)
         while self._waiting and len(self.batch.running) + len(joined) < self.max_batch:
-            request, rows = self._waiting[0], len(self.batch.running) + len(joined) + 1
-            if rows * max(longest, request.longest) > self.max_tokens:
-                break
-            if request.adapter is not None:
-                there = request.adapter in self.pool.resident
-                try:
-                    request.index = self.pool.pin(request.adapter)
-                    self.hits, self.misses = self.hits + there, self.misses + (not there)
-                except Exception as error:
-                    if isinstance(error, RuntimeError) and rows > 1:
-                        break  # there is no room beside the adapters of those that run
-                    self._waiting.popleft()  # there will be none, or the adapter was removed from the pool since
-                    self._done.append(Completion(request.number, request.ids, error))
-                    continue
+            request, others = self._waiting[0], bool(self.batch.running or joined)
+            try:
+                if not self.batch.admits(joined, request):
+                    if others:
+                        break
+                    raise PoolFull("Server: the AdapterPool's pages that others hold leave no room for this request")
+                self._pin(request)
+            except Exception as error:
+                self.batch.drop([request])
+                if isinstance(error, RuntimeError) and others:
+                    break  # there is no room beside the adapters of those that run
+                self._waiting.popleft()  # there will be none, or the adapter was removed from the pool since
+                self._done.append(Completion(request.number, request.ids, error))
+                continue
             joined.append(self._waiting.popleft())
-            longest = max(longest, request.longest)
         return joined
+
+    def _pin(self, request: Request) -> None:
+        if request.adapter is None:
+            return
+        there = request.adapter in self.pool.resident
+        while True:
+            try:
+                request.index = self.pool.pin(request.adapter)
+                break
+            except PoolFull:
+                if not self.batch.spare():
+                    raise
+        self.hits, self.misses = self.hits + there, self.misses + (not there)
 
     def _prefetch(self) -> None:
         """Load what comes next while this step computes, the nearest last: it is then the last to be evicted."""
@@ -308,22 +354,15 @@ class Server:
 def _put(model: nn.Module, pool: AdapterPool, rows: Rows) -> list[tuple[nn.Module, str, nn.Module]]:
     """Let each layer of the pool be one that adds rows' own adapters; where each was, and what it was."""
     known = dict(model.named_modules())
-    strangers = [name for name in pool._layers if name not in known]
+    strangers = [name for name in pool.layers if name not in known]
     if strangers:
         raise ValueError(f"Server: the pool has a layer {strangers[0]!r}, and {type(model).__name__} has none")
-    for name in pool._layers:
+    for name in pool.layers:
         if known[name].weight.device != pool.storage.device:
             raise ValueError(f"Server: the pool is on {pool.storage.device}, {name} on {known[name].weight.device}")
     replaced = []
-    for name in pool._layers:
+    for name in pool.layers:
         parent, _, leaf = name.rpartition(".")
         setattr(known[parent], leaf, PooledLinear(known[name], pool, name, rows))
         replaced.append((known[parent], leaf, known[name]))
     return replaced
-
-
-def _window(config: Any) -> int | None:
-    """Over how many tokens attention slides; None if over all."""
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    slides = getattr(config, "use_sliding_window", True) if kinds is None else any("sliding" in kind for kind in kinds)
-    return window if window and slides else None

@@ -175,3 +175,14 @@ def test_bad_input(change, sentence):
     with pytest.raises(RuntimeError) as caught:
         peftops.paged_attention(**{**good, **change})
     assert str(caught.value).startswith(f"paged_attention: {sentence}")
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_gradient_that_there_is_not_is_an_error(which):
+    given = list(inputs([5]))
+    given[which].requires_grad_()
+    name = ("query", "key_pages", "value_pages")[which]
+    with pytest.raises(RuntimeError, match=f"paged_attention: {name} requires a gradient, and there is none"):
+        peftops.paged_attention(*given)
+    with torch.no_grad():
+        assert peftops.paged_attention(*given).shape == (1, 4, 1, 16)

@@ -10,7 +10,8 @@ from torch import nn
 import models
 import peftops
 from peftops.serving import Cancelled, Sampling, Server, add_adapter, pool_for
-from peftops.serving.batch import Batch
+from peftops.serving.paged import PagedBatch
+from peftops.serving.rows import RowBatch
 
 GOOD = ([5, 6, 7, 8], "good", 12)
 
@@ -65,7 +66,7 @@ def test_numbers_that_are_not_finite_end_their_own_request(folder, alone, sampli
 
 def test_a_row_is_empty_beyond_its_end_whoever_had_it(folder):
     """What a mask hides is multiplied by 0, and would show through if it were not finite."""
-    with server_of(folder, max_batch=3) as server:
+    with server_of(folder, max_batch=3, paged=False) as server:
         for adapter, length in (("overflow", 30), ("good", 3), ("other", 9), ("overflow", 5), ("good", 12), (None, 2)):
             server.submit([5] * length, adapter=adapter, max_new=6)
         while not server.idle:
@@ -79,14 +80,14 @@ def test_a_row_is_empty_beyond_its_end_whoever_had_it(folder):
 
 def refuses(monkeypatch, refused):
     """Passes with a prompt of this length fail, as one that runs out of memory does."""
-    forward = Batch._forward
+    forward = PagedBatch._forward
 
     def fails(batch, requests, *rest):
         if any(len(request.prompt) == refused for request in requests):
             raise RuntimeError("out of memory")
         return forward(batch, requests, *rest)
 
-    monkeypatch.setattr(Batch, "_forward", fails)
+    monkeypatch.setattr(PagedBatch, "_forward", fails)
 
 
 def test_a_pass_that_fails_is_made_again_without_its_cause(folder, alone, monkeypatch):
@@ -106,10 +107,12 @@ def test_a_token_that_fails_ends_its_own_request(folder, alone, monkeypatch):
     assert good.ids == alone and str(failed.error) == "out of memory" and len(failed.ids) == 2
 
 
+@pytest.mark.parametrize("paged", [True, False], ids=["pages", "rows"])
 @pytest.mark.parametrize("where", ["join", "decode", "_reserve"])
-def test_an_interrupt_loses_nothing(folder, alone, monkeypatch, where):
-    original = getattr(Batch, where)
-    with server_of(folder) as server:
+def test_an_interrupt_loses_nothing(folder, alone, monkeypatch, where, paged):
+    kind = PagedBatch if paged else RowBatch
+    original = getattr(kind, where)
+    with server_of(folder, paged=paged) as server:
         numbers = [server.submit(p, adapter=a, max_new=n) for p, a, n in (GOOD, ([3] * 5, "other", 4))]
         if where == "decode":
             assert server.step() == []
@@ -118,10 +121,10 @@ def test_an_interrupt_loses_nothing(folder, alone, monkeypatch, where):
             original(batch, *args, **kw)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(Batch, where, interrupted)
+        monkeypatch.setattr(kind, where, interrupted)
         with pytest.raises(KeyboardInterrupt):
             server.step()
-        monkeypatch.setattr(Batch, where, original)
+        monkeypatch.setattr(kind, where, original)
         done = {completion.number: completion for completion in server.run()}
         assert not any(server.pool._pins.values())
     assert done[numbers[0]].ids == alone and len(done[numbers[1]].ids) == 4
@@ -129,7 +132,7 @@ def test_an_interrupt_loses_nothing(folder, alone, monkeypatch, where):
 
 def test_an_adapter_too_large_for_the_pool_fails_its_request_alone(folder):
     with server_of(folder) as server:
-        held = server.pool.alloc(len(server.pool.storage))
+        held = server.pool.alloc(len(server.pool.storage) - server.batch.blocks.layers)  # a block of tokens is left
         failed, good = answers(server, GOOD, ([5], None, 2))
         assert "AdapterPool" in str(failed.error) and isinstance(failed.error, RuntimeError) and len(good.ids) == 2
         server.pool.free(held)
@@ -182,7 +185,7 @@ def test_one_server_per_model_and_none_after_closing(folder):
 @pytest.mark.parametrize("kinds", [["sliding_attention", "full_attention"], ["full_attention", "sliding_attention"]])
 def test_a_window_of_any_layer_bounds_a_request(kinds):
     model = models._causal("Qwen2", sliding_window=8, layer_types=kinds, use_sliding_window=True)
-    with Server(model, pool_for(model), stop=[]) as server:
+    with Server(model, pool_for(model), stop=[], paged=False) as server:
         with pytest.raises(ValueError, match="attention slides, 8"):
             server.submit([3] * 5, max_new=4)
         served = answers(server, ([3, 9, 4], None, 5), ([7], None, 7))

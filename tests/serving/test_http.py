@@ -290,10 +290,12 @@ def test_a_client_that_leaves_gives_its_place_up(server, client, alone):
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\ncontent-length: "
     host, port = server.url.removeprefix("http://").split(":")
     head = head.encode()
-    for data in (head + b"%d\r\n\r\n" % len(body) + body, head + b"90\r\n\r\n{", b"\x16\x03\x01", b"GET /", b""):
+    until(lambda: is_empty(server))
+    whole = head + b"%d\r\n\r\n" % len(body) + body
+    for data in (whole, head + b"90\r\n\r\n{", b"\x16\x03\x01", b"GET /", b""):
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(data)
-            time.sleep(0.05)
+            until(lambda: not is_empty(server)) if data is whole else time.sleep(0.05)
     until(lambda: is_empty(server))
     assert completed(client, "a", "abc").choices[0].text == alone("a", "abc", 12)
     assert figures(server)['peftops_answers_total{reason="cancelled"}'] >= 2

@@ -10,8 +10,9 @@ from torch import nn
 import models
 import peftops
 from peftops.serving import Server, add_adapter, pool_for
-from peftops.serving.batch import Request, alike
+from peftops.serving.batch import Request
 from peftops.serving.cache import RowCache
+from peftops.serving.rows import alike
 
 ADAPTERS = {"a": 4, "b": 2, "c": 7, "d": 1}
 
@@ -115,7 +116,14 @@ def test_on_four_bits(folder):
     assert serve(model, pool, asked, max_batch=6) == alone(models.llama, folder, asked, quantized)
 
 
-@pytest.mark.parametrize("build", [models.qwen2, models.gpt2], ids=lambda build: build.__name__)
+def test_rows_answer_as_well(folder):
+    """The way of models that pages do not fit."""
+    asked, model = requests(10, seed=2), models.llama()
+    got = serve(model, pool_of(model, folder), asked, [0, 0, 0, 1, 1, 2, 4, 5, 5, 9], max_batch=4, paged=False)
+    assert got == alone(models.llama, folder, asked)
+
+
+@pytest.mark.parametrize("build", [models.qwen2, models.gpt2, models.mistral], ids=lambda build: build.__name__)
 def test_on_other_architectures(build, tmp_path):
     """Biases in q, k and v; Conv1D and learnt positions."""
     write_adapters(build, tmp_path)
@@ -166,7 +174,7 @@ def test_a_stop_token_ends_an_answer(folder):
 def test_memory_stays_within_the_budget(folder):
     asked, model = requests(12, seed=8), models.llama()
     pool, most = pool_of(model, folder), 0
-    with Server(model, pool, max_batch=8, max_tokens=50) as server:
+    with Server(model, pool, max_batch=8, max_tokens=50, paged=False) as server:
         for prompt, adapter, max_new in asked:
             server.submit(prompt, adapter=adapter, max_new=max_new)
         rows = []
@@ -194,7 +202,8 @@ def test_prefetching_never_takes_what_runs(folder):
     model = models.llama()
     pool = pool_of(model, folder, adapters=1, rank=7)
     pool.evict("c")
-    with Server(model, pool, prefetch=4) as server:
+    with Server(model, pool, prefetch=4, paged=False) as server:
+        pool.alloc(len(pool.storage) - pool.pages_of("c"))  # the pages of keys and values
         for name in "cab":  # c fills the pool
             server.submit([5, 6], adapter=name, max_new=3)
         server.step()
@@ -306,5 +315,6 @@ def test_bad_input(folder, tmp_path):
             server.submit([3], adapter="x", max_new=2)
         assert server.idle
     sliding = models.mistral()
-    with Server(sliding, pool_for(sliding)) as server, pytest.raises(ValueError, match="attention slides, 64"):
-        server.submit([3] * 60, max_new=5)
+    with Server(sliding, pool_for(sliding), paged=False) as server:
+        with pytest.raises(ValueError, match="attention slides, 64"):
+            server.submit([3] * 60, max_new=5)

@@ -22,7 +22,7 @@ STAGES, OUTS, THREADS = 4, 128, 384
 
 class Arguments(ctypes.Structure):  # Linear<Nf4Weight>
     _fields_ = [(name, ctypes.c_void_p) for name in ("packed", "absmax", "absmax_code", "absmax_scale", "absmax_offset")]
-    _fields_ += [(name, ctypes.c_int64) for name in ("rows", "cols", "block_size")]
+    _fields_ += [(name, ctypes.c_int64) for name in ("rows", "cols", "block_size", "first")]
     _fields_ += [(name, ctypes.c_void_p) for name in ("x", "bias", "u", "b", "y")]
     _fields_ += [("m", ctypes.c_int64), ("r", ctypes.c_int64), ("scaling", ctypes.c_float), ("int8", ctypes.c_bool)]
     _fields_ += [(name, ctypes.c_int32) for name in ("dtype", "bias_dtype", "b_dtype")]

@@ -6,6 +6,7 @@ from sim import resources
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # each kernel for each architecture: minutes, of which a busy machine makes many
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 def test_kernels_compile_without_warnings_or_spills_and_the_table_is_theirs(tmp_path):
     log = resources.compile_kernels(tmp_path)

@@ -1,5 +1,5 @@
-// The kernels of nf4_linear.cu, group_linear.cu, mxfp4_linear.cu and lora_linear.cu for a stack of weights: their tiles, each of an expert's
-// rows (experts.cuh). With 16-bit x, packed rows of whole chunks go through tensor cores: where experts have up to 16 rows
+// The kernels of nf4_linear.cu, group_linear.cu, mxfp4_linear.cu and lora_linear.cu for a stack of weights: their tiles,
+// each of an expert's rows (experts.cuh). With 16-bit x, packed rows of whole chunks go through tensor cores: where experts have up to 16 rows
 // on the average they stream their weight (rows.cuh), where they have more it is shared by 64 (nf4_many.cuh). Everything
 // else is multiplied in fp32, tile by tile. Offsets are read on the device, so a graph of it serves any loads.
 #include "kernels/cuda/experts.cuh"
@@ -17,7 +17,7 @@ template <class T, int Tiles> using Nf4Few = Nf4Stream<T, Tiles == 1 ? 16 : 32>;
 
 template <class T, int Tiles, int Warps>
 __global__ void __launch_bounds__(Warps * kWarp, RowsChunk<Nf4Few<T, Tiles>, Tiles, Warps>::kBlocks)
-few_rows(ExpertsNf4 a, int log_block) {
+stack_few_rows(ExpertsNf4 a, int log_block) {
   using Stream = Nf4Few<T, Tiles>;
   __shared__ typename Stream::Memory memory;
   extern __shared__ uint4 dynamic[];
@@ -30,7 +30,7 @@ few_rows(ExpertsNf4 a, int log_block) {
                    Finish<T, Nf4Linear>{part, part.r});
 }
 
-template <class T> __global__ void __launch_bounds__(kManyThreads) many_rows(ExpertsNf4 a, int log_block) {
+template <class T> __global__ void __launch_bounds__(kManyThreads) stack_many_rows(ExpertsNf4 a, int log_block) {
   extern __shared__ uint4 dynamic[];
   ExpertTile tile;
   if (!find_tile(a.offsets, a.experts, a.all.m, kManyRows, &tile)) return;
@@ -39,7 +39,7 @@ template <class T> __global__ void __launch_bounds__(kManyThreads) many_rows(Exp
 }
 
 constexpr int kBackRows = 64;
-template <class T> __global__ void __launch_bounds__(kBackThreads) many_back(ExpertsNf4Backward a, DropoutMask none, int log_block) {
+template <class T> __global__ void __launch_bounds__(kBackThreads) stack_many_back(ExpertsNf4Backward a, DropoutMask none, int log_block) {
   extern __shared__ uint4 dynamic[];
   ExpertTile tile;
   if (!find_tile(a.offsets, a.experts, a.all.m, kBackRows, &tile)) return;
@@ -50,7 +50,7 @@ template <class T> __global__ void __launch_bounds__(kBackThreads) many_back(Exp
 
 constexpr int kGroupWarps = 8;
 template <class T, int B, int Tiles>
-__global__ void __launch_bounds__(kGroupWarps * kWarp, 1) group_rows(ExpertsGroup a, int log_group) {
+__global__ void __launch_bounds__(kGroupWarps * kWarp, 1) stack_group_rows(ExpertsGroup a, int log_group) {
   using Stream = GroupStream<T, B, 32>;
   __shared__ typename Stream::Memory memory;
   extern __shared__ uint4 dynamic[];
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kGroupWarps * kWarp, 1) group_rows(ExpertsGrou
                    *reinterpret_cast<RowsSums<Stream, Tiles, kGroupWarps>*>(dynamic), GroupFinish<T>{part, log_group});
 }
 
-template <class T, int Tiles> __global__ void __launch_bounds__(kGroupWarps * kWarp, 1) mxfp4_rows(ExpertsMxfp4 a, int) {
+template <class T, int Tiles> __global__ void __launch_bounds__(kGroupWarps * kWarp, 1) stack_mxfp4_rows(ExpertsMxfp4 a, int) {
   using Stream = Mxfp4Stream<T, 32>;
   __shared__ typename Stream::Memory memory;
   extern __shared__ uint4 dynamic[];
@@ -93,7 +93,7 @@ template <class T> struct AnyElement {
   }
 };
 
-template <class T, class Args> __global__ void __launch_bounds__(kTileThreads) any_rows(Experts<Args> a, int log) {
+template <class T, class Args> __global__ void __launch_bounds__(kTileThreads) stack_any_rows(Experts<Args> a, int log) {
   __shared__ TileMemory memory;
   __shared__ AnyElement<T> weight;
   ExpertTile tile;
@@ -103,7 +103,7 @@ template <class T, class Args> __global__ void __launch_bounds__(kTileThreads) a
   multiply_any<T>(part, [&](int64_t flat) { return weight(part.weight, flat); }, memory);
 }
 
-template <class T, class Args> __global__ void __launch_bounds__(kTileThreads) any_back(Experts<Args> of, int log) {
+template <class T, class Args> __global__ void __launch_bounds__(kTileThreads) stack_any_back(Experts<Args> of, int log) {
   __shared__ TileMemory memory;
   __shared__ AnyElement<T> weight;
   ExpertTile tile;
@@ -124,7 +124,7 @@ template <class T, class Args> __global__ void __launch_bounds__(kTileThreads) a
 }
 
 template <class X, int Tiles>
-__global__ void __launch_bounds__(kThinThreads, 1) shrink(ExpertsShrink a, DropoutMask none, DenseFactor f, bool wide) {
+__global__ void __launch_bounds__(kThinThreads, 1) stack_shrink(ExpertsShrink a, DropoutMask none, DenseFactor f, bool wide) {
   __shared__ ShrinkMemory<Tiles> memory;
   ExpertTile tile;
   if (!find_tile(a.offsets, a.experts, a.all.m, kThinRows, &tile)) return;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThinThreads, 1) shrink(ExpertsShrink a, Dropo
 }
 
 // An expert without rows has zeros.
-template <class X, int Tiles> __global__ void __launch_bounds__(kThinThreads) gradient(ExpertsGradient of, DropoutMask none, bool wide) {
+template <class X, int Tiles> __global__ void __launch_bounds__(kThinThreads) stack_gradient(ExpertsGradient of, DropoutMask none, bool wide) {
   __shared__ GradientMemory memory;
   LoraGradient a = of.all;
   const int64_t expert = int64_t(blockIdx.z);
@@ -181,12 +181,12 @@ cudaError_t launch_few(const Experts<Args>& a, int log, cudaStream_t stream) {
 
 template <class T> cudaError_t launch_chunks(const ExpertsNf4& a, cudaStream_t stream) {
   const int log = log_of(a.all.weight);
-  if (a.all.m <= 8 * a.experts) return launch_few<few_rows<T, 1, 8>, Nf4Few<T, 1>, 1, 8>(a, log, stream);
-  if (a.all.m <= kFewRows * a.experts) return launch_few<few_rows<T, 2, 16>, Nf4Few<T, 2>, 2, 16>(a, log, stream);
-  const cudaError_t status = allow_shared<many_rows<T>>(sizeof(ManyMemory<T>));
+  if (a.all.m <= 8 * a.experts) return launch_few<stack_few_rows<T, 1, 8>, Nf4Few<T, 1>, 1, 8>(a, log, stream);
+  if (a.all.m <= kFewRows * a.experts) return launch_few<stack_few_rows<T, 2, 16>, Nf4Few<T, 2>, 2, 16>(a, log, stream);
+  const cudaError_t status = allow_shared<stack_many_rows<T>>(sizeof(ManyMemory<T>));
   if (status != cudaSuccess) return status;
-  many_rows<T><<<grid_of(a, kManyRows, a.all.weight.rows, 16 * kManyWarps), kManyThreads, sizeof(ManyMemory<T>), stream>>>(
-      a, log);
+  const dim3 grid = grid_of(a, kManyRows, a.all.weight.rows, 16 * kManyWarps);
+  stack_many_rows<T><<<grid, kManyThreads, sizeof(ManyMemory<T>), stream>>>(a, log);
   return cudaGetLastError();
 }
 
@@ -194,34 +194,36 @@ template <class T, int B> cudaError_t launch_rows(const ExpertsGroup& a, cudaStr
   const int log = log_of(a.all.weight);
   if constexpr (B > 3)
     if (a.all.m > 8 * a.experts)
-      return launch_few<group_rows<T, B, 2>, GroupStream<T, B, 32>, 2, kGroupWarps>(a, log, stream);
-  return launch_few<group_rows<T, B, 1>, GroupStream<T, B, 32>, 1, kGroupWarps>(a, log, stream);
+      return launch_few<stack_group_rows<T, B, 2>, GroupStream<T, B, 32>, 2, kGroupWarps>(a, log, stream);
+  return launch_few<stack_group_rows<T, B, 1>, GroupStream<T, B, 32>, 1, kGroupWarps>(a, log, stream);
 }
 
 template <class T> cudaError_t launch_rows(const ExpertsMxfp4& a, cudaStream_t stream) {
-  if (a.all.m > 8 * a.experts) return launch_few<mxfp4_rows<T, 2>, Mxfp4Stream<T, 32>, 2, kGroupWarps>(a, 0, stream);
-  return launch_few<mxfp4_rows<T, 1>, Mxfp4Stream<T, 32>, 1, kGroupWarps>(a, 0, stream);
+  if (a.all.m > 8 * a.experts) return launch_few<stack_mxfp4_rows<T, 2>, Mxfp4Stream<T, 32>, 2, kGroupWarps>(a, 0, stream);
+  return launch_few<stack_mxfp4_rows<T, 1>, Mxfp4Stream<T, 32>, 1, kGroupWarps>(a, 0, stream);
 }
 
 template <class Args> cudaError_t launch_any(const Experts<Args>& a, cudaStream_t stream) {
   return with_type(a.all.dtype, [&](auto t) {
-    any_rows<decltype(t)><<<grid_of(a, kTile, a.all.weight.rows, kTile), kTileThreads, 0, stream>>>(a, log_of(a.all.weight));
+    const dim3 grid = grid_of(a, kTile, a.all.weight.rows, kTile);
+    stack_any_rows<decltype(t)><<<grid, kTileThreads, 0, stream>>>(a, log_of(a.all.weight));
     return cudaGetLastError();
   });
 }
 template <class Args> cudaError_t launch_any_back(const Experts<Args>& a, cudaStream_t stream) {
   if (a.all.m == 0 || a.all.weight.cols == 0) return cudaSuccess;
   return with_type(a.all.dtype, [&](auto t) {
-    any_back<decltype(t)><<<grid_of(a, kTile, a.all.weight.cols, kTile), kTileThreads, 0, stream>>>(a, log_of(a.all.weight));
+    const dim3 grid = grid_of(a, kTile, a.all.weight.cols, kTile);
+    stack_any_back<decltype(t)><<<grid, kTileThreads, 0, stream>>>(a, log_of(a.all.weight));
     return cudaGetLastError();
   });
 }
 
 template <class T> cudaError_t launch_units(const ExpertsNf4Backward& a, cudaStream_t stream) {
   constexpr size_t kShared = sizeof(BackwardMemory<kBackRows>);
-  const cudaError_t status = allow_shared<many_back<T>>(kShared);
+  const cudaError_t status = allow_shared<stack_many_back<T>>(kShared);
   if (status != cudaSuccess) return status;
-  many_back<T><<<grid_of(a, kBackRows, a.all.weight.cols, kBackCols), kBackThreads, kShared, stream>>>(
+  stack_many_back<T><<<grid_of(a, kBackRows, a.all.weight.cols, kBackCols), kBackThreads, kShared, stream>>>(
       a, DropoutMask(a.all.dropout), log_of(a.all.weight));
   return cudaGetLastError();
 }
@@ -277,7 +279,7 @@ cudaError_t experts_shrink(const ExpertsShrink& a, cudaStream_t stream) {
   const LoraShrink& all = a.all;
   const DenseFactor f(all.f, all.f_dtype, all.by_rank, all.r, all.k);
   return with_type(all.x_dtype, [&](auto t) {
-    shrink<decltype(t), 2><<<grid_of(a, kThinRows, all.r, 16), kThinThreads, 0, stream>>>(
+    stack_shrink<decltype(t), 2><<<grid_of(a, kThinRows, all.r, 16), kThinThreads, 0, stream>>>(
         a, DropoutMask(all.dropout), f, is_wide(all.x, all.x_dtype, all.k, 4));
     return cudaGetLastError();
   });
@@ -288,8 +290,8 @@ cudaError_t experts_gradient(const ExpertsGradient& a, cudaStream_t stream) {
   if (all.r == 0 || all.k == 0) return cudaSuccess;
   return with_type(all.x_dtype, [&](auto t) {
     const dim3 grid(unsigned(ceil_div(all.k, kThinCols)), unsigned(ceil_div(all.r, 16)), unsigned(a.experts));
-    gradient<decltype(t), 1><<<grid, kThinThreads, 0, stream>>>(a, DropoutMask(all.dropout),
-                                                                is_wide(all.x, all.x_dtype, all.k, 2));
+    stack_gradient<decltype(t), 1><<<grid, kThinThreads, 0, stream>>>(a, DropoutMask(all.dropout),
+                                                                      is_wide(all.x, all.x_dtype, all.k, 2));
     return cudaGetLastError();
   });
 }

@@ -78,6 +78,7 @@ class Adapters:
             add_adapter(self._pool, key, path)
         except (OSError, TypeError, ValueError) as error:
             why = " ".join(str(error).split()).replace(repr(key), repr(name))
+            why = why.replace(str(path), path.name)  # where this machine keeps it is not for clients
             raise bad(f"cannot load {name!r}: {why}", "bad_adapter", "lora_path") from error
         else:
             with self._lock:

@@ -15,7 +15,7 @@ from ..batch import Logprob
 from ..sampling import Sampling
 from ..server import Completion, Server
 from .adapters import Adapters, Entry
-from .errors import ApiError, of_request
+from .errors import ApiError, bad, of_request
 from .metrics import Metrics
 from .text import TextStream
 
@@ -150,7 +150,8 @@ class Engine:
         """Queue the answers to one request, all or none.
 
         Raises:
-            ApiError: 404, no such model; 503, the queue is full or the engine has failed.
+            ApiError: 400, they do not fit into memory; 404, no such model; 503, the queue is full or the engine has
+                failed.
         """
         if not self.alive:
             raise ApiError(503, "the engine has failed; the log says why", "engine_failed")
@@ -161,10 +162,17 @@ class Engine:
             job = Job(self, len(asks), seconds)
             for choice, ask in enumerate(asks):
                 answer = _Answer(job, choice, ask, adapter, self)
-                number = self.server.submit(
-                    ask.prompt, adapter=adapter and adapter.key, max_new=ask.max_new, sampling=ask.sampling,
-                    logprobs=ask.logprobs, watch=answer.token,
-                )  # fmt: skip
+                try:
+                    number = self.server.submit(
+                        ask.prompt, adapter=adapter and adapter.key, max_new=ask.max_new, sampling=ask.sampling,
+                        logprobs=ask.logprobs, watch=answer.token,
+                    )  # fmt: skip
+                except ValueError:  # an adapter so large that the pool has no room for this many tokens beside it
+                    self.give_up(job._numbers)
+                    for _ in asks[choice:]:
+                        self.adapters.give_back(adapter)
+                    raise bad("prompt and answer do not fit into memory beside this adapter; ask for fewer tokens",
+                              "context_length_exceeded", "max_tokens") from None  # fmt: skip
                 self._answers[number] = answer
                 job._numbers.append(number)
             self.metrics.prompt_tokens.inc(sum(len(ask.prompt) for ask in asks))

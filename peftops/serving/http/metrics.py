@@ -40,12 +40,13 @@ class Metrics:
         gauge = lambda name, what, value: GaugeMetricFamily(f"peftops_{name}", what, value)
         yield gauge("queue", "Answers that wait", server.waiting)
         yield gauge("batch", "Answers that run", len(server.batch.running))
-        yield gauge("pool_pages", "Pages of the adapters' pool", len(pool.storage))
-        yield gauge("pool_pages_free", "Pages of it that no adapter has", pool.free_pages)
+        yield gauge("pool_pages", "Pages of the pool", len(pool.storage))
+        yield gauge("pool_pages_free", "Pages of it that neither adapters nor keys and values have", pool.free_pages)
         yield gauge("adapters", "Adapters that can be asked for", len(self._adapters.names()))
         yield gauge("adapters_resident", "Adapters in the working set", len(pool.resident))
         count = lambda name, what, value: CounterMetricFamily(f"peftops_{name}", what, value=value)
         yield count("adapter_hits", "Answers whose adapter was in the working set already", server.hits)
+        yield count("reused_tokens", "Tokens of prompts whose keys and values were there", server.batch.reused_tokens)
         yield count("adapter_misses", "Answers whose adapter had to be loaded", server.misses)
 
     def text(self) -> bytes:

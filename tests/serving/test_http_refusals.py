@@ -1,0 +1,61 @@
+"""What a client is told of an adapter that cannot be loaded names no place on the server's machine."""
+
+import json
+import shutil
+
+import pytest
+
+import models
+import peftops
+from peftops.serving import pool_for
+
+pytest.importorskip("fastapi")
+from peftops.serving.http import Adapters
+from peftops.serving.http.errors import ApiError
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def change(**fields):
+    def apply(folder):
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(config | fields))
+
+    return apply
+
+
+def dora(folder):
+    shutil.rmtree(folder)
+    peftops.save(peftops.attach(models.llama(), peftops.DoRAConfig(r=2)), folder)
+
+
+def other_model(folder):
+    shutil.rmtree(folder)
+    peftops.save(peftops.attach(models.gpt2(), peftops.LoRAConfig(r=2)), folder)
+
+
+FAULTS = {
+    "nothing is there": shutil.rmtree,
+    "no config": lambda folder: (folder / CONFIG).unlink(),
+    "a config that is no JSON": lambda folder: (folder / CONFIG).write_text("{"),
+    "a config that is a directory": lambda folder: ((folder / CONFIG).unlink(), (folder / CONFIG).mkdir()),
+    "no tensors": lambda folder: (folder / TENSORS).unlink(),
+    "tensors that are cut": lambda folder: (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:-9]),
+    "tensors that are a directory": lambda folder: ((folder / TENSORS).unlink(), (folder / TENSORS).mkdir()),
+    "an unknown method": change(peft_type="MAGIC"),
+    "a rank that is none": change(r=-1),
+    "another method": dora,
+    "another model": other_model,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_no_place_is_named(fault, tmp_path):
+    folder = tmp_path / "secret" / "mine"
+    peftops.save(peftops.attach(models.llama(), peftops.LoRAConfig(r=2)), folder)
+    fault(folder)
+    pool = pool_for(models.llama(), adapters=1, rank=2, tokens=0)
+    with pytest.raises(ApiError) as told:
+        Adapters(pool, "base").load("x", folder)
+    assert told.value.status == 400 and told.value.message.startswith("cannot load 'x': ")
+    assert "secret" not in told.value.message and str(tmp_path) not in told.value.message, told.value.message
