@@ -15,7 +15,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name in ("GroupConfig", "MXFP4Config", "NF4Config"):  # who does not need them does not import transformers
-        from . import code_configs, quantizer  # noqa: F401 (the plug-in that they are for)
+        from . import quantizer
 
-        return getattr(code_configs, name)
+        return getattr(quantizer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

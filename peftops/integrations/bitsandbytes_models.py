@@ -98,8 +98,7 @@ def _let_peft_know(wrapper: nn.Module) -> None:
 
 def _let_transformers_know(model: Any) -> None:
     """The files that save_pretrained writes stay bitsandbytes'."""
-    from .code_configs import NF4Config
-    from .quantizer import CodesQuantizer
+    from .quantizer import CodesQuantizer, NF4Config
 
     given = model.config.quantization_config
     config = NF4Config(layout="bitsandbytes", double_quant=bool(getattr(given, "bnb_4bit_use_double_quant", True)))

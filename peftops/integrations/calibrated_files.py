@@ -161,7 +161,7 @@ def _write_configuration(model: nn.Module, folder: Path, layout: str, tokenizer:
         tokenizer.save_pretrained(folder)
     coded = [base_of(layer).weight for _, layer in layers(model) if isinstance(base_of(layer), NF4Linear)]
     if layout == "peftops":
-        from .code_configs import NF4Config
+        from .quantizer import NF4Config
 
         how = NF4Config(coded[0].block_size, coded[0].double_quant).to_dict()
     else:

@@ -117,8 +117,7 @@ def load_model(
         >>> type(model.model.layers[0].mlp.up_proj.weight).__name__
         'NF4Tensor'
     """
-    from .code_configs import NF4Config
-    from .quantizer import release_files
+    from .quantizer import NF4Config, release_files
 
     file, folder = gguf_file(path), Path(path)
     config = _config(path, trust_remote_code)

@@ -37,7 +37,7 @@ from ..nn import (
     stacks_of,
     with_matrix,
 )
-from .code_configs import CodesConfig, GroupConfig
+from .code_configs import CodesConfig, GroupConfig, MXFP4Config, NF4Config  # noqa: F401 (they come with their plug-in)
 from .code_files import OWN_PARTS, Layout
 from .expert_codes import with_codes
 from .mxfp4_files import MXFP4_PARTS

@@ -1,4 +1,4 @@
-"""What trains adapters: an optimizer in 8 bits, groups of parameters with rates of their own, restarts."""
+"""For training adapters: an optimizer in 8 bits, groups of parameters with rates of their own, restarts."""
 
 from .adamw8bit import AdamW8bit
 from .loraplus import loraplus_groups
