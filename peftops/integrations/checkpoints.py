@@ -42,8 +42,8 @@ def saving_adapters(save_pretrained: Callable[..., None]) -> Callable[..., None]
         if args:
             raise TypeError("an adapter is attached: give save_pretrained the options after push_to_hub by their names")
         if any(host.is_merged for _, host in hosts(self)):
-            raise ValueError("an adapter is merged into the model: peftops.detach(model, merged=True) leaves the merged "
-                             "model alone, which can be saved; peftops.unmerge(model), and the adapter is")  # fmt: skip
+            raise ValueError("an adapter is merged into the model: peftops.detach(model, merged=True) leaves a plain "
+                             "model, which can be saved; after peftops.unmerge(model) the adapter is")  # fmt: skip
         for option, default in _ELSEWHERE.items():
             if options.pop(option, default) != default:
                 raise ValueError(f"{option} is not for adapters, which have one file; peftops.save(model, directory) "

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from ..methods import METHODS, attach, attachment, detach, hosts
 from ..methods.targets import exact_target, is_within
 from ..methods.targets import layers as modules_of
-from ..nn import PREFIX, WRAPPERS, Stored, opened, unwrapped
+from ..nn import PREFIX, WRAPPERS, Select, Stored, opened, unwrapped
 from ..nn.undo import all_or_nothing
 from . import peft_experts
 from .files import writable_directory
-from .peft_tensors import adapted_layers_of, adapters_own, plain_names, some
+from .peft_tensors import adapted_layers_of, adapters_own, of_biases, plain_names, some
+from .peft_whole import with_whole
 from .together import write_together
 
 CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "peftops.json"
@@ -90,7 +91,8 @@ def write_adapter(
     if rank != 0 or not here:
         return
     _check_finite(tensors, f"the adapter {name!r}")
-    adapted = [path for path in adapters if not is_within(path, config.modules_to_save)]
+    chosen = lambda path: type(adapters[path]) is not Select and not is_within(path, config.modules_to_save)
+    adapted = [path for path in adapters if chosen(path)]
     own_fields = config.to_peft()
     peft_knows = own_fields["peft_type"] == "LORA"
     if peft_knows:
@@ -135,8 +137,9 @@ def _adapters_in(given: dict[str, Tensor], model: nn.Module, name: str) -> dict[
             if lacking:
                 raise ValueError(f"state_dict has no {lacking[0]}, which is of the adapter {name!r}")
             # Whatever is in the memo is not copied but taken from there: a part may refer to its layer.
-            memo = {id(p): nn.Parameter(known[key], False) for p, key in zip(host.adapters[name].parameters(), names)}
-            result[path] = copy.deepcopy(host.adapters[name], {id(host.base): host.base, **memo})
+            memo = {id(p): nn.Parameter(known[own[id(p)]], False) for p in host.adapters[name].parameters()}
+            memo |= {id(layer): layer for layer in (host, getattr(host, "base", None))}
+            result[path] = copy.deepcopy(host.adapters[name], memo)
     return result
 
 
@@ -174,11 +177,15 @@ def _load(model: nn.Module, folder: Path, name: str, config: Any, tensors: dict[
     # PEFT lists every name that a head may have: one that neither the file nor the model knows means nothing.
     owners = [_owner(key) for key in tensors] + [path for path, _ in modules_of(model)]
     whole = tuple(name for name in config.modules_to_save if any(is_within(owner, [name]) for owner in owners))
+    if _target_field(config) == "target":
+        tensors, whole = with_whole(tensors, _read_json(folder / CONFIG), model, whole, folder / WEIGHTS)
     config = dataclasses.replace(config, modules_to_save=whole)
     field = _target_field(config)
     if field:
         # The tensors tell best which layers are adapted: PEFT has several more ways to choose them.
-        adapted = adapted_layers_of(METHODS[type(config)], tensors, model, whole, folder / WEIGHTS)
+        biases = of_biases(tensors, model) if getattr(config, "bias", None) == "all" else set()
+        rest = {key: tensor for key, tensor in tensors.items() if key not in biases}
+        adapted = adapted_layers_of(METHODS[type(config)], rest, model, whole, folder / WEIGHTS)
         config = dataclasses.replace(config, **{field: exact_target(model, adapted)})
     with all_or_nothing(model):
         attach(model, config, name=name)
@@ -220,7 +227,8 @@ def check_same(config: Any, folder: Path) -> None:
     if own.get("method") != here["method"]:
         raise ValueError(f"{folder} is of {own.get('method')}, and the model's adapter of {here['method']}")
     was, now = own.get("options") or {}, here["options"]
-    other = [f"{key}={was.get(key)!r} (here {now.get(key)!r})" for key in {**now, **was} if was.get(key) != now.get(key)]
+    differing = [key for key in {**now, **was} if was.get(key) != now.get(key)]
+    other = [f"{key}={was.get(key)!r} (here {now.get(key)!r})" for key in differing]
     if other:
         raise ValueError(f"{folder} was made with other options: {', '.join(other)}")
 

@@ -16,11 +16,35 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import CONVOLUTION, EMBEDDING, EXPERTS, LINEAR, Adapter, factor_shapes, kind_of, low_rank, low_rank_change
-from . import register
-from .config import Config, by_pattern, check_pattern, check_range, check_scaling, check_target, needs, refuse
-from .targets import ALL_LINEAR, Target, joined_target
+from ..nn import (
+    CONVOLUTION,
+    EMBEDDING,
+    EXPERTS,
+    LINEAR,
+    Adapter,
+    Select,
+    factor_shapes,
+    kind_of,
+    low_rank,
+    low_rank_change,
+    sizes,
+)
+from . import each_adapter, register
+from .config import (
+    Config,
+    by_pattern,
+    check_choice,
+    check_pattern,
+    check_range,
+    check_scaling,
+    check_target,
+    needs,
+    refuse,
+)
+from .selection import copies
+from .targets import ALL_LINEAR, Target, is_within, joined_target
 
+BIASES = ("none", "lora_only", "all")
 # PEFT's names of where A and B started, where that left the base as it was. (None: files of old versions.)
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
@@ -44,6 +68,8 @@ class LoRAConfig(Config):
         rslora: scale by alpha / sqrt(r), which keeps large ranks stable.
         rank_pattern: other ranks for layers whose name ends in a match of the key, a regular expression.
         alpha_pattern: the same for alpha.
+        bias: which of the model's biases train, too: "none", "lora_only" for those of adapted layers, or "all".
+        lora_bias: whether B has a bias of its own, that is scaled as B A is.
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2, target=["q_proj", "v_proj"]))
@@ -60,6 +86,8 @@ class LoRAConfig(Config):
     rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    bias: str = "none"
+    lora_bias: bool = False
 
     def __post_init__(self) -> None:
         check_pattern("rank_pattern", self.rank_pattern)
@@ -69,6 +97,7 @@ class LoRAConfig(Config):
             check_range("r", r, 1, whole=True)
         check_range("dropout", self.dropout, 0, 1)
         check_target(self.target)
+        check_choice("bias", self.bias, BIASES)
         super().__post_init__()
 
     def rank_and_scaling(self, layer: str) -> tuple[int, float]:
@@ -81,8 +110,8 @@ class LoRAConfig(Config):
         return {
             "peft_type": "LORA", "r": self.r, "lora_alpha": 2 * self.r if self.alpha is None else self.alpha,
             "lora_dropout": self.dropout, "use_rslora": self.rslora, "rank_pattern": self.rank_pattern,
-            "alpha_pattern": self.alpha_pattern, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
-            "use_dora": False,
+            "alpha_pattern": self.alpha_pattern, "bias": self.bias, "fan_in_fan_out": False, "init_lora_weights": True,
+            "use_dora": False, **({"lora_bias": True} if self.lora_bias else {}),
         }  # fmt: skip
 
     @classmethod
@@ -91,8 +120,7 @@ class LoRAConfig(Config):
         target = joined_target(fields.get("target_modules"), fields.get("target_parameters"))
         if not target:
             needs(fields, "target_modules")
-        refuse(fields, bias="none", use_dora=False, use_qalora=False, lora_bias=False, ensure_weight_tying=False,
-               trainable_token_indices=None, layer_replication=None,
+        refuse(fields, use_dora=False, use_qalora=False, layer_replication=None,
                alora_invocation_tokens=None, arrow_config=None, kasa_config=None, monteclora_config=None,
                use_bdlora=None, velora_config=None)  # fmt: skip
         if start_of(fields) not in STARTS:
@@ -104,7 +132,8 @@ class LoRAConfig(Config):
         return cls(
             r=fields["r"], alpha=fields["lora_alpha"], dropout=fields.get("lora_dropout", 0.0),
             target=target, rslora=fields.get("use_rslora", False),
-            rank_pattern=fields.get("rank_pattern") or {}, alpha_pattern=fields.get("alpha_pattern") or {}, **own,
+            rank_pattern=fields.get("rank_pattern") or {}, alpha_pattern=fields.get("alpha_pattern") or {},
+            bias=fields.get("bias") or "none", lora_bias=bool(fields.get("lora_bias")), **own,
         )  # fmt: skip
 
 
@@ -114,7 +143,18 @@ class LoRA(Adapter):
     peft_keys: ClassVar = {
         "lora_A": "lora_A.weight", "lora_B": "lora_B.weight",
         "lora_embedding_A": "lora_embedding_A", "lora_embedding_B": "lora_embedding_B",
+        "own_bias": "base_layer.bias", "lora_B_bias": "lora_B.bias",
     }  # fmt: skip
+
+    @classmethod
+    def build(cls, model: nn.Module, config: LoRAConfig) -> dict[str, Adapter]:
+        adapters: dict[str, Adapter] = each_adapter(cls, model, config)
+        if config.bias != "all":
+            return adapters
+        # As PEFT has it, whatever has the word in its name is a bias.
+        left = lambda path: path in adapters or is_within(path, config.modules_to_save)
+        other = lambda path, layer, leaf: "bias" in f"{path}.{leaf}" and not left(path)
+        return adapters | copies(Select, model, other, None)
 
     def __init__(self, base: nn.Module, config: LoRAConfig, layer: str):
         super().__init__()
@@ -134,6 +174,22 @@ class LoRA(Adapter):
             nn.init.kaiming_uniform_(A.flatten(0, 1) if kind_of(base) == EXPERTS else A, a=math.sqrt(5))
         for name, factor in zip(self.names, (A, B), strict=True):
             self.register_parameter(name, factor)
+        self._add_biases(base, config)
+
+    def _add_biases(self, base: nn.Module, config: LoRAConfig) -> None:
+        self.own_bias = self.lora_B_bias = None
+        if config.bias == "none" and not config.lora_bias:
+            return
+        option = f"bias={config.bias!r}" if config.bias != "none" else "lora_bias=True"
+        above = type(self).__mro__[: type(self).__mro__.index(LoRA)]
+        if any(own in vars(kind) for kind in above for own in ("adapt", "stored", "build")):
+            raise ValueError(f"{option}: {type(self).__name__} has no place for biases, LoRA has")
+        if kind_of(base) == EXPERTS or (config.lora_bias and kind_of(base) == EMBEDDING):
+            raise ValueError(f"{option} is not for {kind_of(base)}; target other layers alone")
+        if config.bias != "none" and getattr(base, "bias", None) is not None:
+            self.own_bias = nn.Parameter(base.bias.detach().to(torch.float32, copy=True))
+        if config.lora_bias:
+            self.lora_B_bias = nn.Parameter(torch.zeros(sizes(base)[1], device=base.weight.device))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The factors of the product: A and B, or a method's own form of them."""
@@ -141,11 +197,22 @@ class LoRA(Adapter):
         return getattr(self, A), getattr(self, B)
 
     def adapt(self, base: nn.Module, x: Tensor, offsets: Tensor | None = None) -> Tensor:
-        return low_rank(base, x, *self.factors(), self.scaling, dropout=self.dropout, training=self.training,
-                        offsets=offsets)  # fmt: skip
+        y = low_rank(base, x, *self.factors(), self.scaling, dropout=self.dropout, training=self.training,
+                     offsets=offsets)  # fmt: skip
+        if self.own_bias is None and self.lora_B_bias is None:
+            return y
+        moved = self._with_biases(base.bias) - (0 if base.bias is None else base.bias)
+        return y + (moved[:, None, None] if kind_of(base) == CONVOLUTION else moved).to(y.dtype)
+
+    def _with_biases(self, bias: Tensor | None) -> Tensor | None:
+        """The layer's bias with what has been learnt."""
+        bias = bias if self.own_bias is None else self.own_bias
+        if self.lora_B_bias is None:
+            return bias
+        return self.scaling * self.lora_B_bias + (0 if bias is None else bias)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.scaling * low_rank_change(*self.factors()), bias
+        return weight + self.scaling * low_rank_change(*self.factors()), self._with_biases(bias)
 
     def extra_repr(self) -> str:
         return f"r={self.rank}, scaling={self.scaling:g}, dropout={self.dropout}"

@@ -6,12 +6,12 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_trainer import METHOD_OF, of, trainer_of
 
 import models
 import peftops
 from peftops.integrations.checkpoints import TRAINING
 from peftops.integrations.peft_files import CONFIG, OWN, WEIGHTS
-from test_trainer import METHOD_OF, of, trainer_of
 
 transformers = pytest.importorskip("transformers")
 ids = models.tokens()
@@ -56,7 +56,7 @@ def test_hf_peft_reads_it(tmp_path, config, codes):
     want = model(ids).logits
     close = lambda other: torch.testing.assert_close(other(ids).logits[:, -ids.shape[1] :], want, rtol=1e-5, atol=1e-5)
     close(peft.PeftModel.from_pretrained(base(), tmp_path / "adapter"))
-    if type(config) is peftops.LoRAConfig:  # transformers alone renames PEFT's other tensors wrongly, its own files' too
+    if type(config) is peftops.LoRAConfig:  # (others' tensors transformers alone renames, of PEFT's own files too)
         close(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", **how))
 
 
