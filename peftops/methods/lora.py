@@ -22,14 +22,13 @@ from ..nn import (
     EXPERTS,
     LINEAR,
     Adapter,
-    Select,
     factor_shapes,
     kind_of,
     low_rank,
     low_rank_change,
-    sizes,
 )
 from . import each_adapter, register
+from .biases import BIASES, Biased, other_biases
 from .config import (
     Config,
     by_pattern,
@@ -41,10 +40,8 @@ from .config import (
     needs,
     refuse,
 )
-from .selection import copies
-from .targets import ALL_LINEAR, Target, is_within, joined_target
+from .targets import ALL_LINEAR, Target, joined_target
 
-BIASES = ("none", "lora_only", "all")
 # PEFT's names of where A and B started, where that left the base as it was. (None: files of old versions.)
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
@@ -138,23 +135,18 @@ class LoRAConfig(Config):
 
 
 @register(LoRAConfig)
-class LoRA(Adapter):
+class LoRA(Biased):
     layers: ClassVar = (LINEAR, EMBEDDING, CONVOLUTION, EXPERTS)
     peft_keys: ClassVar = {
         "lora_A": "lora_A.weight", "lora_B": "lora_B.weight",
         "lora_embedding_A": "lora_embedding_A", "lora_embedding_B": "lora_embedding_B",
-        "own_bias": "base_layer.bias", "lora_B_bias": "lora_B.bias",
+        **Biased.peft_keys,
     }  # fmt: skip
 
     @classmethod
     def build(cls, model: nn.Module, config: LoRAConfig) -> dict[str, Adapter]:
         adapters: dict[str, Adapter] = each_adapter(cls, model, config)
-        if config.bias != "all":
-            return adapters
-        # As PEFT has it, whatever has the word in its name is a bias.
-        left = lambda path: path in adapters or is_within(path, config.modules_to_save)
-        other = lambda path, layer, leaf: "bias" in f"{path}.{leaf}" and not left(path)
-        return adapters | copies(Select, model, other, None)
+        return adapters | (other_biases(model, adapters, config) if config.bias == "all" else {})
 
     def __init__(self, base: nn.Module, config: LoRAConfig, layer: str):
         super().__init__()
@@ -174,22 +166,7 @@ class LoRA(Adapter):
             nn.init.kaiming_uniform_(A.flatten(0, 1) if kind_of(base) == EXPERTS else A, a=math.sqrt(5))
         for name, factor in zip(self.names, (A, B), strict=True):
             self.register_parameter(name, factor)
-        self._add_biases(base, config)
-
-    def _add_biases(self, base: nn.Module, config: LoRAConfig) -> None:
-        self.own_bias = self.lora_B_bias = None
-        if config.bias == "none" and not config.lora_bias:
-            return
-        option = f"bias={config.bias!r}" if config.bias != "none" else "lora_bias=True"
-        above = type(self).__mro__[: type(self).__mro__.index(LoRA)]
-        if any(own in vars(kind) for kind in above for own in ("adapt", "stored", "build")):
-            raise ValueError(f"{option}: {type(self).__name__} has no place for biases, LoRA has")
-        if kind_of(base) == EXPERTS or (config.lora_bias and kind_of(base) == EMBEDDING):
-            raise ValueError(f"{option} is not for {kind_of(base)}; target other layers alone")
-        if config.bias != "none" and getattr(base, "bias", None) is not None:
-            self.own_bias = nn.Parameter(base.bias.detach().to(torch.float32, copy=True))
-        if config.lora_bias:
-            self.lora_B_bias = nn.Parameter(torch.zeros(sizes(base)[1], device=base.weight.device))
+        self.add_biases(base, config)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The factors of the product: A and B, or a method's own form of them."""
@@ -199,20 +176,10 @@ class LoRA(Adapter):
     def adapt(self, base: nn.Module, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         y = low_rank(base, x, *self.factors(), self.scaling, dropout=self.dropout, training=self.training,
                      offsets=offsets)  # fmt: skip
-        if self.own_bias is None and self.lora_B_bias is None:
-            return y
-        moved = self._with_biases(base.bias) - (0 if base.bias is None else base.bias)
-        return y + (moved[:, None, None] if kind_of(base) == CONVOLUTION else moved).to(y.dtype)
-
-    def _with_biases(self, bias: Tensor | None) -> Tensor | None:
-        """The layer's bias with what has been learnt."""
-        bias = bias if self.own_bias is None else self.own_bias
-        if self.lora_B_bias is None:
-            return bias
-        return self.scaling * self.lora_B_bias + (0 if bias is None else bias)
+        return self.moved(base, y) if self.biased else y
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.scaling * low_rank_change(*self.factors()), self._with_biases(bias)
+        return weight + self.scaling * low_rank_change(*self.factors()), self.with_biases(bias)
 
     def extra_repr(self) -> str:
         return f"r={self.rank}, scaling={self.scaling:g}, dropout={self.dropout}"
