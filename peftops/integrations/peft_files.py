@@ -234,7 +234,7 @@ def check_same(config: Any, folder: Path) -> None:
 
 
 def _said(config: Any) -> dict[str, Any]:
-    """What peftops.json holds."""
+    """The content of peftops.json."""
     return {"version": VERSION, "method": type(config).__name__, "options": dataclasses.asdict(config)}
 
 
