@@ -16,6 +16,7 @@ from .integrations import (
     load_model,
     quantize_model,
     save,
+    save_gguf,
     summary,
 )
 from .methods.bitfit import BitFitConfig
@@ -88,7 +89,7 @@ __all__ = [
     "input_moments", "language_model_loss", "load", "load_model", "lora_linear", "loraplus_groups", "merge",
     "multi_lora_linear", "mxfp4_dequantize", "mxfp4_linear", "mxfp4_quantize", "nf4_dequantize", "nf4_linear",
     "nf4_quantize", "paged_attention", "prompt_per_row", "prune_state", "qalora_linear", "qalora_merge",
-    "quantize_model", "relora_schedule", "relora_step", "save", "summary", "unmerge", "weighted_groups",
+    "quantize_model", "relora_schedule", "relora_step", "save", "save_gguf", "summary", "unmerge", "weighted_groups",
     "with_gated_prompt",
 ]  # fmt: skip
 

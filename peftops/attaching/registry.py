@@ -41,14 +41,18 @@ def each_target(adapter_class: type[Adapter], model: nn.Module, config: object) 
     return {path: base_of(module_at(model, path)) for path in left}
 
 
+def each_adapter(adapter_class: type[Adapter], model: nn.Module, config: object) -> dict[str, Adapter]:
+    """An adapter for each of those layers."""
+    adapters = {}
+    for path, base in each_target(adapter_class, model, config).items():
+        with about(path):
+            adapters[path] = adapter_class(base, config, path)
+    return adapters
+
+
 def build(adapter_class: type[Stored], model: nn.Module, config: object) -> dict[str, Stored]:
     """The adapters of a method for a model, not yet in it; and copies of what trains whole, in place of theirs."""
     copied = whole(model, config.modules_to_save)
     if hasattr(adapter_class, "build"):
         return adapter_class.build(model, config) | copied
-    bases = each_target(adapter_class, model, config)
-    adapters = {}
-    for path, base in bases.items():
-        with about(path):
-            adapters[path] = adapter_class(base, config, path)
-    return adapters | copied
+    return each_adapter(adapter_class, model, config) | copied

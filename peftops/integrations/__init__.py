@@ -3,13 +3,14 @@
 from . import registration as registration
 from .bitsandbytes_models import from_bitsandbytes
 from .calibration import CalibrationConfig, CalibrationReport, input_moments, quantize_model
+from .gguf_adapter import save_gguf
 from .hf import load_model
 from .peft_files import load, save
 from .summary import Summary, summary
 
 __all__ = [
     "CalibrationConfig", "CalibrationReport", "Summary", "from_bitsandbytes", "input_moments", "load", "load_model",
-    "quantize_model", "save", "summary",
+    "quantize_model", "save", "save_gguf", "summary",
 ]  # fmt: skip
 
 

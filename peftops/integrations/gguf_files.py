@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 # llama.cpp permutes the rows of q and k of these, for its own way to rotate; transformers' way needs them back.
-_PERMUTED = {"llama"}
+PERMUTED = {"llama"}
 FREQUENCIES = "rope_freqs.weight"
-_SUPPORTED = {*_PERMUTED, "qwen2", "qwen3"}
+SUPPORTED = {*PERMUTED, "qwen2", "qwen3"}
 
 
 def open_gguf(path: Path, config: Any) -> Any:
@@ -31,9 +31,9 @@ def open_gguf(path: Path, config: Any) -> Any:
         architecture = reader.fields["general.architecture"].contents()
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise ValueError(f"{path} is damaged or cut short: {error}") from None
-    if architecture not in _SUPPORTED:
+    if architecture not in SUPPORTED:
         raise ValueError(
-            f"{path} is a GGUF of architecture {architecture!r}; supported are {', '.join(sorted(_SUPPORTED))}. "
+            f"{path} is a GGUF of architecture {architecture!r}; supported are {', '.join(sorted(SUPPORTED))}. "
             "Others load from safetensors, which transformers converts them to."
         )
     scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
@@ -102,7 +102,7 @@ def gguf_tensors(path: Path, reader: Any, names: Iterable[str], config: Any) -> 
 
     def dense(tensor: Any) -> Tensor:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        if architecture in _PERMUTED and (count := heads.get(tensor.name.split(".")[-2])):
+        if architecture in PERMUTED and (count := heads.get(tensor.name.split(".")[-2])):
             shape = values.shape
             values = values.reshape(count, shape[0] // count // 2, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
         return torch.from_numpy(np.array(values, dtype=np.float32))

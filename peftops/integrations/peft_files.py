@@ -6,6 +6,7 @@ them, which PEFT does not read.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 from ..attaching import METHODS, attach, attachment, detach, hosts
 from ..attaching.targets import exact_target, is_within
 from ..attaching.targets import layers as modules_of
-from ..nn import PREFIX, Stored, opened, unwrapped
+from ..nn import PREFIX, WRAPPERS, Select, Stored, opened, unwrapped
 from ..nn.undo import all_or_nothing
 from . import peft_experts
 from .files import writable_directory
-from .peft_tensors import adapted_layers_of, adapters_own, plain_names, some
+from .peft_tensors import adapted_layers_of, adapters_own, of_biases, plain_names, some
+from .peft_whole import with_whole
 from .together import write_together
 
 CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "peftops.json"
@@ -57,12 +59,28 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
         >>> sorted(os.listdir("adapter"))
         ['adapter_config.json', 'adapter_model.safetensors', 'peftops.json']
     """
+    write_adapter(model, directory, name=name)
+
+
+def write_adapter(
+    model: nn.Module, directory: str | os.PathLike, *, name: str | None = None,
+    given: dict[str, Tensor] | None = None, here: bool = True,
+) -> None:  # fmt: skip
+    """:func:`save`, of what somebody has gathered already, or in one of several processes that does not write.
+
+    Args:
+        given: a state dict of the model, perhaps under the names of torch's wrappers, to take the adapter out of.
+        here: whether this process writes.
+
+    Raises:
+        ValueError: ``given`` lacks a tensor of the adapter.
+    """
     model = unwrapped(model)
     state = attachment(model)
     name = state.switch.active if name is None else name
     if name not in state.configs:
         raise ValueError(f"the model has no adapter named {name!r}; it has {', '.join(state.configs)}")
-    adapters = {path: host.adapters[name] for path, host in hosts(model) if name in host.adapters}
+    adapters = adapters_of(model, name) if given is None else _adapters_in(given, model, name)
     config = state.configs[name].as_built(adapters)
     tensors, rank = {}, 0
     for path, adapter in adapters.items():
@@ -70,10 +88,11 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
             if hasattr(tensor, "full_tensor"):  # a DTensor
                 rank, tensor = tensor.device_mesh.get_rank(), tensor.full_tensor()
             tensors[_key(config, adapter, key, path)] = tensor.detach().cpu().contiguous()
-    if rank != 0:
+    if rank != 0 or not here:
         return
     _check_finite(tensors, f"the adapter {name!r}")
-    adapted = [path for path in adapters if not is_within(path, config.modules_to_save)]
+    chosen = lambda path: type(adapters[path]) is not Select and not is_within(path, config.modules_to_save)
+    adapted = [path for path in adapters if chosen(path)]
     own_fields = config.to_peft()
     peft_knows = own_fields["peft_type"] == "LORA"
     if peft_knows:
@@ -90,14 +109,38 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
         "auto_mapping": None,
         "revision": None,
     }
-    own = {"version": VERSION, "method": type(config).__name__, "options": dataclasses.asdict(config)}
     folder = writable_directory(directory, sum(t.nbytes for t in tensors.values()) + 2**20)
-    text = lambda value: json.dumps(value, indent=2, sort_keys=True) + "\n"
+    text = lambda value: json.dumps(value, indent=2, sort_keys=True, default=sorted) + "\n"  # (a set as a list)
     write_together(folder, {
         WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-        OWN: lambda path: path.write_text(text(own)),
+        OWN: lambda path: path.write_text(text(_said(config))),
         CONFIG: lambda path: path.write_text(text(fields)),
     })  # fmt: skip
+
+
+def adapters_of(model: nn.Module, name: str) -> dict[str, Stored]:
+    """The parts of an adapter, by the names of the layers and bodies that they are of."""
+    return {path: host.adapters[name] for path, host in hosts(model) if name in host.adapters}
+
+
+def _adapters_in(given: dict[str, Tensor], model: nn.Module, name: str) -> dict[str, Stored]:
+    """Copies of the parts of an adapter that have the tensors of a state dict of the model."""
+    plain = lambda key: ".".join(part for part in key.split(".") if part not in WRAPPERS)
+    known = {plain(key): tensor for key, tensor in given.items()}
+    known |= {key.removeprefix("module."): tensor for key, tensor in known.items()}  # of DistributedDataParallel
+    own = {id(p): plain(key) for key, p in model.named_parameters()}
+    result = {}
+    for path, host in hosts(model):
+        if name in host.adapters:
+            names = [own[id(p)] for p in host.adapters[name].parameters()]
+            lacking = [key for key in names if key not in known]
+            if lacking:
+                raise ValueError(f"state_dict has no {lacking[0]}, which is of the adapter {name!r}")
+            # Whatever is in the memo is not copied but taken from there: a part may refer to its layer.
+            memo = {id(p): nn.Parameter(known[own[id(p)]], False) for p in host.adapters[name].parameters()}
+            memo |= {id(layer): layer for layer in (host, getattr(host, "base", None))}
+            result[path] = copy.deepcopy(host.adapters[name], memo)
+    return result
 
 
 def load(
@@ -130,19 +173,19 @@ def load(
 
 
 def _load(model: nn.Module, folder: Path, name: str, config: Any, tensors: dict[str, Tensor]) -> None:
-    tensors = plain_names(tensors, model, folder / WEIGHTS)
-    if hasattr(config, "target"):
-        tensors = peft_experts.from_peft(tensors, model, config, folder / WEIGHTS)
-    _check_sizes(config, tensors, folder / WEIGHTS)
-    tensors = adapters_own(tensors, model, folder / WEIGHTS)
+    tensors = _of_model(tensors, model, config, folder / WEIGHTS)
     # PEFT lists every name that a head may have: one that neither the file nor the model knows means nothing.
     owners = [_owner(key) for key in tensors] + [path for path, _ in modules_of(model)]
     whole = tuple(name for name in config.modules_to_save if any(is_within(owner, [name]) for owner in owners))
+    if _target_field(config) == "target":
+        tensors, whole = with_whole(tensors, _read_json(folder / CONFIG), model, whole, folder / WEIGHTS)
     config = dataclasses.replace(config, modules_to_save=whole)
     field = _target_field(config)
     if field:
         # The tensors tell best which layers are adapted: PEFT has several more ways to choose them.
-        adapted = adapted_layers_of(METHODS[type(config)], tensors, model, whole, folder / WEIGHTS)
+        biases = of_biases(tensors, model) if getattr(config, "bias", None) == "all" else set()
+        rest = {key: tensor for key, tensor in tensors.items() if key not in biases}
+        adapted = adapted_layers_of(METHODS[type(config)], rest, model, whole, folder / WEIGHTS)
         config = dataclasses.replace(config, **{field: exact_target(model, adapted)})
     with all_or_nothing(model):
         attach(model, config, name=name)
@@ -153,6 +196,48 @@ def _load(model: nn.Module, folder: Path, name: str, config: Any, tensors: dict[
             raise
 
 
+def _of_model(tensors: dict[str, Tensor], model: nn.Module, config: Any, file: Path) -> dict[str, Tensor]:
+    """The tensors of a file by the names that this model gives them, without those that are no adapter's."""
+    tensors = plain_names(tensors, model, file)
+    if hasattr(config, "target"):
+        tensors = peft_experts.from_peft(tensors, model, config, file)
+    _check_sizes(config, tensors, file)
+    return adapters_own(tensors, model, file)
+
+
+def refill(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Copy an adapter that :func:`save` wrote into the active one, which is like it; nothing else changes.
+
+    Raises:
+        FileNotFoundError, ValueError: what :func:`load` raises; the files are of another method, or other options.
+    """
+    folder, state = Path(directory), attachment(model)
+    name = state.switch.active
+    config, tensors = read_adapter(folder)
+    built = state.configs[name].as_built(adapters_of(model, name))
+    check_same(built, folder)
+    with opened(model):
+        _fill(model, config, name, _of_model(tensors, model, config, folder / WEIGHTS), folder / WEIGHTS)
+
+
+def check_same(config: Any, folder: Path) -> None:
+    """Raise a ValueError unless the files in ``folder`` are of the method, and were made with the options."""
+    own = _read_json(folder / OWN)
+    here = json.loads(json.dumps(_said(config), default=sorted))
+    if own.get("method") != here["method"]:
+        raise ValueError(f"{folder} is of {own.get('method')}, and the model's adapter of {here['method']}")
+    was, now = own.get("options") or {}, here["options"]
+    differing = [key for key in {**now, **was} if was.get(key) != now.get(key)]
+    other = [f"{key}={was.get(key)!r} (here {now.get(key)!r})" for key in differing]
+    if other:
+        raise ValueError(f"{folder} was made with other options: {', '.join(other)}")
+
+
+def _said(config: Any) -> dict[str, Any]:
+    """The content of peftops.json."""
+    return {"version": VERSION, "method": type(config).__name__, "options": dataclasses.asdict(config)}
+
+
 def read_adapter(directory: str | os.PathLike, quantize: bool | None = None) -> tuple[Any, dict[str, Tensor]]:
     """The options and tensors of an adapter's files, by their keys; raises what :func:`load` does of files alone."""
     folder = Path(directory)
@@ -160,7 +245,7 @@ def read_adapter(directory: str | os.PathLike, quantize: bool | None = None) -> 
     if (folder / OWN).exists():
         own = _read_json(folder / OWN)
     try:
-        return _config(fields, own, quantize), _read_tensors(folder / WEIGHTS)
+        return _config(fields, own, quantize), read_tensors(folder / WEIGHTS)
     except (AttributeError, LookupError, ArithmeticError, TypeError) as error:  # fields of another kind than theirs
         raise ValueError(f"{folder / CONFIG} or {OWN} is damaged: {error}") from error
 
@@ -274,7 +359,7 @@ def _read_json(path: Path) -> dict:
     return value
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise FileNotFoundError(f"no {path.name} in {path.parent}; is it the directory of an adapter?")
     try:

@@ -12,6 +12,7 @@ from ..attaching.targets import is_within, layers
 from ..nn import PREFIX, WRAPPERS, Stored, base_of, is_quantized, module_at
 
 _BASE = ".base_layer.weight"
+_TWICE = ".modules_to_save", ".original_module"  # within PEFT's wrapper
 
 
 def plain_names(tensors: dict[str, Tensor], model: nn.Module, file: object) -> dict[str, Tensor]:
@@ -30,8 +31,8 @@ def plain_names(tensors: dict[str, Tensor], model: nn.Module, file: object) -> d
 
 
 def adapters_own(tensors: dict[str, Tensor], model: nn.Module, file: object) -> dict[str, Tensor]:
-    """Without what HF PEFT adds that is no adapter's: the weight of a layer that is adapted, and zeros where GLoRA has
-    nothing.
+    """Without what HF PEFT adds that is no adapter's: the weight of a layer that is adapted, zeros where GLoRA has
+    nothing, and what ``bias="all"`` takes of a module that is saved whole a second time.
 
     Raises:
         ValueError: such a weight is not the model's own, or such zeros are none.
@@ -41,6 +42,8 @@ def adapters_own(tensors: dict[str, Tensor], model: nn.Module, file: object) -> 
         if key.endswith(_BASE):
             _check_base(key.removeprefix(PREFIX).removesuffix(_BASE), tensor, model, file)
         elif key.endswith(".zeros") and not tensor.any():
+            pass
+        elif any(part in key and key.replace(part, "") in tensors for part in _TWICE):
             pass
         else:
             result[key] = tensor
@@ -57,9 +60,16 @@ def _check_base(path: str, tensor: Tensor, model: nn.Module, file: object) -> No
     if not torch.equal(weight, tensor.to(weight.device, weight.dtype)):
         raise ValueError(
             f"{file} holds the weight of {path} itself, and the model has another one (PEFT saves it where the "
-            f"vocabulary was resized). The adapter stands on that: copy the file's tensor {PREFIX}{path}{_BASE} into "
-            f"model.get_submodule({path!r}).weight before you load it"
+            f"vocabulary was resized, and by save_embedding_layers). The adapter stands on that: "
+            f"copy the file's tensor {PREFIX}{path}{_BASE} into model.get_submodule({path!r}).weight before you load it"
         )
+
+
+def of_biases(tensors: dict[str, Tensor], model: nn.Module) -> set[str]:
+    """The tensors that are biases of the model's own layers, as PEFT knows them: by the word in their names."""
+    parameters = lambda module: base_of(module).named_parameters(recurse=False)
+    own = {f"{PREFIX}{path}.{leaf}" for path, module in layers(model) for leaf, _ in parameters(module)}
+    return {key for key in own & tensors.keys() if "bias" in key}
 
 
 def adapted_layers_of(

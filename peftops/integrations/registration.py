@@ -55,6 +55,24 @@ def _register_experts() -> None:
     ALL_EXPERTS_FUNCTIONS["peftops"] = experts_forward
 
 
+def _register_saving() -> None:
+    from transformers import modeling_utils
+
+    from .checkpoints import saving_adapters
+
+    modeling_utils.PreTrainedModel.save_pretrained = saving_adapters(modeling_utils.PreTrainedModel.save_pretrained)
+
+
+def _register_checkpoints() -> None:
+    from transformers.trainer import Trainer
+
+    from .checkpoints import checkpointing
+
+    checkpointing(Trainer)
+
+
 when_imported("peft.tuners.lora.model", _register_layers)
 when_imported("transformers.quantizers.auto", _register_quantizers)
 when_imported("transformers.integrations.moe", _register_experts)
+when_imported("transformers.modeling_utils", _register_saving)
+when_imported("transformers.trainer", _register_checkpoints)

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..attaching import register
+from ..attaching.biases import BIASES, Biased, other_biases
 from ..attaching.config import (
     Config,
     by_pattern,
+    check_choice,
     check_pattern,
     check_range,
     check_scaling,
@@ -27,6 +29,7 @@ from ..attaching.config import (
     needs,
     refuse,
 )
+from ..attaching.registry import each_adapter
 from ..attaching.targets import ALL_LINEAR, Target, joined_target
 from ..nn import CONVOLUTION, EMBEDDING, EXPERTS, LINEAR, Adapter, factor_shapes, kind_of, low_rank, low_rank_change
 
@@ -53,6 +56,8 @@ class LoRAConfig(Config):
         rslora: scale by alpha / sqrt(r), which keeps large ranks stable.
         rank_pattern: other ranks for layers whose name ends in a match of the key, a regular expression.
         alpha_pattern: the same for alpha.
+        bias: which of the model's biases train, too: "none", "lora_only" for those of adapted layers, or "all".
+        lora_bias: whether B has a bias of its own, that is scaled as B A is.
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2, target=["q_proj", "v_proj"]))
@@ -69,6 +74,8 @@ class LoRAConfig(Config):
     rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    bias: str = "none"
+    lora_bias: bool = False
 
     def __post_init__(self) -> None:
         check_pattern("rank_pattern", self.rank_pattern)
@@ -78,6 +85,7 @@ class LoRAConfig(Config):
             check_range("r", r, 1, whole=True)
         check_range("dropout", self.dropout, 0, 1)
         check_target(self.target)
+        check_choice("bias", self.bias, BIASES)
         super().__post_init__()
 
     def rank_and_scaling(self, layer: str) -> tuple[int, float]:
@@ -90,8 +98,8 @@ class LoRAConfig(Config):
         return {
             "peft_type": "LORA", "r": self.r, "lora_alpha": 2 * self.r if self.alpha is None else self.alpha,
             "lora_dropout": self.dropout, "use_rslora": self.rslora, "rank_pattern": self.rank_pattern,
-            "alpha_pattern": self.alpha_pattern, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
-            "use_dora": False,
+            "alpha_pattern": self.alpha_pattern, "bias": self.bias, "fan_in_fan_out": False, "init_lora_weights": True,
+            "use_dora": False, **({"lora_bias": True} if self.lora_bias else {}),
         }  # fmt: skip
 
     @classmethod
@@ -100,8 +108,7 @@ class LoRAConfig(Config):
         target = joined_target(fields.get("target_modules"), fields.get("target_parameters"))
         if not target:
             needs(fields, "target_modules")
-        refuse(fields, bias="none", use_dora=False, use_qalora=False, lora_bias=False, ensure_weight_tying=False,
-               trainable_token_indices=None, layer_replication=None,
+        refuse(fields, use_dora=False, use_qalora=False, layer_replication=None,
                alora_invocation_tokens=None, arrow_config=None, kasa_config=None, monteclora_config=None,
                use_bdlora=None, velora_config=None)  # fmt: skip
         if start_of(fields) not in STARTS:
@@ -113,17 +120,24 @@ class LoRAConfig(Config):
         return cls(
             r=fields["r"], alpha=fields["lora_alpha"], dropout=fields.get("lora_dropout", 0.0),
             target=target, rslora=fields.get("use_rslora", False),
-            rank_pattern=fields.get("rank_pattern") or {}, alpha_pattern=fields.get("alpha_pattern") or {}, **own,
+            rank_pattern=fields.get("rank_pattern") or {}, alpha_pattern=fields.get("alpha_pattern") or {},
+            bias=fields.get("bias") or "none", lora_bias=bool(fields.get("lora_bias")), **own,
         )  # fmt: skip
 
 
 @register(LoRAConfig)
-class LoRA(Adapter):
+class LoRA(Biased):
     layers: ClassVar = (LINEAR, EMBEDDING, CONVOLUTION, EXPERTS)
     peft_keys: ClassVar = {
         "lora_A": "lora_A.weight", "lora_B": "lora_B.weight",
         "lora_embedding_A": "lora_embedding_A", "lora_embedding_B": "lora_embedding_B",
+        **Biased.peft_keys,
     }  # fmt: skip
+
+    @classmethod
+    def build(cls, model: nn.Module, config: LoRAConfig) -> dict[str, Adapter]:
+        adapters: dict[str, Adapter] = each_adapter(cls, model, config)
+        return adapters | (other_biases(model, adapters, config) if config.bias == "all" else {})
 
     def __init__(self, base: nn.Module, config: LoRAConfig, layer: str):
         super().__init__()
@@ -143,6 +157,7 @@ class LoRA(Adapter):
             nn.init.kaiming_uniform_(A.flatten(0, 1) if kind_of(base) == EXPERTS else A, a=math.sqrt(5))
         for name, factor in zip(self.names, (A, B), strict=True):
             self.register_parameter(name, factor)
+        self.add_biases(base, config)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The factors of the product: A and B, or a method's own form of them."""
@@ -150,11 +165,12 @@ class LoRA(Adapter):
         return getattr(self, A), getattr(self, B)
 
     def adapt(self, base: nn.Module, x: Tensor, offsets: Tensor | None = None) -> Tensor:
-        return low_rank(base, x, *self.factors(), self.scaling, dropout=self.dropout, training=self.training,
-                        offsets=offsets)  # fmt: skip
+        y = low_rank(base, x, *self.factors(), self.scaling, dropout=self.dropout, training=self.training,
+                     offsets=offsets)  # fmt: skip
+        return self.moved(base, y) if self.biased else y
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.scaling * low_rank_change(*self.factors()), bias
+        return weight + self.scaling * low_rank_change(*self.factors()), self.with_biases(bias)
 
     def extra_repr(self) -> str:
         return f"r={self.rank}, scaling={self.scaling:g}, dropout={self.dropout}"

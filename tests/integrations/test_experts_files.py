@@ -191,13 +191,19 @@ def test_group_codes_and_what_no_other_layout_has(tmp_path):
             model.save_pretrained(tmp_path / "other")
 
 
-def test_an_adapted_model_is_written_whole(tmp_path):
-    """As Trainer writes its checkpoints: no tensor is cut for files with one for each expert."""
+def test_an_adapted_model_is_written_as_its_adapter(tmp_path):
+    """As Trainer writes its checkpoints: under PEFT's names of experts, and nothing of the base."""
     model = peftops.attach(moe("Qwen3Moe"), peftops.QLoRAConfig(r=2))
     model.save_pretrained(tmp_path)
     written = {key for file in tmp_path.glob("*.safetensors") for key in load_file(file)}
-    assert "model.layers.0.mlp.experts.gate_up_proj.adapters.default.lora_A" in written
-    assert "model.layers.0.mlp.experts.gate_up_proj.base.weight.packed" in written
+    assert "base_model.model.model.layers.0.mlp.experts.lora_A.weight" in written
+    assert all("lora_" in key for key in written)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path)
+    again = peftops.load(moe("Qwen3Moe"), tmp_path)
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_a_stack_of_another_shape_is_refused(tmp_path):

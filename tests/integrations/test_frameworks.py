@@ -184,6 +184,7 @@ def test_the_document_has_the_table():
          "test_bitsandbytes_reads_its_own_layout"),
         ("HF PEFT on our layers", dict(load="its adapters", train="fused", save="its format"),
          "test_pefts_lora_runs_the_fused_operator"),
+        ("llama.cpp", dict(load="GGUF", save="adapters: `save_gguf`"), "test_it_is_what_merging_changes"),
     ]  # fmt: skip
     rows = [f"| library | {' | '.join(COLUMNS)} | test |", f"|{'---|' * (len(COLUMNS) + 2)}"]
     rows += [f"| {library} | {' | '.join(cells.get(c, '') for c in COLUMNS)} | `{test}` |"

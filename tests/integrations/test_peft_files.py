@@ -115,7 +115,7 @@ def test_a_config_that_is_damaged_or_of_another_method_raises(saved, text):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("use_dora", True), ("bias", "all"), ("lora_bias", True), ("use_qalora", True),
+    ("use_dora", True), ("layer_replication", [[0, 1]]), ("use_qalora", True),
 ])  # fmt: skip
 def test_an_option_that_would_change_the_result_raises(saved, key, value):
     edit(saved / "adapter_config.json", lambda fields: fields.update({key: value}))

@@ -10,6 +10,7 @@ import models
 import peftops
 from examples import example_of
 from peftops.attaching import METHODS
+from peftops.integrations.peft_files import WEIGHTS
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
@@ -57,6 +58,8 @@ def test_two_steps_and_back_from_files(method, tmp_path):
     assert all(torch.equal(after[name], p) for name, p in frozen.items()), "something frozen has changed"
     changed = [name for name, p in trained.items() if not torch.equal(after[name], p)]
     assert changed, "nothing has learnt"
+    assert not list((tmp_path / "trainer/checkpoint-1").glob("model*")), "the base, under names that nobody reads"
+    assert (tmp_path / "trainer/checkpoint-1" / WEIGHTS).exists()
     peftops.save(model, tmp_path / "adapter")
     fresh = peftops.load(base, tmp_path / "adapter")
     ids = models.tokens(2, 9, seed=7)
@@ -69,21 +72,27 @@ def test_two_steps_and_back_from_files(method, tmp_path):
 
 
 def test_a_checkpoint_of_another_base_or_method_is_refused(tmp_path):
-    """Trainer leaves out what it does not find, and only warns; codes of another format it cannot."""
+    """Trainer by itself leaves out what it does not find, and only warns."""
     model = peftops.attach(models.llama(), peftops.QLoRAConfig(r=4))
     trainer_of(model, tmp_path, save_strategy="steps", save_steps=1).train()
-    other = peftops.attach(models.llama(), peftops.QLoRAConfig(r=4, block_size=128))
-    with pytest.raises(RuntimeError, match=r"q_proj.base.weight._absmax is torch.uint8 \[64\], not torch.uint8 \[32\]"):
-        trainer_of(other, tmp_path, steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for config, message in [
+        (peftops.QLoRAConfig(r=4, block_size=128), r"was made with other options: block_size=64 \(here 128\)"),
+        (peftops.QLoRAConfig(r=8), r"was made with other options: r=4 \(here 8\)"),
+        (peftops.LoRAConfig(r=4), "is of QLoRAConfig, and the model's adapter of LoRAConfig"),
+    ]:
+        other = peftops.attach(models.llama(), config)
+        with pytest.raises(ValueError, match=message):
+            trainer_of(other, tmp_path, steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
-def test_save_pretrained_of_codes(tmp_path):
-    """Also what has two names: a tied head that trains whole, and factors that all layers share."""
+def test_state_dicts_of_codes(tmp_path):
+    """Also of what has two names: a tied head that trains whole, and factors that all layers share."""
+    file = tmp_path / "model.safetensors"
     for config in (peftops.QLoRAConfig(r=4), peftops.LoRAConfig(r=4, modules_to_save=["lm_head"]),
                    peftops.LoRAConfig(r=4, target=["embed_tokens"]), peftops.VeRAConfig(r=4)):  # fmt: skip
         model, other = (peftops.attach(models.llama(seed=seed), config) for seed in (0, 1))
-        model.save_pretrained(tmp_path)
-        loaded = other.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"), strict=False)
+        safetensors.torch.save_model(model, file)
+        loaded = other.load_state_dict(safetensors.torch.load_file(file), strict=False)
         assert not loaded.unexpected_keys
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 

@@ -76,10 +76,9 @@ def test_the_same_layers_and_gradients(ours, theirs):
 
 
 def test_what_we_do_not_support_of_pefts_raises(tmp_path):
-    for options in (dict(lora_bias=True), dict(bias="lora_only")):
-        other = peft.get_peft_model(
-            models.llama(tied=False), peft.LoraConfig(r=4, target_modules=["q_proj"], **options)
-        )
+    for options in (dict(layer_replication=[[0, 2], [1, 2]]), dict(alora_invocation_tokens=[1])):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+        other = peft.get_peft_model(models.llama(tied=False), config)
         other.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="which peftops does not support"):
             peftops.load(models.llama(tied=False), tmp_path)

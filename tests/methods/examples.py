@@ -15,6 +15,7 @@ from peftops.methods.bottleneck import BottleneckConfig
 from peftops.methods.head_only import HeadOnlyConfig
 from peftops.methods.llama_adapter import LLaMAAdapterConfig
 from peftops.methods.longlora import LongLoRAConfig
+from peftops.methods.lora import LoRAConfig
 from peftops.methods.lqlora import LQLoRAConfig
 from peftops.methods.norm_tuning import NormTuningConfig
 from peftops.methods.prefix_tuning import PrefixTuningConfig
@@ -72,6 +73,7 @@ EXAMPLES: dict[type, Example] = {
 }
 
 VARIANTS: dict[str, Example] = {  # options that make a method build something else
+    "lora-biases": Example(LoRAConfig(r=4, bias="all", lora_bias=True)),
     "qlora-mxfp4": Example(QLoRAConfig(format="mxfp4")),
     "llamaadapter-images": Example(
         LLaMAAdapterConfig(tokens=3, layers=2, image_features=12), models.llama, merges=False
