@@ -175,7 +175,7 @@ class PackedLinearTests:
 
     def test_inputs_are_left_alone(self, device):
         layer = self.layer(device, 64, 96, (20,), torch.float32, 1, r=4, bias=True)
-        tensors = [*layer.leaves().values(), layer.g, *layer.weight._parts().values()]
+        tensors = [*layer.leaves().values(), layer.g, *layer.weight.parts().values()]
         before = [t.detach().clone() for t in tensors]
         layer.gradients(layer(**self.drop))
         assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
@@ -185,7 +185,7 @@ class PackedLinearTests:
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             layer()
-        assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in layer.weight._parts().values()}
+        assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in layer.weight.parts().values()}
 
     def test_only_the_gradients_that_are_needed(self, device):
         layer = self.layer(device, 64, 96, (20,), torch.float32, 1, r=4, bias=True)
@@ -242,7 +242,7 @@ class PackedLinearTests:
         call = lambda x=x, weight=weight, bias=None, lora_A=A, lora_B=B, **kw: op(
             x, weight, bias, lora_A=lora_A, lora_B=lora_B, **kw
         )
-        with pytest.raises(TypeError, match=rf"{self.name}: weight must be {weight._NAME} \(.*\), not a Tensor"):
+        with pytest.raises(TypeError, match=rf"{self.name}: weight must be {weight.NAME} \(.*\), not a Tensor"):
             call(weight=torch.randn(64, 96))
         with pytest.raises(ValueError, match=f"{self.name}: x is on meta, weight on"):
             call(x.to("meta"))

@@ -127,6 +127,58 @@ def f():
     assert [*layers_imported(path, text)] == ["ops", "nn", "cli", "planner", "serving"]
 
 
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_names_defined(text):
+    """Functions, classes, variables, and attributes of ``self`` and ``cls``."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names = [node.name]
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names = [node.id]
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names = [node.attr] if ast.unparse(node.value) in ("self", "cls") else []
+        else:
+            continue
+        yield from filter(is_private, names)
+
+
+def private_names_used(text):
+    """Attributes of anything but torch, by a dot or by ``getattr`` and its kin, and what is imported by name."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Attribute):
+            names = [] if ast.unparse(node.value) == "torch" else [node.attr]
+        elif isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr"):
+            names = [arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)]
+        else:
+            continue
+        yield from filter(is_private, names)
+
+
+PACKAGE = [(p.values[0].relative_to(ROOT).parts[1], p.values[1]) for p in read("peftops/*/**/*.py")]
+PRIVATE = {layer: {n for of, text in PACKAGE if of == layer for n in private_names_defined(text)} for layer in ORDER}
+PRIVATE["attaching"].add("_peftops")  # the attribute of an adapted model
+STILL = {"peftops/serving/server.py": {"_find", "_layers"}}  # these may only shrink
+
+
+@pytest.mark.parametrize("path, text", read("peftops/*/**/*.py"))
+def test_private_names_stay_in_their_layer(path, text):
+    layer = path.relative_to(ROOT).parts[1]
+    others = set().union(*(names for of, names in PRIVATE.items() if of != layer)) - PRIVATE[layer]
+    assert set(private_names_used(text)) & others <= STILL.get(str(path.relative_to(ROOT)), set())
+
+
+def test_private_names_are_found():
+    defined = "class _A:\n    _b: int\n    def __init__(self): self._c = other._d = 1\n    async def _e(self): ...\n"
+    assert sorted(private_names_defined(defined)) == ["_A", "_b", "_c", "_e"]
+    used = 'from .x import _f, g\na._h.b\nself._i()\ngetattr(a, "_j", None)\n_k = a.__dict__\ndel a._l\ntorch._m()\n'
+    assert sorted(private_names_used(used)) == ["_f", "_h", "_i", "_j", "_l"]
+
+
 @pytest.mark.parametrize("path, text", read("peftops/methods/*.py"))
 def test_a_file_of_methods_is_a_method(path, text):
     assert path.stem == "__init__" or "\n@register(" in text

@@ -7,7 +7,7 @@ method make an adapter of each, and puts them in, or changes nothing. It knows n
 from .attachment import activate, attach, detach, disabled
 from .merging import MergeReport, merge, unmerge
 from .registry import METHODS, build, each_target, register
-from .state import Attachment, adapted_layers, attachment, hosts
+from .state import Attachment, adapted_layers, attachment, hosts, state_of
 
 __all__ = [
     "METHODS",
@@ -24,5 +24,6 @@ __all__ = [
     "hosts",
     "merge",
     "register",
+    "state_of",
     "unmerge",
 ]

@@ -29,7 +29,7 @@ from ..nn.unreached import watch
 from .left_dense import tell_left_dense
 from .merging import unmerge
 from .registry import METHODS, build
-from .state import Attachment, attachment, hosts
+from .state import Attachment, attachment, hosts, state_of
 from .targets import body_of, head_of, is_within
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks
@@ -68,7 +68,7 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("DistributedDataParallel sums the gradients of what it found as it was made: attach first")
     given, model = model, unwrapped(model)
-    state = getattr(model, "_peftops", None) or Attachment()
+    state = state_of(model) or Attachment()
     if name in state.configs:
         raise ValueError(f"the model already has an adapter named {name!r}; give this one another name")
     if any(host.is_merged for _, host in hosts(model)):

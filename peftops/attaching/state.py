@@ -22,10 +22,16 @@ class Attachment:
     resting: dict[str, set[str]] = field(default_factory=dict)  # parameters that train while their adapter is active
 
 
+def state_of(model: nn.Module) -> Attachment | None:
+    """What is attached to a model; None if nothing is."""
+    return getattr(unwrapped(model), "_peftops", None)
+
+
 def attachment(model: nn.Module) -> Attachment:
-    model = unwrapped(model)
-    found = getattr(model, "_peftops", None)
+    """What is attached to a model, which must have an adapter."""
+    found = state_of(model)
     if found is None:
+        model = unwrapped(model)
         raise ValueError(f"{type(model).__name__} has no adapters; attach one first: peftops.attach(model, config)")
     return found
 

@@ -26,14 +26,15 @@ def to_bitsandbytes(weight: NF4Tensor) -> dict[str, Tensor]:
         "dtype": str(weight.dtype).removeprefix("torch."),
         "shape": list(weight.shape),
     }
-    result = {"weight": weight.packed[:, None], "weight.absmax": weight._absmax, "weight.quant_map": NF4_CODE.clone()}
+    own = weight.parts()
+    result = {"weight": own["packed"][:, None], "weight.absmax": own["_absmax"], "weight.quant_map": NF4_CODE.clone()}
     if weight.double_quant:
         state |= {
             "nested_blocksize": 256,
             "nested_dtype": "float32",
-            "nested_offset": weight._absmax_offset.item(),
+            "nested_offset": own["_absmax_offset"].item(),
         }
-        result["weight.nested_absmax"] = weight._absmax_scale
+        result["weight.nested_absmax"] = own["_absmax_scale"]
         result["weight.nested_quant_map"] = ABSMAX_MAP.clone()
     text = json.dumps(state).encode()
     result[f"weight.{_STATE}"] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")

@@ -151,7 +151,7 @@ def tensors_of(module: nn.Module, layout: str, prefix: str = "") -> dict[str, Te
 
 
 def _own(weight: NF4Tensor) -> dict[str, Tensor]:
-    return {f"weight.{part}": tensor for part, tensor in weight._parts().items()}
+    return {f"weight.{part}": tensor for part, tensor in weight.parts().items()}
 
 
 def _write_configuration(model: nn.Module, folder: Path, layout: str, tokenizer: Any) -> None:

@@ -98,7 +98,7 @@ class _Read(ConversionOps):
             raise ValueError(f"a {type(layer).__name__} cannot be in codes")
         shape = layer.matrices.shape if isinstance(layer, ExpertsLinear) else layer.weight.shape
         codes = self.hf_quantizer.layout.read(tensors, shape, layer.weight.dtype)
-        return nn.Parameter(codes._like(_own_memory), requires_grad=False)
+        return nn.Parameter(codes.like(_own_memory), requires_grad=False)
 
     @property
     def reverse_op(self) -> ConversionOps:

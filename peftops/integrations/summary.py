@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..attaching import adapted_layers
+from ..attaching import adapted_layers, state_of
 from ..attaching.left_dense import left_dense
 from ..attaching.targets import layers
-from ..nn import base_of, is_quantized, unwrapped
+from ..nn import base_of, is_quantized
 
 MOST = 6  # tensors that a line names
 
@@ -51,7 +51,7 @@ def summary(model: nn.Module) -> Summary:
         >>> print(peftops.summary(llama()))
         trainable parameters: ...
     """
-    state = getattr(unwrapped(model), "_peftops", None)
+    state = state_of(model)
     inside = (base_of(module) for _, layer in adapted_layers(model) for _, module in layers(layer.base))
     adapted = {id(p) for module in inside for p in module.parameters(recurse=False) if p.dim() > 1}
     result = Summary({}, None, sum(1 for _ in adapted_layers(model)), 0, 0, 0, 0)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..attaching import each_target, register
+from ..attaching import each_target, register, state_of
 from ..attaching.config import Config, check_pattern, check_range, check_scaling, check_target
 from ..attaching.selection import copies
 from ..attaching.targets import body_of, is_linear
@@ -25,7 +25,7 @@ from ..attaching.targets import layers as modules_of
 from ..nn import MergeError, Prompt, Select, Stored, base_of
 from ..nn.gated_prompt import ARGUMENT, check_attention, close_registry, is_attention, open_registry
 from ..nn.prompt import check_one_sequence
-from ..nn.rope import check_stretch, stretch
+from ..nn.rope import stretch, stretches
 from ..nn.shifted_attention import ShiftedAttention
 from .lora import LoRA, LoRAConfig
 from .norm_tuning import is_norm
@@ -92,8 +92,10 @@ class LongLoRA(LoRA):
         for heads in ("num_attention_heads", "num_key_value_heads"):
             if getattr(model.config, heads, 0) % 2:
                 raise TypeError(f"LongLoRA splits heads into halves, and {heads} is {getattr(model.config, heads)}")
-        if config.length is not None:
-            check_stretch(model, config.length)
+        if config.length is not None and stretches(model, config.length) and state_of(model) is not None:
+            raise ValueError(
+                "length would change the positions under adapters that are there; attach this one before them"
+            )
         if config.target is None:
             inside = lambda path: any(path.startswith(f"{attention}.") for attention in found)
             chosen = {path: base_of(m) for path, m in modules_of(model) if is_linear(m) and inside(path)}

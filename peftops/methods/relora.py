@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..attaching import MergeReport, attachment, each_target, hosts, register
+from ..attaching import MergeReport, attachment, each_target, hosts, register, state_of
 from ..attaching.config import Config, check_choice, check_range
 from ..attaching.selection import copies
 from ..nn import EXPERTS, LINEAR, Adapter, MergeError, Select, is_quantized, kind_of, low_rank
@@ -84,7 +84,7 @@ class ReLoRA(LoRA):
             if uses[id(base.weight)] > 1:
                 raise ValueError(f"{path} shares its weight with another layer, which a restart would change, too")
             found[path] = ReLoRA(base, config, path)
-        if config.restarts and getattr(model, "_peftops", None):
+        if config.restarts and state_of(model):
             raise ValueError("these restarts changed the base, which this model's other adapters stand on")
         # Experts are most of a model: they are left as they are, which attaching tells.
         left = lambda layer, leaf: kind_of(layer) == EXPERTS or is_quantized(getattr(layer, leaf))

@@ -48,7 +48,7 @@ class PackedLinear(StoredInParts, nn.Linear):
     @classmethod
     def over(cls, weight: PackedTensor, bias: Tensor | None, dense_shell: nn.Module | None = None) -> PackedLinear:
         """A layer over a weight of any format."""
-        return cls.of_format(weight._FORMAT)(weight, bias, dense_shell)
+        return cls.of_format(weight.FORMAT)(weight, bias, dense_shell)
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, **options: Any) -> PackedLinear:
@@ -64,7 +64,7 @@ class PackedLinear(StoredInParts, nn.Linear):
         return self.weight.product(x, self.bias, compute=self.compute)
 
     def extra_repr(self) -> str:
-        options = "".join(f", {name}={value}" for name, value in self.weight._options().items())
+        options = "".join(f", {name}={value}" for name, value in self.weight.options().items())
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{options}"
         )

@@ -19,12 +19,12 @@ class StoredInParts(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         name = f"{prefix}weight"
         if not keep_vars and is_quantized(destination.get(name)):
-            parts = destination.pop(name)._parts()
+            parts = destination.pop(name).parts()
             destination.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         weight, name = self.weight, f"{prefix}weight"
-        own = {f"{name}.{part}": tensor for part, tensor in weight._parts().items()} if is_quantized(weight) else {}
+        own = {f"{name}.{part}": tensor for part, tensor in weight.parts().items()} if is_quantized(weight) else {}
         if own and own.keys() <= state_dict.keys():
             errors = rest[-1]
             given = {key: state_dict[key] for key in own}
@@ -37,7 +37,7 @@ class StoredInParts(nn.Module):
                               "another format, or another layer")  # fmt: skip
             if not wrong:
                 parts = {key.removeprefix(f"{name}."): tensor for key, tensor in given.items()}
-                state_dict[name] = weight.detach()._with(parts, weight.shape)
+                state_dict[name] = weight.detach().with_parts(parts, weight.shape)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -10,19 +10,18 @@ def _rotaries(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "inv_freq") and hasattr(module, "config")]
 
 
-def check_stretch(model: nn.Module, length: int) -> None:
-    """Raise a sentence unless :func:`stretch` can do it."""
+def stretches(model: nn.Module, length: int) -> bool:
+    """Whether :func:`stretch` would change the model. Raise a sentence if it should and cannot."""
     config = model.config
     if length <= getattr(config, "max_position_embeddings", 0):
-        return
+        return False
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     if kind != "default" or not _rotaries(model):
         raise TypeError(
             f"length={length} needs a model with plain rotary positions, not a {type(model).__name__} whose rope_type "
             f"is {kind!r}"
         )
-    if getattr(model, "_peftops", None):
-        raise ValueError("length would change the positions under adapters that are there; attach this one before them")
+    return True
 
 
 @torch.no_grad()

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 from ..ops.packed_tensor import PackedTensor
 
-_NAMES = ["weight", *(part for kind in PackedTensor.FORMATS.values() for part in kind._PARTS)]
+_NAMES = ["weight", *(part for kind in PackedTensor.FORMATS.values() for part in kind.PARTS)]
 BASE_KEYS = {f"base_{name.lstrip('_')}": f"base_{name.lstrip('_')}" for name in _NAMES}
 
 
 def base_tensors(layer: nn.Module) -> dict[str, Tensor]:
     """The tensors of a dense or quantised layer's weight: themselves and no copies, so that one can copy into them."""
     weight = layer.weight
-    parts = weight._parts() if isinstance(weight, PackedTensor) else {"weight": weight.detach()}
+    parts = weight.parts() if isinstance(weight, PackedTensor) else {"weight": weight.detach()}
     return {f"base_{name.lstrip('_')}": part for name, part in parts.items()}

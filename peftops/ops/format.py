@@ -15,15 +15,15 @@ class Format:
 
     FORMATS: ClassVar[dict[str, Any]] = {}  # all that there are, by that word
 
-    _FORMAT: ClassVar[str]  # the word
+    FORMAT: ClassVar[str]  # the word
     _OP: ClassVar[str]  # the name of its product
-    _PARTS: ClassVar[tuple[str, ...]]
-    _OPTIONAL: ClassVar[frozenset[str]] = frozenset()  # parts that are all there or all None
-    _LAYOUT: ClassVar[tuple[str, ...]]
+    PARTS: ClassVar[tuple[str, ...]]
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset()  # parts that are all there or all None
+    LAYOUT: ClassVar[tuple[str, ...]]
 
     def __init_subclass__(cls) -> None:
-        if "_FORMAT" in cls.__dict__:
-            cls.FORMATS[cls._FORMAT], cls._OP = cls, f"{cls._FORMAT}_linear"
+        if "FORMAT" in cls.__dict__:
+            cls.FORMATS[cls.FORMAT], cls._OP = cls, f"{cls.FORMAT}_linear"
 
     @classmethod
     def quantize(cls, dense: Tensor, **options: Any) -> Any:
@@ -32,7 +32,7 @@ class Format:
 
     def quantize_like(self, dense: Tensor) -> Any:
         """A dense weight in the format of this one, with its options."""
-        return self.quantize(dense, **self._options())
+        return self.quantize(dense, **self.options())
 
     def dequantize(self, *, dtype: torch.dtype | None = None) -> Tensor:
         """The numbers that it stands for, by the format's own function."""
@@ -42,11 +42,11 @@ class Format:
     def _function(cls, verb: str) -> Any:
         from .. import ops  # they import this file
 
-        return getattr(ops, f"{cls._FORMAT}_{verb}")
+        return getattr(ops, f"{cls.FORMAT}_{verb}")
 
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """The options that it was quantised with."""
-        return {name: getattr(self, name) for name in self._LAYOUT if name != "shape"}
+        return {name: getattr(self, name) for name in self.LAYOUT if name != "shape"}
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Any:
@@ -55,8 +55,8 @@ class Format:
         Raises:
             ValueError: they are not those of such a weight.
         """
-        kind = max(cls.FORMATS.values(), key=lambda kind: len(parts.keys() & {*kind._PARTS}))
-        needed = kind._PARTS if parts.keys() & kind._OPTIONAL else [n for n in kind._PARTS if n not in kind._OPTIONAL]
+        kind = max(cls.FORMATS.values(), key=lambda kind: len(parts.keys() & {*kind.PARTS}))
+        needed = kind.PARTS if parts.keys() & kind.OPTIONAL else [n for n in kind.PARTS if n not in kind.OPTIONAL]
         if missing := [name for name in needed if name not in parts]:
             raise ValueError(f"{', '.join(f'weight.{name}' for name in missing)} is missing")
         numbers = {name: part for name, part in parts.items() if part.is_floating_point()}
@@ -64,7 +64,7 @@ class Format:
         if wrong:
             raise ValueError(f"weight.{wrong} holds a NaN or an infinity")
         settings = kind._settings_of(parts, shape)
-        return kind._make(tuple(parts.get(name) for name in kind._PARTS), settings, shape, dtype)
+        return kind._make(tuple(parts.get(name) for name in kind.PARTS), settings, shape, dtype)
 
     @classmethod
     def _settings_of(cls, parts: Mapping[str, Tensor], shape: torch.Size) -> tuple[int, ...]:

@@ -37,13 +37,13 @@ class GroupQuantTensor(PackedTensor):
         (torch.Size([4, 64]), torch.Size([4, 32]), torch.Size([4, 2]))
     """
 
-    _FORMAT = "group"
-    _PARTS = ("packed", "scales", "zeros")
-    _SETTINGS = ("bits", "group_size")
-    _BY_ROW = _PARTS
-    _LAYOUT = ("shape", "bits", "group_size")
-    _NAME = "a GroupQuantTensor"
-    _INSTEAD = (
+    FORMAT = "group"
+    PARTS = ("packed", "scales", "zeros")
+    SETTINGS = ("bits", "group_size")
+    BY_ROW = PARTS
+    LAYOUT = ("shape", "bits", "group_size")
+    NAME = "a GroupQuantTensor"
+    INSTEAD = (
         "For a product use peftops.group_linear(x, weight); "
         "for the numbers ask for them: peftops.group_dequantize(weight)"
     )

@@ -35,13 +35,13 @@ class MXFP4Tensor(PackedTensor):
         (torch.Size([4, 64]), torch.Size([4, 32]), torch.Size([4, 2]))
     """
 
-    _FORMAT = "mxfp4"
-    _PARTS = ("blocks", "scales")
-    _SETTINGS = ()
-    _BY_ROW = _PARTS
-    _LAYOUT = ("shape",)
-    _NAME = "an MXFP4Tensor"
-    _INSTEAD = (
+    FORMAT = "mxfp4"
+    PARTS = ("blocks", "scales")
+    SETTINGS = ()
+    BY_ROW = PARTS
+    LAYOUT = ("shape",)
+    NAME = "an MXFP4Tensor"
+    INSTEAD = (
         "For a product use peftops.mxfp4_linear(x, weight); "
         "for the numbers ask for them: peftops.mxfp4_dequantize(weight)"
     )

@@ -39,14 +39,14 @@ class NF4Tensor(PackedTensor):
         NotImplementedError: aten.add.Tensor does not work on an NF4Tensor. ...
     """
 
-    _FORMAT = "nf4"
-    _PARTS = ("packed", "_absmax", "_absmax_scale", "_absmax_offset")
-    _OPTIONAL = frozenset({"_absmax_scale", "_absmax_offset"})
-    _SETTINGS = ("block_size",)
-    _BY_ROW = ("packed", "_absmax")
-    _LAYOUT = ("shape", "block_size", "double_quant")
-    _NAME = "an NF4Tensor"
-    _INSTEAD = (
+    FORMAT = "nf4"
+    PARTS = ("packed", "_absmax", "_absmax_scale", "_absmax_offset")
+    OPTIONAL = frozenset({"_absmax_scale", "_absmax_offset"})
+    SETTINGS = ("block_size",)
+    BY_ROW = ("packed", "_absmax")
+    LAYOUT = ("shape", "block_size", "double_quant")
+    NAME = "an NF4Tensor"
+    INSTEAD = (
         "For a product use peftops.nf4_linear(x, weight); for the numbers ask for them: peftops.nf4_dequantize(weight)"
     )
 

@@ -17,8 +17,8 @@ class NoMemory:
 
     def _has_no_memory(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
-            f"{self._NAME} has no memory of its own, only parts that have, and cannot be handed out as one block of "
-            f"numbers. {self._INSTEAD}"
+            f"{self.NAME} has no memory of its own, only parts that have, and cannot be handed out as one block of "
+            f"numbers. {self.INSTEAD}"
         )
 
     storage = _typed_storage = __dlpack__ = _has_no_memory
@@ -33,9 +33,9 @@ class NoMemory:
 
     def share_memory_(self) -> Any:
         """Move the parts to memory that processes share."""
-        for part in self._parts().values():
+        for part in self.parts().values():
             part.share_memory_()
         return self
 
     def is_shared(self) -> bool:
-        return all(part.is_shared() for part in self._parts().values())
+        return all(part.is_shared() for part in self.parts().values())

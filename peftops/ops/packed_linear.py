@@ -20,8 +20,8 @@ Operands = tuple[Tensor | int | None, ...]
 
 
 def of_another_kind(op: str, weight: object, kind: type[PackedTensor]) -> TypeError:
-    maker = f"peftops.{kind._FORMAT}_quantize"
-    return TypeError(f"{op}: weight must be {kind._NAME} (see {maker}), not a {type(weight).__name__}")
+    maker = f"peftops.{kind.FORMAT}_quantize"
+    return TypeError(f"{op}: weight must be {kind.NAME} (see {maker}), not a {type(weight).__name__}")
 
 
 class PackedProduct:

@@ -25,15 +25,15 @@ class PackedTensor(Format, PackedProduct, NoMemory, RowShards, Tensor):
     the parts alone; FSDP2 can shard it. Any other operation raises: nothing dequantises it behind your back.
     """
 
-    _PARTS: ClassVar[tuple[str, ...]]  # attributes that hold its tensors, or None where it has no such part
-    _SETTINGS: ClassVar[tuple[str, ...]]  # attributes that hold plain numbers
-    _LAYOUT: ClassVar[tuple[str, ...]]  # two tensors share it if one can be copied to the other: shape and options
-    _NAME: ClassVar[str]  # in a sentence, with its article
-    _INSTEAD: ClassVar[str]  # the op to use instead of an operation that it does not have
+    PARTS: ClassVar[tuple[str, ...]]  # attributes that hold its tensors, or None where it has no such part
+    SETTINGS: ClassVar[tuple[str, ...]]  # attributes that hold plain numbers
+    LAYOUT: ClassVar[tuple[str, ...]]  # two tensors share it if one can be copied to the other: shape and options
+    NAME: ClassVar[str]  # in a sentence, with its article
+    INSTEAD: ClassVar[str]  # the op to use instead of an operation that it does not have
     _arguments: property  # the weight as the operators take it: parts and settings
 
     def __init_subclass__(cls) -> None:
-        cls._arguments = property(attrgetter(*cls._PARTS, *cls._SETTINGS))  # a loop takes a microsecond
+        cls._arguments = property(attrgetter(*cls.PARTS, *cls.SETTINGS))  # a loop takes a microsecond
         if not hasattr(cls, "_operands"):
             cls._operands = cls._arguments
         super().__init_subclass__()
@@ -42,7 +42,7 @@ class PackedTensor(Format, PackedProduct, NoMemory, RowShards, Tensor):
     def _make(cls, parts: tuple, settings: tuple, shape: torch.Size, dtype: torch.dtype) -> Any:
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=parts[0].device, storage_size=0)
         torch._C._set_throw_on_mutable_data_ptr(self)  # or C++ code that takes its address reads from 0 on
-        for name, value in zip(cls._PARTS + cls._SETTINGS, (*parts, *settings), strict=True):
+        for name, value in zip(cls.PARTS + cls.SETTINGS, (*parts, *settings), strict=True):
             setattr(self, name, value)
         return self
 
@@ -52,35 +52,36 @@ class PackedTensor(Format, PackedProduct, NoMemory, RowShards, Tensor):
     @property
     def nbytes(self) -> int:
         """Bytes of memory that it takes, scales and all."""
-        parts = self._parts().values()
+        parts = self.parts().values()
         return sum(part.numel() * part.element_size() for part in parts)  # (part.nbytes knows no symbolic sizes)
 
     def element_size(self) -> float:
         """Bytes to an element, a fraction of one in general: whoever counts memory takes this ``numel()`` times."""
         return self.nbytes / max(self.numel(), 1)
 
-    def _parts(self) -> dict[str, Tensor]:
-        return {name: part for name in self._PARTS if (part := getattr(self, name)) is not None}
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that it is made of, by their names."""
+        return {name: part for name in self.PARTS if (part := getattr(self, name)) is not None}
 
-    def _like(self, change, dtype: torch.dtype | None = None) -> Any:
+    def like(self, change, dtype: torch.dtype | None = None) -> Any:
         """The same weight with ``change`` applied to each part."""
-        parts = tuple(None if (part := getattr(self, name)) is None else change(part) for name in self._PARTS)
-        settings = tuple(getattr(self, name) for name in self._SETTINGS)
+        parts = tuple(None if (part := getattr(self, name)) is None else change(part) for name in self.PARTS)
+        settings = tuple(getattr(self, name) for name in self.SETTINGS)
         return self._make(parts, settings, self.shape, dtype or self.dtype)
 
     def _expert(self, index: int) -> Any:
         """Weight ``index`` of a stack of them, whose parts are views of the stack's."""
-        return self._with({name: self._piece(name, index) for name in self._BY_ROW}, self.shape[1:])
+        return self.with_parts({name: self._piece(name, index) for name in self.BY_ROW}, self.shape[1:])
 
     def _piece(self, name: str, index: int) -> Tensor:
         """The share of weight ``index`` of a stack in a part."""
         return getattr(self, name)[index]
 
     def _layout(self) -> tuple:
-        return tuple(getattr(self, name) for name in self._LAYOUT)
+        return tuple(getattr(self, name) for name in self.LAYOUT)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
-        layout = "".join(f"{name}={value}, " for name, value in self._options().items())
+        layout = "".join(f"{name}={value}, " for name, value in self.options().items())
         return (
             f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}', "
             f"{layout}nbytes={self.nbytes})"
@@ -88,13 +89,13 @@ class PackedTensor(Format, PackedProduct, NoMemory, RowShards, Tensor):
 
     # How torch.compile takes it apart and puts it together.
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
-        settings = tuple(getattr(self, name) for name in self._SETTINGS)
-        return list(self._parts()), (type(self), settings, self.shape, self.dtype)
+        settings = tuple(getattr(self, name) for name in self.SETTINGS)
+        return list(self.parts()), (type(self), settings, self.shape, self.dtype)
 
     @staticmethod
     def __tensor_unflatten__(parts: dict[str, Tensor], context: tuple, outer_size: Any, outer_stride: Any) -> Any:
         cls, settings, shape, dtype = context
-        return cls._make(tuple(parts.get(name) for name in cls._PARTS), settings, shape, dtype)
+        return cls._make(tuple(parts.get(name) for name in cls.PARTS), settings, shape, dtype)
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -102,20 +103,20 @@ class PackedTensor(Format, PackedProduct, NoMemory, RowShards, Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in (_aten.detach.default, _aten.alias.default):
-            return args[0]._like(lambda part: part)
+            return args[0].like(lambda part: part)
         if func is _aten.clone.default:
-            return args[0]._like(torch.clone)
+            return args[0].like(torch.clone)
         if func is _aten._to_copy.default:
             dtype = cls._checked_dtype(kwargs.pop("dtype", None) or args[0].dtype)
             kwargs.pop("layout", None), kwargs.pop("memory_format", None)
-            return args[0]._like(lambda part: _aten._to_copy.default(part, **kwargs), dtype)
+            return args[0].like(lambda part: _aten._to_copy.default(part, **kwargs), dtype)
         if func is _aten.empty_like.default:
             dtype = cls._checked_dtype(kwargs.get("dtype") or args[0].dtype)
-            return args[0]._like(lambda part: torch.empty_like(part, device=kwargs.get("device")), dtype)
+            return args[0].like(lambda part: torch.empty_like(part, device=kwargs.get("device")), dtype)
         if func is _aten.copy_.default:
             target, source = args[0], args[1]
             cls._check_same_layout(target, source)
-            for name, part in target._parts().items():
+            for name, part in target.parts().items():
                 part.copy_(getattr(source, name))
             return target
         if func is _aten.equal.default:
@@ -123,17 +124,17 @@ class PackedTensor(Format, PackedProduct, NoMemory, RowShards, Tensor):
         if func is _aten.is_pinned.default:
             return args[0]._arguments[0].is_pinned()
         if func is _aten._pin_memory.default:
-            return args[0]._like(Tensor.pin_memory)
+            return args[0].like(Tensor.pin_memory)
         if func is _aten.select.int and args[0].dim() == 3 and args[1] == 0:
             return args[0]._expert(args[2])
         if (done := on_rows(func, args, kwargs)) is not NotImplemented:
             return done
-        raise NotImplementedError(f"{func} does not work on {cls._NAME}. {cls._INSTEAD}")
+        raise NotImplementedError(f"{func} does not work on {cls.NAME}. {cls.INSTEAD}")
 
     @classmethod
     def _checked_dtype(cls, dtype: torch.dtype) -> torch.dtype:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"{cls._NAME} can stand for float32, bfloat16 or float16, not {dtype}")
+            raise TypeError(f"{cls.NAME} can stand for float32, bfloat16 or float16, not {dtype}")
         return dtype
 
     @classmethod
@@ -141,16 +142,16 @@ class PackedTensor(Format, PackedProduct, NoMemory, RowShards, Tensor):
         for t in (target, source):
             if not isinstance(t, cls):
                 raise TypeError(
-                    f"{cls._NAME} can only be copied to {cls._NAME}, not with a {type(t).__name__}"
+                    f"{cls.NAME} can only be copied to {cls.NAME}, not with a {type(t).__name__}"
                 )
         if target._layout() != source._layout():
             raise ValueError(
-                f"cannot copy between {cls.__name__}s of different ({', '.join(cls._LAYOUT)}): "
+                f"cannot copy between {cls.__name__}s of different ({', '.join(cls.LAYOUT)}): "
                 f"{source._layout()} to {target._layout()}"
             )
 
 
 def _equal(a: PackedTensor, b: PackedTensor) -> bool:
     return a._layout() == b._layout() and all(
-        torch.equal(part, getattr(b, name)) for name, part in a._parts().items()
+        torch.equal(part, getattr(b, name)) for name, part in a.parts().items()
     )

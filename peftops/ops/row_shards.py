@@ -18,14 +18,14 @@ class RowShards:
     on every rank. A share alone is for keeping: where it would mean something else, the operators refuse it.
     """
 
-    _BY_ROW: ClassVar[tuple[str, ...]]  # parts that hold equally much of every row
+    BY_ROW: ClassVar[tuple[str, ...]]  # parts that hold equally much of every row
 
     def _place(self, name: str, row: int) -> int:
         """Where a row begins in a part."""
         size, rows = getattr(self, name).shape[0], self.shape[0]
         if rows == 0 or row * size % rows or self._is_ragged:
             raise ValueError(
-                f"{self._NAME} of shape {list(self.shape)} cannot be cut before row {row}: no block begins there"
+                f"{self.NAME} of shape {list(self.shape)} cannot be cut before row {row}: no block begins there"
             )
         return row * size // rows
 
@@ -36,24 +36,24 @@ class RowShards:
 
     def _rows(self, start: int, stop: int) -> Any:
         cut = lambda name: getattr(self, name)[self._place(name, start) : self._place(name, stop)]
-        return self._with({name: cut(name) for name in self._BY_ROW}, (stop - start, *self.shape[1:]))
+        return self.with_parts({name: cut(name) for name in self.BY_ROW}, (stop - start, *self.shape[1:]))
 
     def _zeros(self, rows: int) -> Any:
         zeros = lambda part, size: part.new_zeros((size, *part.shape[1:]))
-        new = {name: zeros(getattr(self, name), self._place(name, rows)) for name in self._BY_ROW}
-        return self._with(new, (rows, *self.shape[1:]))
+        new = {name: zeros(getattr(self, name), self._place(name, rows)) for name in self.BY_ROW}
+        return self.with_parts(new, (rows, *self.shape[1:]))
 
-    def _with(self, parts: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Any:
+    def with_parts(self, parts: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Any:
         """The same settings, with some of the parts in another shape."""
-        every = tuple(parts.get(name, getattr(self, name)) for name in self._PARTS)
-        settings = tuple(getattr(self, name) for name in self._SETTINGS)
+        every = tuple(parts.get(name, getattr(self, name)) for name in self.PARTS)
+        settings = tuple(getattr(self, name) for name in self.SETTINGS)
         return self._make(every, settings, torch.Size(shape), dtype or self.dtype)
 
     def fsdp_pre_all_gather(
         self, mesh: Any, outer_size: torch.Size, outer_stride: tuple, module: Any, mp_policy: Any
     ) -> tuple[tuple[Tensor, ...], torch.Size]:
         """The parts that are gathered from all ranks, and the settings that :meth:`fsdp_post_all_gather` needs."""
-        return tuple(getattr(self, name) for name in self._BY_ROW), outer_size
+        return tuple(getattr(self, name) for name in self.BY_ROW), outer_size
 
     def fsdp_post_all_gather(
         self, gathered: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype, *, out: Any = None
@@ -61,7 +61,7 @@ class RowShards:
         """The whole weight; or nothing to do, for ``out`` has what is gathered into the same memory."""
         if out is not None:
             return None
-        return self._with(dict(zip(self._BY_ROW, gathered, strict=True)), shape, dtype), ()
+        return self.with_parts(dict(zip(self.BY_ROW, gathered, strict=True)), shape, dtype), ()
 
 
 def on_rows(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -72,7 +72,7 @@ def on_rows(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if func is _aten.split.Tensor and rest[1:] in ([], [0]):
         rows, each = weight.shape[0], rest[0]
         if each < 1 or rows % each:
-            raise ValueError(f"{weight._NAME} of {rows} rows cannot be sharded evenly, {each} rows each")
+            raise ValueError(f"{weight.NAME} of {rows} rows cannot be sharded evenly, {each} rows each")
         return [weight._rows(start, start + each) for start in range(0, rows, each)]
     if func is _aten.slice.Tensor and (not rest or rest[0] == 0) and rest[3:] in ([], [1]):
         start, stop, _ = slice(*rest[1:3] if rest[2:] else (*rest[1:2], None)).indices(weight.shape[0])
@@ -80,7 +80,7 @@ def on_rows(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if func is _aten.new_zeros.default and tuple(rest[0][1:]) == weight.shape[1:]:
         return weight._zeros(rest[0][0])
     if func is _aten.view.default and list(rest[0]) in ([-1], [weight.numel()], list(weight.shape)):
-        return weight._with({}, weight.shape if list(rest[0]) == list(weight.shape) else (weight.numel(),))
+        return weight.with_parts({}, weight.shape if list(rest[0]) == list(weight.shape) else (weight.numel(),))
     if func is _aten.as_strided.default and (tuple(rest[0]), tuple(rest[1])) == (weight.shape, weight.stride()):
-        return NotImplemented if any(rest[2:]) else weight._with({}, weight.shape)  # (the last is an offset)
+        return NotImplemented if any(rest[2:]) else weight.with_parts({}, weight.shape)  # (the last is an offset)
     return NotImplemented

@@ -23,7 +23,7 @@ ATTENTION = "peftops_plan"  # in transformers' registry
 
 def parts_of(tensor: Tensor) -> Iterable[Tensor]:
     """The tensors that hold a tensor's bytes."""
-    return tensor._parts().values() if isinstance(tensor, PackedTensor) else (tensor,)
+    return tensor.parts().values() if isinstance(tensor, PackedTensor) else (tensor,)
 
 
 class Ledger(TorchDispatchMode):

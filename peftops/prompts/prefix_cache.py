@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attaching import state_of
 from ..nn.prompt import cache_name
 
 
@@ -51,7 +52,7 @@ def keeping_the_cache(body: nn.Module, keep: bool) -> None:
 
 def prefilled(model: nn.Module, ids: Tensor) -> list[Tensor]:
     """The keys and values, ``[heads, P, width]`` each, that the base model has for ``ids`` of shape [1, P]."""
-    state = getattr(model, "_peftops", None)
+    state = state_of(model)
     active = None if state is None else state.switch.active
     training = model.training
     model.eval()

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..attaching import state_of
 from ..attaching.config import check_range
 from ..nn import AdapterPool, PoolFull
 from ..nn.prompt import cache_name
@@ -103,7 +104,7 @@ class Server:
         limits = {"max_batch": (max_batch, 1), "max_tokens": (max_tokens, 2), "prefetch": (prefetch, 0)}
         for name, (value, least) in limits.items():
             check_range(f"Server: {name}", value, least, whole=True)
-        if hasattr(model, "_peftops"):
+        if state_of(model) is not None:
             raise ValueError("Server: the model has an adapter attached; detach it, or merge and detach it")
         if any(isinstance(module, PooledLinear) for module in model.modules()):
             raise ValueError("Server: another server runs on this model; close that one first")

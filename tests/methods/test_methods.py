@@ -41,7 +41,7 @@ def shake(model, std=0.2):
 
 def saved_bytes(model, x):
     """Of the tensors that autograd keeps for backward, parameters left out, each storage once."""
-    parts = [t for p in model.parameters() for t in (p._parts().values() if isinstance(p, NF4Tensor) else [p])]
+    parts = [t for p in model.parameters() for t in (p.parts().values() if isinstance(p, NF4Tensor) else [p])]
     own, kept = {t.untyped_storage().data_ptr() for t in parts}, {}
 
     def pack(t):

@@ -211,7 +211,7 @@ def test_what_backward_keeps(device):
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, to=saved: to.append(t) or t, lambda t: t):
             layers()
-        own = {t.data_ptr() for t in (*layers.weight._parts().values(), layers.offsets, *layers.leaves().values())}
+        own = {t.data_ptr() for t in (*layers.weight.parts().values(), layers.offsets, *layers.leaves().values())}
         extra = [t for t in saved if t.data_ptr() not in own]
         assert [(t.dtype, t.shape) for t in extra] == ([(torch.float32, (10, r))] if r else [])
         assert (layers.x.data_ptr() in {t.data_ptr() for t in saved}) == bool(r)
@@ -294,7 +294,7 @@ def test_bad_input(device):
 def test_a_packed_weight_without_a_product_is_refused():
 
     class Unknown(peftops.ops.packed_tensor.PackedTensor):
-        _PARTS, _SETTINGS, _BY_ROW, _LAYOUT, _NAME, _INSTEAD = ("p",), (), ("p",), ("shape",), "an Unknown", ""
+        PARTS, SETTINGS, BY_ROW, LAYOUT, NAME, INSTEAD = ("p",), (), ("p",), ("shape",), "an Unknown", ""
 
     stack = Unknown._make((torch.zeros(2, 4, 8),), (), torch.Size((2, 4, 8)), torch.float32)
     sentence = "weight must be dense or one of NF4Tensor, GroupQuantTensor, MXFP4Tensor.*, not a Unknown"

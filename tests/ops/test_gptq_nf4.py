@@ -42,8 +42,8 @@ def test_never_worse_than_plain_nf4_and_in_its_layout(n, k, seed, double, block_
             weight, x, format="nf4", block_size=block_size, double_quant=double, damping=damping
         )
     assert got._layout() == plain._layout() and got.dtype == dtype
-    assert {name: (t.shape, t.dtype) for name, t in got._parts().items()} == {
-        name: (t.shape, t.dtype) for name, t in plain._parts().items()
+    assert {name: (t.shape, t.dtype) for name, t in got.parts().items()} == {
+        name: (t.shape, t.dtype) for name, t in plain.parts().items()
     }
     if rows:
         assert output_error(weight, got, x) <= output_error(weight, plain, x)

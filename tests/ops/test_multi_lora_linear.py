@@ -153,7 +153,7 @@ def test_subclasses_of_a_base_are_that_base(quantise, base):
 
 def test_a_packed_weight_without_a_product_is_an_error():
     class Other(PackedTensor):
-        _PARTS, _SETTINGS = ("codes",), ()
+        PARTS, SETTINGS = ("codes",), ()
 
     pool, _ = pool_of(64, 64, (1,), 1)
     W = Other._make((torch.zeros(64),), (), torch.Size((64, 64)), torch.float32)

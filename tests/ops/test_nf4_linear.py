@@ -194,7 +194,7 @@ def test_backward_keeps_x_itself_and_a_thin_product(device, dtype):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(dropout_p=0.5, training=True)
-    inputs = [layer.x, layer.lora_A, layer.lora_B, *layer.weight._parts().values()]
+    inputs = [layer.x, layer.lora_A, layer.lora_B, *layer.weight.parts().values()]
     extra = [t for t in saved if not any(t.data_ptr() == i.data_ptr() for i in inputs)]
     assert any(t.data_ptr() == layer.x.data_ptr() for t in saved)
     assert sorted(tuple(t.shape) for t in extra) == [(), (100, 8)]

@@ -34,7 +34,7 @@ def test_it_stands_for_a_dense_weight(kw):
         assert weight.packed.dtype == torch.uint8 and weight.packed.shape == (48 * 32,)
         assert weight.absmax.dtype == torch.float32 and weight.absmax.shape == (48 * 64 // weight.block_size,)
         assert weight.double_quant == kw.get("double_quant", True)
-        assert weight.nbytes == sum(t.nbytes for t in weight._parts().values()) < 48 * 64
+        assert weight.nbytes == sum(t.nbytes for t in weight.parts().values()) < 48 * 64
         assert not weight.requires_grad
         assert "NF4Tensor(shape=(48, 64)" in repr(weight) and "NF4Tensor" in repr(nn.Parameter(weight, False))
 

@@ -34,7 +34,7 @@ def test_a_stack_is_what_its_rows_are(make, dtype):
     stack, flat = make(w), make(w.flatten(0, 1))
     assert (stack.shape, stack.dtype, stack.nbytes) == (w.shape, dtype, flat.nbytes)
     assert dense(stack).shape == w.shape and torch.equal(dense(stack), dense(flat).view(E, N, K))
-    for name, part in stack._parts().items():
+    for name, part in stack.parts().items():
         assert torch.equal(part.flatten(), getattr(flat, name).flatten())
 
 
@@ -45,7 +45,7 @@ def test_an_expert_is_a_view(make):
         expert = stack[e]
         assert type(expert) is type(stack) and expert.shape == (N, K)
         assert torch.equal(dense(expert), dense(stack)[e])
-        for name in stack._BY_ROW:
+        for name in stack.BY_ROW:
             begin, size = getattr(stack, name).data_ptr(), getattr(expert, name).nbytes
             assert getattr(expert, name).data_ptr() == begin + e % E * size
         assert torch.equal(peftops.nf4_linear(torch.eye(K), expert) if isinstance(stack, NF4Tensor) else
@@ -89,7 +89,7 @@ def test_it_survives_copying_pickling_saving_and_loading(make):
 def test_other_operations_raise_a_sentence(make):
     stack = make(torch.randn(E, N, K))
     for operation in (lambda w: w * 2, lambda w: w.sum(), lambda w: w.transpose(1, 2), lambda w: w[0, 1]):
-        with pytest.raises(NotImplementedError, match=f"does not work on {stack._NAME}"):
+        with pytest.raises(NotImplementedError, match=f"does not work on {stack.NAME}"):
             operation(stack)
 
 
@@ -112,5 +112,5 @@ def test_a_stack_is_sharded_by_expert(make):
     stack = make(torch.randn(4, N, K))
     shards = torch.split(stack, 2)
     assert [s.shape for s in shards] == [(2, N, K)] * 2
-    parts = [torch.cat([getattr(s, name) for s in shards]) for name in stack._BY_ROW]
-    assert torch.equal(stack._with(dict(zip(stack._BY_ROW, parts, strict=True)), stack.shape), stack)
+    parts = [torch.cat([getattr(s, name) for s in shards]) for name in stack.BY_ROW]
+    assert torch.equal(stack.with_parts(dict(zip(stack.BY_ROW, parts, strict=True)), stack.shape), stack)

@@ -60,7 +60,7 @@ def test_processes_share_the_parts(make):
     weight = make()
     before = dense(weight)
     assert not weight.is_shared() and weight.share_memory_() is weight and weight.is_shared()
-    assert all(part.is_shared() for part in weight._parts().values()) and torch.equal(dense(weight), before)
+    assert all(part.is_shared() for part in weight.parts().values()) and torch.equal(dense(weight), before)
     layer = PackedLinear.over(make(), None).share_memory()
     assert layer.weight.is_shared()
 
@@ -111,7 +111,7 @@ def test_an_empty_one_stands_for_a_float(make):
 @every_format
 def test_a_layers_state_dict_is_plain_tensors(make):
     layer, other = (PackedLinear.over(make(), torch.randn(ROWS)) for _ in range(2))
-    codes = f"weight.{layer.weight._PARTS[0]}"
+    codes = f"weight.{layer.weight.PARTS[0]}"
     state = layer.state_dict()
     assert {type(tensor) for tensor in state.values()} == {torch.Tensor} and codes in state
     buffer = io.BytesIO()
@@ -129,7 +129,7 @@ def test_a_layers_state_dict_is_plain_tensors(make):
 def test_a_state_dict_that_does_not_fit_changes_nothing(make):
     layer = PackedLinear.over(make(), None)
     before, state = dense(layer.weight), PackedLinear.over(make(), None).state_dict()
-    codes = f"weight.{layer.weight._PARTS[0]}"
+    codes = f"weight.{layer.weight.PARTS[0]}"
     for change, sentence in (
         (lambda s: s.pop(codes), 'Missing key.*"weight"'),
         (lambda s: s.update({codes: s[codes][:1]}), f"{codes} is torch.uint8 .*, not torch"),
@@ -145,7 +145,7 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(make):
 @every_format
 def test_a_format_has_one_home(make):
     """Everything that can be done with a weight is the tensor's own, and agrees with the functions of its name."""
-    weight, name = make(), make()._FORMAT
+    weight, name = make(), make().FORMAT
     assert PackedTensor.FORMATS[name] is type(weight)
     own = lambda verb: getattr(peftops, f"{name}_{verb}")
     assert torch.equal(weight.dequantize(dtype=torch.bfloat16), own("dequantize")(weight, dtype=torch.bfloat16))
@@ -153,15 +153,15 @@ def test_a_format_has_one_home(make):
     assert type(again) is type(weight) and again._layout() == weight._layout()
     x = torch.randn(3, COLUMNS)
     assert torch.equal(weight.product(x), own("linear")(x, weight))
-    layer = PackedLinear.of_format(name).from_dense(torch.nn.Linear(COLUMNS, ROWS), **weight._options())
+    layer = PackedLinear.of_format(name).from_dense(torch.nn.Linear(COLUMNS, ROWS), **weight.options())
     assert layer.weight._layout() == weight._layout() and type(layer.with_codes(weight, None)) is type(layer)
-    assert all(f"{option}={value}" in repr(layer) for option, value in weight._options().items())
+    assert all(f"{option}={value}" in repr(layer) for option, value in weight.options().items())
 
 
 @every_format
 def test_parts_of_a_file_tell_their_format(make):
     weight = make()
-    parts, shape = weight._parts(), weight.shape
+    parts, shape = weight.parts(), weight.shape
     assert torch.equal(PackedTensor.from_parts(parts, shape, torch.float32), weight)
     for name, part in parts.items():
         rest = {other: p for other, p in parts.items() if other != name}

@@ -78,7 +78,7 @@ def test_backward_keeps_what_is_pooled_and_a_thin_product(device, dtype):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer()
-    inputs = [layer.lora_A, layer.lora_B, *layer.weight._parts().values()]
+    inputs = [layer.lora_A, layer.lora_B, *layer.weight.parts().values()]
     extra = [t for t in saved if not any(t.data_ptr() == i.data_ptr() for i in inputs)]
     assert sorted((tuple(t.shape), t.dtype) for t in extra) == [((100, 4), torch.float32), ((100, 8), torch.float32)]
 
