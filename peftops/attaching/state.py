@@ -23,12 +23,12 @@ class Attachment:
 
 
 def state_of(model: nn.Module) -> Attachment | None:
-    """What is attached to a model; None if nothing is."""
+    """The adapters of a model; None if it has none."""
     return getattr(unwrapped(model), "_peftops", None)
 
 
 def attachment(model: nn.Module) -> Attachment:
-    """What is attached to a model, which must have an adapter."""
+    """The adapters of a model, which must have one."""
     found = state_of(model)
     if found is None:
         model = unwrapped(model)
