@@ -162,14 +162,13 @@ def private_names_used(text):
 PACKAGE = [(p.values[0].relative_to(ROOT).parts[1], p.values[1]) for p in read("peftops/*/**/*.py")]
 PRIVATE = {layer: {n for of, text in PACKAGE if of == layer for n in private_names_defined(text)} for layer in ORDER}
 PRIVATE["attaching"].add("_peftops")  # the attribute of an adapted model
-STILL = {"peftops/serving/server.py": {"_find", "_layers"}}  # these may only shrink
 
 
 @pytest.mark.parametrize("path, text", read("peftops/*/**/*.py"))
 def test_private_names_stay_in_their_layer(path, text):
     layer = path.relative_to(ROOT).parts[1]
     others = set().union(*(names for of, names in PRIVATE.items() if of != layer)) - PRIVATE[layer]
-    assert set(private_names_used(text)) & others <= STILL.get(str(path.relative_to(ROOT)), set())
+    assert set(private_names_used(text)) & others == set()
 
 
 def test_private_names_are_found():

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..attaching import attachment, hosts
+from ..attaching import attachment, hosts, state_of
 from ..nn import unwrapped
 from .files import write_atomically
 from .peft_files import CONFIG, adapters_of, check_same, read_tensors, refill, write_adapter
@@ -27,7 +27,7 @@ _ELSEWHERE = {"variant": None, "save_peft_format": True, "distributed_checkpoint
 
 
 def is_attached(model: Any) -> bool:
-    return isinstance(model, nn.Module) and hasattr(unwrapped(model), "_peftops")
+    return isinstance(model, nn.Module) and state_of(model) is not None
 
 
 def saving_adapters(save_pretrained: Callable[..., None]) -> Callable[..., None]:

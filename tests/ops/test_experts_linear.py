@@ -164,7 +164,7 @@ def test_the_bits_of_each_layer_alone(device, form, n, k, dtype):
         pytest.skip("on CUDA, tiles differ; or the format does not have such columns, or experts share a block")
     layers = Experts(device, form, [5, 0, 1, 4, 33], n, k, dtype, 7, r=5, bias=True)
     grads = layers.gradients(layers())
-    op = getattr(peftops, layers.weight._OP)
+    op = getattr(peftops, f"{layers.weight.FORMAT}_linear")
     for (e, rows, layer), weight in zip(layers.each(), views(layers.weight), strict=True):
         for compute in ("int8", "float"):
             own = op(layer.x, weight, layer.bias, lora_A=layer.lora_A, lora_B=layer.lora_B, scaling=layer.scaling,
