@@ -49,9 +49,11 @@ template <class T> __global__ void __launch_bounds__(kBackThreads) stack_many_ba
 }
 
 constexpr int kGroupWarps = 8;
+// Codes of three bits take three pieces a row: of 32 rows at a time, registers would spill.
+template <class T, int B> using GroupFew = GroupStream<T, B, B == 3 ? 16 : 32>;
 template <class T, int B, int Tiles>
 __global__ void __launch_bounds__(kGroupWarps * kWarp, 1) stack_group_rows(ExpertsGroup a, int log_group) {
-  using Stream = GroupStream<T, B, 32>;
+  using Stream = GroupFew<T, B>;
   __shared__ typename Stream::Memory memory;
   extern __shared__ uint4 dynamic[];
   ExpertTile tile;
@@ -194,8 +196,8 @@ template <class T, int B> cudaError_t launch_rows(const ExpertsGroup& a, cudaStr
   const int log = log_of(a.all.weight);
   if constexpr (B > 3)
     if (a.all.m > 8 * a.experts)
-      return launch_few<stack_group_rows<T, B, 2>, GroupStream<T, B, 32>, 2, kGroupWarps>(a, log, stream);
-  return launch_few<stack_group_rows<T, B, 1>, GroupStream<T, B, 32>, 1, kGroupWarps>(a, log, stream);
+      return launch_few<stack_group_rows<T, B, 2>, GroupFew<T, B>, 2, kGroupWarps>(a, log, stream);
+  return launch_few<stack_group_rows<T, B, 1>, GroupFew<T, B>, 1, kGroupWarps>(a, log, stream);
 }
 
 template <class T> cudaError_t launch_rows(const ExpertsMxfp4& a, cudaStream_t stream) {
