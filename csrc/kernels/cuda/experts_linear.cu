@@ -34,7 +34,9 @@ template <class T> __global__ void __launch_bounds__(kManyThreads) stack_many_ro
   extern __shared__ uint4 dynamic[];
   ExpertTile tile;
   if (!find_tile(a.offsets, a.experts, a.all.m, kManyRows, &tile)) return;
-  const Nf4Linear part = part_of(a.all, tile, kManyRows);
+  __shared__ Nf4Linear part;   // no register is left for it
+  if (threadIdx.x == 0) part = part_of(a.all, tile, kManyRows);
+  __syncthreads();
   multiply_many<T, 1>(part, log_block, *reinterpret_cast<ManyMemory<T>*>(dynamic), Finish<T, Nf4Linear>{part, 0});
 }
 
@@ -49,8 +51,8 @@ template <class T> __global__ void __launch_bounds__(kBackThreads) stack_many_ba
 }
 
 constexpr int kGroupWarps = 8;
-// Codes of three bits take three pieces a row: of 32 rows at a time, registers would spill.
-template <class T, int B> using GroupFew = GroupStream<T, B, B == 3 ? 16 : 32>;
+// Of 32 rows at a time, registers would spill.
+template <class T, int B> using GroupFew = GroupStream<T, B, 16>;
 template <class T, int B, int Tiles>
 __global__ void __launch_bounds__(kGroupWarps * kWarp, 1) stack_group_rows(ExpertsGroup a, int log_group) {
   using Stream = GroupFew<T, B>;
