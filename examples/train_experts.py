@@ -1,7 +1,7 @@
 """QLoRA on a mixture of experts larger than memory: written with random weights, read into NF4, trained, saved, read.
 
-    python examples/train_experts.py --folder /tmp/moe   # 15 billion parameters: 30 GB of disk, 12 of memory
-    python examples/train_experts.py --folder /tmp/moe --layers 2 --experts 8 --hidden 256 --intermediate 128 \\
+    python examples/train_experts.py --folder moe   # 15 billion parameters: 30 GB of disk
+    python examples/train_experts.py --folder moe --layers 2 --experts 8 --hidden 256 --intermediate 128 \\
         --vocabulary 1000                                                 # seconds
 
 The layout is Qwen3-30B-A3B's on the Hub: bfloat16, a tensor for each matrix of each expert, a file for each layer. A

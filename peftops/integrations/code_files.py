@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops import MXFP4Tensor
 from ..ops.packed_tensor import PackedTensor
 from .bitsandbytes_files import PARTS as BITSANDBYTES
 from .bitsandbytes_files import from_bitsandbytes
 from .gptq_files import GPTQ_PARTS, from_gptq
-from .mxfp4_files import MXFP4_PARTS
+from .mxfp4_files import from_mxfp4
 
 # By what follows the layer's name. (A state dict of ours has the attributes of a packed tensor.)
 OWN_PARTS = tuple(dict.fromkeys(f"weight.{part}" for kind in PackedTensor.FORMATS.values() for part in kind.PARTS))
@@ -47,9 +46,7 @@ class Layout:
             except (KeyError, TypeError) as error:
                 raise ValueError(str(error.args[0])) from None
         elif self.name == "mxfp4":
-            if missing := [part for part in MXFP4_PARTS if part not in parts]:
-                raise ValueError(f"the tensor of the same name with {missing[0]} is missing")
-            weight = MXFP4Tensor.from_blocks(*(parts[part] for part in MXFP4_PARTS), dtype=dtype)
+            weight = from_mxfp4(parts, dtype)
         elif self.name == "bitsandbytes":
             weight = from_bitsandbytes(parts)
         else:

@@ -1,4 +1,4 @@
-"""Every PEFT method: one file here is one method, and nothing else needs to know its name.
+"""Every PEFT method: one file here is one method, and no other part of attaching it knows its name.
 
 A file holds the paper, the equation, a frozen dataclass with the method's options, and a class of one of three
 bases: an :class:`~peftops.nn.Adapter` changes what a layer computes, a :class:`~peftops.nn.Select` trains

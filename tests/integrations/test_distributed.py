@@ -1,14 +1,12 @@
 """Training on several devices: two gloo processes, each with half of the rows, are one with all of them."""
 
-import faulthandler
-import os
-
 import pytest
 import torch
 from torch import multiprocessing
 
 import models
 import peftops
+from gloo import met
 from moe_models import moe
 from peftops import LoRAConfig, PromptTuningConfig, QALoRAConfig, QLoRAConfig
 from peftops.integrations.peft_files import WEIGHTS
@@ -23,7 +21,6 @@ METHODS = {
     "experts": QLoRAConfig(r=2),
 }
 STEPS = 3
-PATIENCE = 180  # seconds; all of it takes ten
 
 
 def start(method):
@@ -51,26 +48,21 @@ def train(model, run, ids):
 def in_a_process(rank, world, how, method, folder):
     from torch.distributed.fsdp import fully_shard
 
-    faulthandler.dump_traceback_later(PATIENCE, exit=True)  # a process that waits for ever says where, and ends
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever name and network the machine has
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=world)
-    model, ids = start(method)
-    if how == "ddp":
-        run = torch.nn.parallel.DistributedDataParallel(model)
-    else:
-        mesh = torch.distributed.init_device_mesh("cpu", (world,))
-        kept = sum(p.nbytes for p in model.model.layers.parameters())
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        run = fully_shard(model, mesh=mesh)
-        held = sum(p.to_local().nbytes for p in model.model.layers.parameters())
-        assert held < (0.5 + 0.02) * kept, f"a rank holds {held} of {kept} bytes"
-    train(model, run, ids[rank::world])
-    if how == "fsdp" or rank == 0:
-        peftops.save(model, f"{folder}/trained")
-    torch.distributed.destroy_process_group()
-    faulthandler.cancel_dump_traceback_later()
+    with met(rank, world, f"{folder}/met"):
+        model, ids = start(method)
+        if how == "ddp":
+            run = torch.nn.parallel.DistributedDataParallel(model)
+        else:
+            mesh = torch.distributed.init_device_mesh("cpu", (world,))
+            kept = sum(p.nbytes for p in model.model.layers.parameters())
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            run = fully_shard(model, mesh=mesh)
+            held = sum(p.to_local().nbytes for p in model.model.layers.parameters())
+            assert held < (0.5 + 0.02) * kept, f"a rank holds {held} of {kept} bytes"
+        train(model, run, ids[rank::world])
+        if how == "fsdp" or rank == 0:
+            peftops.save(model, f"{folder}/trained")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peftops
-from peftops.integrations.mxfp4_files import mxfp4_weights
 
 GptOss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
 
@@ -36,30 +35,6 @@ def checkpoint(tmp_path_factory):
     description["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
     (folder / "config.json").write_text(json.dumps(description))
     return folder, state
-
-
-def test_bits_are_those_of_the_file(checkpoint):
-    folder, state = checkpoint
-    weights = dict(mxfp4_weights(folder))
-    assert len(weights) == 4 and all(name.endswith("_proj") for name in weights)
-    for name, weight in weights.items():
-        assert torch.equal(weight.blocks, state[f"{name}_blocks"].flatten(-2))
-        assert torch.equal(weight.scales, state[f"{name}_scales"])
-    one = dict(mxfp4_weights(folder, lambda name: name.endswith("layers.1.mlp.experts.down_proj"), dtype=torch.float32))
-    (weight,) = one.values()
-    assert weight.shape == (4, 64, 96) and weight.dtype == torch.float32
-
-
-def test_numbers_are_those_of_transformers(checkpoint):
-    folder, _ = checkpoint
-    model = GptOss.GptOssForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    dense, rows = dict(model.named_parameters()), torch.randn(3, 64).bfloat16()
-    for name, weight in mxfp4_weights(folder):
-        assert torch.equal(dense[name].transpose(1, 2), peftops.mxfp4_dequantize(weight))
-        for e, expert in enumerate(dense[name].detach()):
-            x = rows if expert.shape[0] == 64 else rows.repeat(1, 2)[:, :96]
-            torch.testing.assert_close(peftops.mxfp4_linear(x, weight[e]), x @ expert)
-            assert weight[e].blocks.data_ptr() == weight.blocks.data_ptr() + e * weight.blocks[0].numel()
 
 
 def codes_of(model):
@@ -113,27 +88,31 @@ def test_dense_files_become_codes_as_they_are_read(tmp_path, layout):
     assert torch.equal(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
-def test_a_checkpoint_that_lacks_scales_is_refused(checkpoint, tmp_path):
-    folder, state = checkpoint
-    name = "model.layers.1.mlp.experts.down_proj"
-    changed = {key: value for key, value in state.items() if key != f"{name}_scales"}
-    save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(ValueError, match=f"tensor {name}: the tensor of the same name with _scales is missing"):
-        peftops.load_model(tmp_path)
+def test_numbers_are_those_of_transformers(checkpoint):
+    folder, _ = checkpoint
+    dense = dict(GptOss.GptOssForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).named_parameters())
+    rows = torch.randn(3, 64).bfloat16()
+    for name, weight in codes_of(peftops.load_model(folder)).items():
+        stack = dense[name.removesuffix(".weight")]
+        assert torch.equal(stack.transpose(1, 2), peftops.mxfp4_dequantize(weight))
+        for e, expert in enumerate(stack.detach()):
+            x = rows if expert.shape[0] == 64 else rows.repeat(1, 2)[:, :96]
+            torch.testing.assert_close(peftops.mxfp4_linear(x, weight[e]), x @ expert)
+            assert weight[e].blocks.data_ptr() == weight.blocks.data_ptr() + e * weight.blocks[0].numel()
 
 
 def test_what_is_missing_or_does_not_fit_is_named(checkpoint, tmp_path):
-    _, state = checkpoint
+    folder, state = checkpoint
     name = "model.layers.0.mlp.experts.down_proj"
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     for change, sentence in (
-        (lambda s: s.pop(f"{name}_scales"), f"{name}_scales is missing"),
-        (lambda s: s.pop(f"{name}_blocks"), f"{name}_blocks is missing"),
-        (lambda s: s.update({f"{name}_blocks": s[f"{name}_blocks"][:3].contiguous()}), f"{name}: .*blocks must have"),
-        (lambda s: s.update({f"{name}_scales": s[f"{name}_scales"].float()}), f"{name}: .*scales must be uint8"),
+        (lambda s: s.pop(f"{name}_scales"), "the tensor of the same name with _scales is missing"),
+        (lambda s: s.pop(f"{name}_blocks"), "the tensor of the same name with _blocks is missing"),
+        (lambda s: s.update({f"{name}_blocks": s[f"{name}_blocks"][:3].contiguous()}), "blocks must have"),
+        (lambda s: s.update({f"{name}_scales": s[f"{name}_scales"].float()}), "scales must be uint8"),
     ):
         changed = dict(state)
         change(changed)
-        save_file(changed, tmp_path / "model.safetensors")
-        with pytest.raises(ValueError, match=sentence):
-            dict(mxfp4_weights(tmp_path))
+        save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"tensor {name}: .*{sentence}"):
+            peftops.load_model(tmp_path)

@@ -8,6 +8,7 @@ from torch import multiprocessing
 from torch.nn import functional as F
 
 import peftops
+from gloo import met
 from numerics import assert_sums
 from peftops.nn import column_parallel_lora, row_parallel_lora, shard_lora, unshard_lora
 from strategies import normal, seeds
@@ -100,23 +101,21 @@ def test_local_shards_of_many_adapters_are_served_from_pools(parallel):
 
 def in_a_process(rank, world, file, results):
     """A column-parallel layer, an activation and a row-parallel layer, as in an MLP; both schemes."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-    x, W1, A1, B1, *_ = layer(12, 8, 5, 1)
-    _, W2, A2, B2, *_ = layer(8, 12, 3, 9)
-    first, second = W1.chunk(world)[rank], W2.chunk(world, -1)[rank]
-    for scheme in ("slora", "local"):
-        a1, b1 = shard_lora(A1, B1, world, parallel="column", scheme=scheme)[rank]
-        a2, b2 = shard_lora(A2, B2, world, parallel="row", scheme=scheme)[rank]
-        if scheme == "slora":
-            h = F.relu(column_parallel_lora(F.linear(x, first), x, a1, b1, SCALE))
-            y = row_parallel_lora(F.linear(h, second), h, a2, b2, SCALE, rank=rank)
-        else:
-            h = F.relu(F.linear(x, first) + SCALE * F.linear(F.linear(x, a1), b1))
-            y = F.linear(h, second) + SCALE * F.linear(F.linear(h, a2), b2)
-        torch.distributed.all_reduce(y)  # the layer's own
-        torch.save(y, f"{results}-{scheme}-{rank}")
-    torch.distributed.destroy_process_group()
+    with met(rank, world, file):
+        x, W1, A1, B1, *_ = layer(12, 8, 5, 1)
+        _, W2, A2, B2, *_ = layer(8, 12, 3, 9)
+        first, second = W1.chunk(world)[rank], W2.chunk(world, -1)[rank]
+        for scheme in ("slora", "local"):
+            a1, b1 = shard_lora(A1, B1, world, parallel="column", scheme=scheme)[rank]
+            a2, b2 = shard_lora(A2, B2, world, parallel="row", scheme=scheme)[rank]
+            if scheme == "slora":
+                h = F.relu(column_parallel_lora(F.linear(x, first), x, a1, b1, SCALE))
+                y = row_parallel_lora(F.linear(h, second), h, a2, b2, SCALE, rank=rank)
+            else:
+                h = F.relu(F.linear(x, first) + SCALE * F.linear(F.linear(x, a1), b1))
+                y = F.linear(h, second) + SCALE * F.linear(F.linear(h, a2), b2)
+            torch.distributed.all_reduce(y)  # the layer's own
+            torch.save(y, f"{results}-{scheme}-{rank}")
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")

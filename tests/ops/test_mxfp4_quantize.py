@@ -51,6 +51,13 @@ def test_the_error_is_half_a_step_or_what_is_beyond_six(device, seed, dtype):
     assert (error / scale.repeat_interleave(32, 1) <= most).all() and (v.abs() < 8).all()
 
 
+def test_the_error_on_normal_weights_is_the_one_that_is_stated():
+    weight = torch.randn(512, 4096, generator=torch.Generator().manual_seed(0))
+    for quantize, share in ((peftops.mxfp4_quantize, "11.5"), (peftops.nf4_quantize, "9.2")):
+        error = (quantize(weight).dequantize() - weight).norm() / weight.norm()
+        assert f"{100 * error:.{len(share.split('.')[1])}f}" == share and f"{share} %" in peftops.mxfp4_quantize.__doc__
+
+
 def test_registration(device):
     torch.library.opcheck(torch.ops.peftops.mxfp4_quantize.default, (torch.randn(8, 96, device=device),))
 

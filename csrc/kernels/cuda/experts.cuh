@@ -84,7 +84,8 @@ template <class Weight> __device__ Linear<Weight> part_of(Linear<Weight> a, cons
   a.u += by * a.r, a.m = place + tile.rows;
   return a;
 }
-template <class Backward> __device__ Backward backward_part_of(Backward a, const ExpertTile& tile, int size) {
+template <class Backward, class = decltype(Backward::dx)>
+__device__ Backward part_of(Backward a, const ExpertTile& tile, int size) {
   const int64_t n = a.weight.rows, k = a.weight.cols, place = int64_t(blockIdx.x) * size, by = tile.row - place;
   a.weight = weight_of(a.weight, tile.expert, a.dtype);
   a.g = moved(a.g, a.dtype, by * n), a.dx = moved(a.dx, a.dtype, by * k);

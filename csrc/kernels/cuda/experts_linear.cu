@@ -1,7 +1,8 @@
 // The kernels of nf4_linear.cu, group_linear.cu, mxfp4_linear.cu and lora_linear.cu for a stack of weights: their tiles,
-// each of an expert's rows (experts.cuh). With 16-bit x, packed rows of whole chunks go through tensor cores: where experts have up to 16 rows
-// on the average they stream their weight (rows.cuh), where they have more it is shared by 64 (nf4_many.cuh). Everything
-// else is multiplied in fp32, tile by tile. Offsets are read on the device, so a graph of it serves any loads.
+// each of an expert's rows (experts.cuh). With 16-bit x, packed rows of whole chunks go through tensor cores: where experts
+// have up to 16 rows on the average they stream their weight (rows.cuh), where they have more it is shared by 64
+// (nf4_many.cuh). Everything else is multiplied in fp32, tile by tile. Offsets are read on the device, so a graph of it
+// serves any loads.
 #include "kernels/cuda/experts.cuh"
 #include "kernels/cuda/group_rows.cuh"
 #include "kernels/cuda/linear.cuh"
@@ -34,29 +35,34 @@ template <class T> __global__ void __launch_bounds__(kManyThreads) stack_many_ro
   extern __shared__ uint4 dynamic[];
   ExpertTile tile;
   if (!find_tile(a.offsets, a.experts, a.all.m, kManyRows, &tile)) return;
-  const Nf4Linear part = part_of(a.all, tile, kManyRows);
+  __shared__ Nf4Linear part;   // registers are scarce
+  if (threadIdx.x == 0) part = part_of(a.all, tile, kManyRows);
+  __syncthreads();
   multiply_many<T, 1>(part, log_block, *reinterpret_cast<ManyMemory<T>*>(dynamic), Finish<T, Nf4Linear>{part, 0});
 }
 
 constexpr int kBackRows = 64;
-template <class T> __global__ void __launch_bounds__(kBackThreads) stack_many_back(ExpertsNf4Backward a, DropoutMask none, int log_block) {
+template <class T>
+__global__ void __launch_bounds__(kBackThreads) stack_many_back(ExpertsNf4Backward a, DropoutMask none, int log_block) {
   extern __shared__ uint4 dynamic[];
   ExpertTile tile;
   if (!find_tile(a.offsets, a.experts, a.all.m, kBackRows, &tile)) return;
-  const Nf4LinearBackward part = backward_part_of(a.all, tile, kBackRows);
+  const Nf4LinearBackward part = part_of(a.all, tile, kBackRows);
   multiply_backward<T, kBackRows>(part, none, log_block,
                                   *reinterpret_cast<BackwardMemory<kBackRows>*>(dynamic));
 }
 
 constexpr int kGroupWarps = 8;
+// Of 32 rows at a time, registers would spill.
+template <class T, int B> using GroupFew = GroupStream<T, B, 16>;
 template <class T, int B, int Tiles>
 __global__ void __launch_bounds__(kGroupWarps * kWarp, 1) stack_group_rows(ExpertsGroup a, int log_group) {
-  using Stream = GroupStream<T, B, 32>;
+  using Stream = GroupFew<T, B>;
   __shared__ typename Stream::Memory memory;
   extern __shared__ uint4 dynamic[];
   ExpertTile tile;
   if (!find_tile(a.offsets, a.experts, a.all.m, 8 * Tiles, &tile)) return;
-  __shared__ GroupLinear part;   // of three bits, no register is left for it
+  __shared__ GroupLinear part;   // registers are scarce
   if (threadIdx.x == 0) part = part_of(a.all, tile, 8 * Tiles);
   __syncthreads();
   multiply_rows<T>(part, Stream{part.weight, log_group}, memory,
@@ -108,7 +114,7 @@ template <class T, class Args> __global__ void __launch_bounds__(kTileThreads) s
   __shared__ AnyElement<T> weight;
   ExpertTile tile;
   if (!find_tile(of.offsets, of.experts, of.all.m, kTile, &tile)) return;
-  const Args a = backward_part_of(of.all, tile, kTile);
+  const Args a = part_of(of.all, tile, kTile);
   weight.begin(log);
   const int64_t n = a.weight.rows, k = a.weight.cols;
   TileSums c;
@@ -137,7 +143,8 @@ __global__ void __launch_bounds__(kThinThreads, 1) stack_shrink(ExpertsShrink a,
 }
 
 // An expert without rows has zeros.
-template <class X, int Tiles> __global__ void __launch_bounds__(kThinThreads) stack_gradient(ExpertsGradient of, DropoutMask none, bool wide) {
+template <class X, int Tiles>
+__global__ void __launch_bounds__(kThinThreads) stack_gradient(ExpertsGradient of, DropoutMask none, bool wide) {
   __shared__ GradientMemory memory;
   LoraGradient a = of.all;
   const int64_t expert = int64_t(blockIdx.z);
@@ -194,8 +201,8 @@ template <class T, int B> cudaError_t launch_rows(const ExpertsGroup& a, cudaStr
   const int log = log_of(a.all.weight);
   if constexpr (B > 3)
     if (a.all.m > 8 * a.experts)
-      return launch_few<stack_group_rows<T, B, 2>, GroupStream<T, B, 32>, 2, kGroupWarps>(a, log, stream);
-  return launch_few<stack_group_rows<T, B, 1>, GroupStream<T, B, 32>, 1, kGroupWarps>(a, log, stream);
+      return launch_few<stack_group_rows<T, B, 2>, GroupFew<T, B>, 2, kGroupWarps>(a, log, stream);
+  return launch_few<stack_group_rows<T, B, 1>, GroupFew<T, B>, 1, kGroupWarps>(a, log, stream);
 }
 
 template <class T> cudaError_t launch_rows(const ExpertsMxfp4& a, cudaStream_t stream) {
