@@ -32,8 +32,15 @@ class Served(nn.Module):
 class Server:
     def __init__(self, args):
         dtype = getattr(torch, args.dtype)
-        config = LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                             num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True)  # fmt: skip
+        config = LlamaConfig(
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            vocab_size=49152,
+            tie_word_embeddings=True,
+        )
         self.model = LlamaForCausalLM(config).to(dtype).eval()
         quantize_linears(self.model.model, lambda name: True)
         linears = {n: m for n, m in self.model.named_modules() if n.endswith(TARGETS)}
@@ -56,18 +63,21 @@ class Server:
 
     def describe(self):
         pool, one = self.pool, self.pages * self.pool.storage[0].nbytes
-        return (f"{self.args.adapters} adapters r={R}, {one / 1e6:.2f} MB each, "
-                f"{self.args.adapters * one / 1e9:.2f} GB in host memory; working set {len(pool.storage)} pages = "
-                f"{pool.storage.nbytes / 1e6:.0f} MB, {len(pool.resident)} adapters resident; "
-                f"batches of {self.args.rows} rows, {PROMPT} tokens in, {self.args.tokens} out")  # fmt: skip
+        return (
+            f"{self.args.adapters} adapters r={R}, {one / 1e6:.2f} MB each, "
+            f"{self.args.adapters * one / 1e9:.2f} GB in host memory; working set {len(pool.storage)} pages = "
+            f"{pool.storage.nbytes / 1e6:.0f} MB, {len(pool.resident)} adapters resident; "
+            f"batches of {self.args.rows} rows, {PROMPT} tokens in, {self.args.tokens} out"
+        )
 
     @torch.no_grad()
     def serve(self, names):
         cache, ids = DynamicCache(), torch.randint(0, 49152, (len(names), PROMPT), device=self.model.device)
         with self.pool.use(names) as self.batch["index"]:
             for _ in range(self.args.tokens):
-                logits = self.model(input_ids=ids, use_cache=True, logits_to_keep=1,
-                                    **{cache_name(self.model): cache}).logits  # fmt: skip
+                logits = self.model(
+                    input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_name(self.model): cache}
+                ).logits
                 ids = logits[:, -1:].argmax(-1)
 
     def many(self):

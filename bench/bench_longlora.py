@@ -33,8 +33,15 @@ def attention(tokens: int) -> Case:
 
 def step(tokens: int) -> Case:
     """One step of a small LLaMA: what attention saves shows next to all else."""
-    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
-                         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=tokens)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=tokens,
+    )
     torch.manual_seed(0)
     ids = torch.randint(64, (1, tokens))
 

@@ -15,8 +15,16 @@ import peftops
 
 
 def model():
-    return LlamaForCausalLM(LlamaConfig(vocab_size=1024, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-                                        num_attention_heads=9, num_key_value_heads=3))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=1024,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+        )
+    )
 
 
 def seconds(call):
@@ -26,8 +34,14 @@ def seconds(call):
 
 
 def attaching():
-    for config in (peftops.LoRAConfig(), peftops.QLoRAConfig(), peftops.DoRAConfig(), peftops.IA3Config(),
-                   peftops.PiSSAConfig(iterations=4), peftops.PrefixTuningConfig()):  # fmt: skip
+    for config in (
+        peftops.LoRAConfig(),
+        peftops.QLoRAConfig(),
+        peftops.DoRAConfig(),
+        peftops.IA3Config(),
+        peftops.PiSSAConfig(iterations=4),
+        peftops.PrefixTuningConfig(),
+    ):
         base = model()
         took = seconds(lambda base=base, config=config: peftops.attach(base, config))
         short = " (want 1 s)" if type(config) is peftops.LoRAConfig and took > 1 else ""

@@ -15,8 +15,14 @@ R = 16
 
 # How many times faster than the dense layer and bitsandbytes, by rows and dtype; of the latter where it decodes the
 # weight. Where the CPU has AVX512-BF16 it repacks it in eval mode and runs a fused kernel, in bf16 whatever the dtype.
-FORWARD = {1: ((2.5, 20), (2, 20)), 4: ((1.5, 8), (1.5, 8)), 16: ((1.5, 8), (1.5, 8)), 64: ((1, 3), (3, 3)),
-           256: ((0.95, 1.15), (3, 3)), 1024: ((0.95, 1.15), (3, 3))}  # fmt: skip
+FORWARD = {
+    1: ((2.5, 20), (2, 20)),
+    4: ((1.5, 8), (1.5, 8)),
+    16: ((1.5, 8), (1.5, 8)),
+    64: ((1, 3), (3, 3)),
+    256: ((0.95, 1.15), (3, 3)),
+    1024: ((0.95, 1.15), (3, 3)),
+}
 BACKWARD = ((0.95, 1.2), (3, 1.2))
 
 

@@ -38,8 +38,11 @@ def attend(query, keys, values, lengths):
 
 def cases():
     mixed = [37, 1024, 80, 200, 512, 64, 300, 120]
-    for label, lengths, rows in (("decode, mixed lengths", mixed, 1), ("decode, one length", [512] * 8, 1),
-                                 ("a piece of 64 of a prompt of 1024", [1024], 64)):  # fmt: skip
+    for label, lengths, rows in (
+        ("decode, mixed lengths", mixed, 1),
+        ("decode, one length", [512] * 8, 1),
+        ("a piece of 64 of a prompt of 1024", [1024], 64),
+    ):
         for dtype in (torch.float32, torch.bfloat16):
             given = inputs(lengths, rows, dtype)
             rows_of = gathered(*given)

@@ -21,8 +21,14 @@ SHAPES = ((576, 1536, 9, 3), (2048, 5632, 32, 4))
 def llama(hidden: int, feed_forward: int, heads: int, groups: int, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     # A small vocabulary: the head is not adapted, and takes everybody the same time.
-    config = LlamaConfig(vocab_size=1024, hidden_size=hidden, intermediate_size=feed_forward, num_hidden_layers=LAYERS,
-                         num_attention_heads=heads, num_key_value_heads=groups)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+    )
     return LlamaForCausalLM(config).to(dtype)
 
 

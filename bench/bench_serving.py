@@ -20,10 +20,19 @@ COUNT, NEW, RANK = 16, 8, 8
 
 def model(layers=4):
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=4096, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
-        num_key_value_heads=3, bos_token_id=0, eos_token_id=None, pad_token_id=0,
-    )).eval()  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=4096,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=layers,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            bos_token_id=0,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    ).eval()
 
 
 def adapters(base, folder):
@@ -98,8 +107,11 @@ def cases():
             "PEFT mixed": mixed,
         }
         assert providers["peftops"]() == loop(), "not the same answers"
-        yield harness.Case(f"{COUNT} requests, {COUNT} adapters, {COUNT * NEW} tokens", providers,
-                           want={"PEFT loop": 2, "PEFT mixed": 1})  # fmt: skip
+        yield harness.Case(
+            f"{COUNT} requests, {COUNT} adapters, {COUNT * NEW} tokens",
+            providers,
+            want={"PEFT loop": 2, "PEFT mixed": 1},
+        )
 
 
 if __name__ == "__main__":

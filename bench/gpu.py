@@ -22,8 +22,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Seconds that a step may take, in the order of their value.
-STEPS = {"machine": 60, "smoke": 90, "tests": 150, "sanitizer": 150, "products": 150, "others": 120, "host": 60,
-         "block": 60, "model": 180, "counters": 150}  # fmt: skip
+STEPS = {
+    "machine": 60,
+    "smoke": 90,
+    "tests": 150,
+    "sanitizer": 150,
+    "products": 150,
+    "others": 120,
+    "host": 60,
+    "block": 60,
+    "model": 180,
+    "counters": 150,
+}
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 COUNTERS = {
     "gpu__time_duration.sum": "nanoseconds",
@@ -54,13 +64,18 @@ def machine() -> dict:
 
     card = torch.cuda.get_device_properties(0)
     return {
-        "card": card.name, "capability": [card.major, card.minor], "multiprocessors": card.multi_processor_count,
-        "l2_bytes": card.L2_cache_size, "memory_bytes": card.total_memory, "torch": torch.__version__,
-        "cuda": torch.version.cuda, "built": peftops._C.build_info,
+        "card": card.name,
+        "capability": [card.major, card.minor],
+        "multiprocessors": card.multi_processor_count,
+        "l2_bytes": card.L2_cache_size,
+        "memory_bytes": card.total_memory,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "built": peftops._C.build_info,
         "bf16_flops": harness.matmul_peak(torch.bfloat16, "cuda"),
         "fp32_flops": harness.matmul_peak(torch.float32, "cuda", 4096),
         "copy_bytes_per_second": harness.copy_bandwidth(0, "cuda"),
-    }  # fmt: skip
+    }
 
 
 def smoke() -> dict:
@@ -103,9 +118,25 @@ def command(*words: object, seconds: int = 600) -> tuple[int, str]:
 
 def tests() -> dict:
     parallel = ["-n", "8"] if command(sys.executable, "-c", "import xdist")[0] == 0 else []
-    status, text = command(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/ops", "tests/gpu", "tests/nn",
-                           "tests/serving", "tests/test_bench.py", "-x" if not parallel else "--maxfail=80", *parallel,
-                           "--tb=short", "-p", "no:cacheprovider", seconds=STEPS["tests"] - 10)  # fmt: skip
+    status, text = command(
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "tests/ops",
+        "tests/gpu",
+        "tests/nn",
+        "tests/serving",
+        "tests/test_bench.py",
+        "-x" if not parallel else "--maxfail=80",
+        *parallel,
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        seconds=STEPS["tests"] - 10,
+    )
     lines = text.splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     print("\n".join([*lines[-400:], *failed[:40], *lines[-1:]] if failed else lines[-1:]))
@@ -165,9 +196,13 @@ def run_step(name: str) -> dict:
     import gpu_steps
 
     return {
-        "products": gpu_steps.products, "others": gpu_steps.others, "host": gpu_steps.host,
-        "block": lambda: gpu_model.qlora_step(1), "model": gpu_model.qlora_step, "launches": gpu_steps.launches,
-    }[name]()  # fmt: skip
+        "products": gpu_steps.products,
+        "others": gpu_steps.others,
+        "host": gpu_steps.host,
+        "block": lambda: gpu_model.qlora_step(1),
+        "model": gpu_model.qlora_step,
+        "launches": gpu_steps.launches,
+    }[name]()
 
 
 def report(folder: Path) -> str:
@@ -175,8 +210,11 @@ def report(folder: Path) -> str:
     load = lambda step: json.loads(path.read_text()) if (path := folder / f"{step}.json").exists() else {}
     card, lines = load("machine"), []
     if card:
-        lines += [f"{card['card']}, torch {card['torch']}, {card['bf16_flops'] / 1e12:.0f} TFLOP/s bf16, "
-                  f"{card['copy_bytes_per_second'] / 1e9:.0f} GB/s copy", ""]  # fmt: skip
+        lines += [
+            f"{card['card']}, torch {card['torch']}, {card['bf16_flops'] / 1e12:.0f} TFLOP/s bf16, "
+            f"{card['copy_bytes_per_second'] / 1e9:.0f} GB/s copy",
+            "",
+        ]
     if test := load("tests"):
         lines += [f"tests: {test['last_line']}", ""]
     if checks := load("sanitizer"):
@@ -201,8 +239,10 @@ def report(folder: Path) -> str:
                 lines += [f"{r['provider']}, {r['layers']} layers: {r['error']}"]
             else:
                 how, rate = ", checkpointing" if r["checkpointing"] else "", f"{r['tokens_per_second']:.0f} tokens/s"
-                lines += [f"QLoRA step, {r['layers']} layers{how}, {r['provider']}: {rate}, "
-                          f"peak {r['peak_bytes'] / 2**30:.2f} GiB, loss {r['loss']:.3f}"]  # fmt: skip
+                lines += [
+                    f"QLoRA step, {r['layers']} layers{how}, {r['provider']}: {rate}, "
+                    f"peak {r['peak_bytes'] / 2**30:.2f} GiB, loss {r['loss']:.3f}"
+                ]
     if us := load("host"):
         lines += ["", *(f"host, {name}: {value:.1f} us" for name, value in us.items())]
     return "\n".join(lines)

@@ -21,8 +21,14 @@ def qlora_step(layers: int = 32, batch: int = 4, tokens: int = 512) -> dict:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers,
-                         num_attention_heads=32, num_key_value_heads=32)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+    )
 
     def llama() -> nn.Module:
         torch.manual_seed(0)
@@ -93,11 +99,20 @@ def qlora_step(layers: int = 32, batch: int = 4, tokens: int = 512) -> dict:
                     torch.cuda.synchronize()
                     times.append(time.perf_counter() - begin)
                 seconds = statistics.median(times[2:])
-                records.append(dict(
-                    provider=name, layers=layers, batch=batch, tokens=tokens, checkpointing=checkpointing,
-                    seconds=seconds, tokens_per_second=batch * tokens / seconds, loss=float(loss),
-                    weights_bytes=weights, peak_bytes=torch.cuda.max_memory_allocated(),
-                ))  # fmt: skip
+                records.append(
+                    dict(
+                        provider=name,
+                        layers=layers,
+                        batch=batch,
+                        tokens=tokens,
+                        checkpointing=checkpointing,
+                        seconds=seconds,
+                        tokens_per_second=batch * tokens / seconds,
+                        loss=float(loss),
+                        weights_bytes=weights,
+                        peak_bytes=torch.cuda.max_memory_allocated(),
+                    )
+                )
                 del loss
             except (RuntimeError, ImportError, AttributeError, TypeError) as error:  # another provider still counts
                 records.append(dict(provider=name, layers=layers, error=f"{type(error).__name__}: {error}"[:300]))

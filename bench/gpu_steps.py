@@ -212,8 +212,9 @@ def others() -> dict:
     for bits in (4, 2, 3, 8):
         groups = [peftops.group_quantize(w, bits=bits) for w in dense]
         size = groups[0].nbytes + dense[0].nbytes
-        records += case(f"group_dequantize {bits} bits", size,
-                        peftops=[lambda w=w: peftops.group_dequantize(w) for w in groups] * 2)  # fmt: skip
+        records += case(
+            f"group_dequantize {bits} bits", size, peftops=[lambda w=w: peftops.group_dequantize(w) for w in groups] * 2
+        )
         for m in (1, 16, 64, 256, 1024, 4096) if bits in (3, 4) else (16, 1024):
             records += group_layers(m, bits, groups, dense)
     for m in (1, 64, 512, 4096):
@@ -260,15 +261,19 @@ def group_layers(m, bits, groups, dense) -> list[dict]:
     x, g = torch.randn(m, k, device="cuda", dtype=BF16), torch.randn(m, n, device="cuda", dtype=BF16)
     step = torch.ops.peftops.group_linear_backward
     return [
-        *case(f"group_linear {bits} bits M={m}",
-              peftops=[lambda w=w: peftops.group_linear(x, w) for w in groups] * 2,
-              dequantised=[lambda w=w: F.linear(x, peftops.group_dequantize(w)) for w in groups] * 2,
-              dense=[lambda w=w: F.linear(x, w) for w in dense] * 2),
-        *case(f"group_linear_backward {bits} bits M={m}",
-              peftops=[lambda w=w: step(g, *w._arguments, None, None) for w in groups],
-              dequantised=[lambda w=w: g @ peftops.group_dequantize(w) for w in groups],
-              dense=[lambda w=w: g @ w for w in dense]),
-    ]  # fmt: skip
+        *case(
+            f"group_linear {bits} bits M={m}",
+            peftops=[lambda w=w: peftops.group_linear(x, w) for w in groups] * 2,
+            dequantised=[lambda w=w: F.linear(x, peftops.group_dequantize(w)) for w in groups] * 2,
+            dense=[lambda w=w: F.linear(x, w) for w in dense] * 2,
+        ),
+        *case(
+            f"group_linear_backward {bits} bits M={m}",
+            peftops=[lambda w=w: step(g, *w._arguments, None, None) for w in groups],
+            dequantised=[lambda w=w: g @ peftops.group_dequantize(w) for w in groups],
+            dense=[lambda w=w: g @ w for w in dense],
+        ),
+    ]
 
 
 def thin_products(m: int, k: int) -> list[dict]:
@@ -277,26 +282,34 @@ def thin_products(m: int, k: int) -> list[dict]:
     A, u = torch.randn(R, k, device="cuda"), torch.randn(m, R, device="cuda")
     A16, u16, ops = A.to(BF16), u.to(BF16), torch.ops.peftops
     return [
-        *case(f"lora_shrink M={m} r={R}",
-              peftops=[lambda t=t: ops.lora_shrink(t, A, True, 1.0, 0.0, None) for t in x],
-              torch_bf16=[lambda t=t: t @ A16.T for t in x],
-              torch_fp32=[lambda t=t: t.float() @ A.T for t in x]),
-        *case(f"lora_expand_ M={m} r={R}",
-              peftops=[lambda t=t: ops.lora_expand_(t, u, A, True, 1.0, 0.0, None) for t in x],
-              torch_bf16=[lambda t=t: t.addmm_(u16, A16) for t in x]),
-        *case(f"lora_gradient M={m} r={R}",
-              peftops=[lambda t=t: ops.lora_gradient(u, t, torch.float32, True, 1.0, 0.0, None) for t in x],
-              torch_bf16=[lambda t=t: u16.T @ t for t in x],
-              torch_fp32=[lambda t=t: u.T @ t.float() for t in x]),
-    ]  # fmt: skip
+        *case(
+            f"lora_shrink M={m} r={R}",
+            peftops=[lambda t=t: ops.lora_shrink(t, A, True, 1.0, 0.0, None) for t in x],
+            torch_bf16=[lambda t=t: t @ A16.T for t in x],
+            torch_fp32=[lambda t=t: t.float() @ A.T for t in x],
+        ),
+        *case(
+            f"lora_expand_ M={m} r={R}",
+            peftops=[lambda t=t: ops.lora_expand_(t, u, A, True, 1.0, 0.0, None) for t in x],
+            torch_bf16=[lambda t=t: t.addmm_(u16, A16) for t in x],
+        ),
+        *case(
+            f"lora_gradient M={m} r={R}",
+            peftops=[lambda t=t: ops.lora_gradient(u, t, torch.float32, True, 1.0, 0.0, None) for t in x],
+            torch_bf16=[lambda t=t: u16.T @ t for t in x],
+            torch_fp32=[lambda t=t: u.T @ t.float() for t in x],
+        ),
+    ]
 
 
 def float32_layers(m, packed, dense) -> list[dict]:
     x = torch.randn(m, dense[0].shape[1], device="cuda")
-    return case(f"nf4_linear float32 M={m}",
-                kernels=[in_way("never", lambda w=w: peftops.nf4_linear(x, w)) for w in packed],
-                library=[in_way("always", lambda w=w: peftops.nf4_linear(x, w)) for w in packed],
-                dense=[lambda w=w: F.linear(x, w.float()) for w in dense])  # fmt: skip
+    return case(
+        f"nf4_linear float32 M={m}",
+        kernels=[in_way("never", lambda w=w: peftops.nf4_linear(x, w)) for w in packed],
+        library=[in_way("always", lambda w=w: peftops.nf4_linear(x, w)) for w in packed],
+        dense=[lambda w=w: F.linear(x, w.float()) for w in dense],
+    )
 
 
 def optimizers() -> list[dict]:

@@ -85,8 +85,14 @@ def peft(base, asked, adapters):
         adapted.set_adapter(str(adapter))
         ids = torch.tensor([prompt])
         with torch.no_grad():
-            adapted.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
-                             pad_token_id=0, streamer=Times(times[i]))  # fmt: skip
+            adapted.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
+                streamer=Times(times[i]),
+            )
     return times, time.process_time() - cpu
 
 

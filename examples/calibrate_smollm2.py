@@ -50,8 +50,10 @@ def main() -> None:
         print(f"{name:24}" + "".join(f"{loss:14.4f}" for loss in losses), flush=True)
         return losses
 
-    print(f"calibrated on {args.text}, {sum(map(len, rows)):,} tokens; held-out loss\n{'':24}"
-          + "".join(f"{kind:>14}" for kind in HELD_OUT))  # fmt: skip
+    print(
+        f"calibrated on {args.text}, {sum(map(len, rows)):,} tokens; held-out loss\n{'':24}"
+        + "".join(f"{kind:>14}" for kind in HELD_OUT)
+    )
     if args.merge:
         trained = lambda: peftops.load(peftops.load_model(smollm2()), args.merge)
         model = trained()

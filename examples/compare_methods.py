@@ -58,10 +58,16 @@ def finetune(method: str, out: Path, steps: int, rows: Path) -> dict:
 def table(reports: list[dict]) -> str:
     head = ["method", "trained parameters", "held-out loss, before", "after", "peak memory", "training time"]
     rows = [
-        [r["method"], f"{r['trainable']:,}", f"{r['loss_before']:.2f}", f"{r['loss_after']:.2f}",
-         f"{r['peak_bytes'] / 2**20:,.0f} MiB", f"{r['seconds']:.0f} s"]
+        [
+            r["method"],
+            f"{r['trainable']:,}",
+            f"{r['loss_before']:.2f}",
+            f"{r['loss_after']:.2f}",
+            f"{r['peak_bytes'] / 2**20:,.0f} MiB",
+            f"{r['seconds']:.0f} s",
+        ]
         for r in sorted(reports, key=lambda r: r["loss_after"])
-    ]  # fmt: skip
+    ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
 
@@ -83,8 +89,12 @@ def draw(reports: list[dict], path: Path) -> None:
         names.append((x, height))
         axes.annotate(r["method"], (x, height), xytext=(7, 0), textcoords="offset points", size=8, va="center")
     axes.axhline(reports[0]["loss_before"], color="#c8501e", linewidth=1, label="before training (first method)")
-    axes.set(xscale="log", xlabel="trained parameters", ylabel="held-out loss (nats per target token)",
-             title="SmolLM2-135M on WordNet's nouns; areas are peak memory")  # fmt: skip
+    axes.set(
+        xscale="log",
+        xlabel="trained parameters",
+        ylabel="held-out loss (nats per target token)",
+        title="SmolLM2-135M on WordNet's nouns; areas are peak memory",
+    )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path)

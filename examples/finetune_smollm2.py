@@ -27,8 +27,12 @@ def smollm2() -> Path:
 
 def finetune(method: str, out: Path) -> dict:
     options = f"--method {method} --r 16 --steps 40 --batch 8 --lr 1e-3 --warmup 4 --seed 0 --overwrite"
-    files = {"--model": smollm2(), "--train": DATA / "wordnet_nouns_train.jsonl",
-             "--eval": DATA / "wordnet_nouns_eval.jsonl", "--out": out}  # fmt: skip
+    files = {
+        "--model": smollm2(),
+        "--train": DATA / "wordnet_nouns_train.jsonl",
+        "--eval": DATA / "wordnet_nouns_eval.jsonl",
+        "--out": out,
+    }
     status = main(["finetune", *options.split(), *(str(part) for pair in files.items() for part in pair)])
     if status:
         sys.exit(status)

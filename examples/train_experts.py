@@ -49,19 +49,32 @@ def measured(what: str):
     finally:
         done.set()
         thread.join()
-    print(f"{what:24}{time.perf_counter() - start:8.1f} s, peak {peak[0] / 1e9:6.2f} GB, "
-          f"now {anonymous() / 1e9:6.2f} GB", flush=True)  # fmt: skip
+    print(
+        f"{what:24}{time.perf_counter() - start:8.1f} s, peak {peak[0] / 1e9:6.2f} GB, now {anonymous() / 1e9:6.2f} GB",
+        flush=True,
+    )
 
 
 def shapes(config: Qwen3MoeConfig) -> dict[str, dict[str, tuple[int, ...]]]:
     """The tensors of each file, as the Hub's checkpoints have them."""
     h, d, i = config.hidden_size, config.head_dim, config.moe_intermediate_size
     q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
-    files = {"ends": {"model.embed_tokens.weight": (config.vocab_size, h), "model.norm.weight": (h,),
-                      "lm_head.weight": (config.vocab_size, h)}}  # fmt: skip
+    files = {
+        "ends": {
+            "model.embed_tokens.weight": (config.vocab_size, h),
+            "model.norm.weight": (h,),
+            "lm_head.weight": (config.vocab_size, h),
+        }
+    }
     for layer in range(config.num_hidden_layers):
-        attention = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q), "q_norm": (d,),
-                     "k_norm": (d,)}  # fmt: skip
+        attention = {
+            "q_proj": (q, h),
+            "k_proj": (kv, h),
+            "v_proj": (kv, h),
+            "o_proj": (h, q),
+            "q_norm": (d,),
+            "k_norm": (d,),
+        }
         own = {f"self_attn.{name}": shape for name, shape in attention.items()}
         own |= {"input_layernorm": (h,), "post_attention_layernorm": (h,), "mlp.gate": (config.num_experts, h)}
         for expert in range(config.num_experts):
@@ -100,18 +113,37 @@ def write(folder: Path, config: Qwen3MoeConfig) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True)
-    for name, value in {"layers": 24, "experts": 128, "top-k": 8, "hidden": 2048, "intermediate": 768, "heads": 32,
-                        "kv-heads": 4, "vocabulary": 151936, "tokens": 256, "labels": 16,
-                        "rank": 4}.items():  # fmt: skip
+    for name, value in {
+        "layers": 24,
+        "experts": 128,
+        "top-k": 8,
+        "hidden": 2048,
+        "intermediate": 768,
+        "heads": 32,
+        "kv-heads": 4,
+        "vocabulary": 151936,
+        "tokens": 256,
+        "labels": 16,
+        "rank": 4,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.intermediate,
-        moe_intermediate_size=args.intermediate, num_hidden_layers=args.layers, num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads, head_dim=128, num_experts=args.experts, num_experts_per_tok=args.top_k,
-        norm_topk_prob=True, tie_word_embeddings=False, dtype=torch.bfloat16,
-    )  # fmt: skip
+        vocab_size=args.vocabulary,
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        moe_intermediate_size=args.intermediate,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        head_dim=128,
+        num_experts=args.experts,
+        num_experts_per_tok=args.top_k,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+        dtype=torch.bfloat16,
+    )
     with measured("write"):
         written = write(args.folder / "base", config)
     print(f"{written:,} parameters")

@@ -17,8 +17,7 @@ class GroupLayer(PackedLayer):
 
     slack = 8
 
-    def __init__(self, device, n, k, lead, dtype, seed, *, bits=4, group=32, pool="sum", offset=0.0, values=None,
-                 **kw):  # fmt: skip
+    def __init__(self, device, n, k, lead, dtype, seed, *, bits=4, group=32, pool="sum", offset=0.0, values=None, **kw):
         values = normal((n, k), dtype, seed, device) + offset if values is None else values.to(device)
         weight = peftops.group_quantize(values, bits=bits, group_size=group)
         super().__init__(weight, device, lead, dtype, seed, lora_columns=k // group if pool else k, **kw)

@@ -35,8 +35,11 @@ TESTS = {  # by file, or by directory: what should notice
     "peftops/planner": ["planner/test_planner.py"],
     "peftops/integrations/together.py": ["integrations/test_together.py"],
     "peftops/integrations/files.py": ["integrations/test_together.py", "integrations/test_peft_files.py"],
-    "peftops/integrations/peft_files.py": ["integrations/test_peft_files.py", "integrations/test_hostile_options.py",
-                                           "methods/test_all_or_nothing.py"],
+    "peftops/integrations/peft_files.py": [
+        "integrations/test_peft_files.py",
+        "integrations/test_hostile_options.py",
+        "methods/test_all_or_nothing.py",
+    ],
     "peftops/integrations/hf.py": ["integrations/test_hf.py"],
     "peftops/attaching/attachment.py": ["methods/test_conformance.py", "methods/test_all_or_nothing.py"],
     "peftops/attaching/merging.py": ["methods/test_conformance.py", "methods/test_all_or_nothing.py"],
@@ -63,14 +66,48 @@ TESTS = {  # by file, or by directory: what should notice
     "csrc/kernels/cpu/group_quantize.cpp": ["ops/test_group_quantize.py"],
     "csrc/kernels/cpu/mxfp4_quantize.cpp": ["ops/test_mxfp4_quantize.py"],
     "csrc/kernels/cpu/qalora_merge.cpp": ["ops/test_qalora_merge.py"],
-}  # fmt: skip
-SWAPS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+", "*": "+", "/": "*",
-         "//": "*", "%": "+", "&": "|", "|": "&", "<<": ">>", ">>": "<<", "+=": "-=", "-=": "+=", "&&": "||",
-         "||": "&&", "and": "or", "or": "and", "not": "", "is": "is not", "in": "not in", "True": "False",
-         "False": "True", "true": "false", "false": "true", "min": "max", "max": "min", "any": "all", "all": "any",
-         "continue": "break", "break": "continue"}  # fmt: skip
-CPP = re.compile(r"//.*|\"[^\"\n]*\"|(?P<token>&&|\|\||[<>=!+\-]=|<<|>>|(?<= )[-+*/%<>&|](?= )|\b(?:min|max|true|false|"
-                 r"break|continue)\b|(?<![\w.])\d+(?![\w.]))")  # fmt: skip
+}
+SWAPS = {
+    "<": "<=",
+    "<=": "<",
+    ">": ">=",
+    ">=": ">",
+    "==": "!=",
+    "!=": "==",
+    "+": "-",
+    "-": "+",
+    "*": "+",
+    "/": "*",
+    "//": "*",
+    "%": "+",
+    "&": "|",
+    "|": "&",
+    "<<": ">>",
+    ">>": "<<",
+    "+=": "-=",
+    "-=": "+=",
+    "&&": "||",
+    "||": "&&",
+    "and": "or",
+    "or": "and",
+    "not": "",
+    "is": "is not",
+    "in": "not in",
+    "True": "False",
+    "False": "True",
+    "true": "false",
+    "false": "true",
+    "min": "max",
+    "max": "min",
+    "any": "all",
+    "all": "any",
+    "continue": "break",
+    "break": "continue",
+}
+CPP = re.compile(
+    r"//.*|\"[^\"\n]*\"|(?P<token>&&|\|\||[<>=!+\-]=|<<|>>|(?<= )[-+*/%<>&|](?= )|\b(?:min|max|true|false|"
+    r"break|continue)\b|(?<![\w.])\d+(?![\w.]))"
+)
 
 Change = tuple[int, int, str]  # of a text: where it begins, where it ends, what is there then
 
@@ -117,10 +154,18 @@ def line_starts(text: str) -> list[int]:
 def python_tokens(text: str) -> Iterator[tuple[int, int]]:
     """Where operators, names and numbers are; not in texts, nor in annotations of arguments and results."""
     at = line_starts(text)
-    annotated = [node for node in ast.walk(ast.parse(text)) for node in (getattr(node, "annotation", None),
-                 getattr(node, "returns", None)) if node is not None]  # fmt: skip
-    within = {(n.lineno, column) for n in annotated for column in range(n.col_offset, n.end_col_offset + 1)
-              if n.lineno == n.end_lineno}  # fmt: skip
+    annotated = [
+        node
+        for node in ast.walk(ast.parse(text))
+        for node in (getattr(node, "annotation", None), getattr(node, "returns", None))
+        if node is not None
+    ]
+    within = {
+        (n.lineno, column)
+        for n in annotated
+        for column in range(n.col_offset, n.end_col_offset + 1)
+        if n.lineno == n.end_lineno
+    }
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type in (tokenize.OP, tokenize.NAME, tokenize.NUMBER) and token.start not in within:
             if not token.line.lstrip().startswith(("import ", "from ", "@")):
@@ -130,8 +175,13 @@ def python_tokens(text: str) -> Iterator[tuple[int, int]]:
 def dropped_statements(text: str) -> list[Change]:
     at = line_starts(text)
     kinds = (ast.Expr, ast.Assign, ast.AugAssign, ast.Raise, ast.Delete)
-    plain = [n for n in ast.walk(ast.parse(text)) if isinstance(n, kinds) and n.col_offset
-             and not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant | ast.Yield))]  # fmt: skip
+    plain = [
+        n
+        for n in ast.walk(ast.parse(text))
+        if isinstance(n, kinds)
+        and n.col_offset
+        and not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant | ast.Yield))
+    ]
     return [(at[n.lineno - 1] + n.col_offset, at[n.end_lineno - 1] + n.end_col_offset, "pass") for n in plain]
 
 

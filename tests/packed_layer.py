@@ -15,8 +15,9 @@ class PackedLayer:
     slack = 4
     by_library = dx_by_library = False  # whether torch multiplies the decoded weight, on CUDA, for y and for dx
 
-    def __init__(self, weight, device, lead, dtype, seed, *, lora_columns, r=0, adapter=None, bias=False,
-                 layout="plain"):  # fmt: skip
+    def __init__(
+        self, weight, device, lead, dtype, seed, *, lora_columns, r=0, adapter=None, bias=False, layout="plain"
+    ):
         draw = lambda shape, dtype, i: normal(shape, dtype, seed + i, device)
         leaf = lambda *args, how="plain": strided(draw(*args), how).requires_grad_()
         (n, k), adapter = weight.shape, adapter or dtype

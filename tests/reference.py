@@ -5,11 +5,26 @@ Gradients have no entry: the reference gradient is autograd through these functi
 
 import torch
 
-NF4 = torch.tensor([
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-])  # fmt: skip
+NF4 = torch.tensor(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ]
+)
 
 
 def dynamic_map(signed=True):
@@ -227,8 +242,10 @@ def paged_attention(query, keys, values, table, lengths, scale=None, window=None
     batch, heads, rows, d = query.shape
     y = query.new_zeros(batch, heads, rows, values.shape[-1])
     for s, length in enumerate(lengths.tolist()):
-        wide = [pages[table[s].long()].transpose(0, 1).flatten(1, 2).repeat_interleave(heads // pages.shape[1], 0)
-                for pages in (keys, values)]  # fmt: skip
+        wide = [
+            pages[table[s].long()].transpose(0, 1).flatten(1, 2).repeat_interleave(heads // pages.shape[1], 0)
+            for pages in (keys, values)
+        ]
         for i in range(max(0, rows - length), rows):
             at = length - rows + i
             seen = slice(0 if window is None else max(0, at + 1 - window), at + 1)

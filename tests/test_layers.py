@@ -15,9 +15,19 @@ from peftops import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [  # peftops/<layer>, lowest first
-    "ops", "nn", "attaching", "optim", "factors", "prompts", "methods",
-    "integrations", "influence", "serving", "planner", "cli",
-]  # fmt: skip
+    "ops",
+    "nn",
+    "attaching",
+    "optim",
+    "factors",
+    "prompts",
+    "methods",
+    "integrations",
+    "influence",
+    "serving",
+    "planner",
+    "cli",
+]
 
 
 def read(*patterns):
@@ -188,8 +198,13 @@ def test_every_op_is_whole():
     stems = {p.stem for p in ROOT.glob("csrc/kernels/*.h")} - {"dtype", "dropout", "nf4", "group", "mxfp4", "linear"}
     assert stems
     for stem in stems:
-        for part in ("csrc/kernels/cpu/{}.cpp", "csrc/ops/{}.cpp", "peftops/ops/{}.py", "tests/ops/test_{}.py",
-                     "bench/bench_{}.py"):  # fmt: skip
+        for part in (
+            "csrc/kernels/cpu/{}.cpp",
+            "csrc/ops/{}.cpp",
+            "peftops/ops/{}.py",
+            "tests/ops/test_{}.py",
+            "bench/bench_{}.py",
+        ):
             assert (ROOT / part.format(stem)).exists(), part.format(stem)
 
 

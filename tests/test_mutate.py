@@ -32,8 +32,10 @@ def test_a_fault_is_caught_and_a_change_of_words_is_not(tmp_path):
     mutate.copy_of(mutate.ROOT, tmp_path)
     file, tests = "peftops/prompts/few_shot.py", ["methods/test_hard_prompt.py"]
     text = (tmp_path / file).read_text()
-    for old, new, want in (("len(choice.encode())", "len(choice)", "caught"),
-                           ("The log-probability of each", "The chance of each", "SURVIVED")):  # fmt: skip
+    for old, new, want in (
+        ("len(choice.encode())", "len(choice)", "caught"),
+        ("The log-probability of each", "The chance of each", "SURVIVED"),
+    ):
         assert text.count(old) == 1
         (tmp_path / file).write_text(text.replace(old, new))
         assert mutate.judge(tmp_path, file, tests, 300) == want

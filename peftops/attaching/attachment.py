@@ -140,9 +140,7 @@ def _tell_large_ranks(model: nn.Module, adapters: dict[str, Stored]) -> None:
     if smaller:
         path, rest = smaller[0], f" and {len(smaller) - 1} other layers" if len(smaller) > 1 else ""
         in_, out = sizes(base_of(module_at(model, path)))
-        warnings.warn(
-            f"r={ranks[path]} is more than {path} can use{rest}: its weight is {out} x {in_}", stacklevel=3
-        )
+        warnings.warn(f"r={ranks[path]} is more than {path} can use{rest}: its weight is {out} x {in_}", stacklevel=3)
 
 
 def _tell_frozen_head(model: nn.Module, adapters: dict[str, Stored]) -> None:

@@ -1,6 +1,6 @@
 """The biases that train beside a low-rank product, by HF PEFT's options ``bias`` and ``lora_bias``.
 
-    y = W x + b + s (B A x + c)    b of the layer, if it has one, trains from what it is; c from 0
+y = W x + b + s (B A x + c)    b of the layer, if it has one, trains from what it is; c from 0
 """
 
 from __future__ import annotations

@@ -71,8 +71,13 @@ class Config:
         return cls(**{name: fields[name] for name in names if name in fields}, **own)
 
 
-_WORDS = {"bool": "True or False", "int": "a whole number", "float": "a finite number", "str": "text",
-          "Sequence[str]": "a list of names"}  # fmt: skip
+_WORDS = {
+    "bool": "True or False",
+    "int": "a whole number",
+    "float": "a finite number",
+    "str": "text",
+    "Sequence[str]": "a list of names",
+}
 _kinds = cache(get_type_hints)
 
 

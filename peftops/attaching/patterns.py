@@ -61,8 +61,14 @@ def _character(test: Callable[[str], bool]) -> Ends:
     return lambda name, starts: frozenset(i + 1 for i in starts if i < len(name) and test(name[i]))
 
 
-_CATEGORIES = {sre.CATEGORY_DIGIT: r"\d", sre.CATEGORY_SPACE: r"\s", sre.CATEGORY_WORD: r"\w",
-               sre.CATEGORY_NOT_DIGIT: r"\D", sre.CATEGORY_NOT_SPACE: r"\S", sre.CATEGORY_NOT_WORD: r"\W"}  # fmt: skip
+_CATEGORIES = {
+    sre.CATEGORY_DIGIT: r"\d",
+    sre.CATEGORY_SPACE: r"\s",
+    sre.CATEGORY_WORD: r"\w",
+    sre.CATEGORY_NOT_DIGIT: r"\D",
+    sre.CATEGORY_NOT_SPACE: r"\S",
+    sre.CATEGORY_NOT_WORD: r"\W",
+}
 
 
 def _set(items: list) -> Ends:

@@ -137,10 +137,18 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     _adapted_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="new directory for the merged model, in safetensors")
-    parser.add_argument("--packed", action="store_true", help="of QA-LoRA: keep the codes, in GPTQ's layout with "
-        "float32 zeros (read by peftops; GPTQ's own kernels have whole zeros alone)")  # fmt: skip
-    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="a data file, none of a test set: put what was "
-        "merged into NF4 with calibration, in bitsandbytes' layout")  # fmt: skip
+    parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="of QA-LoRA: keep the codes, in GPTQ's layout with "
+        "float32 zeros (read by peftops; GPTQ's own kernels have whole zeros alone)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="a data file, none of a test set: put what was merged into NF4 with calibration, in bitsandbytes' layout",
+    )
 
 
 def _influence_arguments(parser: argparse.ArgumentParser) -> None:

@@ -97,8 +97,9 @@ def _check_like(path: Path, name: str, have: Any, shape: torch.Size, dtype: torc
     if not isinstance(have, Tensor) or have.layout != torch.strided or have.is_meta:
         raise ValueError(f"{path} does not fit: {name} is a {type(have).__name__}")
     if have.shape != shape or have.dtype != dtype:
-        raise ValueError(f"{path} does not fit: {name} is {have.dtype} {list(have.shape)}, expected {dtype} "
-                         f"{list(shape)}")  # fmt: skip
+        raise ValueError(
+            f"{path} does not fit: {name} is {have.dtype} {list(have.shape)}, expected {dtype} {list(shape)}"
+        )
 
 
 def digest(path: Path | None) -> str | None:

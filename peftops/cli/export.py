@@ -57,8 +57,15 @@ def write_packed(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     with whole_directory(folder, sum(t.nbytes for t in tensors.values())) as temporary:
         save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
         model.config.architectures = [type(model).__name__]
-        codes = {"quant_method": "gptq", "checkpoint_format": FORMAT, "bits": how[0], "group_size": how[1],
-                 "desc_act": False, "sym": False, "zeros": "float32"}  # fmt: skip
+        codes = {
+            "quant_method": "gptq",
+            "checkpoint_format": FORMAT,
+            "bits": how[0],
+            "group_size": how[1],
+            "desc_act": False,
+            "sym": False,
+            "zeros": "float32",
+        }
         config = model.config.to_dict() | {"quantization_config": codes}
         (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         model.generation_config.save_pretrained(temporary)
@@ -95,8 +102,10 @@ def _give_biases_a_place(model: nn.Module) -> None:
     expected = _names(model, wider)
     homeless = sorted(names - expected)
     if homeless:
-        raise TypeError(f"a {type(model).__name__} has no place for {homeless[0]}, which merging made; train with "
-                        "--set new_bias=False, or use the adapter as it is")  # fmt: skip
+        raise TypeError(
+            f"a {type(model).__name__} has no place for {homeless[0]}, which merging made; train with "
+            "--set new_bias=False, or use the adapter as it is"
+        )
     for name in sorted(expected - names):
         layer = model.get_submodule(name.rpartition(".")[0])
         layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=False)

@@ -34,9 +34,33 @@ from .training import OPTIMIZERS
 
 METHOD_NAMES = {adapter.__name__.lower(): config for config, adapter in METHODS.items()}
 # What must be the same for a run to be resumed.
-_SETTINGS = ("method", "r", "alpha", "dropout", "target", "batch", "accumulate", "steps", "epochs", "lr", "warmup",
-             "weight_decay", "clip", "max_length", "seed", "dtype", "block_size", "set", "template", "shots",
-             "every", "optimizer", "turns", "eval_share", "eval_every")  # fmt: skip
+_SETTINGS = (
+    "method",
+    "r",
+    "alpha",
+    "dropout",
+    "target",
+    "batch",
+    "accumulate",
+    "steps",
+    "epochs",
+    "lr",
+    "warmup",
+    "weight_decay",
+    "clip",
+    "max_length",
+    "seed",
+    "dtype",
+    "block_size",
+    "set",
+    "template",
+    "shots",
+    "every",
+    "optimizer",
+    "turns",
+    "eval_share",
+    "eval_every",
+)
 BASE = "base"  # of --calibrate with qlora: the model that the adapter is of
 _RESULTS = (CHECKPOINT, report.FILE, report.PLOT, CONFIG, WEIGHTS, OWN)  # what a run may leave
 
@@ -44,8 +68,12 @@ _RESULTS = (CHECKPOINT, report.FILE, report.PLOT, CONFIG, WEIGHTS, OWN)  # what 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg = parser.add_argument
     add_model_arguments(parser)
-    arg("--train", type=Path, required=True, help="JSON, JSONL or CSV (instruction and response, messages, or text) "
-        "or plain text; the suffix tells which")  # fmt: skip
+    arg(
+        "--train",
+        type=Path,
+        required=True,
+        help="JSON, JSONL or CSV (instruction and response, messages, or text) or plain text; the suffix tells which",
+    )
     arg("--eval", type=Path, help="held-out data; by default a part of the training data")
     arg("--eval-share", type=float, default=0.05, help="that part (default 0.05; 0: no evaluation)")
     arg("--eval-every", type=int, help="steps between evaluations (default: at the start and the end)")
@@ -53,8 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg("--overwrite", action="store_true", help="delete what another run left in --out")
     arg("--method", choices=[*sorted(METHOD_NAMES), "none"], default="qlora", help="none: measure the model as it is")
     arg("--template", help="of each row: text with {field}, and ||| before the answer; or a JSON file of HardPrompt")
-    arg("--turns", choices=TURNS, default="last", help="of the assistant's in a conversation that are learnt (default "
-        "last)")  # fmt: skip
+    arg(
+        "--turns",
+        choices=TURNS,
+        default="last",
+        help="of the assistant's in a conversation that are learnt (default last)",
+    )
     arg("--shots", type=int, default=0, help="rows of the training data that every prompt shows first (default 0)")
     arg("--r", type=int, help="rank (default: the method's own, mostly 16)")
     arg("--alpha", type=float, help="numerator of the scaling (default 2 r)")
@@ -69,8 +101,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg("--accumulate", type=int, default=1, help="such batches per step")
     arg("--lr", type=float, default=5e-4, help="peak learning rate (default 5e-4)")
     arg("--warmup", type=int, help="steps (default: a tenth)")
-    arg("--optimizer", choices=[*OPTIMIZERS], default="adamw",
-        help="adamw8bit: 2 bytes of state per parameter, not 8; pagedadamw8bit: and on the host while a GPU is full")
+    arg(
+        "--optimizer",
+        choices=[*OPTIMIZERS],
+        default="adamw",
+        help="adamw8bit: 2 bytes of state per parameter, not 8; pagedadamw8bit: and on the host while a GPU is full",
+    )
     arg("--weight-decay", type=float, default=0.0)
     arg("--clip", type=float, default=1.0, help="largest norm of the gradient (default 1)")
     arg("--max-length", type=int, default=512, help="tokens per row (default 512)")
@@ -78,8 +114,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg("--save-every", type=int, default=100, help="steps between checkpoints (default 100)")
     arg("--resume", action="store_true", help="go on from the checkpoint in --out")
     arg("--seed", type=int, default=0)
-    arg("--calibrate", nargs="?", const=True, metavar="FILE", help="with qlora, loftq, lqlora: choose the codes "
-        "by what the layers are given of this data file, or of the training data")  # fmt: skip
+    arg(
+        "--calibrate",
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help="with qlora, loftq, lqlora: choose the codes "
+        "by what the layers are given of this data file, or of the training data",
+    )
     arg("--ask", help="a prompt to answer before and after (default: the first held-out one)")
     arg("--threads", type=int, help="CPU threads")
 
@@ -106,8 +148,12 @@ def run(args: argparse.Namespace) -> int:
     steps = max(1, round(args.epochs * len(examples) / (args.batch * args.accumulate)))
     args.steps = 0 if args.method == "none" else args.steps or steps
     args.warmup = args.steps // 10 if args.warmup is None else args.warmup
-    files = {"data": digest(args.train), "eval": digest(args.eval), "model": fingerprint(args.model),
-             "calibrate": digest(Path(args.calibrate)) if isinstance(args.calibrate, str) else args.calibrate}
+    files = {
+        "data": digest(args.train),
+        "eval": digest(args.eval),
+        "model": fingerprint(args.model),
+        "calibrate": digest(Path(args.calibrate)) if isinstance(args.calibrate, str) else args.calibrate,
+    }
     settings = {key: getattr(args, key) for key in _SETTINGS} | files | {"prompt": repr(prompt)}
     state = load_checkpoint(folder / CHECKPOINT, settings, args.steps) if args.resume else None
 
@@ -173,8 +219,15 @@ def _calibrated_base(
         _clear_base(args)
     if not (base.exists() and args.resume):
         codes = CalibrationConfig(config.block_size, config.double_quant)
-        calibrated(args.model, rows, codes, base, tokenizer, dtype=device_and_dtype(args.dtype)[1],
-                   trust_remote_code=args.trust_remote_code)  # fmt: skip
+        calibrated(
+            args.model,
+            rows,
+            codes,
+            base,
+            tokenizer,
+            dtype=device_and_dtype(args.dtype)[1],
+            trust_remote_code=args.trust_remote_code,
+        )
     args.model = base
     return load_base(args, quantize=True)
 
@@ -281,8 +334,10 @@ def _check_fit(model: torch.nn.Module, examples: list[Example]) -> None:
     if largest >= vocabulary(model):
         raise ValueError(f"the tokenizer makes a token {largest}, and the model has {vocabulary(model)} of them")
     if longest > positions(model):
-        raise ValueError(f"a row has {longest} tokens, and the model {positions(model)} positions; give --max-length "
-                         f"{positions(model)}")  # fmt: skip
+        raise ValueError(
+            f"a row has {longest} tokens, and the model {positions(model)} positions; give --max-length "
+            f"{positions(model)}"
+        )
 
 
 def _read_data(args: argparse.Namespace, prompt: HardPrompt | None) -> tuple[list[Row], list[Row]]:

@@ -72,8 +72,14 @@ def run(args: argparse.Namespace) -> int:
         scores = influence.scores(influence.queries(query), everything)[0]
         own = influence.self_influence(everything) * influence.self_influence(query)
     alike = scores / own.sqrt().clamp(min=1e-30)
-    print(table([(scores[i].item(), alike[i].item(), numbers[i], _text(rows[numbers[i]]))
-                 for i in scores.argsort(descending=True)[: args.top].tolist()]))  # fmt: skip
+    print(
+        table(
+            [
+                (scores[i].item(), alike[i].item(), numbers[i], _text(rows[numbers[i]]))
+                for i in scores.argsort(descending=True)[: args.top].tolist()
+            ]
+        )
+    )
     return 0
 
 

@@ -39,8 +39,16 @@ CHECKPOINT = "checkpoint.pt"
 class Job:
     """One run of training: what changes from step to step, and what is needed to go on."""
 
-    def __init__(self, args: argparse.Namespace, model: nn.Module, tokenizer: Any, examples: list[Example],
-                 evaluation: list[Example], folder: Path, settings: dict[str, Any]):  # fmt: skip
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: nn.Module,
+        tokenizer: Any,
+        examples: list[Example],
+        evaluation: list[Example],
+        folder: Path,
+        settings: dict[str, Any],
+    ):
         self.args, self.model, self.tokenizer, self.folder, self.settings = args, model, tokenizer, folder, settings
         self.examples, self.evaluation = examples, evaluation
         self.pad = pad_id(tokenizer, model)
@@ -69,8 +77,10 @@ class Job:
         """A run whose numbers are lost has failed, whatever it goes on to compute."""
         if not math.isfinite(value):
             kept = "; --resume goes on from the last checkpoint" if (self.folder / CHECKPOINT).exists() else ""
-            raise ValueError(f"the {what} after step {self.step} is {value}: the model gives no numbers, or --lr "
-                             f"{self.args.lr:g} is too high{kept}")  # fmt: skip
+            raise ValueError(
+                f"the {what} after step {self.step} is {value}: the model gives no numbers, or --lr "
+                f"{self.args.lr:g} is too high{kept}"
+            )
 
     def train(self) -> bool:
         """Steps to the end; False if interrupted before."""
@@ -126,24 +136,32 @@ class Job:
             return learning_rate(self.step, args.steps, args.lr, args.warmup)
         every = args.every
         total = -(-args.steps // every) * every
-        return args.lr * relora_schedule(self.step, total, every=every, warmup=min(args.warmup, every),
-                                         restart_warmup=min(100, every // 10))  # fmt: skip
+        return args.lr * relora_schedule(
+            self.step, total, every=every, warmup=min(args.warmup, every), restart_warmup=min(100, every // 10)
+        )
 
     def kept(self) -> dict[str, torch.Tensor]:
         """The trained parameters, and those of the base that a method changes: the tensors themselves."""
         base = {
             f"{path}:{name}": tensor
-            for path, host in hosts(self.model) for adapter in host.adapters.values()
-            for name, tensor in adapter.stored().items() if name.startswith("base_")
-        }  # fmt: skip
+            for path, host in hosts(self.model)
+            for adapter in host.adapters.values()
+            for name, tensor in adapter.stored().items()
+            if name.startswith("base_")
+        }
         return {name: p.detach() for name, p in self.parameters.items()} | base
 
     def checkpoint(self) -> None:
-        save_checkpoint(self.folder / CHECKPOINT, {
-            "settings": self.settings, "adapter": self.kept(),
-            "optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state(),
-            **{key: getattr(self, key) for key in self._PROGRESS},
-        })  # fmt: skip
+        save_checkpoint(
+            self.folder / CHECKPOINT,
+            {
+                "settings": self.settings,
+                "adapter": self.kept(),
+                "optimizer": self.optimizer.state_dict(),
+                "random": torch.get_rng_state(),
+                **{key: getattr(self, key) for key in self._PROGRESS},
+            },
+        )
 
     _PROGRESS = ("step", "tokens", "seconds", "peak", "losses", "evaluations", "question", "answer_before")
 
@@ -170,13 +188,21 @@ class Job:
             after = answer(self.model, self.tokenizer, self.question, 48)
         has = bool(self.evaluations)
         result = {
-            "method": args.method, "trainable": counts.trainable, "total": counts.total,
-            "frozen_bytes": counts.frozen_bytes, "dense_bytes": counts.dense_bytes, "peak_bytes": self.peak,
-            "steps": args.steps, "rows_per_step": args.batch * args.accumulate, "seconds": self.seconds,
-            "tokens": self.tokens, "loss_before": self.evaluations[0][1] if has else None,
-            "loss_after": self.evaluations[-1][1] if has else None, "losses": self.losses,
+            "method": args.method,
+            "trainable": counts.trainable,
+            "total": counts.total,
+            "frozen_bytes": counts.frozen_bytes,
+            "dense_bytes": counts.dense_bytes,
+            "peak_bytes": self.peak,
+            "steps": args.steps,
+            "rows_per_step": args.batch * args.accumulate,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "loss_before": self.evaluations[0][1] if has else None,
+            "loss_after": self.evaluations[-1][1] if has else None,
+            "losses": self.losses,
             "evaluations": self.evaluations,
-        }  # fmt: skip
+        }
         report.write(self.folder, result)
         if self.parameters:
             report.plot(self.folder / report.PLOT, self.losses, self.evaluations, f"{args.method} of {args.model.name}")

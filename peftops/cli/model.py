@@ -24,8 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg = parser.add_argument
     arg("--model", type=Path, required=True, help="directory with config.json and safetensors, or a GGUF file")
     arg("--dtype", choices=["auto", *DTYPES], default="auto")
-    arg("--trust-remote-code", action="store_true",
-        help="run the Python code that the model's directory comes with; only for code that you have read")  # fmt: skip
+    arg(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that the model's directory comes with; only for code that you have read",
+    )
 
 
 def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,15 +121,23 @@ def answer(model: nn.Module, tokenizer: Any, messages: list[dict[str, str]], max
     model.eval()
     ids = torch.tensor([prompt_ids(tokenizer, messages)], device=model.device)
     if ids.numel() == 0 or int(ids.max()) >= vocabulary(model):
-        raise ValueError(f"the tokenizer makes {ids[0].tolist()[:9]} of the prompt, and the model knows the tokens "
-                         f"from 0 to {vocabulary(model) - 1}")  # fmt: skip
+        raise ValueError(
+            f"the tokenizer makes {ids[0].tolist()[:9]} of the prompt, and the model knows the tokens "
+            f"from 0 to {vocabulary(model) - 1}"
+        )
     room = positions(model) - ids.shape[1]
     if room < 1:
-        raise ValueError(f"a prompt of {ids.shape[1]} tokens leaves no room for an answer in the model's "
-                         f"{positions(model)} positions")  # fmt: skip
+        raise ValueError(
+            f"a prompt of {ids.shape[1]} tokens leaves no room for an answer in the model's "
+            f"{positions(model)} positions"
+        )
     out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=int(min(max_tokens, room)), do_sample=False,
-        pad_token_id=pad_id(tokenizer, model), eos_token_id=stop_ids(tokenizer, model.generation_config) or None,
-    )  # fmt: skip
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=int(min(max_tokens, room)),
+        do_sample=False,
+        pad_token_id=pad_id(tokenizer, model),
+        eos_token_id=stop_ids(tokenizer, model.generation_config) or None,
+    )
     model.train(was_training)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()

@@ -9,8 +9,21 @@ from ..planner import MOMENTS, WANTS, Estimate, choose, estimate_all, skeleton, 
 from .model import add_arguments as add_model_arguments
 from .model import device_and_dtype
 
-_UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
-          "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # fmt: skip
+_UNITS = {
+    "B": 1,
+    "K": 2**10,
+    "M": 2**20,
+    "G": 2**30,
+    "T": 2**40,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,19 +43,27 @@ def run(args: argparse.Namespace) -> int:
     memory = parse_bytes(args.memory)
     _, dtype = device_and_dtype(args.dtype)
     model = skeleton(args.model, dtype, trust_remote_code=args.trust_remote_code)
-    options = {"batch": args.batch, "length": args.max_length, "checkpointing": args.checkpointing,
-               "optimizer": args.optimizer}  # fmt: skip
+    options = {
+        "batch": args.batch,
+        "length": args.max_length,
+        "checkpointing": args.checkpointing,
+        "optimizer": args.optimizer,
+    }
     estimates = estimate_all(model, r=args.r, **options)
     choice = choose(estimates, memory, want=args.want, tasks=args.tasks)
     count = sum(p.numel() for p in model.parameters())
     again = ", blocks computed again" if args.checkpointing else ""
-    print(f"{args.model.name}: {count / 1e6:,.1f} M parameters, {str(dtype)[6:]}, "
-          f"{args.batch} rows of {args.max_length} tokens{again}, {args.memory}\n")  # fmt: skip
+    print(
+        f"{args.model.name}: {count / 1e6:,.1f} M parameters, {str(dtype)[6:]}, "
+        f"{args.batch} rows of {args.max_length} tokens{again}, {args.memory}\n"
+    )
     print(table(estimates, memory))
     print(f"\nchoose: {choice.estimate.method if choice.estimate else 'nothing of these'}")
     print("\n".join(f"  {reason}" for reason in choice.reasons))
-    print("\nNot counted: workspace inside of kernels, what the allocator loses (a tenth is a good reserve), the "
-          "libraries' own memory.")  # fmt: skip
+    print(
+        "\nNot counted: workspace inside of kernels, what the allocator loses (a tenth is a good reserve), the "
+        "libraries' own memory."
+    )
     return 0
 
 
@@ -63,8 +84,18 @@ def parse_bytes(text: str) -> int:
 def table(estimates: list[Estimate], memory: int) -> str:
     """A line per method in MiB, those that fit first and the least memory before more."""
     cells = "{:14} {:>13} {:>9} {:>9} {:>11} {:>9} {:>5}  {}"
-    lines = [cells.format("method", "trainable", "weights", "optimizer", "activations", "MiB", "fits",
-                          "overhead, memory efficiency, versatility, quality")]  # fmt: skip
+    lines = [
+        cells.format(
+            "method",
+            "trainable",
+            "weights",
+            "optimizer",
+            "activations",
+            "MiB",
+            "fits",
+            "overhead, memory efficiency, versatility, quality",
+        )
+    ]
     mib = lambda size: f"{size / 2**20:,.0f}"
     for e in sorted(estimates, key=lambda e: (e.why_not is not None, e.total, e.method)):
         if e.why_not is not None:
@@ -72,6 +103,16 @@ def table(estimates: list[Estimate], memory: int) -> str:
             continue
         traits = traits_of(e.method)
         words = f"{traits.overhead}, {traits.memory}, {traits.versatility}, {traits.quality}"
-        lines.append(cells.format(e.method, f"{e.trainable:,}", mib(e.weights), mib(e.optimizer), mib(e.activations),
-                                  mib(e.total), "yes" if e.total <= memory else "no", words))  # fmt: skip
+        lines.append(
+            cells.format(
+                e.method,
+                f"{e.trainable:,}",
+                mib(e.weights),
+                mib(e.optimizer),
+                mib(e.activations),
+                mib(e.total),
+                "yes" if e.total <= memory else "no",
+                words,
+            )
+        )
     return "\n".join(lines)

@@ -23,17 +23,28 @@ _TOKENS, _LENGTH = 8192, 512
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg = parser.add_argument
     add_model_arguments(parser)
-    arg("--calibrate", type=Path, required=True, help="text of the kind that the model is for, and of no test set: a "
-        "data file as of finetune --train")  # fmt: skip
+    arg(
+        "--calibrate",
+        type=Path,
+        required=True,
+        help="text of the kind that the model is for, and of no test set: a data file as of finetune --train",
+    )
     arg("--out", type=Path, required=True, help="new directory for the model, the report and a plot")
     arg("--tokens", type=int, default=_TOKENS, help=f"how many of the data, in rows by chance (default {_TOKENS})")
     arg("--max-length", type=int, default=_LENGTH, help=f"tokens per row (default {_LENGTH})")
     arg("--block-size", type=int, default=64, help="of NF4 (default 64)")
     arg("--no-double-quant", action="store_true", help="keep the blocks' constants in float32: 4.5 bits per weight")
-    arg("--damping", type=float, help="how little to trust the data (default: for each layer, by trying half of "
-        "them on the other half)")  # fmt: skip
-    arg("--layout", choices=["bitsandbytes", "peftops"], default="bitsandbytes",
-        help="of the files; transformers reads bitsandbytes'")  # fmt: skip
+    arg(
+        "--damping",
+        type=float,
+        help="how little to trust the data (default: for each layer, by trying half of them on the other half)",
+    )
+    arg(
+        "--layout",
+        choices=["bitsandbytes", "peftops"],
+        default="bitsandbytes",
+        help="of the files; transformers reads bitsandbytes'",
+    )
     arg("--threads", type=int, help="CPU threads")
 
 
@@ -78,8 +89,9 @@ def calibrated(
             bar.total = of
             bar.update(done - bar.n)
 
-        model, report = quantize_model(model, rows, config, out=out, tokenizer=tokenizer, device=device, on_block=show,
-                                       **options)  # fmt: skip
+        model, report = quantize_model(
+            model, rows, config, out=out, tokenizer=tokenizer, device=device, on_block=show, **options
+        )
     print(report, flush=True)
     _plot(out / PLOT, report)
     return model
@@ -99,8 +111,12 @@ def _plot(path: Path, report: CalibrationReport) -> None:
         own = [layer for layer in layers if layer.name.endswith(f".{kind}")]
         axes.plot([100 * layer.plain_error for layer in own], color=f"C{i % 10}", linestyle=":", linewidth=1)
         axes.plot([100 * layer.error for layer in own], color=f"C{i % 10}", linewidth=1.8, label=kind)
-    axes.set(xlabel="block", ylabel="error of a layer's outputs, %", ylim=(0, None),
-             title=f"dotted: plain NF4; lines: calibrated on {report.tokens:,} tokens")  # fmt: skip
+    axes.set(
+        xlabel="block",
+        ylabel="error of a layer's outputs, %",
+        ylim=(0, None),
+        title=f"dotted: plain NF4; lines: calibrated on {report.tokens:,} tokens",
+    )
     axes.grid(alpha=0.3)
     if kinds:
         axes.legend(frameon=False, ncols=2)

@@ -33,8 +33,17 @@ _LINES = {
 }
 
 
-_COUNTS = ("trainable", "total", "frozen_bytes", "dense_bytes", "peak_bytes", "steps", "rows_per_step", "seconds",
-           "tokens")  # fmt: skip
+_COUNTS = (
+    "trainable",
+    "total",
+    "frozen_bytes",
+    "dense_bytes",
+    "peak_bytes",
+    "steps",
+    "rows_per_step",
+    "seconds",
+    "tokens",
+)
 _LOSSES = ("loss_before", "loss_after")
 
 

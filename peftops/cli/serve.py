@@ -27,10 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg = parser.add_argument
     add_model_arguments(parser)
     add_base_arguments(parser)
-    arg("--adapters", type=Path, nargs="*", default=[], metavar="DIR",
-        help="directories of LoRA adapters, or of such directories; an adapter has its directory's name")  # fmt: skip
-    arg("--requests", type=Path, help="JSONL: prompt or messages, and, as wished, adapter (none is the "
-        "model itself), max_tokens, temperature, top_k, top_p, seed (without any of these four: greedy)")  # fmt: skip
+    arg(
+        "--adapters",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="DIR",
+        help="directories of LoRA adapters, or of such directories; an adapter has its directory's name",
+    )
+    arg(
+        "--requests",
+        type=Path,
+        help="JSONL: prompt or messages, and, as wished, adapter (none is the "
+        "model itself), max_tokens, temperature, top_k, top_p, seed (without any of these four: greedy)",
+    )
     arg("--out", type=Path, help="JSONL: a line per answer, as it is done, with its row's number")
     arg("--max-tokens", type=int, default=128, help="of an answer whose request does not say (default 128)")
     arg("--max-batch", type=int, default=16, help="requests that run at once (default 16)")
@@ -92,8 +102,12 @@ def _run_file(args: argparse.Namespace) -> int:
             for completion in server.run():
                 number = numbers[completion.number]
                 text = tokenizer.decode(completion.ids, skip_special_tokens=True).strip()
-                answer = {"row": number, "adapter": rows[number - 1].get("adapter"), "answer": text,
-                          "tokens": len(completion.ids)}  # fmt: skip
+                answer = {
+                    "row": number,
+                    "adapter": rows[number - 1].get("adapter"),
+                    "answer": text,
+                    "tokens": len(completion.ids),
+                }
                 if completion.error is not None:
                     answer["error"], failed = str(completion.error), failed + 1
                 out.write(json.dumps(answer, ensure_ascii=False) + "\n")
@@ -102,8 +116,10 @@ def _run_file(args: argparse.Namespace) -> int:
                 progress.update()
         seconds = time.perf_counter() - start
     used = len({row.get("adapter") for row in rows} - {None})
-    print(f"{len(rows)} answers of {used} adapters, {generated} tokens in {seconds:.1f} s, "
-          f"{generated / max(seconds, 1e-9):.1f} tokens/s, in {args.out}")  # fmt: skip
+    print(
+        f"{len(rows)} answers of {used} adapters, {generated} tokens in {seconds:.1f} s, "
+        f"{generated / max(seconds, 1e-9):.1f} tokens/s, in {args.out}"
+    )
     if failed:
         print(f"{failed} of the answers are not whole; their lines say why, under error", file=sys.stderr)
     return 1 if failed else 0
@@ -163,16 +179,20 @@ def _base(args: argparse.Namespace, adapters: dict[str, Path]) -> dict[str, Any]
     name, first = next(iter(wanted.items()))
     other = next((other for other, options in wanted.items() if options != first), None)
     if other is not None:
-        raise ValueError(f"the adapters {name} and {other} were trained on different bases, {_words(first)} and "
-                         f"{_words(wanted[other])}; choose one for all with --dense or --quantize")  # fmt: skip
+        raise ValueError(
+            f"the adapters {name} and {other} were trained on different bases, {_words(first)} and "
+            f"{_words(wanted[other])}; choose one for all with --dense or --quantize"
+        )
     return first
 
 
 def _check_base(folder: Path, base: dict[str, Any]) -> None:
     other = base_options(read_adapter(folder)[0])
     if other != base:
-        raise ValueError(f"it was trained on another base than this server's, {_words(other)} and not {_words(base)}; "
-                         "start the server with --dense or --quantize to have it nevertheless")  # fmt: skip
+        raise ValueError(
+            f"it was trained on another base than this server's, {_words(other)} and not {_words(base)}; "
+            "start the server with --dense or --quantize to have it nevertheless"
+        )
 
 
 def _words(base: dict[str, Any]) -> str:
@@ -192,5 +212,9 @@ def _rank(folder: Path) -> int:
 
 def _submit(server: Server, tokenizer: Any, row: dict[str, Any], most: int) -> int:
     messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-    return server.submit(prompt_ids(tokenizer, messages), adapter=row.get("adapter"),
-                         max_new=row.get("max_tokens", most), sampling=_sampling(row))  # fmt: skip
+    return server.submit(
+        prompt_ids(tokenizer, messages),
+        adapter=row.get("adapter"),
+        max_new=row.get("max_tokens", most),
+        sampling=_sampling(row),
+    )

@@ -27,11 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg("--port", type=int, help="answer requests on this port; 0 for any that is free")
     arg("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine alone)")
     arg("--name", help="the model's name for clients (default: that of its directory)")
-    arg("--watch", type=Path, metavar="DIR", help="a directory whose adapters are loaded as they come and unloaded as "
-        "they go")  # fmt: skip
+    arg(
+        "--watch",
+        type=Path,
+        metavar="DIR",
+        help="a directory whose adapters are loaded as they come and unloaded as they go",
+    )
     arg("--loadable", type=Path, metavar="DIR", help="a directory from which clients may load adapters")
-    arg("--max-rank", type=int, default=16, help="of the adapters for which --resident makes room (default 16, and as "
-        "much as those of --adapters have)")  # fmt: skip
+    arg(
+        "--max-rank",
+        type=int,
+        default=16,
+        help="of the adapters for which --resident makes room (default 16, and as much as those of --adapters have)",
+    )
     arg("--max-adapters", type=int, default=10_000, help="that may be loaded (default 10000)")
     arg("--max-prompt", type=int, help="tokens of a prompt (default: as many as leave room for an answer)")
     arg("--max-choices", type=int, default=16, help="answers to one request (default 16)")
@@ -68,9 +76,15 @@ def _limits(args: argparse.Namespace, context: int) -> Any:
     from ..serving.http import Limits
 
     return Limits(
-        context=context, prompt=args.max_prompt, answer=args.max_tokens, choices=args.max_choices,
-        queue=args.max_queue, body=args.max_body, seconds=args.timeout, adapters=args.max_adapters,
-    )  # fmt: skip
+        context=context,
+        prompt=args.max_prompt,
+        answer=args.max_tokens,
+        choices=args.max_choices,
+        queue=args.max_queue,
+        body=args.max_body,
+        seconds=args.timeout,
+        adapters=args.max_adapters,
+    )
 
 
 def readable(folder: Path | None) -> dict[str, Path]:
@@ -85,8 +99,15 @@ def readable(folder: Path | None) -> dict[str, Path]:
     return found
 
 
-def run(args: argparse.Namespace, sock: socket.socket, tokenizer: Any, model: nn.Module, pool: AdapterPool,
-        folders: dict[str, Path], check: Callable[[Path], None] | None) -> int:  # fmt: skip
+def run(
+    args: argparse.Namespace,
+    sock: socket.socket,
+    tokenizer: Any,
+    model: nn.Module,
+    pool: AdapterPool,
+    folders: dict[str, Path],
+    check: Callable[[Path], None] | None,
+) -> int:
     from ..serving.http import Adapters, App, serve
     from ..serving.http.errors import ApiError
 
@@ -101,8 +122,15 @@ def run(args: argparse.Namespace, sock: socket.socket, tokenizer: Any, model: nn
                 adapters.load(name, folder)
             except ApiError as error:
                 raise ValueError(error.message) from None
-        app = App(server, tokenizer, adapters, limits, key=os.environ.get("PEFTOPS_API_KEY"), loadable=args.loadable,
-                  watched=args.watch)  # fmt: skip
+        app = App(
+            server,
+            tokenizer,
+            adapters,
+            limits,
+            key=os.environ.get("PEFTOPS_API_KEY"),
+            loadable=args.loadable,
+            watched=args.watch,
+        )
         host, port = sock.getsockname()[:2]
         print(f"serving {adapters.base} and {len(folders)} adapters on http://{host}:{port}/v1", flush=True)
         serve(app, sock, grace=args.grace)

@@ -43,9 +43,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 
 OPTIMIZERS = {
-    "adamw": partial(torch.optim.AdamW, fused=True), "adamw8bit": AdamW8bit,
+    "adamw": partial(torch.optim.AdamW, fused=True),
+    "adamw8bit": AdamW8bit,
     "pagedadamw8bit": partial(AdamW8bit, paged=True),
-}  # fmt: skip
+}
 
 
 def optimizer_for(name: str, parameters: list[nn.Parameter], weight_decay: float) -> torch.optim.Optimizer:

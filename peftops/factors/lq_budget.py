@@ -86,9 +86,11 @@ def allocate(costs: list[list[float]], sizes: list[list[float]], budget: float) 
     if least > budget:
         raise ValueError(f"the smallest formats take {least:.0f} bits, which is more than the budget of {budget:.0f}")
     # A choice that another beats in both is left out: the fewer, the faster. Solvers like numbers around 1.
-    best = lambda i, j: not any(
-        (costs[i][k], sizes[i][k], k) < (costs[i][j], sizes[i][j], j) and sizes[i][k] <= sizes[i][j]
-        for k in range(len(costs[i]))
+    best = lambda i, j: (
+        not any(
+            (costs[i][k], sizes[i][k], k) < (costs[i][j], sizes[i][j], j) and sizes[i][k] <= sizes[i][j]
+            for k in range(len(costs[i]))
+        )
     )
     kept = [(i, j) for i in range(len(costs)) for j in range(len(costs[i])) if best(i, j)]
     cost = np.array([costs[i][j] for i, j in kept])
@@ -97,9 +99,12 @@ def allocate(costs: list[list[float]], sizes: list[list[float]], budget: float) 
     limit = 1.0
     while True:
         found = milp(
-            cost * 1000 / (np.abs(cost).max() or 1), integrality=np.ones(len(kept)), bounds=Bounds(0, 1),
-            constraints=[LinearConstraint(one, 1, 1), LinearConstraint(size, ub=limit)], options={"mip_rel_gap": 0.0},
-        )  # fmt: skip
+            cost * 1000 / (np.abs(cost).max() or 1),
+            integrality=np.ones(len(kept)),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(one, 1, 1), LinearConstraint(size, ub=limit)],
+            options={"mip_rel_gap": 0.0},
+        )
         if found.x is None:
             raise ValueError(f"scipy's integer programming found no allocation: {found.message}")
         chosen = [j for (_, j), x in zip(kept, found.x, strict=True) if x > 0.5]

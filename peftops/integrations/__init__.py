@@ -9,9 +9,18 @@ from .peft_files import load, save
 from .summary import Summary, summary
 
 __all__ = [
-    "CalibrationConfig", "CalibrationReport", "Summary", "from_bitsandbytes", "input_moments", "load", "load_model",
-    "quantize_model", "save", "save_gguf", "summary",
-]  # fmt: skip
+    "CalibrationConfig",
+    "CalibrationReport",
+    "Summary",
+    "from_bitsandbytes",
+    "input_moments",
+    "load",
+    "load_model",
+    "quantize_model",
+    "save",
+    "save_gguf",
+    "summary",
+]
 
 
 def __getattr__(name: str) -> object:

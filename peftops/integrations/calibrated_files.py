@@ -40,8 +40,9 @@ class Unfinished:
     def __init__(self, out: Path, model: nn.Module, config: Any, settings: dict[str, Any]):
         self.out, self.model, self.config = check_new_directory(out), model, config
         if config.layout == "bitsandbytes" and any(is_conv1d(m) for m in model.modules()):
-            raise ValueError(f"bitsandbytes' layout has no Conv1D, which {type(model).__name__} is made of; use "
-                             "layout='peftops'")  # fmt: skip
+            raise ValueError(
+                f"bitsandbytes' layout has no Conv1D, which {type(model).__name__} is made of; use layout='peftops'"
+            )
         self.folder = writable_directory(self.out.parent / f".{self.out.name}.unfinished")
         digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
         own = dataclasses.asdict(config) | {name: digest(value) for name, value in settings.items()}
@@ -53,8 +54,10 @@ class Unfinished:
                 was = {}
             different = [name for name in own if was.get(name) != own[name]]
             if different:
-                raise ValueError(f"{self.folder} is of an unfinished run with another {', '.join(different)}; delete "
-                                 "it to begin anew, or give another directory")  # fmt: skip
+                raise ValueError(
+                    f"{self.folder} is of an unfinished run with another {', '.join(different)}; delete "
+                    "it to begin anew, or give another directory"
+                )
         write_atomically(file, lambda path: path.write_text(json.dumps(own, indent=2)))
 
     def _block(self, i: int) -> Path:
@@ -79,8 +82,9 @@ class Unfinished:
             raise ValueError(f"{file} is damaged ({error}); delete it to have that block done again") from None
         for name in [report.name for report in reports]:
             of = f"{name}.weight"
-            own = {key[len(name) + 1 :]: tensors.pop(key) for key in list(tensors) if key == of or
-                   key.startswith(f"{of}.")}  # fmt: skip
+            own = {
+                key[len(name) + 1 :]: tensors.pop(key) for key in list(tensors) if key == of or key.startswith(f"{of}.")
+            }
             layer = self.model.get_submodule(name)
             if self.config.layout == "bitsandbytes":
                 weight = from_bitsandbytes(own)
@@ -167,11 +171,17 @@ def _write_configuration(model: nn.Module, folder: Path, layout: str, tokenizer:
     else:
         dense = [name for name, layer in layers(model) if type(base_of(layer)) is nn.Linear]
         how = {
-            "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "_load_in_4bit": True,
-            "_load_in_8bit": False, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": coded[0].double_quant,
-            "bnb_4bit_compute_dtype": str(coded[0].dtype).removeprefix("torch."), "bnb_4bit_quant_storage": "uint8",
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "_load_in_4bit": True,
+            "_load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": coded[0].double_quant,
+            "bnb_4bit_compute_dtype": str(coded[0].dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": dense,
-        }  # fmt: skip
+        }
     model.config.architectures = [type(model).__name__]
     config = model.config.to_dict() | {"quantization_config": how}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

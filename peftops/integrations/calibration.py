@@ -98,8 +98,10 @@ class CalibrationReport:
         return (sum(squares) / max(1, len(squares))) ** 0.5
 
     def __str__(self) -> str:
-        lines = [f"{len(self.layers)} layers in NF4, calibrated on {self.tokens:,} tokens in {self.seconds:.0f} s: "
-                 f"outputs err by {self.error:.2%}, plain NF4's by {self.plain_error:.2%}"]  # fmt: skip
+        lines = [
+            f"{len(self.layers)} layers in NF4, calibrated on {self.tokens:,} tokens in {self.seconds:.0f} s: "
+            f"outputs err by {self.error:.2%}, plain NF4's by {self.plain_error:.2%}"
+        ]
         plain = [layer for layer in self.layers if layer.why_plain]
         lines += [f"  plain NF4: {layer.name}, as {layer.why_plain}" for layer in plain[:8]]
         return "\n".join(lines + ([f"  and {len(plain) - 8} more"] if len(plain) > 8 else []))
@@ -147,17 +149,20 @@ def quantize_model(
         True
     """
     config, begin = config or CalibrationConfig(), time.perf_counter()
-    files = None if isinstance(model, nn.Module) else ModelFiles(
-        model, dtype=dtype, trust_remote_code=trust_remote_code
-    )  # fmt: skip
+    files = (
+        None if isinstance(model, nn.Module) else ModelFiles(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    )
     source, model = model, model if files is None else files.model
     _check_dense(source, model, files)
     stack, targets = blocks(model), find_targets(model, ALL_LINEAR)
     batches = _batches(rows, config.batch, model)
     report = CalibrationReport(sum(ids.numel() for ids in batches))
     if report.tokens < _FEW:
-        warnings.warn(f"{report.tokens} tokens are few to calibrate with; {_FEW} are the least that one would take, "
-                      "and more are better", stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"{report.tokens} tokens are few to calibrate with; {_FEW} are the least that one would take, "
+            "and more are better",
+            stacklevel=2,
+        )
     device = torch.device(device) if device is not None else next(model.parameters()).device
     if device.type == "meta":
         device = torch.device("cpu")
@@ -238,14 +243,18 @@ def input_moments(
 def _check_dense(source: Any, model: nn.Module, files: ModelFiles | None) -> None:
     experts = next((path for path, module in model.named_modules() if stacks_of(module)), None)
     if experts:
-        raise ValueError(f"{source if files else type(model).__name__} is a mixture of experts, and {experts} would "
-                         "stay dense: calibration is for linear layers; load_model reads it into NF4")  # fmt: skip
+        raise ValueError(
+            f"{source if files else type(model).__name__} is a mixture of experts, and {experts} would "
+            "stay dense: calibration is for linear layers; load_model reads it into NF4"
+        )
     if (files is not None and files.prequantised) or any(is_quantized(p) for p in model.parameters()):
         what = source if files else type(model).__name__
         raise ValueError(f"{what} is quantised already: the dense weights are gone")
     if any(True for _ in hosts(model)):
-        raise ValueError(f"{type(model).__name__} has adapters; merge and detach them first: peftops.merge(model, "
-                         "dense=True), peftops.detach(model, merged=True)")  # fmt: skip
+        raise ValueError(
+            f"{type(model).__name__} has adapters; merge and detach them first: peftops.merge(model, "
+            "dense=True), peftops.detach(model, merged=True)"
+        )
 
 
 def _batches(rows: Sequence[Sequence[int] | Tensor], size: int, model: nn.Module) -> list[Tensor]:
@@ -259,15 +268,22 @@ def _batches(rows: Sequence[Sequence[int] | Tensor], size: int, model: nn.Module
     if not by_length:
         raise ValueError("there are no calibration rows")
     known = len(model.get_input_embeddings().weight)
-    wrong = [int(ids[(ids < 0) | (ids >= known)][0]) for of in by_length.values() for ids in of
-             if ids.min() < 0 or ids.max() >= known]  # fmt: skip
+    wrong = [
+        int(ids[(ids < 0) | (ids >= known)][0])
+        for of in by_length.values()
+        for ids in of
+        if ids.min() < 0 or ids.max() >= known
+    ]
     if wrong:
         raise ValueError(f"the calibration rows hold a token {wrong[0]}, and the model has those from 0 to {known - 1}")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if max(by_length) > longest:
         raise ValueError(f"a calibration row has {max(by_length)} tokens, and the model {longest} positions")
-    return [torch.stack(of[i : i + max(1, size // length)]) for length, of in sorted(by_length.items())
-            for i in range(0, len(of), max(1, size // length))]  # fmt: skip
+    return [
+        torch.stack(of[i : i + max(1, size // length)])
+        for length, of in sorted(by_length.items())
+        for i in range(0, len(of), max(1, size // length))
+    ]
 
 
 def _numbers(model: nn.Module) -> list[float]:
@@ -320,9 +336,13 @@ def _run(block: nn.Module, x: Tensor, call: Call) -> Tensor:
 
 
 def _calibrate(
-    model: nn.Module, block: nn.Module, names: list[str], hidden: list[Tensor], calls: list[Call],
+    model: nn.Module,
+    block: nn.Module,
+    names: list[str],
+    hidden: list[Tensor],
+    calls: list[Call],
     config: CalibrationConfig,
-) -> Iterator[LayerReport]:  # fmt: skip
+) -> Iterator[LayerReport]:
     """Quantise the layers of a block, those first that others' inputs come from."""
     for leader, once in _stages(model, block, names, hidden[0], calls[0]):
         moments: dict[str, Moments] = {}
@@ -337,13 +357,19 @@ def _calibrate(
             layer, source = model.get_submodule(name), leader[name]
             seen = moments[source]
             with about(name):
-                found = gptq_nf4(matrix(layer).contiguous(), seen, block_size=config.block_size,
-                                 double_quant=config.double_quant, damping=damping[source])  # fmt: skip
+                found = gptq_nf4(
+                    matrix(layer).contiguous(),
+                    seen,
+                    block_size=config.block_size,
+                    double_quant=config.double_quant,
+                    damping=damping[source],
+                )
             damping[source] = found.damping  # it is the inputs that it is about, more than the weight
             replace(model, name, NF4Linear(found.weight, None, shell_of(layer)))
             number = lambda error: error if math.isfinite(error) else None
-            yield LayerReport(name, seen.count, number(found.plain_error), number(found.error), found.damping,
-                              found.why_plain)  # fmt: skip
+            yield LayerReport(
+                name, seen.count, number(found.plain_error), number(found.error), found.damping, found.why_plain
+            )
 
 
 class _Enough(Exception):
@@ -391,8 +417,12 @@ def _stages(
     stages: list[dict[str, str]] = []
     alike = lambda name: re.sub(r"\.\d+\.", ".*.", name.removeprefix(names[0].rpartition(".")[0]))
     for name in [*inputs, *(name for name in names if name not in inputs)]:
-        same = [(i, other) for i, stage in enumerate(stages) for other in stage
-                if name in inputs and inputs.get(other) is inputs[name]]  # fmt: skip
+        same = [
+            (i, other)
+            for i, stage in enumerate(stages)
+            for other in stage
+            if name in inputs and inputs.get(other) is inputs[name]
+        ]
         kind = [i for i, stage in enumerate(stages) if any(alike(other) == alike(name) for other in stage)]
         if same:
             i, other = same[0]

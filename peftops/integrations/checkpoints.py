@@ -34,20 +34,29 @@ def saving_adapters(save_pretrained: Callable[..., None]) -> Callable[..., None]
     """transformers' method, which writes the active adapter of a model that has one as :func:`peftops.save` does."""
 
     @functools.wraps(save_pretrained)
-    def save(self: nn.Module, save_directory: str | os.PathLike, is_main_process: bool = True,
-             state_dict: dict[str, Tensor] | None = None, push_to_hub: bool = False, *args: Any,
-             **options: Any) -> None:  # fmt: skip
+    def save(
+        self: nn.Module,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        *args: Any,
+        **options: Any,
+    ) -> None:
         if not is_attached(self):
             return save_pretrained(self, save_directory, is_main_process, state_dict, push_to_hub, *args, **options)
         if args:
             raise TypeError("an adapter is attached: give save_pretrained the options after push_to_hub by their names")
         if any(host.is_merged for _, host in hosts(self)):
-            raise ValueError("an adapter is merged into the model: peftops.detach(model, merged=True) leaves a plain "
-                             "model, which can be saved; after peftops.unmerge(model) the adapter is")  # fmt: skip
+            raise ValueError(
+                "an adapter is merged into the model: peftops.detach(model, merged=True) leaves a plain "
+                "model, which can be saved; after peftops.unmerge(model) the adapter is"
+            )
         for option, default in _ELSEWHERE.items():
             if options.pop(option, default) != default:
-                raise ValueError(f"{option} is not for adapters, which have one file; peftops.save(model, directory) "
-                                 "writes it")  # fmt: skip
+                raise ValueError(
+                    f"{option} is not for adapters, which have one file; peftops.save(model, directory) writes it"
+                )
         write_adapter(self, save_directory, given=state_dict, here=is_main_process)
         if push_to_hub and is_main_process:
             known = ("commit_message", "private", "token", "create_pr", "revision", "commit_description", "tags")

@@ -71,8 +71,14 @@ class NF4Config(CodesConfig):
     quant_method = "peftops_nf4"
     layouts = ("peftops", "bitsandbytes")
 
-    def __init__(self, block_size: int = 64, double_quant: bool = True, skip: Any = None, layout: str = "peftops",
-                 quant_method: str | None = None):  # fmt: skip
+    def __init__(
+        self,
+        block_size: int = 64,
+        double_quant: bool = True,
+        skip: Any = None,
+        layout: str = "peftops",
+        quant_method: str | None = None,
+    ):
         check_choice("block_size", block_size, BLOCK_SIZES)
         check_choice("double_quant", double_quant, (True, False))
         self._set(skip, layout, quant_method, block_size=block_size, double_quant=double_quant)
@@ -82,11 +88,15 @@ class NF4Config(CodesConfig):
 
     def _as_of_layout(self) -> dict[str, Any]:
         return {
-            "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": self.double_quant, "bnb_4bit_quant_storage": "uint8",
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": self.double_quant,
+            "bnb_4bit_quant_storage": "uint8",
             "bnb_4bit_compute_dtype": vars(self).get("_dtype", "float32"),
             "llm_int8_skip_modules": vars(self).get("_dense", self.skip),
-        }  # fmt: skip
+        }
 
     def stored(self, weight: Tensor) -> dict[str, Tensor]:
         return {f".{name}": part for name, part in to_bitsandbytes(weight).items()}
@@ -110,15 +120,31 @@ class GroupConfig(CodesConfig):
     quant_method = "peftops_group"
     layouts = ("peftops", "gptq")
 
-    def __init__(self, bits: int = 4, group_size: int = 32, symmetric: bool = False, clip: str = "none",
-                 skip: Any = None, layout: str = "peftops", checkpoint_format: str = FORMAT,
-                 quant_method: str | None = None):  # fmt: skip
+    def __init__(
+        self,
+        bits: int = 4,
+        group_size: int = 32,
+        symmetric: bool = False,
+        clip: str = "none",
+        skip: Any = None,
+        layout: str = "peftops",
+        checkpoint_format: str = FORMAT,
+        quant_method: str | None = None,
+    ):
         check_choice("bits", bits, (2, 3, 4, 8))
         check_choice("group_size", group_size, tuple(2**i for i in range(3, 13)))
         check_choice("symmetric", symmetric, (True, False))
         check_choice("clip", clip, ("none", "mse"))
-        self._set(skip, layout, quant_method, bits=bits, group_size=group_size, symmetric=symmetric, clip=clip,
-                  checkpoint_format=checkpoint_format)  # fmt: skip
+        self._set(
+            skip,
+            layout,
+            quant_method,
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            clip=clip,
+            checkpoint_format=checkpoint_format,
+        )
 
     def file_layout(self) -> Layout:
         return Layout(self.layout, self.bits, self.checkpoint_format)
@@ -128,8 +154,15 @@ class GroupConfig(CodesConfig):
         return group_quantize(dense, **how)
 
     def _as_of_layout(self) -> dict[str, Any]:
-        return {"quant_method": "gptq", "checkpoint_format": FORMAT, "bits": self.bits, "group_size": self.group_size,
-                "desc_act": False, "sym": self.symmetric, "zeros": "float32"}  # fmt: skip
+        return {
+            "quant_method": "gptq",
+            "checkpoint_format": FORMAT,
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "desc_act": False,
+            "sym": self.symmetric,
+            "zeros": "float32",
+        }
 
     def stored(self, weight: Tensor) -> dict[str, Tensor]:
         return {f".{name}": part for name, part in to_gptq(weight).items()}

@@ -78,8 +78,9 @@ def _factors(path: str, base: nn.Module | None, adapter: nn.Module) -> tuple[Ten
     biased = isinstance(adapter, LoRA) and adapter.biased
     if not isinstance(adapter, LoRA) or type(adapter).adapt is not LoRA.adapt or biased:
         kind = f"{type(adapter).__name__}{' with biases' if biased else ''}"
-        raise TypeError(f"a GGUF adapter holds A and B, as LoRA has them, and {path} has a {kind}; "
-                        "merge it into the model")  # fmt: skip
+        raise TypeError(
+            f"a GGUF adapter holds A and B, as LoRA has them, and {path} has a {kind}; merge it into the model"
+        )
     if base is None or kind_of(base) != LINEAR:
         raise TypeError(f"a GGUF adapter is of linear layers, and {path} is a {type(base).__name__}")
     A, B = (factor.detach().float().cpu() for factor in adapter.factors())

@@ -55,9 +55,13 @@ def _stretch(config: Any, factors: Tensor, path: Path) -> None:
     plain = config.rope_parameters
     theta, width = plain["rope_theta"], 2 * len(factors)
     config.rope_parameters = {
-        **plain, "rope_type": "llama3", "factor": factors.max().item(), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        **plain,
+        "rope_type": "llama3",
+        "factor": factors.max().item(),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
-    }  # fmt: skip
+    }
     made, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     wanted = 1 / theta ** (torch.arange(0, width, 2).float() / width) / factors
     if made.shape != wanted.shape or not torch.allclose(made, wanted, rtol=1e-3, atol=0):
@@ -110,6 +114,4 @@ def gguf_tensors(path: Path, reader: Any, names: Iterable[str], config: Any) -> 
     known = {tensor.name for tensor in reader.tensors} - {FREQUENCIES}  # (those are in the configuration by now)
     if known - wanted.keys():
         raise ValueError(f"{path} has a tensor {min(known - wanted.keys())} that the model has no place for")
-    return {
-        wanted[tensor.name]: Lazy(partial(dense, tensor)) for tensor in reader.tensors if tensor.name in wanted
-    }
+    return {wanted[tensor.name]: Lazy(partial(dense, tensor)) for tensor in reader.tensors if tensor.name in wanted}

@@ -60,8 +60,10 @@ def _config(path: str | os.PathLike, trust_remote_code: bool) -> Any:
 def check_own_code(path: str | os.PathLike, error: Exception) -> None:
     """Say what transformers means where it wants to run code out of a model's directory."""
     if "trust_remote_code" in str(error):
-        raise ValueError(f"{path} comes with Python code of its own, which is not run unless you ask for it: read it, "
-                         "then allow it with --trust-remote-code, or trust_remote_code=True") from error  # fmt: skip
+        raise ValueError(
+            f"{path} comes with Python code of its own, which is not run unless you ask for it: read it, "
+            "then allow it with --trust-remote-code, or trust_remote_code=True"
+        ) from error
 
 
 def _check_causal(path: str | os.PathLike, config: Any) -> None:
@@ -71,8 +73,10 @@ def _check_causal(path: str | os.PathLike, config: Any) -> None:
     made = getattr(config, "architectures", None)
     if made and not getattr(config, "auto_map", None):
         if not set(made) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
-            raise ValueError(f"{path} is not a causal language model: it holds a {', '.join(map(str, made))} and no "
-                             f"causal language model of a {config.model_type}")  # fmt: skip
+            raise ValueError(
+                f"{path} is not a causal language model: it holds a {', '.join(map(str, made))} and no "
+                f"causal language model of a {config.model_type}"
+            )
 
 
 def _first_line(error: Exception) -> str:
@@ -172,8 +176,10 @@ def _class_of(path: object, config: Any, trust_remote_code: bool) -> Any:
     causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     found = getattr(transformers, str(made), None) if made or type(config) not in causal else causal[type(config)]
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise ValueError(f"{path} holds a {made or config.model_type}, which is no model that transformers "
-                         f"{transformers.__version__} has")  # fmt: skip
+        raise ValueError(
+            f"{path} holds a {made or config.model_type}, which is no model that transformers "
+            f"{transformers.__version__} has"
+        )
     return found
 
 
@@ -197,8 +203,11 @@ def _check(path: object, model: nn.Module, missing: Any, mismatched: Any, unexpe
         groups.setdefault(source, {source}).add(name)
     tied = {name: group for group in groups.values() for name in group}
     ignored = [*(model._keys_to_ignore_on_load_missing or ())]
-    lacks = sorted(name for name in missing if tied.get(name, {name}) <= set(missing)
-                   and not any(re.search(pattern, name) for pattern in ignored))  # fmt: skip
+    lacks = sorted(
+        name
+        for name in missing
+        if tied.get(name, {name}) <= set(missing) and not any(re.search(pattern, name) for pattern in ignored)
+    )
     if lacks:
         raise _Unfit(f"{path} lacks {len(lacks)} tensors, among them {', '.join(lacks[:4])}")
     if unexpected:
@@ -276,12 +285,17 @@ def _codes_config(folder: Path, given: Any) -> dict[str, Any]:
     if method == "gptq" and get("bits") and form in FORMATS:
         return {"quant_method": "peftops_group", "layout": "gptq", "bits": get("bits"), "checkpoint_format": form}
     if method == "bitsandbytes" and get("bnb_4bit_quant_type") == "nf4":
-        return {"quant_method": "peftops_nf4", "layout": "bitsandbytes",
-                "double_quant": get("bnb_4bit_use_double_quant") is not False}  # fmt: skip
+        return {
+            "quant_method": "peftops_nf4",
+            "layout": "bitsandbytes",
+            "double_quant": get("bnb_4bit_use_double_quant") is not False,
+        }
     if method == "mxfp4":
         return {"quant_method": "peftops_mxfp4", "layout": "mxfp4"}
-    raise ValueError(f"{folder} is quantised already, by {method}; only our own formats, NF4 of bitsandbytes, "
-                     f"MXFP4 and GPTQ are read, the last with checkpoint_format {' or '.join(FORMATS)}")  # fmt: skip
+    raise ValueError(
+        f"{folder} is quantised already, by {method}; only our own formats, NF4 of bitsandbytes, "
+        f"MXFP4 and GPTQ are read, the last with checkpoint_format {' or '.join(FORMATS)}"
+    )
 
 
 def _check_frequencies(path: object, files: list[Path], model: nn.Module) -> None:

@@ -60,9 +60,13 @@ class ModelFiles:
                 yield from ((name, tensors.get_tensor(name)) for name in sorted(tensors.keys()) if wanted(name))
 
     def fill(
-        self, quantized: Callable[[str], bool] = lambda layer: False, *,
-        wanted: Callable[[str], bool] = lambda name: True, block_size: int = 64, double_quant: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        quantized: Callable[[str], bool] = lambda layer: False,
+        *,
+        wanted: Callable[[str], bool] = lambda name: True,
+        block_size: int = 64,
+        double_quant: bool = True,
+    ) -> None:
         """Read the tensors whose names are ``wanted``, and quantise the layers that ``quantized`` names."""
         path, model = self.path, self.model
         # A tensor of safetensors is a part of its file, all of which stays in memory for as long as one is used.
@@ -83,8 +87,9 @@ class ModelFiles:
                     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                         tensor = tensor.float()
                     with about(f"{path}: {layer}"):
-                        tensor = nf4_quantize(as_matrix(parent, tensor).contiguous(), block_size=block_size,
-                                              double_quant=double_quant)  # fmt: skip
+                        tensor = nf4_quantize(
+                            as_matrix(parent, tensor).contiguous(), block_size=block_size, double_quant=double_quant
+                        )
                     replace(model, layer, NF4Linear(own(tensor), None, shell_of(parent)))
                 else:
                     parent._parameters[leaf] = nn.Parameter(own(tensor), requires_grad=False)

@@ -58,22 +58,29 @@ def from_peft(tensors: dict[str, Tensor], model: nn.Module, config: Config, file
     """
     result = dict(tensors)
     for module, names in _experts(model):
-        given = sum(key.startswith(f"{PREFIX}{module}.") and re.fullmatch(r"(base_layer\.)*" + re.escape(A),
-                    key.removeprefix(f"{PREFIX}{module}.")) is not None for key in tensors)  # fmt: skip
+        given = sum(
+            key.startswith(f"{PREFIX}{module}.")
+            and re.fullmatch(r"(base_layer\.)*" + re.escape(A), key.removeprefix(f"{PREFIX}{module}.")) is not None
+            for key in tensors
+        )
         if not given:
             continue
         own = names if given == len(names) else [n for n in names if _means(config.target, f"{module}.{n}")]
         if len(own) != given:
-            raise ValueError(f"{file} does not fit: it has adapters of {given} parameters of {module}, and its "
-                             f"configuration means {', '.join(own) or 'none'} of {', '.join(names)}")  # fmt: skip
+            raise ValueError(
+                f"{file} does not fit: it has adapters of {given} parameters of {module}, and its "
+                f"configuration means {', '.join(own) or 'none'} of {', '.join(names)}"
+            )
         for key, name in zip(_wrappers(module, given), own, strict=True):
             experts = base_of(module_at(model, f"{module}.{name}")).weight.shape[0]
             if f"{key}.{B}" not in result:
                 raise ValueError(f"{file} does not fit: {key}.{B} is missing")
             down, up = result.pop(f"{key}.{A}"), result.pop(f"{key}.{B}")
             if down.dim() != 2 or up.dim() != 2 or down.shape[0] % experts or up.shape[1] % experts:
-                raise ValueError(f"{file} does not fit: {key}.lora_A and lora_B have shapes {list(down.shape)} and "
-                                 f"{list(up.shape)}, which are none of {experts} experts")  # fmt: skip
+                raise ValueError(
+                    f"{file} does not fit: {key}.lora_A and lora_B have shapes {list(down.shape)} and "
+                    f"{list(up.shape)}, which are none of {experts} experts"
+                )
             down, up = down.unflatten(0, (experts, -1)), up.unflatten(1, (-1, experts)).permute(2, 0, 1)
             if _swapped(model, module):
                 down, up = up.mT, down.mT

@@ -63,9 +63,13 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
 
 
 def write_adapter(
-    model: nn.Module, directory: str | os.PathLike, *, name: str | None = None,
-    given: dict[str, Tensor] | None = None, here: bool = True,
-) -> None:  # fmt: skip
+    model: nn.Module,
+    directory: str | os.PathLike,
+    *,
+    name: str | None = None,
+    given: dict[str, Tensor] | None = None,
+    here: bool = True,
+) -> None:
     """:func:`save`, of what somebody has gathered already, or in one of several processes that does not write.
 
     Args:
@@ -111,11 +115,14 @@ def write_adapter(
     }
     folder = writable_directory(directory, sum(t.nbytes for t in tensors.values()) + 2**20)
     text = lambda value: json.dumps(value, indent=2, sort_keys=True, default=sorted) + "\n"  # (a set as a list)
-    write_together(folder, {
-        WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-        OWN: lambda path: path.write_text(text(_said(config))),
-        CONFIG: lambda path: path.write_text(text(fields)),
-    })  # fmt: skip
+    write_together(
+        folder,
+        {
+            WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+            OWN: lambda path: path.write_text(text(_said(config))),
+            CONFIG: lambda path: path.write_text(text(fields)),
+        },
+    )
 
 
 def adapters_of(model: nn.Module, name: str) -> dict[str, Stored]:
@@ -314,8 +321,9 @@ def _fill(model: nn.Module, config: Any, name: str, tensors: dict[str, Tensor], 
         own = adapter.complete(given)
         wrong += [
             f"{path}.{parameter} has shape {list(own[parameter].shape)}, expected {list(tensor.shape)}"
-            for parameter, tensor in stored.items() if own[parameter].shape != tensor.shape
-        ]  # fmt: skip
+            for parameter, tensor in stored.items()
+            if own[parameter].shape != tensor.shape
+        ]
         filled.append((adapter, own))
     wrong += [f"{key} is unexpected" for key in sorted(tensors.keys() - used)]
     if wrong:

@@ -27,20 +27,30 @@ class CodesLoraLinear(Linear):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         start = str(config.init_lora_weights).lower()
         if start.startswith(_STARTS):
-            raise ValueError(f"init_lora_weights={config.init_lora_weights!r} is taken off the numbers of the base's "
-                             "weight, and PEFT cannot read them out of codes; start on the dense model")  # fmt: skip
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} is taken off the numbers of the base's "
+                "weight, and PEFT cannot read them out of codes; start on the dense model"
+            )
         for option, ours in _READS_NUMBERS.items():
             if getattr(config, option, None):
                 instead = f"; peftops.attach(model, peftops.{ours}(...)) can" if ours else ""
-                raise ValueError(f"{option} needs the numbers of the base's weight, which PEFT cannot read out of codes"
-                                 f"{instead}")  # fmt: skip
+                raise ValueError(
+                    f"{option} needs the numbers of the base's weight, which PEFT cannot read out of codes{instead}"
+                )
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in self.active_adapters if name in self.lora_A]
         base = self.base_layer
-        plain = not (args or kwargs or self.disable_adapters or self.merged or base._forward_hooks
-                     or base._forward_pre_hooks or hasattr(base, "_hf_hook"))  # fmt: skip
+        plain = not (
+            args
+            or kwargs
+            or self.disable_adapters
+            or self.merged
+            or base._forward_hooks
+            or base._forward_pre_hooks
+            or hasattr(base, "_hf_hook")
+        )
         if not plain or not active or any(name in self.lora_variant or self.lora_bias[name] for name in active):
             return super().forward(x, *args, **kwargs)
         first, *others = active

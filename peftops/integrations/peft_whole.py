@@ -43,9 +43,11 @@ def with_whole(
         if given is None or path in found or is_within(path, saved):
             continue
         if given.shape != weight.shape:
-            raise ValueError(f"{file} holds {path} itself (save_embedding_layers), {list(given.shape)}, and the "
-                             f"model's is {list(weight.shape)}: call model.resize_token_embeddings({len(given)}) "
-                             "before you load it")  # fmt: skip
+            raise ValueError(
+                f"{file} holds {path} itself (save_embedding_layers), {list(given.shape)}, and the "
+                f"model's is {list(weight.shape)}: call model.resize_token_embeddings({len(given)}) "
+                "before you load it"
+            )
         if is_quantized(weight) or not torch.equal(given.to(weight.device, weight.dtype), weight):
             found.append(path)
         else:  # as the model has it
@@ -87,8 +89,9 @@ def _rows(
         if weight is None or is_quantized(weight) or weight.dim() != 2:
             raise ValueError(f"{what}: the model has no dense matrix of that name")
         if list(rows.shape) != [len(ids), weight.shape[1]] or not all(0 <= i < len(weight) for i in ids):
-            raise ValueError(f"{what} are {ids}, its rows {list(rows.shape)}, and the model's matrix is "
-                             f"{list(weight.shape)}")  # fmt: skip
+            raise ValueError(
+                f"{what} are {ids}, its rows {list(rows.shape)}, and the model's matrix is {list(weight.shape)}"
+            )
         beside = [key for key in tensors if key.startswith(f"{PREFIX}{path}.") and not key.endswith(_ROWS)]
         if beside or is_within(path, saved):
             raise ValueError(f"{what}: it has another adapter, too, which peftops does not support")

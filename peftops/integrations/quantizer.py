@@ -190,9 +190,10 @@ class CodesQuantizer(HfQuantizer):
             names = self._chosen(model)
         self.stacks = {
             name: getattr(module, leaf).shape
-            for path, module in layers(model) for leaf in stacks_of(module)
+            for path, module in layers(model)
+            for leaf in stacks_of(module)
             if (name := f"{path}.{leaf}") in names or self.pre_quantized
-        }  # fmt: skip
+        }
         for name, layer in list(_linears(model)):
             if name in names:
                 _replace(model, layer, PackedLinear(as_matrix(layer, layer.weight), layer.bias, shell_of(layer)))
@@ -234,8 +235,9 @@ class CodesQuantizer(HfQuantizer):
             _dtype=str(model.dtype).removeprefix("torch."),
         )
         names = [f"{name}.weight" for name in coded]
-        cut = lambda way: any(hasattr(op, "hf_quantizer") for op in way.operations) or any(
-            target in name for target in way.target_patterns for name in names
+        cut = lambda way: (
+            any(hasattr(op, "hf_quantizer") for op in way.operations)
+            or any(target in name for target in way.target_patterns for name in names)
         )
         ways = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [
@@ -254,8 +256,10 @@ class CodesQuantizer(HfQuantizer):
             if is_quantized(value):
                 if value.dim() != config.stored_dims:
                     kind = "of experts" if layer in stacks else "of a layer that is no stack of experts"
-                    raise ValueError(f"{name} is {kind}, of which layout={config.layout!r} has no codes; save the "
-                                     "model with layout='peftops'")  # fmt: skip
+                    raise ValueError(
+                        f"{name} is {kind}, of which layout={config.layout!r} has no codes; save the "
+                        "model with layout='peftops'"
+                    )
                 tensors |= {f"{layer}{part}": t.contiguous() for part, t in config.stored(value).items()}
             elif layer in stacks and leaf == "bias":
                 tensors[f"{layer}_bias"] = value.detach()

@@ -39,8 +39,10 @@ class Summary:
         if self.packed:
             largest = [f"{count:,} in {name}" for name, count in list(self.left_dense.items())[:MOST]]
             more = [f"{len(self.left_dense) - MOST} more"] if len(self.left_dense) > MOST else []
-            lines.append(f"in codes: {self.packed:,} parameters ({self.packed / self.total:.1%}); "
-                         f"dense: {', '.join(largest + more) or 'no matrix'}")  # fmt: skip
+            lines.append(
+                f"in codes: {self.packed:,} parameters ({self.packed / self.total:.1%}); "
+                f"dense: {', '.join(largest + more) or 'no matrix'}"
+            )
         return "\n".join(lines)
 
 

@@ -73,9 +73,11 @@ class BottleneckConfig(Config):
 @register(BottleneckConfig)
 class Bottleneck(Adapter):
     peft_keys: ClassVar = {
-        "down_weight": "adapter_down.weight", "down_bias": "adapter_down.bias",
-        "up_weight": "adapter_up.weight", "up_bias": "adapter_up.bias",
-    }  # fmt: skip
+        "down_weight": "adapter_down.weight",
+        "down_bias": "adapter_down.bias",
+        "up_weight": "adapter_up.weight",
+        "up_bias": "adapter_up.bias",
+    }
 
     @staticmethod
     def build(model: nn.Module, config: BottleneckConfig) -> dict[str, Adapter]:

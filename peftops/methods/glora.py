@@ -68,15 +68,29 @@ class GLoRAConfig(Config):
 
     def to_peft(self) -> dict[str, Any]:
         both = lambda x, y: x if x == y else f"{x},{y}"
-        return {"peft_type": "GLORA", "r": self.r, "config_A_B": both(self.A, self.B), "config_C": self.C,
-                "config_D_E": both(self.D, self.E), "new_bias": self.new_bias}  # fmt: skip
+        return {
+            "peft_type": "GLORA",
+            "r": self.r,
+            "config_A_B": both(self.A, self.B),
+            "config_C": self.C,
+            "config_D_E": both(self.D, self.E),
+            "new_bias": self.new_bias,
+        }
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> GLoRAConfig:
         needs(fields, "r", "target_modules", "config_A_B", "config_C", "config_D_E")
         (A, *B), (D, *E) = fields["config_A_B"].split(","), fields["config_D_E"].split(",")
-        return cls(r=fields["r"], target=fields["target_modules"], A=A, B=(B or [A])[0], C=fields["config_C"], D=D,
-                   E=(E or [D])[0], new_bias=fields.get("new_bias", False))  # fmt: skip
+        return cls(
+            r=fields["r"],
+            target=fields["target_modules"],
+            A=A,
+            B=(B or [A])[0],
+            C=fields["config_C"],
+            D=D,
+            E=(E or [D])[0],
+            new_bias=fields.get("new_bias", False),
+        )
 
 
 @register(GLoRAConfig)

@@ -53,8 +53,12 @@ class IA3Config(Config):
 
     def to_peft(self) -> dict[str, Any]:
         feedforward = self.feedforward if isinstance(self.feedforward, str) else list(self.feedforward)
-        return {"peft_type": "IA3", "feedforward_modules": feedforward, "fan_in_fan_out": False,
-                "init_ia3_weights": True}  # fmt: skip
+        return {
+            "peft_type": "IA3",
+            "feedforward_modules": feedforward,
+            "fan_in_fan_out": False,
+            "init_ia3_weights": True,
+        }
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> IA3Config:

@@ -77,8 +77,12 @@ class LLaMAAdapterConfig(Config):
     def to_peft(self) -> dict[str, Any]:
         if self.gate != "peft":
             return super().to_peft()
-        return {"peft_type": PEFT_TYPE, "adapter_len": self.tokens, "adapter_layers": self.layers,
-                "target_modules": "self_attn"}  # fmt: skip
+        return {
+            "peft_type": PEFT_TYPE,
+            "adapter_len": self.tokens,
+            "adapter_layers": self.layers,
+            "target_modules": "self_attn",
+        }
 
     @classmethod
     def claims(cls, fields: dict[str, Any]) -> bool:

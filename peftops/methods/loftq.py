@@ -105,8 +105,9 @@ class LoftQ(LoRA):
         weight = dense_matrix(base, base.weight.dtype)
         if weight.is_meta:  # nothing is lost of what is not there
             return packed_layer(base, nf4_quantize(weight, block_size=c.block_size, double_quant=c.double_quant))
-        codes, A, B, self.errors = loftq(weight, r, self.scaling, iterations=c.iterations, block_size=c.block_size,
-                                         double_quant=c.double_quant)  # fmt: skip
+        codes, A, B, self.errors = loftq(
+            weight, r, self.scaling, iterations=c.iterations, block_size=c.block_size, double_quant=c.double_quant
+        )
         if (moments := (c.moments or {}).get(self.layer)) is not None:
             own = codes, self.scaling * B, A
             codes, left, A, self.output_errors = calibrated_factors(

@@ -96,11 +96,19 @@ class LoRAConfig(Config):
 
     def to_peft(self) -> dict[str, Any]:
         return {
-            "peft_type": "LORA", "r": self.r, "lora_alpha": 2 * self.r if self.alpha is None else self.alpha,
-            "lora_dropout": self.dropout, "use_rslora": self.rslora, "rank_pattern": self.rank_pattern,
-            "alpha_pattern": self.alpha_pattern, "bias": self.bias, "fan_in_fan_out": False, "init_lora_weights": True,
-            "use_dora": False, **({"lora_bias": True} if self.lora_bias else {}),
-        }  # fmt: skip
+            "peft_type": "LORA",
+            "r": self.r,
+            "lora_alpha": 2 * self.r if self.alpha is None else self.alpha,
+            "lora_dropout": self.dropout,
+            "use_rslora": self.rslora,
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": self.alpha_pattern,
+            "bias": self.bias,
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+            "use_dora": False,
+            **({"lora_bias": True} if self.lora_bias else {}),
+        }
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> LoRAConfig:
@@ -108,9 +116,18 @@ class LoRAConfig(Config):
         target = joined_target(fields.get("target_modules"), fields.get("target_parameters"))
         if not target:
             needs(fields, "target_modules")
-        refuse(fields, use_dora=False, use_qalora=False, layer_replication=None,
-               alora_invocation_tokens=None, arrow_config=None, kasa_config=None, monteclora_config=None,
-               use_bdlora=None, velora_config=None)  # fmt: skip
+        refuse(
+            fields,
+            use_dora=False,
+            use_qalora=False,
+            layer_replication=None,
+            alora_invocation_tokens=None,
+            arrow_config=None,
+            kasa_config=None,
+            monteclora_config=None,
+            use_bdlora=None,
+            velora_config=None,
+        )
         if start_of(fields) not in STARTS:
             raise ValueError(
                 f"this adapter needs init_lora_weights={fields['init_lora_weights']!r}, a start that HF PEFT may have "
@@ -118,21 +135,29 @@ class LoRAConfig(Config):
                 "(save_pretrained with path_initial_model_for_weight_conversion)"
             )
         return cls(
-            r=fields["r"], alpha=fields["lora_alpha"], dropout=fields.get("lora_dropout", 0.0),
-            target=target, rslora=fields.get("use_rslora", False),
-            rank_pattern=fields.get("rank_pattern") or {}, alpha_pattern=fields.get("alpha_pattern") or {},
-            bias=fields.get("bias") or "none", lora_bias=bool(fields.get("lora_bias")), **own,
-        )  # fmt: skip
+            r=fields["r"],
+            alpha=fields["lora_alpha"],
+            dropout=fields.get("lora_dropout", 0.0),
+            target=target,
+            rslora=fields.get("use_rslora", False),
+            rank_pattern=fields.get("rank_pattern") or {},
+            alpha_pattern=fields.get("alpha_pattern") or {},
+            bias=fields.get("bias") or "none",
+            lora_bias=bool(fields.get("lora_bias")),
+            **own,
+        )
 
 
 @register(LoRAConfig)
 class LoRA(Biased):
     layers: ClassVar = (LINEAR, EMBEDDING, CONVOLUTION, EXPERTS)
     peft_keys: ClassVar = {
-        "lora_A": "lora_A.weight", "lora_B": "lora_B.weight",
-        "lora_embedding_A": "lora_embedding_A", "lora_embedding_B": "lora_embedding_B",
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        "lora_embedding_A": "lora_embedding_A",
+        "lora_embedding_B": "lora_embedding_B",
         **Biased.peft_keys,
-    }  # fmt: skip
+    }
 
     @classmethod
     def build(cls, model: nn.Module, config: LoRAConfig) -> dict[str, Adapter]:
@@ -145,8 +170,10 @@ class LoRA(Biased):
         self.rank = r
         self.dropout = config.dropout
         if kind_of(base) == EXPERTS and self.dropout:
-            raise ValueError(f"dropout is {self.dropout}, and experts are adapted without, as in HF PEFT; set it to 0, "
-                             "or target to names of other layers alone")  # fmt: skip
+            raise ValueError(
+                f"dropout is {self.dropout}, and experts are adapted without, as in HF PEFT; set it to 0, "
+                "or target to names of other layers alone"
+            )
         device = base.weight.device
         A, B = (nn.Parameter(torch.zeros(shape, device=device)) for shape in factor_shapes(base, r))  # in float32
         if kind_of(base) == EMBEDDING:
@@ -165,8 +192,9 @@ class LoRA(Biased):
         return getattr(self, A), getattr(self, B)
 
     def adapt(self, base: nn.Module, x: Tensor, offsets: Tensor | None = None) -> Tensor:
-        y = low_rank(base, x, *self.factors(), self.scaling, dropout=self.dropout, training=self.training,
-                     offsets=offsets)  # fmt: skip
+        y = low_rank(
+            base, x, *self.factors(), self.scaling, dropout=self.dropout, training=self.training, offsets=offsets
+        )
         return self.moved(base, y) if self.biased else y
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -144,8 +144,9 @@ class LQLoRA(LoRA):
     def restore(self, tensors: dict[str, Tensor]) -> None:
         own = base_tensors(self._base[0])
         if self.given and not all(torch.equal(tensors[name], part) for name, part in own.items()):
-            raise ValueError("this LQ-LoRA adapter stands on other codes than those that the model has; load it onto "
-                             "the dense model")  # fmt: skip
+            raise ValueError(
+                "this LQ-LoRA adapter stands on other codes than those that the model has; load it onto the dense model"
+            )
         super().restore(tensors)
 
     def extra_repr(self) -> str:

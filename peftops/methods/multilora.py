@@ -48,19 +48,23 @@ class MultiLoRAConfig(LoRAConfig):
 
     def to_peft(self) -> dict[str, Any]:
         stacked = replace(
-            self, r=self.n * self.r, alpha=self.n * (2.0 * self.r if self.alpha is None else self.alpha),
+            self,
+            r=self.n * self.r,
+            alpha=self.n * (2.0 * self.r if self.alpha is None else self.alpha),
             rank_pattern={key: self.n * r for key, r in self.rank_pattern.items()},
             alpha_pattern={key: self.n * alpha for key, alpha in self.alpha_pattern.items()},
-        )  # fmt: skip
+        )
         return super(MultiLoRAConfig, stacked).to_peft()
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any], n: int = 3, **own: Any) -> MultiLoRAConfig:
         each = lambda key, share: {layer: share(value) for layer, value in (fields.get(key) or {}).items()}
         one = {
-            "r": fields["r"] // n, "rank_pattern": each("rank_pattern", lambda r: r // n),
-            "lora_alpha": fields["lora_alpha"] / n, "alpha_pattern": each("alpha_pattern", lambda alpha: alpha / n),
-        }  # fmt: skip
+            "r": fields["r"] // n,
+            "rank_pattern": each("rank_pattern", lambda r: r // n),
+            "lora_alpha": fields["lora_alpha"] / n,
+            "alpha_pattern": each("alpha_pattern", lambda alpha: alpha / n),
+        }
         return super().from_peft({**fields, **one}, n=n, **own)
 
 

@@ -50,10 +50,12 @@ class PiSSAConfig(LoRAConfig):
         """The same scaling at ``factor`` times the rank."""
         grown = math.sqrt(factor) if self.rslora else factor
         return replace(
-            self, r=int(factor * self.r), alpha=grown * (2.0 * self.r if self.alpha is None else self.alpha),
+            self,
+            r=int(factor * self.r),
+            alpha=grown * (2.0 * self.r if self.alpha is None else self.alpha),
             rank_pattern={key: int(factor * r) for key, r in self.rank_pattern.items()},
             alpha_pattern={key: grown * alpha for key, alpha in self.alpha_pattern.items()},
-        )  # fmt: skip
+        )
 
     def to_peft(self) -> dict[str, Any]:
         return super(PiSSAConfig, self._with_rank(2)).to_peft()

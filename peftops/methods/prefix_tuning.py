@@ -61,8 +61,12 @@ class PrefixTuningConfig(Config):
         super().__post_init__()
 
     def to_peft(self) -> dict[str, Any]:
-        return {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": self.tokens, "prefix_projection": False,
-                "num_transformer_submodules": 1}  # fmt: skip
+        return {
+            "peft_type": "PREFIX_TUNING",
+            "num_virtual_tokens": self.tokens,
+            "prefix_projection": False,
+            "num_transformer_submodules": 1,
+        }
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> PrefixTuningConfig:

@@ -59,8 +59,12 @@ class PromptTuningConfig(Config):
         super().__post_init__()
 
     def to_peft(self) -> dict[str, Any]:
-        return {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": self.tokens, "prompt_tuning_init": "RANDOM",
-                "num_transformer_submodules": 1}  # fmt: skip
+        return {
+            "peft_type": "PROMPT_TUNING",
+            "num_virtual_tokens": self.tokens,
+            "prompt_tuning_init": "RANDOM",
+            "num_transformer_submodules": 1,
+        }
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> PromptTuningConfig:

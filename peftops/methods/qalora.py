@@ -148,8 +148,15 @@ class QALoRA(Adapter):
             group = self.config.group_size
             A = self.lora_A.repeat_interleave(group, -1) / (group if self.config.pool == "mean" else 1)
             return low_rank(base, x, A, self.lora_B, self.scaling, offsets=offsets)
-        return qalora_linear(x, base.weight, base.bias, lora_A=self.lora_A, lora_B=self.lora_B, scaling=self.scaling,
-                             pool=self.config.pool)  # fmt: skip
+        return qalora_linear(
+            x,
+            base.weight,
+            base.bias,
+            lora_A=self.lora_A,
+            lora_B=self.lora_B,
+            scaling=self.scaling,
+            pool=self.config.pool,
+        )
 
     def merge_into(self, base: nn.Module, *, dense: bool) -> tuple[nn.Module, MergeError]:
         """Other zeros under the same codes and scales, or the dense weight that these stand for."""

@@ -55,9 +55,10 @@ def top(model: nn.Module, count: int, head: bool, norm: bool) -> set[str]:
     body, above = body_of(model), head_of(model)
     inside = lambda path: path.startswith(f"{body}.") if body else path not in above
     norms = [
-        path for path, layer in model.named_modules()
+        path
+        for path, layer in model.named_modules()
         if is_norm(layer) and inside(path) and not any(path.startswith(f"{block}.") for block in stack)
-    ]  # fmt: skip
+    ]
     last = norms[-1:] if norm and count else []  # those before the blocks are of the embedding
     return {*stack[len(stack) - count :], *(above if head else []), *last}
 

@@ -54,19 +54,29 @@ class VeRAConfig(Config):
 
     def to_peft(self) -> dict[str, Any]:
         return {
-            "peft_type": "VERA", "r": self.r, "vera_dropout": self.dropout, "d_initial": self.d_initial,
-            "projection_prng_key": self.projection_seed, "save_projection": True, "bias": "none",
-            "fan_in_fan_out": False, "init_weights": True,
-        }  # fmt: skip
+            "peft_type": "VERA",
+            "r": self.r,
+            "vera_dropout": self.dropout,
+            "d_initial": self.d_initial,
+            "projection_prng_key": self.projection_seed,
+            "save_projection": True,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "init_weights": True,
+        }
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> VeRAConfig:
         needs(fields, "r", "target_modules")
         refuse(fields, bias="none", save_projection=True)
         return cls(
-            r=fields["r"], dropout=fields.get("vera_dropout", 0.0), target=fields["target_modules"],
-            d_initial=fields.get("d_initial", 0.1), projection_seed=fields.get("projection_prng_key", 0), **own,
-        )  # fmt: skip
+            r=fields["r"],
+            dropout=fields.get("vera_dropout", 0.0),
+            target=fields["target_modules"],
+            d_initial=fields.get("d_initial", 0.1),
+            projection_seed=fields.get("projection_prng_key", 0),
+            **own,
+        )
 
 
 def _kaiming(rows: int, columns: int, generator: torch.Generator, device: torch.device) -> nn.Parameter:

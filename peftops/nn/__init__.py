@@ -107,4 +107,4 @@ __all__ = [
     "unshard_lora",
     "unwrapped",
     "with_matrix",
-]  # fmt: skip
+]

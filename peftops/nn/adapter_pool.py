@@ -105,9 +105,16 @@ class AdapterPool:
         False
     """
 
-    def __init__(self, layers: Mapping[str, tuple[int, int]], *, pages: int, page_size: int = 16384,
-                 slots: int = 256, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str | None = None):  # fmt: skip
+    def __init__(
+        self,
+        layers: Mapping[str, tuple[int, int]],
+        *,
+        pages: int,
+        page_size: int = 16384,
+        slots: int = 256,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ):
         if not layers:
             raise ValueError("AdapterPool: layers must name at least one layer, name -> (in_features, out_features)")
         for name, (k, n) in layers.items():
@@ -128,10 +135,11 @@ class AdapterPool:
         self._scaling = torch.ones(len(layers), slots, device="cpu")
         self._max_rank = [1]
         self._layers = {
-            name: PoolLayer(k, n, self.storage, self._handles, self._table, self._where[i], self._scaling[i],
-                            self._max_rank, {})
+            name: PoolLayer(
+                k, n, self.storage, self._handles, self._table, self._where[i], self._scaling[i], self._max_rank, {}
+            )
             for i, (name, (k, n)) in enumerate(layers.items())
-        }  # fmt: skip
+        }
         self._free, self._free_slots = list(range(pages))[::-1], list(range(slots))[::-1]
         self._lent: set[int] = set()
         self._hosts: dict[str, _Host] = {}
@@ -193,8 +201,14 @@ class AdapterPool:
 
     # Host memory.
 
-    def add(self, name: str, factors: Mapping[str, tuple[Tensor, Tensor]], scaling: float | Mapping[str, float] = 1.0,
-            *, trainable: bool = False) -> None:  # fmt: skip
+    def add(
+        self,
+        name: str,
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+        scaling: float | Mapping[str, float] = 1.0,
+        *,
+        trainable: bool = False,
+    ) -> None:
         """Keep an adapter in host memory: A ``[r, in]`` and B ``[out, r]`` of each layer that it adapts.
 
         Ranks may differ by layer, and so may the scaling. With ``trainable``, A and B are the leaves that get
@@ -211,24 +225,32 @@ class AdapterPool:
             k, n = known[layer].in_features, known[layer].out_features
             r = A.shape[0] if A.dim() == 2 else 0
             if r < 1 or A.shape[1] != k or B.shape != (n, r):
-                raise ValueError(f"AdapterPool: {name!r}, {layer!r}: A and B must have shapes [r, {k}] and "
-                                 f"[{n}, r], not {list(A.shape)} and {list(B.shape)}")  # fmt: skip
+                raise ValueError(
+                    f"AdapterPool: {name!r}, {layer!r}: A and B must have shapes [r, {k}] and "
+                    f"[{n}, r], not {list(A.shape)} and {list(B.shape)}"
+                )
             if r > MAX_RANK:
                 raise ValueError(f"AdapterPool: {name!r}, {layer!r}: the rank must be at most {MAX_RANK}, not {r}")
             sizes[layer] = r, r * _padded(k), r * _padded(n)
         pages, page_size = self._pages_of(sizes), self.storage.shape[1]
         if pages > len(self.storage):
-            raise ValueError(f"AdapterPool: {name!r} needs {pages} pages of {page_size} elements, but the whole "
-                             f"pool has {len(self.storage)}")  # fmt: skip
+            raise ValueError(
+                f"AdapterPool: {name!r} needs {pages} pages of {page_size} elements, but the whole "
+                f"pool has {len(self.storage)}"
+            )
         ordered, where, at = {layer: factors[layer] for layer in known if layer in factors}, [], 0
         for layer in known:
             r, a, b = sizes.get(layer, (0, 0, 0))
             where.append((at, at + a, r))
             at += a + b
         by_layer = [scaling.get(layer, 1.0) if isinstance(scaling, Mapping) else scaling for layer in known]
-        host = _Host(torch.zeros(pages, page_size, dtype=self.storage.dtype, device="cpu"),
-                     torch.tensor(where, device="cpu"), torch.tensor(by_layer, dtype=torch.float32, device="cpu"),
-                     ordered if trainable else {}, next(self._serials))  # fmt: skip
+        host = _Host(
+            torch.zeros(pages, page_size, dtype=self.storage.dtype, device="cpu"),
+            torch.tensor(where, device="cpu"),
+            torch.tensor(by_layer, dtype=torch.float32, device="cpu"),
+            ordered if trainable else {},
+            next(self._serials),
+        )
         host.fill(ordered)
         if not (host.flat.isfinite().all() and host.scaling.isfinite().all()):
             raise ValueError(f"AdapterPool: the factors and scaling of {name!r} must be finite in {host.flat.dtype}")
@@ -404,8 +426,9 @@ class AdapterPool:
 
     def _make_room(self, what: str, pages: int, slots: int, spare: Collection[str] = ()) -> bool:
         """Evicts what it takes, or waits for a load to end and returns False, or raises."""
-        idle = [other for other, at in self._resident.items()
-                if not (self._holds(other) or at.loading or other in spare)]  # fmt: skip
+        idle = [
+            other for other, at in self._resident.items() if not (self._holds(other) or at.loading or other in spare)
+        ]
         room = len(self._free) + sum(len(self._resident[other].pages) for other in idle)
         if room < pages or len(self._free_slots) + len(idle) < slots:
             if any(at.loading for at in self._resident.values()):

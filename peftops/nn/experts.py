@@ -35,9 +35,7 @@ def _is_stack(part: object) -> bool:
     return isinstance(part, nn.Module) or (isinstance(part, nn.Parameter) and part.dim() == 3)
 
 
-def experts_forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:  # fmt: skip
+def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward of a module of experts, in transformers' interface (``ALL_EXPERTS_FUNCTIONS["peftops"]``).
 
     Rows are sorted by expert; what an expert is not asked for costs nothing. An index of E, which stands for an expert

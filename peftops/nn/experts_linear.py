@@ -24,9 +24,13 @@ class ExpertsLinear(StoredInParts):
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False,
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        transposed: bool = False,
         compute: Literal["float", "int8"] = "float",
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)

@@ -136,8 +136,9 @@ class GatedPrompt(nn.Module):
                 return out.transpose(1, 2)
 
             gate = self.gate.expand(self.heads)
-            out = with_gated_prompt(attend, query, key, value, gate, scale=options.get("scaling"),
-                                    gate_activation=self.gate_activation)  # fmt: skip
+            out = with_gated_prompt(
+                attend, query, key, value, gate, scale=options.get("scaling"), gate_activation=self.gate_activation
+            )
             return out.transpose(1, 2), weights
 
         return attention(*args, **kwargs, **{ARGUMENT: with_prompt})

@@ -47,10 +47,20 @@ class GroupConv2d(StoredInParts):
         n, k = conv.out_channels, conv.weight[0].numel()
         if weight.shape != (n, k):
             raise ValueError(f"GroupConv2d: weight must have shape [{n}, {k}], not {list(weight.shape)}")
-        self._like = [nn.Conv2d(  # takes the patches and holds no weight; in a list, so that it is no submodule
-            conv.in_channels, n, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
-            bias=False, padding_mode=conv.padding_mode, device="meta",
-        )]  # fmt: skip
+        self._like = [
+            nn.Conv2d(  # takes the patches and holds no weight; in a list, so that it is no submodule
+                conv.in_channels,
+                n,
+                conv.kernel_size,
+                conv.stride,
+                conv.padding,
+                conv.dilation,
+                conv.groups,
+                bias=False,
+                padding_mode=conv.padding_mode,
+                device="meta",
+            )
+        ]
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach(), requires_grad=False)
 

@@ -77,8 +77,10 @@ def head_loss(head: nn.Module, hidden: Tensor, labels: Tensor, *, vocabulary: in
         torch.Size([5, 8])
     """
     if hidden.dim() != 2 or labels.shape != hidden.shape[:1]:
-        raise ValueError(f"head_loss: hidden must be [tokens, width] and labels [tokens], not {list(hidden.shape)} and "
-                         f"{list(labels.shape)}")  # fmt: skip
+        raise ValueError(
+            f"head_loss: hidden must be [tokens, width] and labels [tokens], not {list(hidden.shape)} and "
+            f"{list(labels.shape)}"
+        )
     words = vocabulary if vocabulary is not None else head.out_features
     rows = max(1, PIECE // max(1, words))
     if not torch.is_grad_enabled():
@@ -111,8 +113,10 @@ def _looks_split(model: nn.Module) -> bool:
     def of_head(module: nn.Module, args: tuple, out: Tensor) -> None:
         seen.update(into=args[0], out=out)
 
-    hooks = [head.register_forward_hook(of_head),
-             body.register_forward_hook(lambda module, args, out: seen.update(body=out))]  # fmt: skip
+    hooks = [
+        head.register_forward_hook(of_head),
+        body.register_forward_hook(lambda module, args, out: seen.update(body=out)),
+    ]
     try:
         with torch.random.fork_rng(enabled=model.training):
             logits = model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False).logits
@@ -152,8 +156,10 @@ def language_model_loss(model: nn.Module, input_ids: Tensor, labels: Tensor, **i
         14
     """
     if input_ids.shape != labels.shape:
-        raise ValueError(f"language_model_loss: labels must have the shape of input_ids, {list(input_ids.shape)}, not "
-                         f"{list(labels.shape)}")  # fmt: skip
+        raise ValueError(
+            f"language_model_loss: labels must have the shape of input_ids, {list(input_ids.shape)}, not "
+            f"{list(labels.shape)}"
+        )
     chosen = labels[:, 1:] != IGNORED
     wanted = labels[:, 1:][chosen]
     if splits(model):

@@ -48,12 +48,27 @@ def low_rank(
     """
     weight = base.weight
     if isinstance(base, ExpertsLinear):
-        return experts_linear(x, base.matrices, offsets, base.bias if bias else None, lora_A=lora_A, lora_B=lora_B,
-                              scaling=scaling, compute=base.compute)  # fmt: skip
+        return experts_linear(
+            x,
+            base.matrices,
+            offsets,
+            base.bias if bias else None,
+            lora_A=lora_A,
+            lora_B=lora_B,
+            scaling=scaling,
+            compute=base.compute,
+        )
     if is_quantized(weight):  # a linear layer, of which a step calls hundreds: on a GPU the host must not be late
-        return weight.product(x, base.bias if bias else None, lora_A=lora_A, lora_B=lora_B, scaling=scaling,
-                              dropout_p=dropout, training=training,
-                              compute=getattr(base, "compute", "float"))  # fmt: skip
+        return weight.product(
+            x,
+            base.bias if bias else None,
+            lora_A=lora_A,
+            lora_B=lora_B,
+            scaling=scaling,
+            dropout_p=dropout,
+            training=training,
+            compute=getattr(base, "compute", "float"),
+        )
     if isinstance(base, nn.Embedding):
         y = base(x)
         return y + (scaling * (F.embedding(x, lora_A.t()) @ lora_B.t())).to(y.dtype)
@@ -61,8 +76,16 @@ def low_rank(
         h = F.dropout(x, dropout, training)
         u = F.conv2d(h, lora_A.to(x.dtype), None, base.stride, base.padding, base.dilation)
         return base(x) + scaling * F.conv2d(u, lora_B.to(x.dtype))
-    return lora_linear(x, matrix(base), base.bias if bias else None, lora_A=lora_A, lora_B=lora_B, scaling=scaling,
-                       dropout_p=dropout, training=training)  # fmt: skip
+    return lora_linear(
+        x,
+        matrix(base),
+        base.bias if bias else None,
+        lora_A=lora_A,
+        lora_B=lora_B,
+        scaling=scaling,
+        dropout_p=dropout,
+        training=training,
+    )
 
 
 def product(base: nn.Module, x: Tensor) -> Tensor:

@@ -28,9 +28,13 @@ class PackedLinear(StoredInParts, nn.Linear):
     weight: PackedTensor
 
     def __init__(
-        self, weight: PackedTensor, bias: Tensor | None = None, dense_shell: nn.Module | None = None, *,
+        self,
+        weight: PackedTensor,
+        bias: Tensor | None = None,
+        dense_shell: nn.Module | None = None,
+        *,
         compute: Literal["float", "int8"] = "float",
-    ):  # fmt: skip
+    ):
         nn.Module.__init__(self)
         if dense_shell is None:
             dense_shell = nn.Linear(weight.shape[1], weight.shape[0], device="meta")

@@ -31,6 +31,8 @@ def _pool(index: int) -> torch.cuda.MemPool:
 def _allocator() -> torch.cuda.memory.CUDAPluggableAllocator:
     library = find_spec("peftops._C_cuda")
     if library is None:
-        raise RuntimeError("paged memory needs peftops built with CUDA, and this build is without: PEFTOPS_CUDA=on "
-                           "pip install ... says why")  # fmt: skip
+        raise RuntimeError(
+            "paged memory needs peftops built with CUDA, and this build is without: PEFTOPS_CUDA=on "
+            "pip install ... says why"
+        )
     return torch.cuda.memory.CUDAPluggableAllocator(library.origin, "peftops_paged_alloc", "peftops_paged_free")

@@ -33,8 +33,10 @@ class StoredInParts(nn.Module):
             wrong = [key for key, t in given.items() if (t.shape, t.dtype) != (own[key].shape, own[key].dtype)]
             for key in wrong:
                 is_, want = given[key], own[key]
-                errors.append(f"{key} is {is_.dtype} {list(is_.shape)}, not {want.dtype} {list(want.shape)}: codes of "
-                              "another format, or another layer")  # fmt: skip
+                errors.append(
+                    f"{key} is {is_.dtype} {list(is_.shape)}, not {want.dtype} {list(want.shape)}: codes of "
+                    "another format, or another layer"
+                )
             if not wrong:
                 parts = {key.removeprefix(f"{name}."): tensor for key, tensor in given.items()}
                 state_dict[name] = weight.detach().with_parts(parts, weight.shape)

@@ -30,9 +30,15 @@ class ShiftedAttention:
         self.group, self.shift = group, shift
 
     def __call__(
-        self, function: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-        attention_mask: Tensor | None = None, **options: Any,
-    ) -> tuple[Tensor, None]:  # fmt: skip
+        self,
+        function: Callable,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
         tokens = query.shape[2]
         if key.shape[2] != tokens:
             raise ValueError(

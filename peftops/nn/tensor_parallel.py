@@ -99,9 +99,14 @@ def all_reduce(t: Tensor) -> Tensor:
 
 
 def column_parallel_lora(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0,
-    *, gather: Callable[[Tensor], Sequence[Tensor]] = all_gather,
-) -> Tensor:  # fmt: skip
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float = 1.0,
+    *,
+    gather: Callable[[Tensor], Sequence[Tensor]] = all_gather,
+) -> Tensor:
     """``y + scaling * gather(x A^T) B^T`` for one rank of a column-parallel layer cut by the scheme "slora".
 
     Args:
@@ -115,9 +120,15 @@ def column_parallel_lora(
 
 
 def row_parallel_lora(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0,
-    *, rank: int, reduce: Callable[[Tensor], Tensor] = all_reduce,
-) -> Tensor:  # fmt: skip
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float = 1.0,
+    *,
+    rank: int,
+    reduce: Callable[[Tensor], Tensor] = all_reduce,
+) -> Tensor:
     """y, with ``scaling * reduce(x A^T) B^T`` added to this rank's share of the outputs, for one rank of a
     row-parallel layer cut by the scheme "slora".
 

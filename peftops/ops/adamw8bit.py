@@ -17,10 +17,20 @@ def _(parameters, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax,
 
 @torch.no_grad()
 def adamw8bit_(
-    parameters: Sequence[Tensor], grads: Sequence[Tensor], exp_avg: Sequence[Tensor], exp_avg_sq: Sequence[Tensor],
-    exp_avg_absmax: Sequence[Tensor] = (), exp_avg_sq_absmax: Sequence[Tensor] = (), *, block_size: int = 256,
-    step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
-) -> None:  # fmt: skip
+    parameters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    exp_avg_absmax: Sequence[Tensor] = (),
+    exp_avg_sq_absmax: Sequence[Tensor] = (),
+    *,
+    block_size: int = 256,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
     """AdamW's ``step``-th step (arXiv:1711.05101) in place, of all parameters in one go.
 
     Moments are codes of 8 bits with an absmax for each block of ``block_size`` (arXiv:2110.02861), or float32 if no

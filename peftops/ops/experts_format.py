@@ -18,8 +18,22 @@ _ops = torch.ops.peftops
 
 
 @torch.library.register_fake("peftops::experts_nf4")
-def _(x, packed, absmax, absmax_scale, absmax_offset, block_size, out_features, in_features, offsets, bias, u, lora_B,
-      scaling, int8=False):  # fmt: skip
+def _(
+    x,
+    packed,
+    absmax,
+    absmax_scale,
+    absmax_offset,
+    block_size,
+    out_features,
+    in_features,
+    offsets,
+    bias,
+    u,
+    lora_B,
+    scaling,
+    int8=False,
+):
     return x.new_empty((x.shape[0], out_features))
 
 

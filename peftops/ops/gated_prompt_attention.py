@@ -208,8 +208,9 @@ def with_gated_prompt(
         torch.Size([1, 4, 6, 8])
     """
     if not torch.is_grad_enabled() or not query.requires_grad or torch.compiler.is_compiling():
-        return add_gated_prompt(attend(query), query, prompt_key, prompt_value, gate, gate_activation=gate_activation,
-                                scale=scale)  # fmt: skip
+        return add_gated_prompt(
+            attend(query), query, prompt_key, prompt_value, gate, gate_activation=gate_activation, scale=scale
+        )
     tanh = _is_tanh("add_gated_prompt", gate, gate_activation, query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query = autocast(query)
@@ -262,13 +263,21 @@ def gated_prompt_attention(
     query, key, value = autocast(query), autocast(key), autocast(value)
 
     def attend(query: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale,
-                                              enable_gqa=key.dim() > 1 and key.shape[1] != query.shape[1])  # fmt: skip
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=key.dim() > 1 and key.shape[1] != query.shape[1],
+        )
 
     learns = (query, key, value, prompt_key, prompt_value, gate, *([] if attn_mask is None else [attn_mask]))
     if torch.is_grad_enabled() and any(t.requires_grad for t in learns):
-        return with_gated_prompt(attend, query, prompt_key, prompt_value, gate, gate_activation=gate_activation,
-                                 scale=scale)  # fmt: skip
+        return with_gated_prompt(
+            attend, query, prompt_key, prompt_value, gate, gate_activation=gate_activation, scale=scale
+        )
     out = attend(query)
     prompt_scale = query.shape[-1] ** -0.5 if scale is None else scale
     weight = _weight(gate, tanh, query.shape[1])

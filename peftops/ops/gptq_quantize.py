@@ -24,14 +24,25 @@ Inputs = Tensor | Iterable[Tensor]
 
 @overload
 def gptq_quantize(
-    weight: Tensor, inputs: Inputs, *, bits: int = 4, group_size: int = 32, symmetric: bool = False,
-    clip: Literal["none", "mse"] = "mse", damping: float = 0.01,
-) -> GroupQuantTensor: ...  # fmt: skip
+    weight: Tensor,
+    inputs: Inputs,
+    *,
+    bits: int = 4,
+    group_size: int = 32,
+    symmetric: bool = False,
+    clip: Literal["none", "mse"] = "mse",
+    damping: float = 0.01,
+) -> GroupQuantTensor: ...
 @overload
 def gptq_quantize(
-    weight: Tensor, inputs: Inputs, *, format: Literal["nf4"], block_size: int = 64, double_quant: bool = True,
+    weight: Tensor,
+    inputs: Inputs,
+    *,
+    format: Literal["nf4"],
+    block_size: int = 64,
+    double_quant: bool = True,
     damping: float | None = None,
-) -> NF4Tensor: ...  # fmt: skip
+) -> NF4Tensor: ...
 @torch.no_grad()
 def gptq_quantize(weight: Tensor, inputs: Inputs, *, format: str = "group", **options: Any) -> PackedTensor:
     """Quantise a weight so that what a layer computes from ``inputs`` changes least (GPTQ, arXiv:2210.17323).
@@ -96,9 +107,15 @@ def _nf4(
 
 
 def _group(
-    weight: Tensor, inputs: Inputs, *, bits: int = 4, group_size: int = 32, symmetric: bool = False,
-    clip: Literal["none", "mse"] = "mse", damping: float = 0.01,
-) -> GroupQuantTensor:  # fmt: skip
+    weight: Tensor,
+    inputs: Inputs,
+    *,
+    bits: int = 4,
+    group_size: int = 32,
+    symmetric: bool = False,
+    clip: Literal["none", "mse"] = "mse",
+    damping: float = 0.01,
+) -> GroupQuantTensor:
     group_quantize(weight, bits=bits, group_size=group_size)  # says what is wrong with the weight, if anything is
     moments = Moments.of(inputs, weight.shape[1], weight.device).mean().double()
     return gptq_from_moments(weight, moments, bits, group_size, symmetric, clip, damping)

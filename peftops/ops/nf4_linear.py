@@ -8,8 +8,21 @@ from .packed_linear import Compute, of_another_kind
 
 
 @torch.library.register_fake("peftops::nf4_linear")
-def _(x, packed, absmax, absmax_scale, absmax_offset, block_size, out_features, in_features, bias, u, lora_B, scaling,
-      int8=False):  # fmt: skip
+def _(
+    x,
+    packed,
+    absmax,
+    absmax_scale,
+    absmax_offset,
+    block_size,
+    out_features,
+    in_features,
+    bias,
+    u,
+    lora_B,
+    scaling,
+    int8=False,
+):
     torch._check(x.shape[-1] == in_features, lambda: f"nf4_linear: the last dim of x must be {in_features}")
     return x.new_empty((*x.shape[:-1], out_features))
 

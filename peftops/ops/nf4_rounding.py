@@ -25,9 +25,14 @@ _ROOM = 1.1  # blocks grow as errors are carried on to them
 
 @torch.no_grad()
 def round_nf4(
-    weight: Tensor, plain: NF4Tensor, moments: Tensor, damping: float, *, factors: tuple[float, ...] = FACTORS,
+    weight: Tensor,
+    plain: NF4Tensor,
+    moments: Tensor,
+    damping: float,
+    *,
+    factors: tuple[float, ...] = FACTORS,
     dtype: torch.dtype = torch.float64,
-) -> NF4Tensor:  # fmt: skip
+) -> NF4Tensor:
     """``weight`` in the format of ``plain``, which is it in plain NF4.
 
     Args:

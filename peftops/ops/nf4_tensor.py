@@ -83,12 +83,16 @@ class NF4Tensor(PackedTensor):
     @classmethod
     def _settings_of(cls, parts: Mapping[str, Tensor], shape: torch.Size) -> tuple[int]:
         count, blocks, double = shape.numel(), parts["_absmax"].numel(), "_absmax_scale" in parts
-        cls._check_parts(parts, {
-            "packed": (torch.uint8, (-(-count // 2),)),
-            "_absmax": (torch.uint8 if double else torch.float32, (blocks,)),
-            "_absmax_scale": (torch.float32, (-(-blocks // 256),)),
-            "_absmax_offset": (torch.float32, ()),
-        }, shape)  # fmt: skip
+        cls._check_parts(
+            parts,
+            {
+                "packed": (torch.uint8, (-(-count // 2),)),
+                "_absmax": (torch.uint8 if double else torch.float32, (blocks,)),
+                "_absmax_scale": (torch.float32, (-(-blocks // 256),)),
+                "_absmax_offset": (torch.float32, ()),
+            },
+            shape,
+        )
         sizes = [2**i for i in range(5, 13) if -(-count // 2**i) == blocks]
         if not sizes:
             raise ValueError(f"weight._absmax has {blocks} blocks, which are none of a weight of shape {list(shape)}")

@@ -141,9 +141,7 @@ class PackedTensor(Format, PackedProduct, NoMemory, RowShards, Tensor):
     def _check_same_layout(cls, target: Any, source: Any) -> None:
         for t in (target, source):
             if not isinstance(t, cls):
-                raise TypeError(
-                    f"{cls.NAME} can only be copied to {cls.NAME}, not with a {type(t).__name__}"
-                )
+                raise TypeError(f"{cls.NAME} can only be copied to {cls.NAME}, not with a {type(t).__name__}")
         if target._layout() != source._layout():
             raise ValueError(
                 f"cannot copy between {cls.__name__}s of different ({', '.join(cls.LAYOUT)}): "
@@ -152,6 +150,4 @@ class PackedTensor(Format, PackedProduct, NoMemory, RowShards, Tensor):
 
 
 def _equal(a: PackedTensor, b: PackedTensor) -> bool:
-    return a._layout() == b._layout() and all(
-        torch.equal(part, getattr(b, name)) for name, part in a.parts().items()
-    )
+    return a._layout() == b._layout() and all(torch.equal(part, getattr(b, name)) for name, part in a.parts().items())

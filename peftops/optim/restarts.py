@@ -58,9 +58,15 @@ def prune_state(
 
 
 def relora_schedule(
-    step: int, total: int, *, every: int, warmup: int = 500, restart_warmup: int = 100, floor: float = 0.1,
+    step: int,
+    total: int,
+    *,
+    every: int,
+    warmup: int = 500,
+    restart_warmup: int = 100,
+    floor: float = 0.1,
     offset: int = 0,
-) -> float:  # fmt: skip
+) -> float:
     """The jagged cosine: the factor of the learning rate for the step after ``step`` ones.
 
     A linear warm-up, then a cosine from 1 to ``floor``; at each multiple of ``every`` it falls to 0 and is back on

@@ -4,5 +4,16 @@ from .choose import WANTS, Choice, choose
 from .estimate import MOMENTS, Estimate, estimate, estimate_all, skeleton
 from .table import TABLE, Traits, traits_of
 
-__all__ = ["MOMENTS", "TABLE", "WANTS", "Choice", "Estimate", "Traits", "choose", "estimate", "estimate_all",
-           "skeleton", "traits_of"]  # fmt: skip
+__all__ = [
+    "MOMENTS",
+    "TABLE",
+    "WANTS",
+    "Choice",
+    "Estimate",
+    "Traits",
+    "choose",
+    "estimate",
+    "estimate_all",
+    "skeleton",
+    "traits_of",
+]

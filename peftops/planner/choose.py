@@ -50,7 +50,7 @@ WANTS: dict[str, Want] = {
     "few-examples": Want(("ia3", "bitfit", "normtuning", "prompttuning"), "few parameters cannot overfit much"),
     "input-shift": Want(("surgical", "bitfit", "lora"), "inputs that look different ask for the first block alone"),
     "output-shift": Want(("headonly", "toplayers", "lora"), "other labels for the same features ask for the top alone"),
-}  # fmt: skip
+}
 
 TASKS = Want(
     ("lora", "qlora", "bottleneck", "prefixtuning"),

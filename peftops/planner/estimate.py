@@ -78,12 +78,15 @@ def skeleton(
     trace.register_attention()
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=trace.ATTENTION,
-                                                     trust_remote_code=trust_remote_code)  # fmt: skip
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=trace.ATTENTION, trust_remote_code=trust_remote_code
+            )
     except ValueError as error:
         kind = config.model_type
-        raise ValueError(f"{path}: transformers builds no causal language model of a {kind}, or none whose attention "
-                         f"can be counted: {str(error).splitlines()[0]}") from None  # fmt: skip
+        raise ValueError(
+            f"{path}: transformers builds no causal language model of a {kind}, or none whose attention "
+            f"can be counted: {str(error).splitlines()[0]}"
+        ) from None
     if getattr(model, "_can_set_experts_implementation", bool)():  # torch's own has no meta kernel in float32
         model.set_experts_implementation("peftops")
     model.tie_weights()
@@ -92,9 +95,14 @@ def skeleton(
 
 
 def estimate(
-    model: nn.Module, config: object, *, batch: int = 8, length: int = 512, checkpointing: bool = False,
+    model: nn.Module,
+    config: object,
+    *,
+    batch: int = 8,
+    length: int = 512,
+    checkpointing: bool = False,
     optimizer: str = "adamw",
-) -> Estimate:  # fmt: skip
+) -> Estimate:
     """Estimate the memory of training ``model`` by a method.
 
     Args:
@@ -132,8 +140,11 @@ def estimate(
         if "meta tensors" not in str(error):
             raise
         return Estimate(name, why_not="what it makes of a layer depends on the weights, which a plan does not read")
-    if any(isinstance(host.base, ExpertsLinear) and isinstance(adapter, Select)
-           for _, host in adapted_layers(model) for adapter in host.adapters.values()):  # fmt: skip
+    if any(
+        isinstance(host.base, ExpertsLinear) and isinstance(adapter, Select)
+        for _, host in adapted_layers(model)
+        for adapter in host.adapters.values()
+    ):
         return Estimate(name, why_not="it trains experts whole, and a plan cannot tell the memory of that")
     if checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

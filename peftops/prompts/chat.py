@@ -64,8 +64,10 @@ def pieces(tokenizer: Any, messages: Sequence[Message], turns: str = "last") -> 
     for i in answers:
         asked = render(tokenizer, messages[:i], ask=True)
         if not asked.startswith(done):
-            raise ValueError("the model's chat template renders earlier turns in another way once others follow, so "
-                             "only the last answer can be learnt")  # fmt: skip
+            raise ValueError(
+                "the model's chat template renders earlier turns in another way once others follow, so "
+                "only the last answer can be learnt"
+            )
         answer = _answer(tokenizer, messages[: i + 1], asked)
         made += [(ids_of(tokenizer, asked[len(done) :]), False), (ids_of(tokenizer, answer), True)]
         done = asked + answer

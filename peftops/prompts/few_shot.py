@@ -58,8 +58,11 @@ def demonstrations(
         kinds: dict[Any, list[Row]] = defaultdict(list)
         for row in order:
             kinds[row[by]].append(row)
-        turns = [each for turn in range(max(map(len, kinds.values()), default=0)) for each in
-                 [of[turn] for of in kinds.values() if turn < len(of)]]  # fmt: skip
+        turns = [
+            each
+            for turn in range(max(map(len, kinds.values()), default=0))
+            for each in [of[turn] for of in kinds.values() if turn < len(of)]
+        ]
         order = turns
     return tuple(order[:k])
 
@@ -124,7 +127,12 @@ class Verbalizer:
 
 @torch.no_grad()
 def choice_scores(
-    model: nn.Module, tokenizer: Any, context: str, choices: Sequence[str], *, max_length: int | None = None,
+    model: nn.Module,
+    tokenizer: Any,
+    context: str,
+    choices: Sequence[str],
+    *,
+    max_length: int | None = None,
     normalize: str = "none",
 ) -> list[float]:
     """The log-probability of each of several continuations of ``context`` in a causal model.

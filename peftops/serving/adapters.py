@@ -102,8 +102,10 @@ def add_adapter(pool: AdapterPool, name: str, directory: str | os.PathLike) -> N
             scalings[layer] = config.rank_and_scaling(layer)[1]
     experts = [layer for layer in factors if layer.partition(".base_layer")[0].endswith("experts")]
     if experts:
-        raise TypeError(f"{directory} adapts {experts[0].partition('.base_layer')[0]}; a pool holds A and B of linear "
-                        "layers, and experts' are none: merge such an adapter into a model of its own")  # fmt: skip
+        raise TypeError(
+            f"{directory} adapts {experts[0].partition('.base_layer')[0]}; a pool holds A and B of linear "
+            "layers, and experts' are none: merge such an adapter into a model of its own"
+        )
     left = sorted(set(tensors) - {f"{PREFIX}{layer}.lora_{x}.weight" for layer in factors for x in "AB"})
     if left or not factors:
         raise ValueError(f"{directory} has {left[0] if left else 'no tensors'}; a pool holds A and B of linear layers")

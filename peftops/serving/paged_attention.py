@@ -75,8 +75,9 @@ class Pass(_Cache):
         table: int32 ``[layers, sequences, most]``, the pages of each.
     """
 
-    def __init__(self, layout: Layout, views: list[tuple[Tensor, Tensor]], counts: list[int], lengths: Tensor,
-                 table: Tensor):  # fmt: skip
+    def __init__(
+        self, layout: Layout, views: list[tuple[Tensor, Tensor]], counts: list[int], lengths: Tensor, table: Tensor
+    ):
         super().__init__(layout, len(views))
         self.views, self.counts, self.lengths, self.table = views, counts, lengths, table
         ends, size = lengths.tolist(), views[0][0].shape[2]
@@ -102,19 +103,28 @@ class Pass(_Cache):
         parts = []
         for s, (q, k, v) in enumerate(zip(*(t.split(self.counts, 2) for t in (query, key, value)), strict=True)):
             if self._whole[s] and (window is None or self.counts[s] <= window):
-                part = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale,
-                                                      enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
+                part = F.scaled_dot_product_attention(
+                    q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+                )
             else:
-                part = paged_attention(q, keys, values, table[s : s + 1], self.lengths[s : s + 1], scale=scale,
-                                       window=window)  # fmt: skip
+                part = paged_attention(
+                    q, keys, values, table[s : s + 1], self.lengths[s : s + 1], scale=scale, window=window
+                )
             parts.append(part.transpose(1, 2))
         return torch.cat(parts, 1)
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *,
-    scaling: float | None = None, sliding_window: int | None = None, **more: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
     """The function that transformers calls."""
     strange = [name for name, x in more.items() if not (x is None or x is False or name in _HARMLESS)]
     if strange or mask is not None or more.get("is_causal") is False:
@@ -136,16 +146,22 @@ class PagedModel:
         config = model.config.get_text_config()
         if model.get_input_embeddings().weight.device.type != "cpu":
             raise Unfit("paged_attention runs on the CPU alone")
-        configs = {id(m.config): m.config for m in model.modules()
-                   if isinstance(getattr(m, "config", None), PreTrainedConfig)}  # fmt: skip
+        configs = {
+            id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)
+        }
         self.model, self._configs, self._cache_name = model, [*configs.values()], cache_name(model)
         self.layout = self._probe(config)
 
     def run(self, cache: Probe | Pass, ids: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
         """Logits ``[len(keep), vocabulary]`` of a row of tokens."""
         with self._paged(cache):
-            return self.model(input_ids=ids[None], position_ids=positions[None], use_cache=True, logits_to_keep=keep,
-                              **{self._cache_name: cache}).logits[0]  # fmt: skip
+            return self.model(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                use_cache=True,
+                logits_to_keep=keep,
+                **{self._cache_name: cache},
+            ).logits[0]
 
     @contextlib.contextmanager
     def _paged(self, cache: Probe | Pass) -> Iterator[None]:

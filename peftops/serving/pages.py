@@ -69,8 +69,10 @@ class Blocks:
     def __init__(self, pool: AdapterPool, layout: Layout, most: int):
         width = pool.storage.shape[1] * pool.storage.itemsize
         if width < layout.widest or len(pool.storage) < len(layout.heads):
-            raise Unfit(f"the pool has {len(pool.storage)} pages of {width} bytes, and a token needs a page in each "
-                             f"of {len(layout.heads)} layers, {layout.widest} bytes of it")  # fmt: skip
+            raise Unfit(
+                f"the pool has {len(pool.storage)} pages of {width} bytes, and a token needs a page in each "
+                f"of {len(layout.heads)} layers, {layout.widest} bytes of it"
+            )
         self.pool, self.layers, self.size = pool, len(layout.heads), width // layout.widest
         self.held = 0  # blocks in use, and known ones
         self._most = most // self.size
@@ -148,5 +150,7 @@ class Blocks:
 def _views(storage: Tensor, size: int, heads: int, d: int, dv: int) -> tuple[Tensor, Tensor]:
     """Keys and values of a layer, ``[pages, heads, size, d]``, as they lie in pages ``[pages, elements]``."""
     keys, values = heads * size * d, heads * size * dv
-    return (storage[:, :keys].unflatten(1, (heads, size, d)),
-            storage[:, keys : keys + values].unflatten(1, (heads, size, dv)))  # fmt: skip
+    return (
+        storage[:, :keys].unflatten(1, (heads, size, d)),
+        storage[:, keys : keys + values].unflatten(1, (heads, size, dv)),
+    )

@@ -93,9 +93,13 @@ class RowBatch(Batch):
         there = lambda t: None if t is None else t.to(self.device)
         try:
             return self.model(
-                input_ids=there(ids), position_ids=there(positions), attention_mask=there(mask), use_cache=True,
-                logits_to_keep=there(keep), **{self.cache_name: self.cache},
-            ).logits  # fmt: skip
+                input_ids=there(ids),
+                position_ids=there(positions),
+                attention_mask=there(mask),
+                use_cache=True,
+                logits_to_keep=there(keep),
+                **{self.cache_name: self.cache},
+            ).logits
         finally:
             self.rows.index = None
 

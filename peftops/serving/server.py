@@ -99,8 +99,17 @@ class Server:
         4
     """
 
-    def __init__(self, model: nn.Module, pool: AdapterPool, *, max_batch: int = 16, max_tokens: int = 16384,
-                 stop: Iterable[int] | None = None, prefetch: int = 2, paged: bool | None = None):  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module,
+        pool: AdapterPool,
+        *,
+        max_batch: int = 16,
+        max_tokens: int = 16384,
+        stop: Iterable[int] | None = None,
+        prefetch: int = 2,
+        paged: bool | None = None,
+    ):
         limits = {"max_batch": (max_batch, 1), "max_tokens": (max_tokens, 2), "prefetch": (prefetch, 0)}
         for name, (value, least) in limits.items():
             check_range(f"Server: {name}", value, least, whole=True)

@@ -23,9 +23,11 @@ GEMMA = (
     "{% if add_generation_prompt %}<start>assistant\n{% endif %}"
 )
 CHAT = [
-    {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"},
-    {"role": "user", "content": "x"}, {"role": "assistant", "content": "yy"},
-]  # fmt: skip
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "x"},
+    {"role": "assistant", "content": "yy"},
+]
 
 
 def write(tmp_path, name, data):
@@ -45,8 +47,12 @@ def test_only_a_line_feed_ends_a_line(tmp_path, character):
 @pytest.mark.parametrize("form", ["lines", "array", "bom", "indented array"])
 def test_json_by_its_suffix(tmp_path, name, form):
     lines = "".join(json.dumps(ROW) + "\n" for _ in range(2))
-    text = {"lines": lines, "bom": "\ufeff" + lines, "array": json.dumps([ROW, ROW]),
-            "indented array": json.dumps([ROW, ROW], indent=4)}[form]  # fmt: skip
+    text = {
+        "lines": lines,
+        "bom": "\ufeff" + lines,
+        "array": json.dumps([ROW, ROW]),
+        "indented array": json.dumps([ROW, ROW], indent=4),
+    }[form]
     rows = read_rows(write(tmp_path, name, text))
     assert len(rows) == 2 and all(row.messages[1] == {"role": "assistant", "content": "ok"} for row in rows)
 
@@ -58,21 +64,24 @@ def test_tables_have_a_header(tmp_path):
     assert read_rows(write(tmp_path, "a.tsv", "prompt\tcompletion\na\tb\n"))[0].messages[1]["content"] == "b"
 
 
-@pytest.mark.parametrize("name, data, sentence", [
-    ("a.parquet", "PAR1", "the suffix tells what a data file holds, and .parquet is not of .jsonl"),
-    ("a", "text", "and none is not of .jsonl"),
-    ("a.jsonl.txt", json.dumps(ROW) + "\n", "is named as plain text, but holds JSON; give it the suffix .jsonl"),
-    ("a.json", '[{"instruction": "a", "response": "b"},\n{"a"]', "begins as an array, but is not JSON"),
-    ("a.json", "[]", "has no rows"),
-    ("a.json", '[{"instruction": "a", "response": "b"}, 3]', "row 2: expected an object"),
-    ("a.jsonl", '{"a":' * 100_000, "nested too deeply"),
-    ("a.jsonl", '{"prompt": "\\ud83d", "completion": "b"}', "line 1: a string has half of a surrogate pair"),
-    ("a.jsonl", '{"messages": [{"role": 1, "content": "a"}]}', "line 1: each of messages must have a role"),
-    ("a.csv", "prompt,completion\na,b\nc\n", "line 3 has 1 fields, the header 2"),
-    ("a.csv", "prompt,prompt\na,b\n", "line 1: a table needs a header of different names"),
-    ("a.csv", 'prompt,completion\n"a,b\n', "cannot be read as a table"),
-    ("a.csv", "question,answer\na,b\n", "line 2: expected instruction and response"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, data, sentence",
+    [
+        ("a.parquet", "PAR1", "the suffix tells what a data file holds, and .parquet is not of .jsonl"),
+        ("a", "text", "and none is not of .jsonl"),
+        ("a.jsonl.txt", json.dumps(ROW) + "\n", "is named as plain text, but holds JSON; give it the suffix .jsonl"),
+        ("a.json", '[{"instruction": "a", "response": "b"},\n{"a"]', "begins as an array, but is not JSON"),
+        ("a.json", "[]", "has no rows"),
+        ("a.json", '[{"instruction": "a", "response": "b"}, 3]', "row 2: expected an object"),
+        ("a.jsonl", '{"a":' * 100_000, "nested too deeply"),
+        ("a.jsonl", '{"prompt": "\\ud83d", "completion": "b"}', "line 1: a string has half of a surrogate pair"),
+        ("a.jsonl", '{"messages": [{"role": 1, "content": "a"}]}', "line 1: each of messages must have a role"),
+        ("a.csv", "prompt,completion\na,b\nc\n", "line 3 has 1 fields, the header 2"),
+        ("a.csv", "prompt,prompt\na,b\n", "line 1: a table needs a header of different names"),
+        ("a.csv", 'prompt,completion\n"a,b\n', "cannot be read as a table"),
+        ("a.csv", "question,answer\na,b\n", "line 2: expected instruction and response"),
+    ],
+)
 def test_what_cannot_be_read_is_said(tmp_path, name, data, sentence):
     with pytest.raises(DataError) as caught:
         read_rows(write(tmp_path, name, data))
@@ -83,8 +92,9 @@ def learnt(tokenizer, example):
     return tokenizer.decode([label for label in example.labels if label != IGNORE])
 
 
-@pytest.mark.parametrize("template, end", [(None, "</s>"), (GEMMA, "<end_of_turn>\n"),
-                                           (GEMMA.replace("<end_of_turn>\n", "\n"), "\n</s>")])  # fmt: skip
+@pytest.mark.parametrize(
+    "template, end", [(None, "</s>"), (GEMMA, "<end_of_turn>\n"), (GEMMA.replace("<end_of_turn>\n", "\n"), "\n</s>")]
+)
 def test_an_answer_ends_as_the_template_ends_a_turn(template, end):
     """What is learnt is what the template makes; only where it ends a turn with nothing to see, the end of the text
     is added."""
@@ -114,11 +124,14 @@ def test_templates_that_fail_or_rewrite_earlier_turns_are_told():
     assert learnt(tokenizer, example) == "yy<end_of_turn>\n" and "<think>yy" in tokenizer.decode(example.ids)
 
 
-@pytest.mark.parametrize("template", [
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "{% for a in messages[0].content * 9999 %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% for a in messages[0].content * 9999 %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    ],
+)
 @pytest.mark.parametrize("in_thread", [False, True])
 def test_a_template_that_does_not_end_is_told(template, in_thread, monkeypatch):
     monkeypatch.setattr(chat, "SECONDS", 0.2)

@@ -49,8 +49,31 @@ def command(*argv):
 def train(folder, out, method, *more):
     more = more or OPTIONS.get(method, ["--r", 4])
     rows = folder / "rows.jsonl"
-    assert command("finetune", "--model", folder / "model", "--train", rows, "--eval", rows, "--method", method,
-                   "--out", out, "--steps", 2, "--lr", 0.02, "--batch", 4, "--ask", "hi", *more) == 0  # fmt: skip
+    assert (
+        command(
+            "finetune",
+            "--model",
+            folder / "model",
+            "--train",
+            rows,
+            "--eval",
+            rows,
+            "--method",
+            method,
+            "--out",
+            out,
+            "--steps",
+            2,
+            "--lr",
+            0.02,
+            "--batch",
+            4,
+            "--ask",
+            "hi",
+            *more,
+        )
+        == 0
+    )
     return json.loads((out / "report.json").read_text())
 
 

@@ -43,8 +43,26 @@ def train_file(tmp_path):
 
 
 def arguments(model, train, out, *more):
-    return ["finetune", "--model", str(model), "--train", str(train), "--out", str(out), "--steps", "12",
-            "--batch", "4", "--lr", "0.01", "--r", "4", "--eval-share", "0.2", *map(str, more)]  # fmt: skip
+    return [
+        "finetune",
+        "--model",
+        str(model),
+        "--train",
+        str(train),
+        "--out",
+        str(out),
+        "--steps",
+        "12",
+        "--batch",
+        "4",
+        "--lr",
+        "0.01",
+        "--r",
+        "4",
+        "--eval-share",
+        "0.2",
+        *map(str, more),
+    ]
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
@@ -60,8 +78,13 @@ def test_from_a_model_and_a_file_to_an_adapter(model_folder, train_file, tmp_pat
     for line in ("held-out loss after", "peak memory in training", "tokens/s", "asked:  repeat a", "before:", "after:"):
         assert line in text
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "loss.png",
-                                                     "peftops.json", "report.json"]  # fmt: skip
+    assert sorted(p.name for p in out.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "loss.png",
+        "peftops.json",
+        "report.json",
+    ]
     model = peftops.load_model(model_folder, quantize=method == "qlora")
     peftops.load(model, out)
     rows = read_rows(train_file)[::5]
@@ -170,16 +193,23 @@ def test_relora_needs_moments_that_it_can_prune(model_folder, train_file, tmp_pa
     assert "relora prunes the optimizer's moments, which adamw8bit keeps as codes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "is empty"), (b" \n\n", "is empty"), (b"\xff\xfe{}", "is not UTF-8: byte 0"),
-    (b'{"instruction": "a", "response": "b"}\n{"instruction": "a", \n', "line 2 is not JSON"),
-    (b'{"instruction": "a", "response": "b"}\n\n[1]\n',
-     r"line 3: expected an object with instruction and response.*not list"),
-    (b'{"question": "a", "answer": "b"}\n', "line 1: expected instruction and response.*it has question, answer"),
-    (b'{"instruction": 3, "response": "b"}\n', "line 1: expected instruction and response"),
-    (b'{"messages": [{"role": "user", "content": "a"}]}\n', "line 1: the last of messages must be the assistant's"),
-    (b'{"messages": [{"role": "assistant"}]}\n', "line 1: each of messages must have a role and a content"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (b"\xff\xfe{}", "is not UTF-8: byte 0"),
+        (b'{"instruction": "a", "response": "b"}\n{"instruction": "a", \n', "line 2 is not JSON"),
+        (
+            b'{"instruction": "a", "response": "b"}\n\n[1]\n',
+            r"line 3: expected an object with instruction and response.*not list",
+        ),
+        (b'{"question": "a", "answer": "b"}\n', "line 1: expected instruction and response.*it has question, answer"),
+        (b'{"instruction": 3, "response": "b"}\n', "line 1: expected instruction and response"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}\n', "line 1: the last of messages must be the assistant's"),
+        (b'{"messages": [{"role": "assistant"}]}\n', "line 1: each of messages must have a role and a content"),
+    ],
+)
 def test_bad_data_says_which_line_and_why_before_the_model_is_read(tmp_path, capsys, content, message):
     import re
 
@@ -194,17 +224,21 @@ def test_bad_data_says_which_line_and_why_before_the_model_is_read(tmp_path, cap
 def test_bad_options_are_sentences(model_folder, train_file, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     cases = [
-        (["--steps", "0"], "--steps must be at least 1, not 0"), (["--batch", "-1"], "--batch must be at least 1"),
-        (["--lr", "0"], "--lr and --epochs must be positive"), (["--r", "0"], "r must be a whole number from 1"),
+        (["--steps", "0"], "--steps must be at least 1, not 0"),
+        (["--batch", "-1"], "--batch must be at least 1"),
+        (["--lr", "0"], "--lr and --epochs must be positive"),
+        (["--r", "0"], "r must be a whole number from 1"),
         (["--dropout", "1"], "dropout must be a number in [0, 1), not 1.0"),
         (["--eval-share", "1"], "--eval-share must be in [0, 1)"),
-        (["--target", "q_porj"], "did you mean"), (["--train", str(tmp_path / "none.jsonl")], "no data file"),
+        (["--target", "q_porj"], "did you mean"),
+        (["--train", str(tmp_path / "none.jsonl")], "no data file"),
         (["--out", str(tmp_path / "file")], "cannot write to directory"),
         (["--model", str(tmp_path / "no")], "no model at"),
         (["--max-length", "5"], "leaves room for an answer within 5 tokens"),
         (["--set", "tokens=5"], "--set tokens=5: qlora takes NAME=VALUE with NAME one of r, alpha"),
-        (["--set", "rslora"], "--set rslora: qlora takes NAME=VALUE"), (["--set", "block_size=48"], "block_size must"),
-    ]  # fmt: skip
+        (["--set", "rslora"], "--set rslora: qlora takes NAME=VALUE"),
+        (["--set", "block_size=48"], "block_size must"),
+    ]
     for more, message in cases:
         assert main(arguments(model_folder, train_file, tmp_path / "out", *more)) == 2, more
         error = capsys.readouterr().err
@@ -246,9 +280,11 @@ def test_plain_text_and_conversations(tmp_path):
     examples = encode([row], tokenizer, 100)
     assert [len(e.ids) for e in examples] == [100, 100, 100, 41] and examples[0].targets == 99
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "ab"}]}\n'
-                    '{"prompt": "q", "completion": "ab"}\n{"text": "abc"}\n'
-                    '{"instruction": "q", "input": "i", "output": "ab"}\n')  # fmt: skip
+    path.write_text(
+        '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "ab"}]}\n'
+        '{"prompt": "q", "completion": "ab"}\n{"text": "abc"}\n'
+        '{"instruction": "q", "input": "i", "output": "ab"}\n'
+    )
     chat, pair, plain, with_input = encode(read_rows(path), tokenizer, 100)
     assert chat == pair and chat.targets == 3 and plain.targets == 3 and len(with_input.ids) == len(pair.ids) + 3
     assert tokenizer.decode(chat.ids[-3:]) == "ab</s>"
@@ -357,11 +393,15 @@ def test_a_template_is_the_data_side_of_a_method(model_folder, fields_file, trai
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("more, message", [
-    (("--template", "{letter}"), "exactly once"), (("--template", "{word}|||x"), "line 1: the template needs word"),
-    (("--shots", 2), "--shots must be at least 0 and needs --template"),
-    (("--template", "{letter}|||x", "--shots", 99), "k must be a whole number in"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--template", "{letter}"), "exactly once"),
+        (("--template", "{word}|||x"), "line 1: the template needs word"),
+        (("--shots", 2), "--shots must be at least 0 and needs --template"),
+        (("--template", "{letter}|||x", "--shots", 99), "k must be a whole number in"),
+    ],
+)
 def test_bad_templates_get_a_sentence(model_folder, fields_file, tmp_path, capsys, more, message):
     assert main(arguments(model_folder, fields_file, tmp_path / "out", *more)) == 2
     assert message in capsys.readouterr().err

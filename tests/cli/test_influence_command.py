@@ -19,8 +19,25 @@ def run(tmp_path_factory):
     rows = [{"instruction": f"repeat {c}", "response": c * 6} for c in "abcdefghij" for _ in range(2)]
     rows[3:3] = [{**SECRET, "instruction": f"{word} password?"} for word in ("the", "your")]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    argv = ["finetune", "--model", folder / "model", "--train", folder / "train.jsonl", "--out", folder / "out",
-            "--steps", "10", "--batch", "8", "--lr", "0.01", "--r", "4", "--eval-share", "0"]  # fmt: skip
+    argv = [
+        "finetune",
+        "--model",
+        folder / "model",
+        "--train",
+        folder / "train.jsonl",
+        "--out",
+        folder / "out",
+        "--steps",
+        "10",
+        "--batch",
+        "8",
+        "--lr",
+        "0.01",
+        "--r",
+        "4",
+        "--eval-share",
+        "0",
+    ]
     assert main([*map(str, argv), "--method", "qlora"]) == 0
     return folder
 
@@ -51,14 +68,17 @@ def test_rows_without_room_are_left_out_and_told(run, capsys):
     assert "the curvature from 5" in text
 
 
-@pytest.mark.parametrize("more, message", [
-    (["--top", 0], "--top must be at least 1, not 0"),
-    (["--fit", 0], "--fit must be at least 1"),
-    (["--damping", -1], "damping must be at least 0"),
-    (["--train", "nowhere.jsonl"], "no data file nowhere.jsonl"),
-    (["--adapter", "nowhere"], "no adapter_config.json in nowhere"),
-    (["--max-length", 3], "leaves room for an answer within 3 tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--top", 0], "--top must be at least 1, not 0"),
+        (["--fit", 0], "--fit must be at least 1"),
+        (["--damping", -1], "damping must be at least 0"),
+        (["--train", "nowhere.jsonl"], "no data file nowhere.jsonl"),
+        (["--adapter", "nowhere"], "no adapter_config.json in nowhere"),
+        (["--max-length", 3], "leaves room for an answer within 3 tokens"),
+    ],
+)
 def test_mistakes_are_one_sentence(run, capsys, more, message):
     assert ask(run, *more) == 2
     error = capsys.readouterr().err
@@ -66,6 +86,20 @@ def test_mistakes_are_one_sentence(run, capsys, more, message):
 
 
 def test_it_needs_an_adapter(run, capsys):
-    assert main(["influence", "--model", str(run / "model"), "--train", str(run / "train.jsonl"), "--prompt", "a",
-                 "--completion", "b"]) == 2  # fmt: skip
+    assert (
+        main(
+            [
+                "influence",
+                "--model",
+                str(run / "model"),
+                "--train",
+                str(run / "train.jsonl"),
+                "--prompt",
+                "a",
+                "--completion",
+                "b",
+            ]
+        )
+        == 2
+    )
     assert "influence needs --adapter" in capsys.readouterr().err

@@ -36,8 +36,28 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def train(folder, tmp_path):
     def run(*more, model="model", out=tmp_path / "out"):
-        argv = ["finetune", "--model", folder / model, "--train", folder / "rows.jsonl", "--out", out, "--steps", 4,
-                "--batch", 4, "--method", "lora", "--r", 2, "--eval-share", 0.3, "--ask", "hi", *more]  # fmt: skip
+        argv = [
+            "finetune",
+            "--model",
+            folder / model,
+            "--train",
+            folder / "rows.jsonl",
+            "--out",
+            out,
+            "--steps",
+            4,
+            "--batch",
+            4,
+            "--method",
+            "lora",
+            "--r",
+            2,
+            "--eval-share",
+            0.3,
+            "--ask",
+            "hi",
+            *more,
+        ]
         return main([str(part) for part in argv])
 
     return run
@@ -98,18 +118,33 @@ def test_adapters_that_are_not_finite_go_nowhere(folder, tmp_path, capsys):
     for argv in (
         ["generate", *at, "--adapter", tmp_path / "adapter", "a"],
         ["merge", *at, "--adapter", tmp_path / "adapter", "--out", tmp_path / "merged"],
-        ["serve", *at, "--adapters", tmp_path / "adapter", "--requests", tmp_path / "requests.jsonl",
-         "--out", tmp_path / "answers"],
-    ):  # fmt: skip
+        [
+            "serve",
+            *at,
+            "--adapters",
+            tmp_path / "adapter",
+            "--requests",
+            tmp_path / "requests.jsonl",
+            "--out",
+            tmp_path / "answers",
+        ],
+    ):
         assert main([*map(str, argv)]) == 2
         assert "is not finite" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists() and not (tmp_path / "answers").exists()
 
 
-@pytest.mark.parametrize("more, name", [
-    (["--eval-share", "0"], "eval_share"), (["--clip", "0.001"], "clip"), (["--turns", "all"], "turns"),
-    (["--eval", "others.jsonl"], "eval"), (["--weight-decay", "0.1"], "weight_decay"), ("other", "model"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more, name",
+    [
+        (["--eval-share", "0"], "eval_share"),
+        (["--clip", "0.001"], "clip"),
+        (["--turns", "all"], "turns"),
+        (["--eval", "others.jsonl"], "eval"),
+        (["--weight-decay", "0.1"], "weight_decay"),
+        ("other", "model"),
+    ],
+)
 def test_a_run_goes_on_only_as_it_began(folder, train, monkeypatch, capsys, more, name):
     with monkeypatch.context() as patch:
         interrupt(patch, 2)
@@ -130,15 +165,22 @@ def test_a_model_is_known_by_what_is_in_its_files(folder, tmp_path):
     assert fingerprint(tmp_path / "moved") == fingerprint(folder / "model")
 
 
-@pytest.mark.parametrize("damage", [
-    lambda s: s["adapter"].update({next(iter(s["adapter"])): torch.zeros(3)}),
-    lambda s: s["adapter"].popitem(),
-    lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)),
-    lambda s: s["optimizer"]["state"][0].update(exp_avg_sq=s["optimizer"]["state"][0]["exp_avg_sq"].double()),
-    lambda s: s["optimizer"]["state"].update({99: {}}),
-    lambda s: s.update(step=7), lambda s: s.update(losses=[1.0]), lambda s: s.update(random=torch.zeros(3)),
-    lambda s: s.update(question=[]), lambda s: s.pop("settings"), lambda s: s.pop("optimizer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda s: s["adapter"].update({next(iter(s["adapter"])): torch.zeros(3)}),
+        lambda s: s["adapter"].popitem(),
+        lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)),
+        lambda s: s["optimizer"]["state"][0].update(exp_avg_sq=s["optimizer"]["state"][0]["exp_avg_sq"].double()),
+        lambda s: s["optimizer"]["state"].update({99: {}}),
+        lambda s: s.update(step=7),
+        lambda s: s.update(losses=[1.0]),
+        lambda s: s.update(random=torch.zeros(3)),
+        lambda s: s.update(question=[]),
+        lambda s: s.pop("settings"),
+        lambda s: s.pop("optimizer"),
+    ],
+)
 def test_checkpoints_are_looked_at_before_anything_is_restored(train, monkeypatch, capsys, tmp_path, damage):
     """The optimizer's kernel trusts shapes: a wrong one would write beyond a tensor's end."""
     with monkeypatch.context() as patch:
@@ -185,9 +227,19 @@ def test_what_was_learnt_is_saved_before_anything_else(train, monkeypatch, capsy
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize("error", [RuntimeError("first\nsecond"), KeyError("x"), RecursionError(), MemoryError(),
-                                   ZeroDivisionError("division by zero"), OSError(28, "No space left on device"),
-                                   AssertionError(), ValueError("a" * 5000)])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("first\nsecond"),
+        KeyError("x"),
+        RecursionError(),
+        MemoryError(),
+        ZeroDivisionError("division by zero"),
+        OSError(28, "No space left on device"),
+        AssertionError(),
+        ValueError("a" * 5000),
+    ],
+)
 def test_no_error_is_shown_as_a_traceback_unless_it_is_asked_for(folder, monkeypatch, capsys, error):
     def fail(*_, **__):
         raise error
@@ -220,8 +272,10 @@ def test_tokens_and_positions_that_the_model_lacks(folder, train, tmp_path, caps
 def test_an_encoder_is_no_causal_language_model(tmp_path, train, capsys):
     models.bert().save_pretrained(tmp_path / "bert")
     models.tokenizer().save_pretrained(tmp_path / "bert")
-    for run in (lambda: main(["plan", "--model", str(tmp_path / "bert"), "--memory", "1GiB"]),
-                lambda: train(model=tmp_path / "bert")):  # fmt: skip
+    for run in (
+        lambda: main(["plan", "--model", str(tmp_path / "bert"), "--memory", "1GiB"]),
+        lambda: train(model=tmp_path / "bert"),
+    ):
         assert run() == 2
         assert "is not a causal language model: it holds a BertForSequenceClassification" in capsys.readouterr().err
 
@@ -312,11 +366,18 @@ def test_every_command_takes_the_flags_for_a_model():
     assert args.trust_remote_code is False and args.overwrite is False and args.turns == "last"
 
 
-@pytest.mark.parametrize("argv", [
-    ["generate", "hi"], ["merge", "--adapter", "a", "--out", "m"], ["plan", "--memory", "1GiB"],
-    ["finetune", "--train", "rows.jsonl", "--out", "run"], ["serve", "--requests", "rows.jsonl", "--out", "answers"],
-    ["influence", "--adapter", "a", "--train", "rows.jsonl", "--prompt", "a", "--completion", "b"],
-], ids=lambda argv: argv[0])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["generate", "hi"],
+        ["merge", "--adapter", "a", "--out", "m"],
+        ["plan", "--memory", "1GiB"],
+        ["finetune", "--train", "rows.jsonl", "--out", "run"],
+        ["serve", "--requests", "rows.jsonl", "--out", "answers"],
+        ["influence", "--adapter", "a", "--train", "rows.jsonl", "--prompt", "a", "--completion", "b"],
+    ],
+    ids=lambda argv: argv[0],
+)
 def test_every_command_says_that_there_is_no_such_model(argv, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n' if argv[0] == "serve" else '{"text": "a b c"}\n')

@@ -36,24 +36,34 @@ def test_wishes_change_the_choice(folder, capsys):
     assert "choose: multilora" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text, size", [
-    ("16GiB", 16 << 30), ("24GB", 24 * 10**9), ("1.5 g", 3 << 29), ("800M", 800 << 20), ("12B", 12),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, size",
+    [
+        ("16GiB", 16 << 30),
+        ("24GB", 24 * 10**9),
+        ("1.5 g", 3 << 29),
+        ("800M", 800 << 20),
+        ("12B", 12),
+    ],
+)
 def test_sizes(text, size):
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("more, message", [
-    (["--memory", "much"], "--memory must be a size such as 16GiB, 24GB or 800M, not 'much'"),
-    (["--memory", "0G"], "--memory must be a size"),
-    (["--memory", "16"], "--memory 16 has no unit: 16GiB, say, or 16B for bytes"),
-    (["--memory", "4 elephants"], "--memory must be a size"),
-    (["--memory", "1G", "--batch", 0], "batch and length must be at least 1"),
-    (["--memory", "1G", "--max-length", 9999], "length at most 512"),
-    (["--memory", "1G", "--tasks", 0], "memory and tasks must be at least 1"),
-    (["--memory", "1G", "--r", 0], "r must be a whole number from 1"),
-    (["--memory", "1G", "--model", "nowhere"], "no model at nowhere"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--memory", "much"], "--memory must be a size such as 16GiB, 24GB or 800M, not 'much'"),
+        (["--memory", "0G"], "--memory must be a size"),
+        (["--memory", "16"], "--memory 16 has no unit: 16GiB, say, or 16B for bytes"),
+        (["--memory", "4 elephants"], "--memory must be a size"),
+        (["--memory", "1G", "--batch", 0], "batch and length must be at least 1"),
+        (["--memory", "1G", "--max-length", 9999], "length at most 512"),
+        (["--memory", "1G", "--tasks", 0], "memory and tasks must be at least 1"),
+        (["--memory", "1G", "--r", 0], "r must be a whole number from 1"),
+        (["--memory", "1G", "--model", "nowhere"], "no model at nowhere"),
+    ],
+)
 def test_mistakes_are_one_sentence(folder, capsys, more, message):
     assert plan(folder, *more) == 2
     error = capsys.readouterr().err

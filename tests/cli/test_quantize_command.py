@@ -34,8 +34,30 @@ def command(*argv):
 
 def finetune(folder, out, *more):
     rows = folder / "rows.jsonl"
-    return command("finetune", "--model", folder / "model", "--train", rows, "--eval", rows, "--out", out, "--steps", 3,
-                   "--lr", 0.02, "--batch", 4, "--r", 4, "--ask", "hi", "--max-length", 64, *more)  # fmt: skip
+    return command(
+        "finetune",
+        "--model",
+        folder / "model",
+        "--train",
+        rows,
+        "--eval",
+        rows,
+        "--out",
+        out,
+        "--steps",
+        3,
+        "--lr",
+        0.02,
+        "--batch",
+        4,
+        "--r",
+        4,
+        "--ask",
+        "hi",
+        "--max-length",
+        64,
+        *more,
+    )
 
 
 def loss(folder, model):
@@ -56,10 +78,15 @@ def test_quantize(folder, tmp_path, capsys, data):
     assert command("generate", "--model", out, "--quantize", "--max-tokens", 3, "hi") == 0
 
 
-@pytest.mark.parametrize("options, words", [
-    (["--tokens", 0], "--tokens must be at least 1, not 0"), (["--damping", -1], "damping must be positive"),
-    (["--block-size", 48], "block_size must be one of"), (["--calibrate", "none.jsonl"], "no data file none.jsonl"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--tokens", 0], "--tokens must be at least 1, not 0"),
+        (["--damping", -1], "damping must be positive"),
+        (["--block-size", 48], "block_size must be one of"),
+        (["--calibrate", "none.jsonl"], "no data file none.jsonl"),
+    ],
+)
 def test_mistakes_leave_nothing(folder, tmp_path, capsys, options, words):
     argv = ["--model", folder / "model", "--calibrate", folder / "rows.jsonl", "--out", tmp_path / "out", *options]
     assert command("quantize", *argv) == 2 and words in capsys.readouterr().err
@@ -93,8 +120,12 @@ def test_calibrate_is_for_methods_that_make_codes(folder, tmp_path, capsys):
 def test_a_calibrated_merge_is_nearer_to_what_was_trained(folder, tmp_path):
     run, out = tmp_path / "run", tmp_path / "merged"
     assert finetune(folder, run, "--method", "qlora") == 0
-    assert command("merge", "--model", folder / "model", "--adapter", run, "--calibrate", folder / "rows.jsonl",
-                   "--out", out) == 0  # fmt: skip
+    assert (
+        command(
+            "merge", "--model", folder / "model", "--adapter", run, "--calibrate", folder / "rows.jsonl", "--out", out
+        )
+        == 0
+    )
     trained, today = (peftops.load(peftops.load_model(folder / "model"), run) for _ in range(2))
     peftops.merge(today)
     x = torch.tensor([encode(read_rows(folder / "rows.jsonl"), models.tokenizer(), 64)[0].ids])

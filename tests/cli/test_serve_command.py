@@ -31,18 +31,32 @@ def serve(folder, rows, *more):
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (folder / "requests.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "out.jsonl").unlink(missing_ok=True)
-    argv = ["serve", "--model", folder / "model", "--requests", folder / "requests.jsonl", "--out",
-            folder / "out.jsonl", "--max-tokens", 6, *(more or ("--adapters", folder / "adapters"))]  # fmt: skip
+    argv = [
+        "serve",
+        "--model",
+        folder / "model",
+        "--requests",
+        folder / "requests.jsonl",
+        "--out",
+        folder / "out.jsonl",
+        "--max-tokens",
+        6,
+        *(more or ("--adapters", folder / "adapters")),
+    ]
     status, out = main([*map(str, argv)]), folder / "out.jsonl"
     answers = [json.loads(line) for line in out.read_text().split("\n") if line] if out.exists() else []
     return status, {answer["row"]: answer for answer in answers}
 
 
 def test_answers_are_those_of_generate(folder, capsys):
-    rows = [{"prompt": "abc", "adapter": "a"}, {"prompt": "abc", "adapter": "b", "max_tokens": 3}, {"prompt": "abc"},
-            {"messages": [{"role": "user", "content": "xyz"}], "adapter": "a"},
-            {"prompt": "abc", "adapter": "a", "temperature": 5.0, "seed": 1},
-            {"prompt": "abc", "adapter": "a", "temperature": 5.0, "seed": 1}]  # fmt: skip
+    rows = [
+        {"prompt": "abc", "adapter": "a"},
+        {"prompt": "abc", "adapter": "b", "max_tokens": 3},
+        {"prompt": "abc"},
+        {"messages": [{"role": "user", "content": "xyz"}], "adapter": "a"},
+        {"prompt": "abc", "adapter": "a", "temperature": 5.0, "seed": 1},
+        {"prompt": "abc", "adapter": "a", "temperature": 5.0, "seed": 1},
+    ]
     status, answers = serve(folder, rows)
     assert status == 0 and sorted(answers) == [1, 2, 3, 4, 5, 6]
     assert [answers[i]["adapter"] for i in range(1, 7)] == ["a", "b", None, "a", "a", "a"]
@@ -56,17 +70,20 @@ def test_answers_are_those_of_generate(folder, capsys):
         assert capsys.readouterr().out.strip("\n") == answers[number]["answer"]
 
 
-@pytest.mark.parametrize("rows, sentence", [
-    (["{"], "requests.jsonl, row 1: Expecting property name"),
-    ([{"prompt": "a"}, {}], "row 2: a request has a prompt or messages, one of them"),
-    (["[]"], "row 1: expected an object, not a list"),
-    ([{"prompt": "a", "adapter": "c"}], "row 1: no adapter named 'c' in --adapters; there is a, b"),
-    ([{"prompt": "a", "temprature": 1}], "row 1: temprature: not of prompt, messages, adapter, max_tokens"),
-    ([{"prompt": "a", "top_p": 2.0}], "row 1: top_p must be above 0 and at most 1, not 2.0"),
-    ([{"prompt": 3}], "row 1: a prompt is text, and each of messages has a role and a content"),
-    ([{"messages": [{"role": "user"}]}], "row 1: a prompt is text, and each of messages has"),
-    ([], "requests.jsonl is empty"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, sentence",
+    [
+        (["{"], "requests.jsonl, row 1: Expecting property name"),
+        ([{"prompt": "a"}, {}], "row 2: a request has a prompt or messages, one of them"),
+        (["[]"], "row 1: expected an object, not a list"),
+        ([{"prompt": "a", "adapter": "c"}], "row 1: no adapter named 'c' in --adapters; there is a, b"),
+        ([{"prompt": "a", "temprature": 1}], "row 1: temprature: not of prompt, messages, adapter, max_tokens"),
+        ([{"prompt": "a", "top_p": 2.0}], "row 1: top_p must be above 0 and at most 1, not 2.0"),
+        ([{"prompt": 3}], "row 1: a prompt is text, and each of messages has a role and a content"),
+        ([{"messages": [{"role": "user"}]}], "row 1: a prompt is text, and each of messages has"),
+        ([], "requests.jsonl is empty"),
+    ],
+)
 def test_wrong_requests_get_a_sentence_before_a_model_is_read(folder, rows, sentence, capsys, monkeypatch):
     monkeypatch.setattr("peftops.cli.serve.load_base", lambda *a, **k: pytest.fail("a model was read"))
     assert serve(folder, rows)[0] == 2

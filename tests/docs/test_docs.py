@@ -84,13 +84,18 @@ def test_what_depends_on_the_planner_is_as_it_says():
 
 
 def test_every_environment_variable_has_its_line():
-    files = subprocess.run(["git", "ls-files", "peftops", "csrc", "tests", "bench", "setup.py"], cwd=ROOT,
-                           capture_output=True, text=True)  # fmt: skip
+    files = subprocess.run(
+        ["git", "ls-files", "peftops", "csrc", "tests", "bench", "setup.py"], cwd=ROOT, capture_output=True, text=True
+    )
     if files.returncode:
         pytest.skip("no git, so no list of files")
     read = re.compile(r"(?:getenv\(|environ(?:\.get\(|\[))\"(PEFTOPS_\w+)\"")
-    used = {name for file in files.stdout.split() if file.endswith((".py", ".h", ".cpp", ".cu", ".cuh"))
-            for name in read.findall((ROOT / file).read_text())}  # fmt: skip
+    used = {
+        name
+        for file in files.stdout.split()
+        if file.endswith((".py", ".h", ".cpp", ".cu", ".cuh"))
+        for name in read.findall((ROOT / file).read_text())
+    }
     assert used == set(re.findall(r"^\| `(PEFTOPS_\w+)` \|", (DOCS / "environment.md").read_text(), re.M))
 
 
@@ -116,8 +121,12 @@ def words(node):
 def test_every_sentence_of_troubleshooting_is_said():
     """Each fragment between two … of a quoted sentence is in one string of the source, in the same order."""
     files = [*(ROOT / "peftops").rglob("*.py"), ROOT / "setup.py"]
-    said = [words(node) for file in files for node in ast.walk(ast.parse(file.read_text()))
-            if isinstance(node, ast.JoinedStr | ast.Constant)]  # fmt: skip
+    said = [
+        words(node)
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.JoinedStr | ast.Constant)
+    ]
     quoted = re.findall(r"^> (.*)$", (DOCS / "troubleshooting.md").read_text(), re.M)
     assert len(quoted) > 20
     for sentence in quoted:

@@ -63,11 +63,15 @@ def _config(folder: Path) -> None:
 
 def _adapter(folder: Path) -> None:
     for name, config in {
-        "lora": peftops.LoRAConfig(r=4, rank_pattern={"q_proj": 2}), "qlora": peftops.QLoRAConfig(r=4),
-        "dora": peftops.DoRAConfig(r=4), "ia3": peftops.IA3Config(), "loftq": peftops.LoftQConfig(r=4, iterations=1),
-        "prefix": peftops.PrefixTuningConfig(tokens=3), "qalora": peftops.QALoRAConfig(r=4),
+        "lora": peftops.LoRAConfig(r=4, rank_pattern={"q_proj": 2}),
+        "qlora": peftops.QLoRAConfig(r=4),
+        "dora": peftops.DoRAConfig(r=4),
+        "ia3": peftops.IA3Config(),
+        "loftq": peftops.LoftQConfig(r=4, iterations=1),
+        "prefix": peftops.PrefixTuningConfig(tokens=3),
+        "qalora": peftops.QALoRAConfig(r=4),
         "whole": peftops.LoRAConfig(r=4, target=["q_proj"], modules_to_save=["lm_head"]),
-    }.items():  # fmt: skip
+    }.items():
         peftops.save(peftops.attach(base(), config), folder / name)
 
 
@@ -101,8 +105,14 @@ def _bitsandbytes(folder: Path) -> None:
 def _gguf(path: Path) -> None:
     import gguf
 
-    config = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-                  num_key_value_heads=2)  # fmt: skip
+    config = dict(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     import transformers
 
     torch.manual_seed(0)
@@ -210,8 +220,9 @@ def _example() -> object:
 def _job(folder: Path) -> tuple[object, dict]:
     from peftops.cli.job import Job
 
-    args = argparse.Namespace(optimizer="adamw", weight_decay=0.0, method="lora", steps=4, lr=1e-3, warmup=0, clip=1.0,
-                              batch=2, accumulate=1)  # fmt: skip
+    args = argparse.Namespace(
+        optimizer="adamw", weight_decay=0.0, method="lora", steps=4, lr=1e-3, warmup=0, clip=1.0, batch=2, accumulate=1
+    )
     model = peftops.attach(base(), peftops.LoRAConfig(r=2, target=["q_proj"]))
     settings = {"lr": 1e-3, "r": 2}
     job = Job(args, model, models.tokenizer(), [_example()], [], folder, settings)
@@ -226,9 +237,15 @@ def _damage_state(state: object, rng: Random) -> object:
         return rng.choice(STRANGE)
     if isinstance(state, torch.Tensor):
         other = rng.choice([torch.float64, torch.int32, torch.float16])
-        ways = [state.flatten()[: state.numel() // 2], state.to(other),
-                state[None], torch.full_like(state, float("nan")) if state.is_floating_point() else state * 0,
-                state.float().to_sparse(), state.to("meta"), rng.choice(STRANGE)]  # fmt: skip
+        ways = [
+            state.flatten()[: state.numel() // 2],
+            state.to(other),
+            state[None],
+            torch.full_like(state, float("nan")) if state.is_floating_point() else state * 0,
+            state.float().to_sparse(),
+            state.to("meta"),
+            rng.choice(STRANGE),
+        ]
         return rng.choice(ways)
     if isinstance(state, dict) and state:
         key = rng.choice(list(state))

@@ -41,8 +41,11 @@ def test_more_rows_than_a_grid_is_high(format, dtype, k, library):
     some, of = x.detach()[rows].double(), lambda t: t.detach().double()
     rounded = 2**-8 if dtype is BF16 else 0.0  # of a weight or its code
     want = some @ W.T + 0.5 * some @ of(A).T @ of(B).T
-    S = W.abs() if format == "nf4" else reference.group_dequantize(
-        weight.codes.double(), weight.scales.double(), -weight.zeros.double().abs())  # fmt: skip
+    S = (
+        W.abs()
+        if format == "nf4"
+        else reference.group_dequantize(weight.codes.double(), weight.scales.double(), -weight.zeros.double().abs())
+    )
     size = some.abs() @ S.T + 0.5 * some.abs() @ of(A).abs().T @ of(B).abs().T
     assert_sums(y[rows], want, size, cut_sums(y, k + 3 * r + 8), rounded * size)
     some, low_rank = of(g)[rows], 0.5 * of(B).abs() @ of(A).abs()

@@ -23,10 +23,20 @@ def llama(seed=0, intermediate=128):
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=intermediate, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-        initializer_range=0.1, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=intermediate,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+    )
     model = LlamaForCausalLM(config).eval()
     model.get_input_embeddings().weight.data *= torch.exp(torch.randn(64))
     return model

@@ -38,10 +38,17 @@ def test_it_is_peftops_save(tmp_path, method):
     assert files(tmp_path / "a") == files(tmp_path / "b") and files(tmp_path / "a").keys() == {CONFIG, OWN, WEIGHTS}
 
 
-@pytest.mark.parametrize("config", [
-    peftops.LoRAConfig(r=4), peftops.LoRAConfig(r=4, target={"q_proj"}, modules_to_save=["lm_head"]),
-    peftops.DoRAConfig(r=2), peftops.IA3Config(), peftops.PromptTuningConfig(tokens=3),
-], ids=["lora", "head", "dora", "ia3", "prompt"])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        peftops.LoRAConfig(r=4),
+        peftops.LoRAConfig(r=4, target={"q_proj"}, modules_to_save=["lm_head"]),
+        peftops.DoRAConfig(r=2),
+        peftops.IA3Config(),
+        peftops.PromptTuningConfig(tokens=3),
+    ],
+    ids=["lora", "head", "dora", "ia3", "prompt"],
+)
 @pytest.mark.parametrize("codes", [False, True], ids=["dense", "nf4"])
 def test_hf_peft_reads_it(tmp_path, config, codes):
     """On the base that its files name, which transformers finds by itself."""

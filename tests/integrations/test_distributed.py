@@ -67,9 +67,17 @@ def in_a_process(rank, world, how, method, folder):
 
 @pytest.mark.parametrize(
     "how, method",
-    [("ddp", "qlora"), ("ddp", "two-lora"), ("ddp", "prompttuning"), ("ddp", "experts"), ("fsdp", "experts"),
-     ("fsdp", "lora"), ("fsdp", "qlora"), ("fsdp", "qalora")],
-)  # fmt: skip
+    [
+        ("ddp", "qlora"),
+        ("ddp", "two-lora"),
+        ("ddp", "prompttuning"),
+        ("ddp", "experts"),
+        ("fsdp", "experts"),
+        ("fsdp", "lora"),
+        ("fsdp", "qlora"),
+        ("fsdp", "qalora"),
+    ],
+)
 def test_two_processes_train_like_one(tmp_path, how, method):
     # FSDP keeps its mesh to the end, and with it gloo's threads. One that frees a tensor while Python shuts down
     # aborts the process; a fork server's processes leave without that.

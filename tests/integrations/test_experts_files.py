@@ -20,8 +20,11 @@ from peftops.integrations.quantizer import dequantize
 
 every_model = pytest.mark.parametrize("kind", OPTIONS)
 ids = models.tokens(vocabulary=96)
-TARGETS = {"both": ([], ["gate_up_proj", "down_proj"]), "one": ([], ["down_proj"]),
-           "mixed": (["o_proj"], ["gate_up_proj"])}  # fmt: skip
+TARGETS = {
+    "both": ([], ["gate_up_proj", "down_proj"]),
+    "one": ([], ["down_proj"]),
+    "mixed": (["o_proj"], ["gate_up_proj"]),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +43,9 @@ def close(got, want):
 def test_adapters_are_pefts_both_ways(kind, target, tmp_path):
     """Logits and gradients on the dense model, and the bytes of every tensor."""
     base, (modules, parameters) = moe(kind), target
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=modules,
-                             target_parameters=[f"experts.{name}" for name in parameters])  # fmt: skip
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=modules, target_parameters=[f"experts.{name}" for name in parameters]
+    )
     theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
     torch.manual_seed(1)
     for parameter in theirs.parameters():
@@ -53,8 +57,11 @@ def test_adapters_are_pefts_both_ways(kind, target, tmp_path):
     close(ours(ids).logits, want)
     for model in (theirs, ours):
         model(input_ids=ids, labels=ids).loss.backward()
-    own = {f"base_model.model.{path}.{name}.weight": p.grad for path, host in hosts(ours)
-           for name, p in host.adapters["default"].named_parameters()}  # fmt: skip
+    own = {
+        f"base_model.model.{path}.{name}.weight": p.grad
+        for path, host in hosts(ours)
+        for name, p in host.adapters["default"].named_parameters()
+    }
     own = peft_experts.to_peft(own, ours)
     grads = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
     assert own.keys() == grads.keys()
@@ -71,11 +78,17 @@ def test_adapters_are_pefts_both_ways(kind, target, tmp_path):
     close(on_codes(ids).logits, dense(ids).logits)
 
 
-@pytest.mark.parametrize("config", [
-    peftops.QLoRAConfig(r=2), peftops.QALoRAConfig(r=2, target=["gate_up_proj", "down_proj"]),
-    peftops.PiSSAConfig(r=2), peftops.LoRAConfig(r=2, target=r".*down_proj"),
-    peftops.LoRAConfig(r=2, modules_to_save=["router"], rank_pattern={"gate_up_proj": 3}),
-], ids=lambda c: type(c).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        peftops.QLoRAConfig(r=2),
+        peftops.QALoRAConfig(r=2, target=["gate_up_proj", "down_proj"]),
+        peftops.PiSSAConfig(r=2),
+        peftops.LoRAConfig(r=2, target=r".*down_proj"),
+        peftops.LoRAConfig(r=2, modules_to_save=["router"], rank_pattern={"gate_up_proj": 3}),
+    ],
+    ids=lambda c: type(c).__name__,
+)
 @pytest.mark.parametrize("kind", ["GptOss", "Llama4"])
 def test_our_own_files(kind, config, tmp_path):
     base = peftops.detach(peftops.attach(moe(kind), config))
@@ -162,8 +175,12 @@ def test_experts_that_bitsandbytes_quantised_one_by_one(kind, double_quant, tmp_
     want = peftops.load_model(tmp_path, quantize=False)
     save_file(written, tmp_path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((tmp_path / "config.json").read_text())
-    codes = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
-             "bnb_4bit_use_double_quant": double_quant}  # fmt: skip
+    codes = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double_quant,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": codes}))
     model = peftops.load_model(tmp_path)
     summary = peftops.summary(model)

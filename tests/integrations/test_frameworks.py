@@ -87,8 +87,15 @@ def test_trainer(tmp_path, adapted):
     """Checkpoints, optimizer and all, are enough to go on; and the best of them comes back at the end."""
 
     def trainer(model, **options):
-        steps = dict(max_steps=4, learning_rate=0.02, save_strategy="steps", save_steps=2, eval_strategy="steps",
-                     eval_steps=2, load_best_model_at_end=True)  # fmt: skip
+        steps = dict(
+            max_steps=4,
+            learning_rate=0.02,
+            save_strategy="steps",
+            save_steps=2,
+            eval_strategy="steps",
+            eval_steps=2,
+            load_best_model_at_end=True,
+        )
         args = transformers.TrainingArguments(str(tmp_path), **QUIET | steps | options)
         return transformers.Trainer(model=model, args=args, train_dataset=Rows(), eval_dataset=Rows())
 
@@ -157,8 +164,13 @@ def test_trl(tmp_path, kind, how):
     def trainer(steps):
         args = options(str(tmp_path), max_steps=steps, save_steps=2, learning_rate=0.02, bf16=False, **QUIET)
         config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if how != "attach" else None
-        return make(model=base() if config else attached(), args=args, train_dataset=_chats(kind), peft_config=config,
-                    processing_class=models.tokenizer())  # fmt: skip
+        return make(
+            model=base() if config else attached(),
+            args=args,
+            train_dataset=_chats(kind),
+            peft_config=config,
+            processing_class=models.tokenizer(),
+        )
 
     first = trainer(4)
     before = trained(first.model)
@@ -178,17 +190,28 @@ def test_trl(tmp_path, kind, how):
 def test_the_document_has_the_table():
     """Rows of tests in other files have a name to be found by."""
     loading = [
-        ("transformers.from_pretrained", dict(load="one tensor at a time", save="`save_pretrained`, bit for bit"),
-         "test_quantised_while_read_and_the_same_bits_from_its_files"),
-        ("bitsandbytes", dict(load="its files, and its live layers", save="its files"),
-         "test_bitsandbytes_reads_its_own_layout"),
-        ("HF PEFT on our layers", dict(load="its adapters", train="fused", save="its format"),
-         "test_pefts_lora_runs_the_fused_operator"),
+        (
+            "transformers.from_pretrained",
+            dict(load="one tensor at a time", save="`save_pretrained`, bit for bit"),
+            "test_quantised_while_read_and_the_same_bits_from_its_files",
+        ),
+        (
+            "bitsandbytes",
+            dict(load="its files, and its live layers", save="its files"),
+            "test_bitsandbytes_reads_its_own_layout",
+        ),
+        (
+            "HF PEFT on our layers",
+            dict(load="its adapters", train="fused", save="its format"),
+            "test_pefts_lora_runs_the_fused_operator",
+        ),
         ("llama.cpp", dict(load="GGUF", save="adapters: `save_gguf`"), "test_it_is_what_merging_changes"),
-    ]  # fmt: skip
+    ]
     rows = [f"| library | {' | '.join(COLUMNS)} | test |", f"|{'---|' * (len(COLUMNS) + 2)}"]
-    rows += [f"| {library} | {' | '.join(cells.get(c, '') for c in COLUMNS)} | `{test}` |"
-             for library, cells, test in loading + TABLE]  # fmt: skip
+    rows += [
+        f"| {library} | {' | '.join(cells.get(c, '') for c in COLUMNS)} | `{test}` |"
+        for library, cells, test in loading + TABLE
+    ]
     assert "\n".join(rows) in DOCUMENT.read_text()
     tests = "".join(path.read_text() for path in Path(__file__).parents[1].glob("int*/test_*.py"))
     assert all(f"def {test}(" in tests for _, _, test in loading + TABLE)

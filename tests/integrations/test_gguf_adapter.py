@@ -29,14 +29,21 @@ def field(path, key):
     return gguf.GGUFReader(path).fields[key].contents()
 
 
-@pytest.mark.parametrize("build, config", [
-    (models.llama, peftops.LoRAConfig(r=4, target=ATTENTION)),
-    (models.mistral, peftops.LoRAConfig(r=4, alpha=3.0, rslora=True, target=ATTENTION)),
-    (models.llama, peftops.LoRAConfig(r=4, target=ATTENTION, rank_pattern={"k_proj": 3}, alpha_pattern={"v_proj": 5})),
-    (models.llama, peftops.LoRAConfig(r=4, alpha=0.0, target=ATTENTION)),
-    (models.llama, peftops.PiSSAConfig(r=4, target=ATTENTION)),
-    (models.llama, peftops.MultiLoRAConfig(r=2, target=ATTENTION)),
-], ids=["lora", "rslora", "patterns", "alpha 0", "pissa", "multilora"])  # fmt: skip
+@pytest.mark.parametrize(
+    "build, config",
+    [
+        (models.llama, peftops.LoRAConfig(r=4, target=ATTENTION)),
+        (models.mistral, peftops.LoRAConfig(r=4, alpha=3.0, rslora=True, target=ATTENTION)),
+        (
+            models.llama,
+            peftops.LoRAConfig(r=4, target=ATTENTION, rank_pattern={"k_proj": 3}, alpha_pattern={"v_proj": 5}),
+        ),
+        (models.llama, peftops.LoRAConfig(r=4, alpha=0.0, target=ATTENTION)),
+        (models.llama, peftops.PiSSAConfig(r=4, target=ATTENTION)),
+        (models.llama, peftops.MultiLoRAConfig(r=2, target=ATTENTION)),
+    ],
+    ids=["lora", "rslora", "patterns", "alpha 0", "pissa", "multilora"],
+)
 def test_it_is_what_merging_changes(tmp_path, build, config):
     base, file = tmp_path / "base.gguf", tmp_path / "adapter.gguf"
     model = build()
@@ -70,14 +77,17 @@ def test_other_layers_and_kinds_of_models(tmp_path):
         assert torch.equal(got[f"{name}.weight.lora_b"], adapter.lora_B)
 
 
-@pytest.mark.parametrize("build, config, message", [
-    (models.llama, peftops.DoRAConfig(r=2), "as LoRA has them, and model.layers.0.* has a DoRA; merge it"),
-    (models.qwen2, peftops.LoRAConfig(r=2, bias="lora_only"), "has a LoRA with biases"),
-    (models.llama, peftops.LoRAConfig(r=2, modules_to_save=["lm_head"]), "lm_head has a Select"),
-    (models.llama, peftops.LoRAConfig(r=2, target=["embed_tokens"]), "model.embed_tokens is a Embedding"),
-    (models.gpt2, peftops.LoRAConfig(r=2), "a GGUF of gpt2 is not known here; llama, mistral"),
-    (models.mlp, peftops.LoRAConfig(r=2), "a GGUF of Sequential is not known here"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "build, config, message",
+    [
+        (models.llama, peftops.DoRAConfig(r=2), "as LoRA has them, and model.layers.0.* has a DoRA; merge it"),
+        (models.qwen2, peftops.LoRAConfig(r=2, bias="lora_only"), "has a LoRA with biases"),
+        (models.llama, peftops.LoRAConfig(r=2, modules_to_save=["lm_head"]), "lm_head has a Select"),
+        (models.llama, peftops.LoRAConfig(r=2, target=["embed_tokens"]), "model.embed_tokens is a Embedding"),
+        (models.gpt2, peftops.LoRAConfig(r=2), "a GGUF of gpt2 is not known here; llama, mistral"),
+        (models.mlp, peftops.LoRAConfig(r=2), "a GGUF of Sequential is not known here"),
+    ],
+)
 def test_what_has_no_place_there_is_refused(tmp_path, build, config, message):
     model = peftops.attach(build(), config)
     with pytest.raises(TypeError, match=message):

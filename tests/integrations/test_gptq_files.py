@@ -31,9 +31,16 @@ def test_the_layout_is_gptqs(bits):
     assert torch.equal(peftops.group_dequantize(from_gptq(integers, bits=bits, checkpoint_format="gptq")), dense.t())
 
 
-@pytest.mark.parametrize("n, k, bits, group", [
-    (32, 16, 2, 8), (32, 8, 4, 8), (1, 8, 4, 8), (8, 64, 4, 64), (16, 16, 8, 16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "n, k, bits, group",
+    [
+        (32, 16, 2, 8),
+        (32, 8, 4, 8),
+        (1, 8, 4, 8),
+        (8, 64, 4, 64),
+        (16, 16, 8, 16),
+    ],
+)
 def test_weights_of_one_word_or_one_group(n, k, bits, group):
     """A row, or a column, of one element has strides of its own."""
     weight = peftops.group_quantize(torch.randn(n, k), bits=bits, group_size=group)
@@ -112,9 +119,12 @@ def test_bad_input():
 def test_both_formats_are_read_and_told_apart_where_they_can_be(bits, symmetric):
     weight = peftops.group_quantize(torch.randn(64, 128), bits=bits, symmetric=symmetric)
     weight = peftops.GroupQuantTensor.from_codes(
-        weight.codes, weight.scales.half().float(), weight.zeros.round().clamp(1, 2**bits - 1), bits=bits,
+        weight.codes,
+        weight.scales.half().float(),
+        weight.zeros.round().clamp(1, 2**bits - 1),
+        bits=bits,
         dtype=torch.float32,
-    )  # fmt: skip
+    )
     first, _ = to_gptq_integers(weight)
     zeros = unpack_bits(first["qzeros"].view(torch.uint8), bits) + 1
     second = first | {"qzeros": pack_bits(zeros, bits).contiguous().view(torch.int32)}

@@ -68,9 +68,16 @@ def test_a_bias_is_kept(tmp_path):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    original = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2)).eval()  # fmt: skip
+    original = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=320,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ).eval()
     nn.init.normal_(original.model.layers[0].self_attn.q_proj.bias)
     original.save_pretrained(tmp_path)
     model = peftops.load_model(tmp_path)
@@ -88,8 +95,12 @@ def test_reads_what_bitsandbytes_quantised(tmp_path):
             tensors |= {f"{name}.{key}": t.contiguous() for key, t in to_bitsandbytes(layer.weight).items()}
     save_file(tensors, tmp_path / "model.safetensors")
     config = original.config.to_dict()
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
-                                     "bnb_4bit_use_double_quant": True}  # fmt: skip
+    config["quantization_config"] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = peftops.load_model(tmp_path)
     assert torch.equal(model(ids).logits, original(ids).logits)
@@ -117,8 +128,10 @@ def test_no_file_stays_mapped(tmp_path, quantize, dtype):
                 del tensors[f"{name}.weight"]
                 tensors |= {f"{name}.{key}": t.contiguous() for key, t in to_bitsandbytes(layer.weight).items()}
         save_file(tensors, bnb / "model.safetensors")
-        config = {**model.config.to_dict(), "quantization_config": {
-            "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}  # fmt: skip
+        config = {
+            **model.config.to_dict(),
+            "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        }
         (bnb / "config.json").write_text(json.dumps(config, default=str))
         again = peftops.load_model(bnb, dtype=dtype)
         assert str(bnb) not in Path("/proc/self/maps").read_text()
@@ -227,9 +240,16 @@ def test_rotary_frequencies_of_a_gguf_are_used(tmp_path, factor):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     pytest.importorskip("gguf")
-    config = models.llama(tied=False).config.to_dict() | {"rope_parameters": {
-        "rope_type": "llama3", "rope_theta": 5e5, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192}}  # fmt: skip
+    config = models.llama(tied=False).config.to_dict() | {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    }
     original = LlamaForCausalLM(LlamaConfig(**config))
     write_gguf(tmp_path / "model.gguf", original, factors=llama3_factors(5e5, 16, factor))
     model = peftops.load_model(tmp_path, quantize=False)

@@ -12,10 +12,18 @@ GptOss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
 
 
 SIZES = dict(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=96,
-    layer_types=["sliding_attention", "full_attention"], pad_token_id=0,
-)  # fmt: skip
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=96,
+    layer_types=["sliding_attention", "full_attention"],
+    pad_token_id=0,
+)
 
 
 @pytest.fixture(scope="module")

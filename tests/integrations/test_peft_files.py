@@ -51,11 +51,15 @@ def test_the_files_are_those_of_peft(saved):
     assert list(fields) == sorted(fields)
 
 
-@pytest.mark.parametrize("config", [
-    LoRAConfig(r=4, rslora=True, alpha=3.0, dropout=0.25), LoRAConfig(r=2, target=["q_proj", "layers.1.mlp.up_proj"]),
-    LoRAConfig(r=3, target=r".*layers\.1\..*_proj"),
-    LoRAConfig(r=4, rank_pattern={"q_proj": 7}, alpha_pattern={"v_proj": 1.0}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoRAConfig(r=4, rslora=True, alpha=3.0, dropout=0.25),
+        LoRAConfig(r=2, target=["q_proj", "layers.1.mlp.up_proj"]),
+        LoRAConfig(r=3, target=r".*layers\.1\..*_proj"),
+        LoRAConfig(r=4, rank_pattern={"q_proj": 7}, alpha_pattern={"v_proj": 1.0}),
+    ],
+)
 def test_round_trip_keeps_everything(tmp_path, config):
     model, ids = trained(config), models.tokens()
     peftops.save(model, tmp_path)
@@ -114,9 +118,14 @@ def test_a_config_that_is_damaged_or_of_another_method_raises(saved, text):
         peftops.load(models.llama(), saved)
 
 
-@pytest.mark.parametrize("key, value", [
-    ("use_dora", True), ("layer_replication", [[0, 1]]), ("use_qalora", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("use_dora", True),
+        ("layer_replication", [[0, 1]]),
+        ("use_qalora", True),
+    ],
+)
 def test_an_option_that_would_change_the_result_raises(saved, key, value):
     edit(saved / "adapter_config.json", lambda fields: fields.update({key: value}))
     with pytest.raises(ValueError, match=f"this adapter needs {key}=.*, which peftops does not support"):
@@ -129,17 +138,29 @@ def change_tensors(folder, change):
     save_file(tensors, folder / WEIGHTS)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop("base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"),
-     "does not fit: model.layers.0.mlp.up_proj.lora_B is missing"),
-    (lambda t: t.update({"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(5, 64)}),
-     r"up_proj.lora_A has shape \[5, 64\], expected \[4, 64\]"),
-    (lambda t: t.update({"base_model.model.extra": torch.zeros(1)}), "has an unexpected tensor base_model.model.extra"),
-    (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(64)}),
-     "has an unexpected tensor base_model.model.model.norm.weight"),
-    (lambda t: t.update({"base_model.model.other.lora_A.weight": torch.zeros(4, 64)}), "this one has no other"),
-    (lambda t: t.update({"q_proj.lora_A.weight": torch.zeros(4, 64)}), "has an unexpected tensor q_proj"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda t: t.pop("base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"),
+            "does not fit: model.layers.0.mlp.up_proj.lora_B is missing",
+        ),
+        (
+            lambda t: t.update({"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(5, 64)}),
+            r"up_proj.lora_A has shape \[5, 64\], expected \[4, 64\]",
+        ),
+        (
+            lambda t: t.update({"base_model.model.extra": torch.zeros(1)}),
+            "has an unexpected tensor base_model.model.extra",
+        ),
+        (
+            lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(64)}),
+            "has an unexpected tensor base_model.model.model.norm.weight",
+        ),
+        (lambda t: t.update({"base_model.model.other.lora_A.weight": torch.zeros(4, 64)}), "this one has no other"),
+        (lambda t: t.update({"q_proj.lora_A.weight": torch.zeros(4, 64)}), "has an unexpected tensor q_proj"),
+    ],
+)
 def test_tensors_that_do_not_fit_raise_and_change_nothing(saved, change, message):
     change_tensors(saved, change)
     model = models.llama()

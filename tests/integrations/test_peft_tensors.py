@@ -40,11 +40,21 @@ def block_in(wrap):
     return change
 
 
-@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel, block_in(compiled), block_in(checkpoint_wrapper)],
-                         ids=["compiled", "parallel", "a compiled block", "a checkpointed block"])  # fmt: skip
-@pytest.mark.parametrize("config", [LoRAConfig(r=4), PrefixTuningConfig(tokens=3), TopLayersConfig(layers=2),
-                                    LoRAConfig(r=4, target=["layers.0.mlp.up_proj"])],
-                         ids=["lora", "prefix", "layers", "one layer"])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrap",
+    [compiled, nn.DataParallel, block_in(compiled), block_in(checkpoint_wrapper)],
+    ids=["compiled", "parallel", "a compiled block", "a checkpointed block"],
+)
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoRAConfig(r=4),
+        PrefixTuningConfig(tokens=3),
+        TopLayersConfig(layers=2),
+        LoRAConfig(r=4, target=["layers.0.mlp.up_proj"]),
+    ],
+    ids=["lora", "prefix", "layers", "one layer"],
+)
 def test_wrappers_leave_no_names(tmp_path, wrap, config):
     plain = shake(peftops.attach(models.llama(tied=False), config))
     want = plain(ids).logits
@@ -65,11 +75,16 @@ def test_wrappers_leave_no_names(tmp_path, wrap, config):
     assert load_file(tmp_path / "around" / WEIGHTS).keys() == load_file(tmp_path / "plain" / WEIGHTS).keys()
 
 
-@pytest.mark.parametrize("rename", [
-    lambda key: key.replace(".model.model.", ".model._orig_mod.model."),
-    lambda key: key.replace(".model.model.", ".model.module.model."), lambda key: f"module._orig_mod.{key}",
-    lambda key: key.replace("layers.0.", "layers.0._checkpoint_wrapped_module."),
-], ids=["compiled", "parallel", "outside", "checkpointed"])  # fmt: skip
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: key.replace(".model.model.", ".model._orig_mod.model."),
+        lambda key: key.replace(".model.model.", ".model.module.model."),
+        lambda key: f"module._orig_mod.{key}",
+        lambda key: key.replace("layers.0.", "layers.0._checkpoint_wrapped_module."),
+    ],
+    ids=["compiled", "parallel", "outside", "checkpointed"],
+)
 def test_files_with_names_of_wrappers_are_read(tmp_path, rename):
     model = shake(peftops.attach(models.llama(), LoRAConfig(r=4)))
     peftops.save(model, tmp_path)
@@ -121,8 +136,9 @@ def test_no_tensor_is_left_out_for_its_name(tmp_path, name):
 NAMES = st.sampled_from(["a", "b", "ab", "norm", "input_norm", "lora_A", "base", "adapters", "module", "q", "weights"])
 TREES = st.recursive(
     st.sampled_from(["linear", "norm"]),
-    lambda inner: st.dictionaries(NAMES, inner, min_size=1, max_size=3), max_leaves=7,
-)  # fmt: skip
+    lambda inner: st.dictionaries(NAMES, inner, min_size=1, max_size=3),
+    max_leaves=7,
+)
 
 
 class Tree(nn.Module):

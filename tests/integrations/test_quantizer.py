@@ -151,8 +151,11 @@ def test_codes_that_no_configuration_tells_of(tmp_path):
     """peftops.attach quantised them; the files have to be enough."""
     model = peftops.detach(peftops.attach(models.llama(), peftops.QLoRAConfig(block_size=128)))
     model.save_pretrained(tmp_path)
-    for again in (peftops.load_model(tmp_path), peftops.load_model(tmp_path, quantize=False),
-                  read(models.llama, tmp_path, quantization_config=peftops.NF4Config())):  # fmt: skip
+    for again in (
+        peftops.load_model(tmp_path),
+        peftops.load_model(tmp_path, quantize=False),
+        read(models.llama, tmp_path, quantization_config=peftops.NF4Config()),
+    ):
         assert same(again, model)
 
 
@@ -163,33 +166,45 @@ def test_damaged_codes(tmp_path):
     tensors = load_file(file)
 
     def refused(message, **changed):
-        save_file({key: t for key, t in (tensors | {f"{layer}.{k}": v for k, v in changed.items()}).items()
-                   if t is not None}, file, {"format": "pt"})  # fmt: skip
+        save_file(
+            {key: t for key, t in (tensors | {f"{layer}.{k}": v for k, v in changed.items()}).items() if t is not None},
+            file,
+            {"format": "pt"},
+        )
         for reader in (lambda: read(models.llama, tmp_path / "codes"), lambda: peftops.load_model(tmp_path / "codes")):
             with pytest.raises(ValueError, match=message):
                 reader()
 
-    refused(r"up_proj.weight: weight.packed is torch.uint8 \[7\], not torch.uint8 \[3072\]",
-            packed=torch.zeros(7, dtype=torch.uint8))  # fmt: skip
+    refused(
+        r"up_proj.weight: weight.packed is torch.uint8 \[7\], not torch.uint8 \[3072\]",
+        packed=torch.zeros(7, dtype=torch.uint8),
+    )
     refused("up_proj.weight: weight._absmax is missing", _absmax=None)
     refused("weight._absmax_scale holds a NaN or an infinity", _absmax_scale=torch.full((1,), float("nan")))
     refused("weight._absmax has 5 blocks, which are none", _absmax=torch.zeros(5, dtype=torch.uint8))
-    save_file(load_file(tmp_path / "dense/model.safetensors") | {layer: torch.full((96, 64), float("inf"))}, file,
-              {"format": "pt"})  # fmt: skip
+    save_file(
+        load_file(tmp_path / "dense/model.safetensors") | {layer: torch.full((96, 64), float("inf"))},
+        file,
+        {"format": "pt"},
+    )
     (tmp_path / "codes/config.json").write_text((tmp_path / "dense/config.json").read_text())
     with pytest.raises(ValueError, match="up_proj.weight: nf4_quantize: weight holds a NaN or an infinity"):
         read(models.llama, tmp_path / "codes", quantization_config=peftops.NF4Config())
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: peftops.NF4Config(block_size=48), "block_size must be one of 32"),
-    (lambda: peftops.NF4Config(double_quant="yes"), "double_quant must be one of True, False"),
-    (lambda: peftops.NF4Config(skip="lm_head"), "skip must be a list"),
-    (lambda: peftops.NF4Config(layout="awq"), "layout must be one of 'peftops', 'bitsandbytes'"),
-    (lambda: peftops.NF4Config(quant_method="gptq"), "is of quant_method 'peftops_nf4', not 'gptq'"),
-    (lambda: peftops.GroupConfig(bits=5), "bits must be one of"),
-    (lambda: peftops.GroupConfig(group_size=100), "group_size must be one of"),
-], ids=range(7))  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: peftops.NF4Config(block_size=48), "block_size must be one of 32"),
+        (lambda: peftops.NF4Config(double_quant="yes"), "double_quant must be one of True, False"),
+        (lambda: peftops.NF4Config(skip="lm_head"), "skip must be a list"),
+        (lambda: peftops.NF4Config(layout="awq"), "layout must be one of 'peftops', 'bitsandbytes'"),
+        (lambda: peftops.NF4Config(quant_method="gptq"), "is of quant_method 'peftops_nf4', not 'gptq'"),
+        (lambda: peftops.GroupConfig(bits=5), "bits must be one of"),
+        (lambda: peftops.GroupConfig(group_size=100), "group_size must be one of"),
+    ],
+    ids=range(7),
+)
 def test_options_that_are_none(make, message):
     with pytest.raises(ValueError, match=message):
         make()

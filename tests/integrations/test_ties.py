@@ -13,11 +13,18 @@ import peftops
 from peftops import HeadOnlyConfig, LoRAConfig
 
 ids = models.tokens()
-one_side = pytest.mark.parametrize("config", [
-    LoRAConfig(r=4, target=["q_proj", "lm_head"]), LoRAConfig(r=4, target=["embed_tokens"]),
-    LoRAConfig(r=4, target=["embed_tokens", "lm_head"]), LoRAConfig(r=4, modules_to_save=["lm_head"]),
-    LoRAConfig(r=4, modules_to_save=["embed_tokens"]), HeadOnlyConfig(),
-], ids=["head", "embedding", "both", "whole head", "whole embedding", "head only"])  # fmt: skip
+one_side = pytest.mark.parametrize(
+    "config",
+    [
+        LoRAConfig(r=4, target=["q_proj", "lm_head"]),
+        LoRAConfig(r=4, target=["embed_tokens"]),
+        LoRAConfig(r=4, target=["embed_tokens", "lm_head"]),
+        LoRAConfig(r=4, modules_to_save=["lm_head"]),
+        LoRAConfig(r=4, modules_to_save=["embed_tokens"]),
+        HeadOnlyConfig(),
+    ],
+    ids=["head", "embedding", "both", "whole head", "whole embedding", "head only"],
+)
 
 
 def merged(model, config):
@@ -86,10 +93,14 @@ def test_no_tensor_of_a_file_is_overwritten_by_a_tie(tmp_path):
     assert not model.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("change", [
-    lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
-    lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}),
-], ids=["the same twice", "the other name"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
+        lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}),
+    ],
+    ids=["the same twice", "the other name"],
+)
 def test_a_file_that_names_a_tied_weight_otherwise(tmp_path, change):
     edited(tmp_path, change)
     model = peftops.load_model(tmp_path, quantize=False)

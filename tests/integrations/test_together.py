@@ -60,13 +60,22 @@ def test_a_killed_save_leaves_the_old_adapter_or_the_new_one(tmp_path):
             killer.stdin.write("\n")
             killer.stdin.flush()
     peftops.save(peftops.attach(models.mlp(), peftops.LoRAConfig(r=2)), out)
-    assert names(tmp_path) == sorted(["out", *(f"out/{n}" for n in (CONFIG, OWN, WEIGHTS, "report.json", "runs",
-                                                                  "runs/log"))])  # fmt: skip
+    assert names(tmp_path) == sorted(
+        ["out", *(f"out/{n}" for n in (CONFIG, OWN, WEIGHTS, "report.json", "runs", "runs/log"))]
+    )
     assert (out / "runs" / "log").read_text() == "kept" and (out / "report.json").read_text() == "kept, too"
 
 
-STOPS = [(files, "durable"), (together, "durable"), (together, "_link_others"), (together, "_exchange"),
-         (together, "_move_others"), (os, "replace"), (os, "rename"), (os, "chmod")]  # fmt: skip
+STOPS = [
+    (files, "durable"),
+    (together, "durable"),
+    (together, "_link_others"),
+    (together, "_exchange"),
+    (together, "_move_others"),
+    (os, "replace"),
+    (os, "rename"),
+    (os, "chmod"),
+]
 
 
 def stopping(call, count, last):
@@ -133,10 +142,14 @@ def test_what_another_writer_holds_is_left_alone(tmp_path):
     assert names(tmp_path) == ["out", "out/a"]
 
 
-@pytest.mark.parametrize("write", [
-    lambda folder, fill: write_together(folder, {"a": fill}),
-    lambda folder, fill: files.write_atomically(folder / "a", fill),
-], ids=["together", "one"])  # fmt: skip
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder, fill: write_together(folder, {"a": fill}),
+        lambda folder, fill: files.write_atomically(folder / "a", fill),
+    ],
+    ids=["together", "one"],
+)
 def test_a_file_is_durable_before_it_has_its_name(tmp_path, monkeypatch, write):
     """A power cut right after the last call must not leave an empty file under the new name."""
     order, sync = [], os.fsync

@@ -29,10 +29,16 @@ class Rows(torch.utils.data.Dataset):
 
 def trainer_of(model, folder, steps=2, **options):
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=steps, learning_rate=0.05, use_cpu=True, report_to=[],
-        logging_strategy="no", disable_tqdm=True, seed=0,
+        output_dir=str(folder),
+        max_steps=steps,
+        learning_rate=0.05,
+        use_cpu=True,
+        report_to=[],
+        logging_strategy="no",
+        disable_tqdm=True,
+        seed=0,
         **{"per_device_train_batch_size": 2, "save_strategy": "no"} | options,
-    )  # fmt: skip
+    )
     return transformers.Trainer(model=model, args=arguments, train_dataset=Rows())
 
 
@@ -88,8 +94,12 @@ def test_a_checkpoint_of_another_base_or_method_is_refused(tmp_path):
 def test_state_dicts_of_codes(tmp_path):
     """Also of what has two names: a tied head that trains whole, and factors that all layers share."""
     file = tmp_path / "model.safetensors"
-    for config in (peftops.QLoRAConfig(r=4), peftops.LoRAConfig(r=4, modules_to_save=["lm_head"]),
-                   peftops.LoRAConfig(r=4, target=["embed_tokens"]), peftops.VeRAConfig(r=4)):  # fmt: skip
+    for config in (
+        peftops.QLoRAConfig(r=4),
+        peftops.LoRAConfig(r=4, modules_to_save=["lm_head"]),
+        peftops.LoRAConfig(r=4, target=["embed_tokens"]),
+        peftops.VeRAConfig(r=4),
+    ):
         model, other = (peftops.attach(models.llama(seed=seed), config) for seed in (0, 1))
         safetensors.torch.save_model(model, file)
         loaded = other.load_state_dict(safetensors.torch.load_file(file), strict=False)

@@ -24,9 +24,11 @@ def dense(tmp_path, dtype=torch.float32):
 def theirs(tmp_path, quant_type="nf4", double=True):
     pytest.importorskip("bitsandbytes")
     how = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double,
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=torch.float32,
-    )  # fmt: skip
+    )
     return transformers.AutoModelForCausalLM.from_pretrained(dense(tmp_path), quantization_config=how)
 
 
@@ -190,11 +192,15 @@ def test_several_adapters_switched_off_mixed_and_merged(tmp_path):
     assert torch.equal(logits(alone), merged) and sum(isinstance(m, NF4Linear) for m in alone.modules()) == 14
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"use_dora": True}, "use_dora needs the numbers .* peftops.DoRAConfig"),
-    ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is taken off the numbers"),
-    ({"init_lora_weights": "olora"}, "init_lora_weights='olora' is taken off the numbers"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"use_dora": True}, "use_dora needs the numbers .* peftops.DoRAConfig"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is taken off the numbers"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' is taken off the numbers"),
+    ],
+    ids=str,
+)
 def test_what_peft_cannot_do_on_codes_is_refused_by_its_name(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         with_lora(ours(tmp_path), **options)

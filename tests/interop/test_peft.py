@@ -11,14 +11,31 @@ from peftops import LoRAConfig
 peft = pytest.importorskip("peft")
 ids = models.tokens()
 
-kinds = pytest.mark.parametrize("ours, theirs", [
-    (LoRAConfig(r=4, target=["q_proj", "v_proj"]), dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])),
-    (LoRAConfig(r=8, alpha=3.0, rslora=True), dict(r=8, lora_alpha=3, use_rslora=True, target_modules="all-linear")),
-    (LoRAConfig(r=4, target=r".*layers\.1\..*proj"), dict(r=4, lora_alpha=8, target_modules=r".*layers\.1\..*proj")),
-    (LoRAConfig(r=4, rank_pattern={"q_proj": 6}, alpha_pattern={"mlp.up_proj": 1.0}, alpha=8.0),
-     dict(r=4, lora_alpha=8, rank_pattern={"q_proj": 6}, alpha_pattern={"mlp.up_proj": 1.0},
-          target_modules="all-linear")),
-], ids=["names", "rslora", "expression", "patterns"])  # fmt: skip
+kinds = pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        (LoRAConfig(r=4, target=["q_proj", "v_proj"]), dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])),
+        (
+            LoRAConfig(r=8, alpha=3.0, rslora=True),
+            dict(r=8, lora_alpha=3, use_rslora=True, target_modules="all-linear"),
+        ),
+        (
+            LoRAConfig(r=4, target=r".*layers\.1\..*proj"),
+            dict(r=4, lora_alpha=8, target_modules=r".*layers\.1\..*proj"),
+        ),
+        (
+            LoRAConfig(r=4, rank_pattern={"q_proj": 6}, alpha_pattern={"mlp.up_proj": 1.0}, alpha=8.0),
+            dict(
+                r=4,
+                lora_alpha=8,
+                rank_pattern={"q_proj": 6},
+                alpha_pattern={"mlp.up_proj": 1.0},
+                target_modules="all-linear",
+            ),
+        ),
+    ],
+    ids=["names", "rslora", "expression", "patterns"],
+)
 
 
 def shake(model):

@@ -19,7 +19,7 @@ from peftops import (
     PrefixTuningConfig,
     PromptTuningConfig,
     VeRAConfig,
-)  # fmt: skip
+)
 from peftops.attaching import hosts
 
 peft = pytest.importorskip("peft")
@@ -37,38 +37,71 @@ BOTH = [
     (models.llama, DoRAConfig(r=4, target=qv), dora),
     (models.qwen2, DoRAConfig(r=4, target=qv), dora),
     (models.gpt2, LoRAConfig(r=4, target=gpt), lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=gpt)),
-    (models.llama, LoRAConfig(r=4, target=["embed_tokens", "q_proj"]),
-     lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=["embed_tokens", "q_proj"])),
+    (
+        models.llama,
+        LoRAConfig(r=4, target=["embed_tokens", "q_proj"]),
+        lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=["embed_tokens", "q_proj"]),
+    ),
     (models.llama, VeRAConfig(r=16, target=qv), lambda: peft.VeraConfig(r=16, target_modules=qv)),
     (models.gpt2, VeRAConfig(r=16, target=["c_attn"]), lambda: peft.VeraConfig(r=16, target_modules=["c_attn"])),
     (models.llama, GLoRAConfig(r=4, target=qv, new_bias=False), lambda: peft.GloraConfig(r=4, target_modules=qv)),
     (models.qwen2, GLoRAConfig(r=4, target=qv), lambda: peft.GloraConfig(r=4, target_modules=qv)),
-    (models.qwen2, GLoRAConfig(target=qv, A="vector", B="vector", C="vector", D="vector", E="vector"),
-     lambda: peft.GloraConfig(target_modules=qv, config_A_B="vector", config_C="vector", config_D_E="vector")),
-    (models.qwen2, IA3Config(target=["k_proj", "v_proj", "down_proj"], feedforward=["down_proj"]),
-     lambda: peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
-    (models.bert, LoRAConfig(r=4, target=["query"], modules_to_save=["classifier"]),
-     lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query"], task_type="SEQ_CLS")),
-    (models.llama, LoRAConfig(r=4, target=qv, modules_to_save=["lm_head", "layers.1.mlp"]),
-     lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=qv, modules_to_save=["lm_head", "layers.1.mlp"])),
-    (models.bert, VeRAConfig(r=16, target=["query", "value"], modules_to_save=["classifier"]),
-     lambda: peft.VeraConfig(r=16, target_modules=["query", "value"], task_type="SEQ_CLS")),
-    (models.bert, IA3Config(target=["key", "value"], modules_to_save=["classifier"]),
-     lambda: peft.IA3Config(target_modules=["key", "value"], feedforward_modules=[], task_type="SEQ_CLS")),
-    (models.llama, NormTuningConfig(["input_layernorm", "norm"]),
-     lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "norm"])),
+    (
+        models.qwen2,
+        GLoRAConfig(target=qv, A="vector", B="vector", C="vector", D="vector", E="vector"),
+        lambda: peft.GloraConfig(target_modules=qv, config_A_B="vector", config_C="vector", config_D_E="vector"),
+    ),
+    (
+        models.qwen2,
+        IA3Config(target=["k_proj", "v_proj", "down_proj"], feedforward=["down_proj"]),
+        lambda: peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    ),
+    (
+        models.bert,
+        LoRAConfig(r=4, target=["query"], modules_to_save=["classifier"]),
+        lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query"], task_type="SEQ_CLS"),
+    ),
+    (
+        models.llama,
+        LoRAConfig(r=4, target=qv, modules_to_save=["lm_head", "layers.1.mlp"]),
+        lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=qv, modules_to_save=["lm_head", "layers.1.mlp"]),
+    ),
+    (
+        models.bert,
+        VeRAConfig(r=16, target=["query", "value"], modules_to_save=["classifier"]),
+        lambda: peft.VeraConfig(r=16, target_modules=["query", "value"], task_type="SEQ_CLS"),
+    ),
+    (
+        models.bert,
+        IA3Config(target=["key", "value"], modules_to_save=["classifier"]),
+        lambda: peft.IA3Config(target_modules=["key", "value"], feedforward_modules=[], task_type="SEQ_CLS"),
+    ),
+    (
+        models.llama,
+        NormTuningConfig(["input_layernorm", "norm"]),
+        lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "norm"]),
+    ),
     (models.gpt2, NormTuningConfig(["ln_1"]), lambda: peft.LNTuningConfig(target_modules=["ln_1"])),
     (models.llama, PromptTuningConfig(tokens=4), lambda: peft.PromptTuningConfig(num_virtual_tokens=4)),
     (models.gpt2, PromptTuningConfig(tokens=4), lambda: peft.PromptTuningConfig(num_virtual_tokens=4)),
-    (models.bert, PromptTuningConfig(tokens=4, modules_to_save=["classifier"]),
-     lambda: peft.PromptTuningConfig(num_virtual_tokens=4, task_type="SEQ_CLS")),
-    (models.llama, PrefixTuningConfig(tokens=4, modules_to_save=["lm_head"]),
-     lambda: peft.PrefixTuningConfig(num_virtual_tokens=4, modules_to_save=["lm_head"])),
-    (models.llama, NormTuningConfig(["input_layernorm", "norm"], modules_to_save=["lm_head"]),
-     lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "norm"], modules_to_save=["lm_head"])),
+    (
+        models.bert,
+        PromptTuningConfig(tokens=4, modules_to_save=["classifier"]),
+        lambda: peft.PromptTuningConfig(num_virtual_tokens=4, task_type="SEQ_CLS"),
+    ),
+    (
+        models.llama,
+        PrefixTuningConfig(tokens=4, modules_to_save=["lm_head"]),
+        lambda: peft.PrefixTuningConfig(num_virtual_tokens=4, modules_to_save=["lm_head"]),
+    ),
+    (
+        models.llama,
+        NormTuningConfig(["input_layernorm", "norm"], modules_to_save=["lm_head"]),
+        lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "norm"], modules_to_save=["lm_head"]),
+    ),
     (models.llama, PrefixTuningConfig(tokens=4), lambda: peft.PrefixTuningConfig(num_virtual_tokens=4)),
     (models.gpt2, PrefixTuningConfig(tokens=4), lambda: peft.PrefixTuningConfig(num_virtual_tokens=4)),
-]  # fmt: skip
+]
 both = pytest.mark.parametrize("build, ours, theirs", BOTH, ids=lambda v: getattr(v, "__name__", type(v).__name__))
 
 
@@ -111,12 +144,19 @@ def test_we_read_pefts(tmp_path, build, ours, theirs):
     torch.testing.assert_close(size(model), size(other), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("config", [
-    PiSSAConfig(r=4, target=qv), PiSSAConfig(r=4, target=qv, rslora=True, alpha=3.0), OLoRAConfig(r=4, target=qv),
-    MultiLoRAConfig(r=2, target=qv), LoRAFAConfig(r=4, target=qv),
-    PiSSAConfig(r=4, target=qv, rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 5.0}),
-    MultiLoRAConfig(r=2, target=qv, rank_pattern={"v_proj": 3}, alpha_pattern={"v_proj": 5.0}),
-], ids=lambda c: type(c).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        PiSSAConfig(r=4, target=qv),
+        PiSSAConfig(r=4, target=qv, rslora=True, alpha=3.0),
+        OLoRAConfig(r=4, target=qv),
+        MultiLoRAConfig(r=2, target=qv),
+        LoRAFAConfig(r=4, target=qv),
+        PiSSAConfig(r=4, target=qv, rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 5.0}),
+        MultiLoRAConfig(r=2, target=qv, rank_pattern={"v_proj": 3}, alpha_pattern={"v_proj": 5.0}),
+    ],
+    ids=lambda c: type(c).__name__,
+)
 def test_what_is_lora_once_trained_is_lora_to_peft(tmp_path, config):
     model = peftops.attach(models.llama(), config)
     shake(model)
@@ -148,9 +188,15 @@ def test_starts_from_the_factors_that_peft_starts_from(init, config):
 
 
 def test_a_prefix_that_peft_made_by_an_mlp(tmp_path):
-    config = peft.PrefixTuningConfig(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8,
-                                     task_type="CAUSAL_LM", token_dim=32, num_attention_heads=2,
-                                     num_layers=2)  # fmt: skip
+    config = peft.PrefixTuningConfig(
+        num_virtual_tokens=4,
+        prefix_projection=True,
+        encoder_hidden_size=8,
+        task_type="CAUSAL_LM",
+        token_dim=32,
+        num_attention_heads=2,
+        num_layers=2,
+    )
     other = peft.get_peft_model(models.llama(), config).eval()
     want = logits(other, models.llama)
     other.save_pretrained(tmp_path)

@@ -40,8 +40,10 @@ CASES = {
     "all biases": (models.qwen2, dict(bias="all", target_modules=["q_proj", "o_proj"])),
     "biases of lora": (models.qwen2, dict(bias="lora_only", target_modules=["q_proj", "o_proj"])),
     "all biases of gpt2": (models.gpt2, dict(bias="all", target_modules=["c_attn"], modules_to_save=["ln_f"])),
-    "both kinds of bias": (models.bert, dict(bias="all", lora_bias=True, target_modules=["query", "value"],
-                                             modules_to_save=["classifier"])),
+    "both kinds of bias": (
+        models.bert,
+        dict(bias="all", lora_bias=True, target_modules=["query", "value"], modules_to_save=["classifier"]),
+    ),
     "a bias of B": (models.qwen2, dict(lora_bias=True)),
     "a bias of B alone": (untied, dict(lora_bias=True)),
     "a bias of convolutions": (models.vit, dict(bias="lora_only", target_modules=["projection"])),
@@ -49,7 +51,7 @@ CASES = {
     "rows of both": (untied, dict(trainable_token_indices={"embed_tokens": [3, 5], "lm_head": [1]})),
     "tied modules": (models.qwen2, dict(ensure_weight_tying=True, modules_to_save=["embed_tokens"])),
     "tied factors": (models.qwen2, dict(ensure_weight_tying=True, target_modules=["embed_tokens"])),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("build, options", CASES.values(), ids=CASES)

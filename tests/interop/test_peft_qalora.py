@@ -77,8 +77,11 @@ def test_we_read_pefts(tmp_path):
     torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-5)
     for m in (model, other):
         m(input_ids=ids, labels=ids).loss.backward()
-    theirs_ = {n.replace("base_model.model.", "").replace(".default.weight", ""): p.grad
-               for n, p in other.named_parameters() if p.requires_grad}  # fmt: skip
+    theirs_ = {
+        n.replace("base_model.model.", "").replace(".default.weight", ""): p.grad
+        for n, p in other.named_parameters()
+        if p.requires_grad
+    }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             want = theirs_.pop(name.replace(".adapters.default", ""))

@@ -23,10 +23,13 @@ def trained(model, **options):
     return other.eval()
 
 
-@pytest.mark.parametrize("start, build", [
-    *((start, models.llama) for start in (True, False, "gaussian", "orthogonal", "pissa", "olora", "OLoRA")),
-    ("pissa", models.gpt2),  # whose weights lie the other way; PEFT's OLoRA does not know that
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "start, build",
+    [
+        *((start, models.llama) for start in (True, False, "gaussian", "orthogonal", "pissa", "olora", "OLoRA")),
+        ("pissa", models.gpt2),  # whose weights lie the other way; PEFT's OLoRA does not know that
+    ],
+)
 def test_a_start_is_made_again(tmp_path, start, build):
     target = ["c_attn", "c_proj"] if build is models.gpt2 else ["q_proj", "v_proj"]
     other = trained(build(), init_lora_weights=start, target_modules=target)
@@ -40,9 +43,14 @@ def test_a_start_is_made_again(tmp_path, start, build):
         torch.testing.assert_close(again(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [
-    {"init_lora_weights": "pissa_niter_4"}, {"init_lora_weights": "pissa", "use_dora": True},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "pissa", "use_dora": True},
+    ],
+    ids=str,
+)
 def test_a_start_that_cannot_be_made_again_is_refused(tmp_path, options):
     trained(models.llama(), **options).save_pretrained(tmp_path)
     model = models.llama()
@@ -106,17 +114,23 @@ class Blocks(nn.Module):
 x = torch.linspace(-1, 1, 24).view(3, 8)
 
 
-@pytest.mark.parametrize("config", [
-    peftops.LoRAConfig(r=2, target=["k"], modules_to_save=["norm"]),
-    peftops.LoRAConfig(r=2, target=["k"], modules_to_save=["inner.input_norm"]),
-    peftops.LoRAConfig(r=2, target=r"down|inner\.k"), peftops.LoRAConfig(r=2, target=r"down"),
-    peftops.IA3Config(target=["k", "down"], feedforward=["down"]),
-    peftops.IA3Config(target=["k", "down"], feedforward=["inner.down"]),
-    peftops.IA3Config(target=r"inner\.(k|down)", feedforward=r"inner\.down"),
-    peftops.IA3Config(target=["inner.k", "down"], feedforward=["k"]),
-    peftops.IA3Config(target=["k", "down"]),
-    peftops.NormTuningConfig(norms=["inner.input_norm"]), peftops.NormTuningConfig(norms="norm"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        peftops.LoRAConfig(r=2, target=["k"], modules_to_save=["norm"]),
+        peftops.LoRAConfig(r=2, target=["k"], modules_to_save=["inner.input_norm"]),
+        peftops.LoRAConfig(r=2, target=r"down|inner\.k"),
+        peftops.LoRAConfig(r=2, target=r"down"),
+        peftops.IA3Config(target=["k", "down"], feedforward=["down"]),
+        peftops.IA3Config(target=["k", "down"], feedforward=["inner.down"]),
+        peftops.IA3Config(target=r"inner\.(k|down)", feedforward=r"inner\.down"),
+        peftops.IA3Config(target=["inner.k", "down"], feedforward=["k"]),
+        peftops.IA3Config(target=["k", "down"]),
+        peftops.NormTuningConfig(norms=["inner.input_norm"]),
+        peftops.NormTuningConfig(norms="norm"),
+    ],
+    ids=str,
+)
 def test_peft_reads_what_we_write_of_such_names(tmp_path, config):
     model = peftops.attach(Blocks(), config)
     torch.manual_seed(1)
@@ -129,14 +143,19 @@ def test_peft_reads_what_we_write_of_such_names(tmp_path, config):
     torch.testing.assert_close(peftops.load(Blocks(), tmp_path)(x), model(x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("config", [
-    lambda: peft.LoraConfig(r=2, target_modules=["k"], modules_to_save=["norm"]),
-    lambda: peft.LoraConfig(r=2, target_modules="down"),
-    lambda: peft.IA3Config(target_modules=["k", "down"], feedforward_modules=["down"]),
-    lambda: peft.IA3Config(target_modules="inner.*(k|down)", feedforward_modules=r".*down"),
-    lambda: peft.IA3Config(target_modules=["k", "down"], feedforward_modules=[]),
-    lambda: peft.LNTuningConfig(target_modules="norm"), lambda: peft.LNTuningConfig(target_modules=["input_norm"]),
-], ids=range(7))  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: peft.LoraConfig(r=2, target_modules=["k"], modules_to_save=["norm"]),
+        lambda: peft.LoraConfig(r=2, target_modules="down"),
+        lambda: peft.IA3Config(target_modules=["k", "down"], feedforward_modules=["down"]),
+        lambda: peft.IA3Config(target_modules="inner.*(k|down)", feedforward_modules=r".*down"),
+        lambda: peft.IA3Config(target_modules=["k", "down"], feedforward_modules=[]),
+        lambda: peft.LNTuningConfig(target_modules="norm"),
+        lambda: peft.LNTuningConfig(target_modules=["input_norm"]),
+    ],
+    ids=range(7),
+)
 def test_we_read_what_peft_writes_of_such_names(tmp_path, config):
     other = peft.get_peft_model(Blocks(), config())
     torch.manual_seed(1)

@@ -80,10 +80,11 @@ VARIANTS: dict[str, Example] = {  # options that make a method build something e
     ),
     "llamaadapter-v2": Example(LLaMAAdapterConfig(tokens=3, layers=1, v2=True), models.llama, merges=False),
     "llamaadapter-v2-input": Example(
-        LLaMAAdapterConfig(tokens=3, layers=2, image_features=12, v2=True, scale_position="input"), models.qwen2,
+        LLaMAAdapterConfig(tokens=3, layers=2, image_features=12, v2=True, scale_position="input"),
+        models.qwen2,
         merges=False,
     ),
-}  # fmt: skip
+}
 
 
 def example_of(config_class: type) -> Example:

@@ -83,16 +83,17 @@ def test_a_file_that_does_not_fit_changes_nothing(example, tmp_path):
     name = sorted(tensors)[-1]
     alone = sum(n.rpartition(".")[0] == name.rpartition(".")[0] for n in tensors) == 1  # without it: one layer less
     few = {n: t for n, t in tensors.items() if n != name}
-    for wrong in ({**tensors, name: tensors[name].flatten()[:-1]},
-                  {**tensors, "base_model.model.strange.lora_A.weight": torch.zeros(2, 2)},
-                  *([] if alone else [few])):  # fmt: skip
+    for wrong in (
+        {**tensors, name: tensors[name].flatten()[:-1]},
+        {**tensors, "base_model.model.strange.lora_A.weight": torch.zeros(2, 2)},
+        *([] if alone else [few]),
+    ):
         save_file(wrong, tmp_path / WEIGHTS)
         model = example.build()
         seen = Seen(model)
         with pytest.raises(ValueError, match=r"does not fit|unexpected tensor|is for another model|lacks|matches no"):
             peftops.load(model, tmp_path)
         seen.assert_is(model)
-
 
 
 @every_method
@@ -113,8 +114,11 @@ def test_a_weight_that_cannot_be_quantised_is_named(example):
         assert not any(isinstance(p, peftops.NF4Tensor | peftops.GroupQuantTensor) for p in model.parameters())
 
 
-@pytest.mark.parametrize("config", [peftops.QLoRAConfig(r=4), peftops.QALoRAConfig(r=4, group_size=16),
-                                    peftops.LoRAConfig(r=4)], ids=lambda c: type(c).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [peftops.QLoRAConfig(r=4), peftops.QALoRAConfig(r=4, group_size=16), peftops.LoRAConfig(r=4)],
+    ids=lambda c: type(c).__name__,
+)
 def test_a_merge_that_fails_merges_nothing(config):
     """The last layer cannot be merged: the ones before it are as they were, and the message names it."""
     model = peftops.attach(models.llama(), config)

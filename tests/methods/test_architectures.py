@@ -31,7 +31,7 @@ from peftops import (
     TiedLoRAConfig,
     TopLayersConfig,
     VeRAConfig,
-)  # fmt: skip
+)
 from peftops.attaching.targets import blocks, body_of, head_of
 from peftops.nn import NF4Linear
 
@@ -40,13 +40,30 @@ DECODERS = [models.llama, models.qwen2, models.mistral, models.gemma, models.gpt
 every_model = pytest.mark.parametrize("build", ALL, ids=lambda b: b.__name__)
 
 CONFIGS = [
-    LoRAConfig(r=4), DoRAConfig(r=4), QLoRAConfig(r=4), VeRAConfig(r=8), BottleneckConfig(placement="houlsby"),
-    BottleneckConfig(placement="parallel"), NormTuningConfig(), TopLayersConfig(layers=1, head=True), HeadOnlyConfig(),
-    SurgicalConfig("last"), BitFitConfig(), ReLoRAConfig(r=4, dropout=0.0, rest=False), PromptTuningConfig(tokens=3),
-    PrefixTuningConfig(tokens=3), IA3Config(), GLoRAConfig(r=4), TiedLoRAConfig(r=4), MultiLoRAConfig(r=2),
-    LoRAFAConfig(r=4), PiSSAConfig(r=4), OLoRAConfig(r=4), LongLoRAConfig(r=4),
+    LoRAConfig(r=4),
+    DoRAConfig(r=4),
+    QLoRAConfig(r=4),
+    VeRAConfig(r=8),
+    BottleneckConfig(placement="houlsby"),
+    BottleneckConfig(placement="parallel"),
+    NormTuningConfig(),
+    TopLayersConfig(layers=1, head=True),
+    HeadOnlyConfig(),
+    SurgicalConfig("last"),
+    BitFitConfig(),
+    ReLoRAConfig(r=4, dropout=0.0, rest=False),
+    PromptTuningConfig(tokens=3),
+    PrefixTuningConfig(tokens=3),
+    IA3Config(),
+    GLoRAConfig(r=4),
+    TiedLoRAConfig(r=4),
+    MultiLoRAConfig(r=2),
+    LoRAFAConfig(r=4),
+    PiSSAConfig(r=4),
+    OLoRAConfig(r=4),
+    LongLoRAConfig(r=4),
     LLaMAAdapterConfig(tokens=3, layers=2),
-]  # fmt: skip
+]
 
 
 @every_model
@@ -57,10 +74,12 @@ def test_every_method_trains_every_model_and_comes_off(build, config, tmp_path):
         peftops.detach(peftops.attach(model, config))
     before, state = model(**inputs).logits, copy.deepcopy(model.state_dict())
     unsupported = {
-        BitFitConfig: (models.llama, models.mistral, models.gemma, models.t5), PromptTuningConfig: (models.vit,),
+        BitFitConfig: (models.llama, models.mistral, models.gemma, models.t5),
+        PromptTuningConfig: (models.vit,),
         PrefixTuningConfig: (models.vit, models.bert, models.t5),
-        LongLoRAConfig: (models.vit, models.bert, models.t5), LLaMAAdapterConfig: (models.vit, models.bert),
-    }  # fmt: skip
+        LongLoRAConfig: (models.vit, models.bert, models.t5),
+        LLaMAAdapterConfig: (models.vit, models.bert),
+    }
     if build in unsupported.get(type(config), ()):
         sentence = "has no biases to train|(PromptTuning|PrefixTuning|LongLoRA) needs|has 0 attentions of transformers"
         with pytest.raises((ValueError, TypeError), match=sentence):
@@ -99,8 +118,15 @@ def test_what_the_parts_of_a_model_are(build):
 
 def generated(model, **kw):
     ids = models.tokens()
-    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
-                          pad_token_id=2, eos_token_id=None, **kw)  # fmt: skip
+    return model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=6,
+        do_sample=False,
+        pad_token_id=2,
+        eos_token_id=None,
+        **kw,
+    )
 
 
 def greedy(model, ids, steps=6):
@@ -111,8 +137,11 @@ def greedy(model, ids, steps=6):
 
 
 @pytest.mark.parametrize("build", DECODERS, ids=lambda b: b.__name__)
-@pytest.mark.parametrize("config", [PromptTuningConfig(tokens=3), PrefixTuningConfig(tokens=3), LoRAConfig(r=4)],
-                         ids=lambda c: type(c).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [PromptTuningConfig(tokens=3), PrefixTuningConfig(tokens=3), LoRAConfig(r=4)],
+    ids=lambda c: type(c).__name__,
+)
 def test_generate_with_a_cache_is_the_same_as_without(build, config):
     model = peftops.attach(build(), config)
     torch.manual_seed(1)

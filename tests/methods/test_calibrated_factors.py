@@ -30,7 +30,7 @@ def output_error(layer, dense, moments):
 OPTIONS = {
     "loftq": (LoftQConfig, {"r": 4, "iterations": 2, "double_quant": True}),
     "lqlora": (LQLoRAConfig, {"r": 4, "bits": 3.5, "iterations": 2}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -25,7 +25,7 @@ from peftops import (
     TiedLoRAConfig,
     TopLayersConfig,
     VeRAConfig,
-)  # fmt: skip
+)
 
 qv = ["q_proj", "v_proj"]
 
@@ -34,9 +34,16 @@ def llama_3b():
     """The shapes of Llama-3.2-3B, for which HF PEFT's benchmark publishes counts."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
-                         head_dim=128, num_attention_heads=24, num_key_value_heads=8,
-                         tie_word_embeddings=True)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        head_dim=128,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    )
     with torch.device("meta"):
         return LlamaForCausalLM(config)
 
@@ -69,39 +76,45 @@ def encoder_block(width):
         return nn.ModuleList([nn.Sequential(attention, up, down)])
 
 
-@pytest.mark.parametrize("build, config, count", [
-    (llama_3b, LoRAConfig(r=32, target=qv), 9_175_040),
-    (llama_3b, LoRAConfig(r=64, target=qv), 18_350_080),
-    (llama_3b, DoRAConfig(r=32, target=qv), 9_289_728),
-    (llama_3b, LoRAFAConfig(r=32, target=qv), 3_670_016),
-    (llama_3b, VeRAConfig(r=256, target=qv), 129_024),
-    (llama_3b, GLoRAConfig(r=8, target=qv, new_bias=False), 4_587_520),
-    (llama_3b, GLoRAConfig(target=qv, A="vector", B="vector", new_bias=False), 229_376),
-    (llama_3b, PromptTuningConfig(tokens=200), 614_400),
-    (llama_3b, PrefixTuningConfig(tokens=200), 11_468_800),
-    (llama_3b, PrefixTuningConfig(tokens=50), 2_867_200),
-    (llama_3b, LLaMAAdapterConfig(tokens=100, layers=28, gate="peft"), 8_601_628),
-    (llama_3b, NormTuningConfig(), 175_104),
-    (llama_3b, MultiLoRAConfig(r=8, n=3, target=qv), 28 * 3 * (8 * (3072 + 3072 + 3072 + 1024) + 3072 + 1024)),
-    (llama_3b, LongLoRAConfig(), 28 * 8 * (2 * (3072 + 3072) + 2 * (3072 + 1024)) + 128_256 * 3072 + 57 * 3072),
-    (llama_3b, ReLoRAConfig(target=qv), _rest_of_llama_3b(qv=128)),
-    (llama_3b, ReLoRAConfig(target=qv, rest=False), 4 * 9_175_040),
-    (lambda: linear(64, 96, 2, True), ReLoRAConfig(r=8), 2 * (8 * (64 + 96) + 96)),
-    (llama_3b, TopLayersConfig(layers=2), 2 * (2 * 3072**2 + 2 * 3072 * 1024 + 3 * 3072 * 8192 + 2 * 3072) + 3072),
-    (gpt2_medium, PrefixTuningConfig(tokens=10), 491_520),
-    (gpt2_medium, PrefixTuningConfig(tokens=10, hidden=512), 25_750_016),
-    (lambda: linear(4096, 3 * 4096, 32), TiedLoRAConfig(r=8), 524_544),
-    (lambda: linear(4096, 3 * 4096, 32), TiedLoRAConfig.tl5(r=8), 131_072),
-    (lambda: linear(4096, 3 * 4096, 32), TiedLoRAConfig(r=8, train_A=False, train_B=False), 32 * (8 + 3 * 4096)),
-    (lambda: linear(4096, 3 * 4096, 32), LoRAConfig(r=8), 4_194_304),
-    (lambda: linear(64, 96, 1, True), GLoRAConfig(r=4, D="vector", E="vector"),
-     2 * 4 * (64 + 96) + 4 * (64 + 1) + 2 * 96),
-    (lambda: linear(64, 96, 2), QALoRAConfig(r=4, group_size=16), 2 * 4 * (64 // 16 + 96)),
-    (lambda: linear(64, 96, 2, True), IA3Config(), 2 * 96),
-    (lambda: encoder_block(1024), BottleneckConfig(width=24), 49_152 + 24 + 1024),
-    (lambda: encoder_block(1024), BottleneckConfig(width=24, placement="houlsby"), 2 * (49_152 + 24 + 1024)),
-    (lambda: encoder_block(1024), BottleneckConfig(width=24, placement="parallel"), 49_152 + 24 + 1024),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "build, config, count",
+    [
+        (llama_3b, LoRAConfig(r=32, target=qv), 9_175_040),
+        (llama_3b, LoRAConfig(r=64, target=qv), 18_350_080),
+        (llama_3b, DoRAConfig(r=32, target=qv), 9_289_728),
+        (llama_3b, LoRAFAConfig(r=32, target=qv), 3_670_016),
+        (llama_3b, VeRAConfig(r=256, target=qv), 129_024),
+        (llama_3b, GLoRAConfig(r=8, target=qv, new_bias=False), 4_587_520),
+        (llama_3b, GLoRAConfig(target=qv, A="vector", B="vector", new_bias=False), 229_376),
+        (llama_3b, PromptTuningConfig(tokens=200), 614_400),
+        (llama_3b, PrefixTuningConfig(tokens=200), 11_468_800),
+        (llama_3b, PrefixTuningConfig(tokens=50), 2_867_200),
+        (llama_3b, LLaMAAdapterConfig(tokens=100, layers=28, gate="peft"), 8_601_628),
+        (llama_3b, NormTuningConfig(), 175_104),
+        (llama_3b, MultiLoRAConfig(r=8, n=3, target=qv), 28 * 3 * (8 * (3072 + 3072 + 3072 + 1024) + 3072 + 1024)),
+        (llama_3b, LongLoRAConfig(), 28 * 8 * (2 * (3072 + 3072) + 2 * (3072 + 1024)) + 128_256 * 3072 + 57 * 3072),
+        (llama_3b, ReLoRAConfig(target=qv), _rest_of_llama_3b(qv=128)),
+        (llama_3b, ReLoRAConfig(target=qv, rest=False), 4 * 9_175_040),
+        (lambda: linear(64, 96, 2, True), ReLoRAConfig(r=8), 2 * (8 * (64 + 96) + 96)),
+        (llama_3b, TopLayersConfig(layers=2), 2 * (2 * 3072**2 + 2 * 3072 * 1024 + 3 * 3072 * 8192 + 2 * 3072) + 3072),
+        (gpt2_medium, PrefixTuningConfig(tokens=10), 491_520),
+        (gpt2_medium, PrefixTuningConfig(tokens=10, hidden=512), 25_750_016),
+        (lambda: linear(4096, 3 * 4096, 32), TiedLoRAConfig(r=8), 524_544),
+        (lambda: linear(4096, 3 * 4096, 32), TiedLoRAConfig.tl5(r=8), 131_072),
+        (lambda: linear(4096, 3 * 4096, 32), TiedLoRAConfig(r=8, train_A=False, train_B=False), 32 * (8 + 3 * 4096)),
+        (lambda: linear(4096, 3 * 4096, 32), LoRAConfig(r=8), 4_194_304),
+        (
+            lambda: linear(64, 96, 1, True),
+            GLoRAConfig(r=4, D="vector", E="vector"),
+            2 * 4 * (64 + 96) + 4 * (64 + 1) + 2 * 96,
+        ),
+        (lambda: linear(64, 96, 2), QALoRAConfig(r=4, group_size=16), 2 * 4 * (64 // 16 + 96)),
+        (lambda: linear(64, 96, 2, True), IA3Config(), 2 * 96),
+        (lambda: encoder_block(1024), BottleneckConfig(width=24), 49_152 + 24 + 1024),
+        (lambda: encoder_block(1024), BottleneckConfig(width=24, placement="houlsby"), 2 * (49_152 + 24 + 1024)),
+        (lambda: encoder_block(1024), BottleneckConfig(width=24, placement="parallel"), 49_152 + 24 + 1024),
+    ],
+)
 def test_counts_of_real_shapes(build, config, count):
     model = peftops.attach(build(), config)
     assert peftops.summary(model).trainable == count
@@ -116,12 +129,14 @@ def test_llama_adapter_of_llama_7b(gate, count):
     assert peftops.summary(peftops.attach(model, LLaMAAdapterConfig(gate=gate))).trainable == count
 
 
-@pytest.mark.parametrize("options, more", [
-    ({"image_features": 768}, 768 * 4096 + 4096),
-    ({"v2": True}, (2 * 32 + 1) * 4096 + 32 * 2 * (4 * 4096 + 2 * 11008 + 4096)),
-    ({"v2": True, "scale_position": "input"},
-     (2 * 32 + 1) * 4096 + 32 * (6 * 4096 + 11008 + 5 * 4096 + 2 * 11008)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, more",
+    [
+        ({"image_features": 768}, 768 * 4096 + 4096),
+        ({"v2": True}, (2 * 32 + 1) * 4096 + 32 * 2 * (4 * 4096 + 2 * 11008 + 4096)),
+        ({"v2": True, "scale_position": "input"}, (2 * 32 + 1) * 4096 + 32 * (6 * 4096 + 11008 + 5 * 4096 + 2 * 11008)),
+    ],
+)
 def test_images_and_v2_of_llama_7b(options, more):
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -20,12 +20,16 @@ KINDS = ["Qwen3Moe", "GptOss", "Llama4"]  # plain; transposed, interleaved, with
 three_models = pytest.mark.parametrize("kind", KINDS)
 TARGET = ["gate_up_proj", "down_proj", "o_proj"]
 METHODS_OF_EXPERTS = {
-    "lora": peftops.LoRAConfig(r=2), "rslora": peftops.LoRAConfig(r=2, rslora=True), "qlora": peftops.QLoRAConfig(r=2),
+    "lora": peftops.LoRAConfig(r=2),
+    "rslora": peftops.LoRAConfig(r=2, rslora=True),
+    "qlora": peftops.QLoRAConfig(r=2),
     "qalora": peftops.QALoRAConfig(r=2, target=TARGET),
     "qalora-mean": peftops.QALoRAConfig(r=2, pool="mean", target=TARGET),
-    "loftq": peftops.LoftQConfig(r=2, iterations=1), "lorafa": peftops.LoRAFAConfig(r=2, precondition=True),
-    "pissa": peftops.PiSSAConfig(r=2), "olora": peftops.OLoRAConfig(r=2),
-}  # fmt: skip
+    "loftq": peftops.LoftQConfig(r=2, iterations=1),
+    "lorafa": peftops.LoRAFAConfig(r=2, precondition=True),
+    "pissa": peftops.PiSSAConfig(r=2),
+    "olora": peftops.OLoRAConfig(r=2),
+}
 every_method = pytest.mark.parametrize("config", METHODS_OF_EXPERTS.values(), ids=METHODS_OF_EXPERTS)
 ids = models.tokens(vocabulary=96)
 
@@ -98,8 +102,9 @@ def test_laws_of_methods_hold_for_experts(kind, config):
     changed = model(ids).logits
     assert (changed - want).abs().max() > 0.01
     model(input_ids=ids, labels=ids).loss.backward()
-    assert all(p.grad.abs().sum() > 0 for _, host in experts_of(model) for p in host.adapters.parameters()
-               if p.requires_grad)  # fmt: skip
+    assert all(
+        p.grad.abs().sum() > 0 for _, host in experts_of(model) for p in host.adapters.parameters() if p.requires_grad
+    )
     with peftops.disabled(model):  # (transformers' product of dense experts has other bits than ours)
         close(model(ids).logits, want)
     attach(model, config, name="second")
@@ -215,9 +220,15 @@ class Experts(nn.Module):
         return self.act_fn(gate) * up
 
 
-FLAGS = [{}, {"gate": False}, {"transposed": True}, {"bias": True}, {"norm": True},
-         {"interleaved": True, "transposed": True, "bias": True},
-         {"gate": False, "transposed": True, "bias": True, "norm": True}]  # fmt: skip
+FLAGS = [
+    {},
+    {"gate": False},
+    {"transposed": True},
+    {"bias": True},
+    {"norm": True},
+    {"interleaved": True, "transposed": True, "bias": True},
+    {"gate": False, "transposed": True, "bias": True, "norm": True},
+]
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda f: "-".join(f) or "plain")

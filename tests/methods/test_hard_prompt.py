@@ -32,8 +32,10 @@ def spaced():
 
 def test_ids_are_those_of_the_text_put_together_by_hand():
     made = PROMPT.encode(plain, ROWS[5])
-    text = ("Judge {braces stay}.\n\nReview: review number 0\nIs: good\n\nReview: review number 1\nIs: bad\n\n"
-            "Review: review number 5\nIs: so so")  # fmt: skip
+    text = (
+        "Judge {braces stay}.\n\nReview: review number 0\nIs: good\n\nReview: review number 1\nIs: bad\n\n"
+        "Review: review number 5\nIs: so so"
+    )
     assert made.ids == plain(text)["input_ids"] and plain.decode(made.ids[-made.targets :]) == " so so"
     assert PROMPT.encode(plain, ROWS[5]) == made  # nothing random
     open_ = PROMPT.encode(plain, {"text": ROWS[5]["text"], "label": ""}, target=False)
@@ -107,9 +109,11 @@ def test_demonstrations():
     rows = [{"text": t} for t in ("xyz", "abcd", "abc", "qqq")]
     near = demonstrations(rows, 2, like="abce", field="text", tokenizer=plain)
     assert [row["text"] for row in near] == ["abcd", "abc"]  # the closest last
-    for how, message in [({"k": 10}, r"k must be a whole number in \[0, 10\)"),
-                         ({"k": 2, "by": "class"}, "row 0 lacks one of class"),
-                         ({"k": 2, "like": "x"}, "like needs a field to compare with and a tokenizer")]:  # fmt: skip
+    for how, message in [
+        ({"k": 10}, r"k must be a whole number in \[0, 10\)"),
+        ({"k": 2, "by": "class"}, "row 0 lacks one of class"),
+        ({"k": 2, "like": "x"}, "like needs a field to compare with and a tokenizer"),
+    ]:
         with pytest.raises(ValueError, match=message):
             demonstrations(ROWS, **how)
 
@@ -154,18 +158,21 @@ def test_choices_score_their_log_probability():
         choice_scores(model, plain, context, [""])
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: HardPrompt("{text} {label}"), r"needs '\|\|\|' exactly once"),
-    (lambda: HardPrompt("{text}|||{a}|||"), "exactly once"),
-    (lambda: HardPrompt("{text|||"), "cannot be read"),
-    (lambda: HardPrompt("{}|||x"), "plain names in braces"),
-    (lambda: HardPrompt("{a.b}|||x"), "plain names in braces"),
-    (lambda: HardPrompt("{a:>3}|||x"), "plain names in braces"),
-    (lambda: HardPrompt("{a}|||{b}", shorten="b"), "shorten='b' is no field of the prompt"),
-    (lambda: HardPrompt("{a}|||{b}", keep="middle"), "keep must be one of 'start', 'end'"),
-    (lambda: HardPrompt("{a}|||{b}", ({"a": 1},)), "the template needs b; the row has a"),
-    (lambda: PROMPT.encode(plain, {"label": "x"}), "the template needs text; the row has label"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: HardPrompt("{text} {label}"), r"needs '\|\|\|' exactly once"),
+        (lambda: HardPrompt("{text}|||{a}|||"), "exactly once"),
+        (lambda: HardPrompt("{text|||"), "cannot be read"),
+        (lambda: HardPrompt("{}|||x"), "plain names in braces"),
+        (lambda: HardPrompt("{a.b}|||x"), "plain names in braces"),
+        (lambda: HardPrompt("{a:>3}|||x"), "plain names in braces"),
+        (lambda: HardPrompt("{a}|||{b}", shorten="b"), "shorten='b' is no field of the prompt"),
+        (lambda: HardPrompt("{a}|||{b}", keep="middle"), "keep must be one of 'start', 'end'"),
+        (lambda: HardPrompt("{a}|||{b}", ({"a": 1},)), "the template needs b; the row has a"),
+        (lambda: PROMPT.encode(plain, {"label": "x"}), "the template needs text; the row has label"),
+    ],
+)
 def test_bad_input_gets_a_sentence(make, message):
     with pytest.raises(ValueError, match=message):
         make()

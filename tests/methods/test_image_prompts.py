@@ -151,11 +151,18 @@ def test_outside_there_is_no_image_and_inside_another_one_may_be():
     assert torch.equal(model(ids).logits, without)
 
 
-@pytest.mark.parametrize("features, shown", [
-    (torch.zeros(2, 11), r"\[2, 11\]"), (torch.zeros(12), r"\[12\]"), (torch.zeros(2, 4, 12), r"\[2, 4, 12\]"),
-    (torch.zeros(0, 12), r"\[0, 12\]"), ([], "nothing"), (torch.tensor(1.0), r"\[\]"),
-    ([torch.zeros(2, 6), torch.zeros(3, 6)], r"\[2, 6\], \[3, 6\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "features, shown",
+    [
+        (torch.zeros(2, 11), r"\[2, 11\]"),
+        (torch.zeros(12), r"\[12\]"),
+        (torch.zeros(2, 4, 12), r"\[2, 4, 12\]"),
+        (torch.zeros(0, 12), r"\[0, 12\]"),
+        ([], "nothing"),
+        (torch.tensor(1.0), r"\[\]"),
+        ([torch.zeros(2, 6), torch.zeros(3, 6)], r"\[2, 6\], \[3, 6\]"),
+    ],
+)
 def test_features_of_another_shape(features, shown):
     with pytest.raises(ValueError, match=rf"must have shape \[rows, 12\] or \[rows, 3, 12\], .*, not {shown}"):
         logits(built(), ids, features)

@@ -35,20 +35,27 @@ def test_a_raw_gate_of_tanh_z_is_a_tanh_gate_of_z():
     torch.testing.assert_close(squashed(ids).logits, raw(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("options, sentence", [
-    ({"tokens": 0}, "tokens must be a whole number from 1"), ({"layers": 0}, "layers must be a whole number from 1"),
-    ({"gate": "relu"}, "gate must be one of 'tanh', 'raw', 'peft'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"tokens": 0}, "tokens must be a whole number from 1"),
+        ({"layers": 0}, "layers must be a whole number from 1"),
+        ({"gate": "relu"}, "gate must be one of 'tanh', 'raw', 'peft'"),
+    ],
+)
 def test_wrong_options_get_a_sentence(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         LLaMAAdapterConfig(**options)
 
 
-@pytest.mark.parametrize("build, layers, sentence", [
-    (models.llama, 3, "layers=3, but LlamaForCausalLM has 2 attentions"),
-    (models.llama, None, "layers=None, but LlamaForCausalLM has 2 attentions"),
-    (models.mlp, 1, "layers=1, but Sequential has 0 attentions"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "build, layers, sentence",
+    [
+        (models.llama, 3, "layers=3, but LlamaForCausalLM has 2 attentions"),
+        (models.llama, None, "layers=None, but LlamaForCausalLM has 2 attentions"),
+        (models.mlp, 1, "layers=1, but Sequential has 0 attentions"),
+    ],
+)
 def test_a_model_without_so_many_attentions(build, layers, sentence):
     with pytest.raises(ValueError, match=sentence):
         peftops.attach(build(), LLaMAAdapterConfig(layers=layers))

@@ -54,9 +54,17 @@ def spectrum(kind, m, n, seed=0):
 
 
 @pytest.mark.parametrize("kind", ["noise", "rounding", "falling", "rank 3", "zero"])
-@pytest.mark.parametrize("m, n, r", [
-    (512, 384, 8), (384, 512, 8), (448, 448, 16), (96, 128, 8), (40, 24, 24), (7, 1, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "m, n, r",
+    [
+        (512, 384, 8),
+        (384, 512, 8),
+        (448, 448, 16),
+        (96, 128, 8),
+        (40, 24, 24),
+        (7, 1, 1),
+    ],
+)
 def test_the_leading_vectors_leave_what_an_svd_leaves(kind, m, n, r):
     """At most a thousandth more of it, where nothing stands out; and never more than there was."""
     matrix = spectrum(kind, m, n)

@@ -39,9 +39,20 @@ def rolled(query, key, value, group):
     return torch.cat(out, 1).transpose(1, 2)
 
 
-@pytest.mark.parametrize("tokens, group", [
-    (16, 4), (16, 8), (17, 4), (19, 6), (7, 3), (5, 2), (3, 2), (1, 2), (8, 100),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tokens, group",
+    [
+        (16, 4),
+        (16, 8),
+        (17, 4),
+        (19, 6),
+        (7, 3),
+        (5, 2),
+        (3, 2),
+        (1, 2),
+        (8, 100),
+    ],
+)
 @pytest.mark.parametrize("shift", [True, False])
 def test_each_half_of_the_heads_is_full_attention_of_its_groups(tokens, group, shift):
     q, k, v = qkv(tokens)
@@ -203,24 +214,43 @@ def eager():
 def odd_heads():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=24, intermediate_size=32, num_hidden_layers=1,
-                                        num_attention_heads=3, num_key_value_heads=1, head_dim=8))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+    )
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: LongLoRAConfig(group=1), "group must be a whole number from 2, not 1"),
-    (lambda: LongLoRAConfig(length=0), "length must be a whole number from 1, not 0"),
-    (lambda: LongLoRAConfig(r=0), "r must be a whole number from 1, not 0"),
-    (lambda: LongLoRAConfig(target=[]), "target must be"),
-    (lambda: peftops.attach(models.mlp(), LongLoRAConfig()), "needs a model of transformers that decodes"),
-    (lambda: peftops.attach(models.bert(), LongLoRAConfig()), "needs a model of transformers that decodes"),
-    (lambda: peftops.attach(odd_heads(), LongLoRAConfig()), "splits heads into halves, and num_attention_heads is 3"),
-    (lambda: peftops.attach(models.gpt2(), LongLoRAConfig(r=2, length=4096)), "whose rope_type is None"),
-    (lambda: peftops.attach(peftops.attach(models.llama(), peftops.LoRAConfig(r=2), name="a"),
-                            LongLoRAConfig(r=2, length=4096)), "change the positions under adapters that are there"),
-    (eager, "needs an attention function of transformers' registry, and 'eager' is not in"),
-    (lambda: ShiftedAttention(4, True)(causal, None, *qkv(1)[:1], *qkv(3)[1:]), "1 queries, but 3 keys; call"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: LongLoRAConfig(group=1), "group must be a whole number from 2, not 1"),
+        (lambda: LongLoRAConfig(length=0), "length must be a whole number from 1, not 0"),
+        (lambda: LongLoRAConfig(r=0), "r must be a whole number from 1, not 0"),
+        (lambda: LongLoRAConfig(target=[]), "target must be"),
+        (lambda: peftops.attach(models.mlp(), LongLoRAConfig()), "needs a model of transformers that decodes"),
+        (lambda: peftops.attach(models.bert(), LongLoRAConfig()), "needs a model of transformers that decodes"),
+        (
+            lambda: peftops.attach(odd_heads(), LongLoRAConfig()),
+            "splits heads into halves, and num_attention_heads is 3",
+        ),
+        (lambda: peftops.attach(models.gpt2(), LongLoRAConfig(r=2, length=4096)), "whose rope_type is None"),
+        (
+            lambda: peftops.attach(
+                peftops.attach(models.llama(), peftops.LoRAConfig(r=2), name="a"), LongLoRAConfig(r=2, length=4096)
+            ),
+            "change the positions under adapters that are there",
+        ),
+        (eager, "needs an attention function of transformers' registry, and 'eager' is not in"),
+        (lambda: ShiftedAttention(4, True)(causal, None, *qkv(1)[:1], *qkv(3)[1:]), "1 queries, but 3 keys; call"),
+    ],
+)
 def test_bad_input_gets_a_sentence(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()

@@ -22,21 +22,29 @@ def parameters(model):
 def shapes_of_llama(layers, hidden, key_value, inner):
     """The linear layers of a LLaMA, on the meta device: counts need no memory."""
     with torch.device("meta"):
-        block = lambda: nn.ModuleDict({
-            "q_proj": nn.Linear(hidden, hidden, bias=False), "k_proj": nn.Linear(hidden, key_value, bias=False),
-            "v_proj": nn.Linear(hidden, key_value, bias=False), "o_proj": nn.Linear(hidden, hidden, bias=False),
-            "gate_proj": nn.Linear(hidden, inner, bias=False), "up_proj": nn.Linear(hidden, inner, bias=False),
-            "down_proj": nn.Linear(inner, hidden, bias=False),
-        })  # fmt: skip
+        block = lambda: nn.ModuleDict(
+            {
+                "q_proj": nn.Linear(hidden, hidden, bias=False),
+                "k_proj": nn.Linear(hidden, key_value, bias=False),
+                "v_proj": nn.Linear(hidden, key_value, bias=False),
+                "o_proj": nn.Linear(hidden, hidden, bias=False),
+                "gate_proj": nn.Linear(hidden, inner, bias=False),
+                "up_proj": nn.Linear(hidden, inner, bias=False),
+                "down_proj": nn.Linear(inner, hidden, bias=False),
+            }
+        )
         return nn.ModuleList([block() for _ in range(layers)])
 
 
-@pytest.mark.parametrize("layers, hidden, key_value, inner, config, count", [
-    (28, 3072, 1024, 8192, LoRAConfig(r=32, target=q_and_v), 9_175_040),  # Llama-3.2-3B, as PEFT's benchmark has it
-    (28, 3072, 1024, 8192, LoRAConfig(r=64, target=q_and_v), 18_350_080),
-    (32, 4096, 4096, 11008, LoRAConfig(r=8, target=q_and_v), 4_194_304),  # LLaMA-7B
-    (32, 4096, 4096, 11008, LoRAConfig(r=64), 159_907_840),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layers, hidden, key_value, inner, config, count",
+    [
+        (28, 3072, 1024, 8192, LoRAConfig(r=32, target=q_and_v), 9_175_040),  # Llama-3.2-3B, as PEFT's benchmark has it
+        (28, 3072, 1024, 8192, LoRAConfig(r=64, target=q_and_v), 18_350_080),
+        (32, 4096, 4096, 11008, LoRAConfig(r=8, target=q_and_v), 4_194_304),  # LLaMA-7B
+        (32, 4096, 4096, 11008, LoRAConfig(r=64), 159_907_840),
+    ],
+)
 def test_parameter_counts_of_real_models(layers, hidden, key_value, inner, config, count):
     model = peftops.attach(shapes_of_llama(layers, hidden, key_value, inner), config)
     assert parameters(model) == count == peftops.summary(model).trainable
@@ -52,10 +60,15 @@ def test_computes_its_formula():
     torch.testing.assert_close(model(x), nn.functional.linear(x, weight, linear.bias), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("config, scaling", [
-    (LoRAConfig(r=8), 2.0), (LoRAConfig(r=8, alpha=4.0), 0.5), (LoRAConfig(r=16, alpha=8.0, rslora=True), 2.0),
-    (LoRAConfig(r=9, rslora=True), 18 / 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config, scaling",
+    [
+        (LoRAConfig(r=8), 2.0),
+        (LoRAConfig(r=8, alpha=4.0), 0.5),
+        (LoRAConfig(r=16, alpha=8.0, rslora=True), 2.0),
+        (LoRAConfig(r=9, rslora=True), 18 / 3),
+    ],
+)
 def test_scaling(config, scaling):
     model = peftops.attach(models.mlp(), config)
     assert model[0].adapters["default"].scaling == pytest.approx(scaling)
@@ -139,13 +152,16 @@ def test_an_error_leaves_the_model_as_it_was():
         assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "_peftops")
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: LoRAConfig(r=0), "r must be a whole number from 1, not 0"),
-    (lambda: LoRAConfig(r=2.5), "r must be a whole number from 1, not 2.5"),
-    (lambda: LoRAConfig(rank_pattern={"q_proj": -1}), "r must be a whole number from 1, not -1"),
-    (lambda: LoRAConfig(dropout=1.0), r"dropout must be a number in \[0, 1\), not 1.0"),
-    (lambda: LoRAConfig(target=[]), "target must be 'all-linear', names or a regular expression"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: LoRAConfig(r=0), "r must be a whole number from 1, not 0"),
+        (lambda: LoRAConfig(r=2.5), "r must be a whole number from 1, not 2.5"),
+        (lambda: LoRAConfig(rank_pattern={"q_proj": -1}), "r must be a whole number from 1, not -1"),
+        (lambda: LoRAConfig(dropout=1.0), r"dropout must be a number in \[0, 1\), not 1.0"),
+        (lambda: LoRAConfig(target=[]), "target must be 'all-linear', names or a regular expression"),
+    ],
+)
 def test_bad_options(make, message):
     with pytest.raises(ValueError, match=message):
         make()
@@ -228,10 +244,16 @@ def test_config_for_peft_is_json():
     assert LoRAConfig.from_peft({**fields, "target_modules": ["q_proj"]}).r == 16
 
 
-@pytest.mark.parametrize("layer", [
-    nn.Embedding(8, 4, max_norm=1.0), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
-    nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.Conv2d(4, 4, 3, groups=2),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Embedding(8, 4, max_norm=1.0),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(4, 4, 3, groups=2),
+    ],
+    ids=str,
+)
 def test_a_layer_that_is_not_linear_in_its_weight_is_refused(layer):
     """It computes something else than a product: an adapter beside it would not be what it merges to."""
     model = nn.Sequential(layer, nn.Linear(4, 4))
@@ -240,11 +262,15 @@ def test_a_layer_that_is_not_linear_in_its_weight_is_refused(layer):
     assert type(model[0]) is type(layer)
 
 
-@pytest.mark.parametrize("layer, x", [
-    (nn.Embedding(8, 4, padding_idx=2, scale_grad_by_freq=True), torch.arange(8)),
-    (nn.Conv2d(4, 6, 3, padding=1, stride=2), torch.randn(2, 4, 9, 9)),
-    (nn.Conv2d(4, 6, (1, 3), padding="same", dilation=2), torch.randn(2, 4, 9, 9)),
-], ids=lambda value: "x" if isinstance(value, torch.Tensor) else str(value))  # fmt: skip
+@pytest.mark.parametrize(
+    "layer, x",
+    [
+        (nn.Embedding(8, 4, padding_idx=2, scale_grad_by_freq=True), torch.arange(8)),
+        (nn.Conv2d(4, 6, 3, padding=1, stride=2), torch.randn(2, 4, 9, 9)),
+        (nn.Conv2d(4, 6, (1, 3), padding="same", dilation=2), torch.randn(2, 4, 9, 9)),
+    ],
+    ids=lambda value: "x" if isinstance(value, torch.Tensor) else str(value),
+)
 def test_layers_that_are_keep_their_options_when_merged(layer, x):
     model = peftops.attach(nn.Sequential(layer), LoRAConfig(r=2, target=["0"]))
     for parameter in model.parameters():

@@ -95,8 +95,11 @@ def test_the_allocation_is_that_of_trying_all(seed):
     costs = torch.rand(3, 4, generator=generator).double().tolist()
     sizes = torch.randint(1, 12, (3, 4), generator=generator).double().tolist()
     for budget in (9.0, 14.0, 20.0):
-        every = [(sum(costs[i][j] for i, j in enumerate(p)), p) for p in itertools.product(range(4), repeat=3)
-                 if sum(sizes[i][j] for i, j in enumerate(p)) <= budget]  # fmt: skip
+        every = [
+            (sum(costs[i][j] for i, j in enumerate(p)), p)
+            for p in itertools.product(range(4), repeat=3)
+            if sum(sizes[i][j] for i, j in enumerate(p)) <= budget
+        ]
         if not every:
             with pytest.raises(ValueError, match="more than the budget of"):
                 allocate(costs, sizes, budget)
@@ -165,8 +168,7 @@ def test_files_hold_the_codes_and_load_onto_the_dense_model(tmp_path):
     assert options["precisions"] == {path: str(a.precision) for path, a in adapters(model).items()}
     again = peftops.load(peftops.detach(other), tmp_path)  # onto the same codes
     assert torch.equal(again(x), model(x))
-    third = peftops.detach(peftops.attach(wide(), LQLoRAConfig(
-        r=4, iterations=0, precisions=options["precisions"])))  # fmt: skip
+    third = peftops.detach(peftops.attach(wide(), LQLoRAConfig(r=4, iterations=0, precisions=options["precisions"])))
     with pytest.raises(ValueError, match="stands on other codes than those that the model has"):
         peftops.load(third, tmp_path)
     fourth = peftops.detach(peftops.attach(wide(), peftops.QLoRAConfig(block_size=32)))
@@ -174,8 +176,11 @@ def test_files_hold_the_codes_and_load_onto_the_dense_model(tmp_path):
         peftops.load(fourth, tmp_path)
 
 
-@pytest.mark.parametrize("config", [peftops.LoRAConfig(r=4), peftops.DoRAConfig(r=4), peftops.LoRAFAConfig(r=4),
-                                    peftops.VeRAConfig(r=8)], ids=lambda c: type(c).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [peftops.LoRAConfig(r=4), peftops.DoRAConfig(r=4), peftops.LoRAFAConfig(r=4), peftops.VeRAConfig(r=8)],
+    ids=lambda c: type(c).__name__,
+)
 def test_other_methods_train_and_merge_on_whole_number_codes(config):
     whole = LQLoRAConfig(r=4, iterations=0, precisions=dict.fromkeys("024", "int4-32"))
     base = peftops.detach(peftops.attach(wide(), whole))
@@ -196,23 +201,35 @@ def test_other_methods_train_and_merge_on_whole_number_codes(config):
     assert 0 < (model(x) - want).norm() < 0.5 * want.norm()
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: LQLoRAConfig(bits=0.5), "bits must be a number from 1, not 0.5"),
-    (lambda: LQLoRAConfig(iterations=-1), r"iterations must be a whole number in \[0, 1000\), not -1"),
-    (lambda: LQLoRAConfig(precisions={"0": "fp4-64"}), "a precision must be like 'nf4-64', 'nf4-64-double' or"),
-    (lambda: LQLoRAConfig(precisions={"0": "int3-64-double"}), "a precision must be like"),
-    (lambda: LQLoRAConfig(precisions={"0": "nf4"}), "a precision must be like"),
-    (lambda: peftops.attach(wide(), LQLoRAConfig(r=4, bits=2)), "which is more than the budget of"),
-    (lambda: peftops.attach(wide(), LQLoRAConfig(r=4, precisions={"0": "nf4-64"})), "precisions has nothing for 2, 4"),
-    (lambda: peftops.attach(wide(), LQLoRAConfig(r=4, fisher={"0": torch.ones(2, 2)})),
-     r"fisher must have a tensor \[128, 128\] for 0"),
-    (lambda: peftops.attach(wide(), LQLoRAConfig(r=4, alpha=-1)), "LQ-LoRA needs a scaling above 0"),
-    (lambda: peftops.attach(peftops.attach(wide(), peftops.LoRAConfig(r=4), name="a"), LQLoRAConfig(r=4)),
-     "attach it before them"),
-    (lambda: peftops.fisher(wide(), lambda s: s, []), "fisher needs at least one sample"),
-    (lambda: peftops.fisher(peftops.detach(peftops.attach(wide(), peftops.QLoRAConfig())), lambda s: s, []),
-     "codes have no gradient"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: LQLoRAConfig(bits=0.5), "bits must be a number from 1, not 0.5"),
+        (lambda: LQLoRAConfig(iterations=-1), r"iterations must be a whole number in \[0, 1000\), not -1"),
+        (lambda: LQLoRAConfig(precisions={"0": "fp4-64"}), "a precision must be like 'nf4-64', 'nf4-64-double' or"),
+        (lambda: LQLoRAConfig(precisions={"0": "int3-64-double"}), "a precision must be like"),
+        (lambda: LQLoRAConfig(precisions={"0": "nf4"}), "a precision must be like"),
+        (lambda: peftops.attach(wide(), LQLoRAConfig(r=4, bits=2)), "which is more than the budget of"),
+        (
+            lambda: peftops.attach(wide(), LQLoRAConfig(r=4, precisions={"0": "nf4-64"})),
+            "precisions has nothing for 2, 4",
+        ),
+        (
+            lambda: peftops.attach(wide(), LQLoRAConfig(r=4, fisher={"0": torch.ones(2, 2)})),
+            r"fisher must have a tensor \[128, 128\] for 0",
+        ),
+        (lambda: peftops.attach(wide(), LQLoRAConfig(r=4, alpha=-1)), "LQ-LoRA needs a scaling above 0"),
+        (
+            lambda: peftops.attach(peftops.attach(wide(), peftops.LoRAConfig(r=4), name="a"), LQLoRAConfig(r=4)),
+            "attach it before them",
+        ),
+        (lambda: peftops.fisher(wide(), lambda s: s, []), "fisher needs at least one sample"),
+        (
+            lambda: peftops.fisher(peftops.detach(peftops.attach(wide(), peftops.QLoRAConfig())), lambda s: s, []),
+            "codes have no gradient",
+        ),
+    ],
+)
 def test_bad_input_gets_a_sentence(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()

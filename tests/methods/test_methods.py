@@ -23,7 +23,7 @@ from peftops import (
     TiedLoRAConfig,
     TopLayersConfig,
     VeRAConfig,
-)  # fmt: skip
+)
 from peftops.attaching import hosts
 from peftops.ops import NF4Tensor
 
@@ -215,23 +215,36 @@ def test_loraplus_groups():
         peftops.loraplus_groups(models.llama().requires_grad_(False), 1e-3)
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: TopLayersConfig(layers=-1), "layers must be a whole number from 0, not -1"),
-    (lambda: peftops.attach(models.llama(), TopLayersConfig(layers=3)), "layers=3, but LlamaForCausalLM has 2 blocks"),
-    (lambda: peftops.attach(models.llama(), SurgicalConfig([2])), "or numbers below 2, not"),
-    (lambda: BottleneckConfig(placement="serial"), "placement must be one of 'houlsby', 'pfeiffer', 'parallel'"),
-    (lambda: PromptTuningConfig(tokens=0), "tokens must be a whole number from 1, not 0"),
-    (lambda: PromptTuningConfig(init="text"), "init='text' needs a text"),
-    (lambda: PrefixTuningConfig(init="none"), "init must be one of"),
-    (lambda: GLoRAConfig(C="constant"), "C must be one of"),
-    (lambda: TiedLoRAConfig(train_B=False, train_v=False), "train_B or train_v must be True"),
-    (lambda: NormTuningConfig(""), "norms must be 'all', names or a regular expression"),
-    (lambda: peftops.attach(models.mlp(), NormTuningConfig()), "Sequential has no norms to train"),
-    (lambda: peftops.attach(models.mlp(), BottleneckConfig()), "is no transformer block"),
-    (lambda: peftops.attach(models.llama(), VeRAConfig(target=["embed_tokens"])), "only linear layers are supported"),
-    (lambda: peftops.attach(peftops.detach(peftops.attach(models.llama(), peftops.QLoRAConfig())), SurgicalConfig()),
-     "is quantised, and codes cannot be trained"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: TopLayersConfig(layers=-1), "layers must be a whole number from 0, not -1"),
+        (
+            lambda: peftops.attach(models.llama(), TopLayersConfig(layers=3)),
+            "layers=3, but LlamaForCausalLM has 2 blocks",
+        ),
+        (lambda: peftops.attach(models.llama(), SurgicalConfig([2])), "or numbers below 2, not"),
+        (lambda: BottleneckConfig(placement="serial"), "placement must be one of 'houlsby', 'pfeiffer', 'parallel'"),
+        (lambda: PromptTuningConfig(tokens=0), "tokens must be a whole number from 1, not 0"),
+        (lambda: PromptTuningConfig(init="text"), "init='text' needs a text"),
+        (lambda: PrefixTuningConfig(init="none"), "init must be one of"),
+        (lambda: GLoRAConfig(C="constant"), "C must be one of"),
+        (lambda: TiedLoRAConfig(train_B=False, train_v=False), "train_B or train_v must be True"),
+        (lambda: NormTuningConfig(""), "norms must be 'all', names or a regular expression"),
+        (lambda: peftops.attach(models.mlp(), NormTuningConfig()), "Sequential has no norms to train"),
+        (lambda: peftops.attach(models.mlp(), BottleneckConfig()), "is no transformer block"),
+        (
+            lambda: peftops.attach(models.llama(), VeRAConfig(target=["embed_tokens"])),
+            "only linear layers are supported",
+        ),
+        (
+            lambda: peftops.attach(
+                peftops.detach(peftops.attach(models.llama(), peftops.QLoRAConfig())), SurgicalConfig()
+            ),
+            "is quantised, and codes cannot be trained",
+        ),
+    ],
+)
 def test_bad_input_gets_a_sentence(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()

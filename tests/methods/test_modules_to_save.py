@@ -52,16 +52,21 @@ def change_tensors(folder, change):
     save_file(tensors, folder / WEIGHTS)
 
 
-@pytest.mark.parametrize("config", [
-    LoRAConfig(r=4, target=["query"], modules_to_save=["classifier"]), QLoRAConfig(r=4, modules_to_save=["classifier"]),
-    LoftQConfig(r=4, target=["query"], modules_to_save=["classifier", "pooler"]),
-    LQLoRAConfig(r=4, target=["query"], modules_to_save=("classifier",)),
-    VeRAConfig(r=4, target=["query"], modules_to_save=["pooler.dense", "classifier"]),
-    IA3Config(target=["query"], modules_to_save=["classifier"]),
-    PromptTuningConfig(tokens=3, modules_to_save=["classifier"]),
-    BottleneckConfig(placement="houlsby", modules_to_save=["LayerNorm", "classifier"]),
-    IA3Config(target=["query", "dense"], feedforward=["dense"], modules_to_save=["classifier", "layer.1.output"]),
-], ids=lambda c: type(c).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoRAConfig(r=4, target=["query"], modules_to_save=["classifier"]),
+        QLoRAConfig(r=4, modules_to_save=["classifier"]),
+        LoftQConfig(r=4, target=["query"], modules_to_save=["classifier", "pooler"]),
+        LQLoRAConfig(r=4, target=["query"], modules_to_save=("classifier",)),
+        VeRAConfig(r=4, target=["query"], modules_to_save=["pooler.dense", "classifier"]),
+        IA3Config(target=["query"], modules_to_save=["classifier"]),
+        PromptTuningConfig(tokens=3, modules_to_save=["classifier"]),
+        BottleneckConfig(placement="houlsby", modules_to_save=["LayerNorm", "classifier"]),
+        IA3Config(target=["query", "dense"], feedforward=["dense"], modules_to_save=["classifier", "layer.1.output"]),
+    ],
+    ids=lambda c: type(c).__name__,
+)
 def test_trains_saves_and_leaves(tmp_path, config):
     inputs, start = models.inputs(models.bert), models.bert().state_dict()
     model = shaken(config)
@@ -106,14 +111,17 @@ def test_longlora_keeps_its_own_and_the_head():
     assert kinds["lm_head"] is kinds["model.norm"] is kinds["model.embed_tokens"] is Select
 
 
-@pytest.mark.parametrize("names, message", [
-    ("classifier", "modules_to_save must be a list of names, not 'classifier'"),
-    ([""], r"modules_to_save must be a list of names, not \[''\]"),
-    ([1], r"modules_to_save must be a list of names, not \[1\]"),
-    (["classifier", "clasifier"], r"modules_to_save \['clasifier'\] matches no layer.*did you mean: classifier"),
-    (["dropout"], "has no parameters in dropout to train"),
-    (["attention"], r"\['attention'\] has all that target \['query'\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ("classifier", "modules_to_save must be a list of names, not 'classifier'"),
+        ([""], r"modules_to_save must be a list of names, not \[''\]"),
+        ([1], r"modules_to_save must be a list of names, not \[1\]"),
+        (["classifier", "clasifier"], r"modules_to_save \['clasifier'\] matches no layer.*did you mean: classifier"),
+        (["dropout"], "has no parameters in dropout to train"),
+        (["attention"], r"\['attention'\] has all that target \['query'\]"),
+    ],
+)
 def test_bad_names_raise_and_change_nothing(names, message):
     model = models.bert()
     before = [type(m) for m in model.modules()]
@@ -128,11 +136,14 @@ def test_codes_cannot_train_whole():
         peftops.attach(model, LoRAConfig(r=4, modules_to_save=["pooler"]), name="second")
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop(HEAD), "does not fit: classifier.weight is missing"),
-    (lambda t: (t.pop(HEAD), t.pop(HEAD.replace("weight", "bias"))), "does not fit: classifier.weight is missing"),
-    (lambda t: t.update({HEAD: torch.zeros(3, 64)}), r"classifier.weight has shape \[3, 64\], expected \[2, 64\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop(HEAD), "does not fit: classifier.weight is missing"),
+        (lambda t: (t.pop(HEAD), t.pop(HEAD.replace("weight", "bias"))), "does not fit: classifier.weight is missing"),
+        (lambda t: t.update({HEAD: torch.zeros(3, 64)}), r"classifier.weight has shape \[3, 64\], expected \[2, 64\]"),
+    ],
+)
 def test_a_file_whose_head_does_not_fit_raises(saved, change, message):
     change_tensors(saved, change)
     with pytest.raises(ValueError, match=message):
@@ -169,11 +180,14 @@ def test_a_pool_holds_no_head(saved):
 
 
 HEADS = [
-    (models.bert, LoRAConfig(r=2), "classifier"), (models.vit, LoRAConfig(r=2), "classifier"),
+    (models.bert, LoRAConfig(r=2), "classifier"),
+    (models.vit, LoRAConfig(r=2), "classifier"),
     (models.bert, peftops.TopLayersConfig(layers=1), "classifier"),
     (models.bert, peftops.SurgicalConfig(), "classifier"),
-    (models.llama, LoRAConfig(r=2), None), (models.mlp, LoRAConfig(r=2), None),
-    (models.bert, peftops.HeadOnlyConfig(), None), (models.bert, LoRAConfig(r=2, modules_to_save=["classifier"]), None),
+    (models.llama, LoRAConfig(r=2), None),
+    (models.mlp, LoRAConfig(r=2), None),
+    (models.bert, peftops.HeadOnlyConfig(), None),
+    (models.bert, LoRAConfig(r=2, modules_to_save=["classifier"]), None),
     (models.bert, LoRAConfig(r=2, target=["query", "classifier"]), None),
     (models.bert, peftops.TopLayersConfig(layers=1, head=True), None),
 ]

@@ -12,10 +12,17 @@ from peftops import HeadOnlyConfig, LoRAConfig, NormTuningConfig
 from peftops.attaching import adapted_layers
 
 ids = models.tokens()
-on_vocabulary = pytest.mark.parametrize("config", [
-    LoRAConfig(r=4, target=["lm_head"]), LoRAConfig(r=4, target=["embed_tokens"]), HeadOnlyConfig(),
-    LoRAConfig(r=4, modules_to_save=["embed_tokens"]), LoRAConfig(r=4, target=["embed_tokens", "lm_head"]),
-], ids=["head", "embedding", "head only", "whole embedding", "both"])  # fmt: skip
+on_vocabulary = pytest.mark.parametrize(
+    "config",
+    [
+        LoRAConfig(r=4, target=["lm_head"]),
+        LoRAConfig(r=4, target=["embed_tokens"]),
+        HeadOnlyConfig(),
+        LoRAConfig(r=4, modules_to_save=["embed_tokens"]),
+        LoRAConfig(r=4, target=["embed_tokens", "lm_head"]),
+    ],
+    ids=["head", "embedding", "head only", "whole embedding", "both"],
+)
 
 
 def trained(model, config):
@@ -70,11 +77,19 @@ def test_one_that_has_none_is(tmp_path):
     assert torch.equal(peftops.load(models.llama(), tmp_path)(ids).logits, want)
 
 
-@pytest.mark.parametrize("build, config", [
-    (models.llama, LoRAConfig(r=2)), (models.gpt2, LoRAConfig(r=2)), (models.bert, NormTuningConfig()),
-    (models.llama, LoRAConfig(r=2, target=["embed_tokens"])), (models.llama, peftops.LLaMAAdapterConfig(layers=1)),
-    (models.vit, LoRAConfig(r=2, target=["projection"])), (models.llama, peftops.QLoRAConfig(r=2)),
-], ids=lambda value: getattr(value, "__name__", type(value).__name__))  # fmt: skip
+@pytest.mark.parametrize(
+    "build, config",
+    [
+        (models.llama, LoRAConfig(r=2)),
+        (models.gpt2, LoRAConfig(r=2)),
+        (models.bert, NormTuningConfig()),
+        (models.llama, LoRAConfig(r=2, target=["embed_tokens"])),
+        (models.llama, peftops.LLaMAAdapterConfig(layers=1)),
+        (models.vit, LoRAConfig(r=2, target=["projection"])),
+        (models.llama, peftops.QLoRAConfig(r=2)),
+    ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
+)
 def test_any_attribute_can_be_asked_for(build, config):
     for path, layer in adapted_layers(peftops.attach(build(), config)):
         for name in ("weight", "bias", "in_features", "out_features", "num_embeddings", "anything"):

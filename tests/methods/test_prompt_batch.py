@@ -93,14 +93,29 @@ def with_other(config, **kw):
     return peftops.attach(model, config, name="other")
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: prompt_per_row(prompted(), ["z"]), "the model has no adapter named 'z'"),
-    (lambda: prompt_per_row(prompted(models.bert), ["a", None]), "the pooler of BertForSequenceClassification reads"),
-    (lambda: prompt_per_row(prompted(), []), "names must not be empty"),
-    (lambda: prompt_per_row(with_other(LoRAConfig(r=2)), ["a", "other"]), "needs prompts of PromptTuning on one body"),
-    (lambda: prompt_per_row(with_other(PrefixTuningConfig(tokens=2)), ["a", "other"]), "and 'other' is PrefixTuning"),
-    (lambda: prompt_per_row(peftops.attach(models.t5(), PromptTuningConfig(tokens=2), name="a"), ["a"]), "on one body"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: prompt_per_row(prompted(), ["z"]), "the model has no adapter named 'z'"),
+        (
+            lambda: prompt_per_row(prompted(models.bert), ["a", None]),
+            "the pooler of BertForSequenceClassification reads",
+        ),
+        (lambda: prompt_per_row(prompted(), []), "names must not be empty"),
+        (
+            lambda: prompt_per_row(with_other(LoRAConfig(r=2)), ["a", "other"]),
+            "needs prompts of PromptTuning on one body",
+        ),
+        (
+            lambda: prompt_per_row(with_other(PrefixTuningConfig(tokens=2)), ["a", "other"]),
+            "and 'other' is PrefixTuning",
+        ),
+        (
+            lambda: prompt_per_row(peftops.attach(models.t5(), PromptTuningConfig(tokens=2), name="a"), ["a"]),
+            "on one body",
+        ),
+    ],
+)
 def test_bad_input_gets_a_sentence(call, message):
     with pytest.raises((ValueError, TypeError), match=message), call():
         pass

@@ -56,11 +56,14 @@ def test_random():
     assert -0.5 <= prompt.min() < -0.45 and 0.45 < prompt.max() <= 0.5 and abs(prompt.mean()) < 0.02
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"init": "labels"}, "init='labels' needs 1 to 4 labels, one per token, not 0"),
-    ({"init": "labels", "labels": tuple("abcde")}, "init='labels' needs 1 to 4 labels, one per token, not 5"),
-    ({"init": "text", "text": "abc"}, "a prompt's text needs a tokenizer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"init": "labels"}, "init='labels' needs 1 to 4 labels, one per token, not 0"),
+        ({"init": "labels", "labels": tuple("abcde")}, "init='labels' needs 1 to 4 labels, one per token, not 5"),
+        ({"init": "text", "text": "abc"}, "a prompt's text needs a tokenizer"),
+    ],
+)
 def test_bad_input_gets_a_sentence(options, message):
     with pytest.raises(ValueError, match=message):
         started(tokens=4, **options)

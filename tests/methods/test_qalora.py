@@ -28,10 +28,15 @@ def test_merging_changes_the_zeros_alone(bits, pool):
     torch.testing.assert_close(model(VECTORS), want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options, sentence", [
-    ({"r": 0}, "r must be a whole number from 1"), ({"bits": 5}, "bits must be one of 2, 3, 4, 8, None, not 5"),
-    ({"group_size": 12}, "group_size must be one of 8,"), ({"pool": "max"}, "pool must be one of 'sum'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"r": 0}, "r must be a whole number from 1"),
+        ({"bits": 5}, "bits must be one of 2, 3, 4, 8, None, not 5"),
+        ({"group_size": 12}, "group_size must be one of 8,"),
+        ({"pool": "max"}, "pool must be one of 'sum'"),
+    ],
+)
 def test_wrong_options_get_a_sentence(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         QALoRAConfig(**options)

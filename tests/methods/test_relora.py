@@ -90,8 +90,12 @@ def test_a_restart_on_nf4_quantises_again_and_says_so():
 def test_everything_else_trains_in_full_or_nothing_of_it():
     model = trained(models.llama)[0]
     names = {n for n, p in model.named_parameters() if p.requires_grad}
-    full = {"model.embed_tokens.adapters.default.weight", "lm_head.adapters.default.weight",
-            "model.norm.adapters.default.weight", "model.layers.1.input_layernorm.adapters.default.weight"}  # fmt: skip
+    full = {
+        "model.embed_tokens.adapters.default.weight",
+        "lm_head.adapters.default.weight",
+        "model.norm.adapters.default.weight",
+        "model.layers.1.input_layernorm.adapters.default.weight",
+    }
     assert full <= names
     linears = {n for n in names if n.endswith(("lora_A", "lora_B"))}
     assert len(linears) == 28 and names - linears == {n for n in names if n.endswith("default.weight")}
@@ -153,8 +157,17 @@ def test_what_the_optimizer_forgets(how, ratio):
 
 
 def test_the_jagged_cosine():
-    want = {0: 0, 250: 0.5, 500: 1.0, 4999: 0.886878, 5000: 0.0, 5050: 0.440989, 5100: 0.881979, 10100: 0.560874,
-            19999: 0.1}  # fmt: skip
+    want = {
+        0: 0,
+        250: 0.5,
+        500: 1.0,
+        4999: 0.886878,
+        5000: 0.0,
+        5050: 0.440989,
+        5100: 0.881979,
+        10100: 0.560874,
+        19999: 0.1,
+    }
     for step, value in want.items():
         assert relora_schedule(step, 20_000, every=5000) == pytest.approx(value, abs=1e-6), step
     # A run that goes on 1,000 steps after a restart: none at its step 4,000, the first after `every` of its own.
@@ -162,22 +175,32 @@ def test_the_jagged_cosine():
     assert relora_schedule(9000, 20_000, every=5000, offset=1000) == 0
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: ReLoRAConfig(every=0), "every must be a whole number from 1, not 0"),
-    (lambda: ReLoRAConfig(prune="zero"), "prune must be one of 'reset', 'random', 'magnitude', not 'zero'"),
-    (lambda: ReLoRAConfig(prune_ratio=1), r"prune_ratio must be a number in \[0, 1\), not 1"),
-    (lambda: ReLoRAConfig(r=0), "r must be a whole number from 1"),
-    (lambda: peftops.attach(models.llama(), ReLoRAConfig(r=4, target=["lm_head"])), "lm_head shares its weight with"),
-    (lambda: relora_schedule(0, 100, every=30, restart_warmup=5, warmup=5), "total must be a multiple of every=30"),
-    (lambda: relora_schedule(0, 100, every=50, restart_warmup=5, warmup=5, floor=0), "floor must be above 0"),
-    (lambda: relora_schedule(0, 100, every=50, restart_warmup=5, warmup=51),
-     r"warmup must be a whole number in \[0, 51\)"),
-    (lambda: relora_step(peftops.attach(models.mlp(), peftops.LoRAConfig()), None, 1), "needs an active ReLoRA"),
-    (lambda: prune_state(None, [], "some"), "how must be one of"),
-    (lambda: relora_step(peftops.attach(trained()[0], peftops.ReLoRAConfig(r=2), name="b"), None, 1000),
-     "must be the only one, and unmerged"),
-    (lambda: _merged_and_restarted(), "must be the only one, and unmerged"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: ReLoRAConfig(every=0), "every must be a whole number from 1, not 0"),
+        (lambda: ReLoRAConfig(prune="zero"), "prune must be one of 'reset', 'random', 'magnitude', not 'zero'"),
+        (lambda: ReLoRAConfig(prune_ratio=1), r"prune_ratio must be a number in \[0, 1\), not 1"),
+        (lambda: ReLoRAConfig(r=0), "r must be a whole number from 1"),
+        (
+            lambda: peftops.attach(models.llama(), ReLoRAConfig(r=4, target=["lm_head"])),
+            "lm_head shares its weight with",
+        ),
+        (lambda: relora_schedule(0, 100, every=30, restart_warmup=5, warmup=5), "total must be a multiple of every=30"),
+        (lambda: relora_schedule(0, 100, every=50, restart_warmup=5, warmup=5, floor=0), "floor must be above 0"),
+        (
+            lambda: relora_schedule(0, 100, every=50, restart_warmup=5, warmup=51),
+            r"warmup must be a whole number in \[0, 51\)",
+        ),
+        (lambda: relora_step(peftops.attach(models.mlp(), peftops.LoRAConfig()), None, 1), "needs an active ReLoRA"),
+        (lambda: prune_state(None, [], "some"), "how must be one of"),
+        (
+            lambda: relora_step(peftops.attach(trained()[0], peftops.ReLoRAConfig(r=2), name="b"), None, 1000),
+            "must be the only one, and unmerged",
+        ),
+        (lambda: _merged_and_restarted(), "must be the only one, and unmerged"),
+    ],
+)
 def test_bad_input_gets_a_sentence(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -165,6 +165,9 @@ def test_only_the_chosen_block_moves():
     x, y = images(16, 3)
     before, model = trained(), tuned([1], x, y, steps=3)
     merged = peftops.detach(peftops.merge(model) and model, merged=True)
-    moved = {n.split(".")[0] for (n, p), q in zip(merged.named_parameters(), before.parameters(), strict=True)
-             if not torch.equal(p, q)}  # fmt: skip
+    moved = {
+        n.split(".")[0]
+        for (n, p), q in zip(merged.named_parameters(), before.parameters(), strict=True)
+        if not torch.equal(p, q)
+    }
     assert moved == {"1"}

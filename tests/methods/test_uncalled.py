@@ -41,12 +41,26 @@ def wavlm():
     from transformers import WavLMConfig, WavLMModel
 
     torch.manual_seed(0)
-    return WavLMModel(WavLMConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, conv_dim=(16,),
-        conv_kernel=(3,), conv_stride=(2,), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
-        num_feat_extract_layers=1, hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
-        feat_proj_dropout=0.0, layerdrop=0.0, mask_time_prob=0.0,
-    ))  # fmt: skip
+    return WavLMModel(
+        WavLMConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            conv_dim=(16,),
+            conv_kernel=(3,),
+            conv_stride=(2,),
+            num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+            num_feat_extract_layers=1,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            activation_dropout=0.0,
+            feat_proj_dropout=0.0,
+            layerdrop=0.0,
+            mask_time_prob=0.0,
+        )
+    )
 
 
 def mamba():
@@ -101,8 +115,12 @@ def test_by_its_name_such_a_layer_is_refused(build):
     _, name, norm = CASES[build]
     model = build()
     before = copy.deepcopy(model.state_dict())
-    for config in (LoRAConfig(r=4, target=[name]), LoRAConfig(r=4, modules_to_save=[name]),
-                   LoRAConfig(r=4, target=f".*{name}"), *([NormTuningConfig([norm])] if norm else [])):  # fmt: skip
+    for config in (
+        LoRAConfig(r=4, target=[name]),
+        LoRAConfig(r=4, modules_to_save=[name]),
+        LoRAConfig(r=4, target=f".*{name}"),
+        *([NormTuningConfig([norm])] if norm else []),
+    ):
         with pytest.raises(TypeError, match="whose weights [A-Za-z]+ reads by itself"):
             peftops.attach(model, config)
     assert not hasattr(model, "_peftops") and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

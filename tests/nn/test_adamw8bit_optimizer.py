@@ -286,18 +286,21 @@ def test_trains_as_adamw_does():
     assert ((ours - theirs).abs()[-20:] < 0.05 * theirs[0]).all(), (ours, theirs)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"lr": -1.0}, "lr must be a number from 0, not -1.0"),
-    ({"lr": torch.tensor(0.1)}, "lr must be a number from 0, not tensor"),
-    ({"eps": 0}, "eps must be a number above 0, not 0"),
-    ({"weight_decay": float("nan")}, "weight_decay must be a number from 0, not nan"),
-    ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), not \(0.9, 1.0\)"),
-    ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\), not 0.9"),
-    ({"block_size": 100}, "block_size must be a power of two from 32 to 4096, not 100"),
-    ({"block_size": 8192}, "block_size must be a power of two from 32 to 4096, not 8192"),
-    ({"min_8bit_size": -1}, "min_8bit_size must be a whole number from 0, not -1"),
-    ({"min_8bit_size": 0.5}, "min_8bit_size must be a whole number from 0, not 0.5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"lr": -1.0}, "lr must be a number from 0, not -1.0"),
+        ({"lr": torch.tensor(0.1)}, "lr must be a number from 0, not tensor"),
+        ({"eps": 0}, "eps must be a number above 0, not 0"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a number from 0, not nan"),
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), not \(0.9, 1.0\)"),
+        ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\), not 0.9"),
+        ({"block_size": 100}, "block_size must be a power of two from 32 to 4096, not 100"),
+        ({"block_size": 8192}, "block_size must be a power of two from 32 to 4096, not 8192"),
+        ({"min_8bit_size": -1}, "min_8bit_size must be a whole number from 0, not -1"),
+        ({"min_8bit_size": 0.5}, "min_8bit_size must be a whole number from 0, not 0.5"),
+    ],
+)
 def test_bad_options(options, message):
     ps = parameters((4, 4))
     with pytest.raises(ValueError, match=message):

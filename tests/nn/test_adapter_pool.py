@@ -36,8 +36,7 @@ class Pool(RuleBasedStateMachine):
     def room(self, pages, slots, order, spare=()):
         """The order that is left once there is room, or None if there cannot be."""
         order, idle = list(order), [o for o in order if not self.pins[o] and o not in spare]
-        short = lambda: (PAGES - len(self.lent) - sum(self.need[o] for o in order) < pages
-                         or SLOTS - len(order) < slots)  # fmt: skip
+        short = lambda: PAGES - len(self.lent) - sum(self.need[o] for o in order) < pages or SLOTS - len(order) < slots
         while short():
             if not idle:
                 return None
@@ -62,8 +61,13 @@ class Pool(RuleBasedStateMachine):
         self.order = [*order, name]
         return got
 
-    @rule(name=names, rank=st.integers(1, 3), seed=st.integers(0, 99), trainable=st.booleans(),
-          part=st.sampled_from([["p"], ["q"], ["p", "q"], ["q", "p"], []]))  # fmt: skip
+    @rule(
+        name=names,
+        rank=st.integers(1, 3),
+        seed=st.integers(0, 99),
+        trainable=st.booleans(),
+        part=st.sampled_from([["p"], ["q"], ["p", "q"], ["q", "p"], []]),
+    )
     def add(self, name, rank, part, seed, trainable):
         factors = {key: pair(*LAYERS[key], rank, seed) for key in part}
         if name in self.known:

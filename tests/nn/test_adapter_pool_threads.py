@@ -16,8 +16,10 @@ from strategies import normal
 def test_threads_load_prefetch_allocate_and_run(dtype):
     """More adapters than slots, so that every batch evicts; each result is that of a pool that evicts nothing."""
     factors = [pair(64, 64, 2, 10 * i) for i in range(8)]
-    pools = [peftops.AdapterPool({"layer": (64, 64)}, pages=p, slots=s, page_size=64, dtype=dtype)
-             for p, s in ((32, 8), (24, 6))]  # fmt: skip
+    pools = [
+        peftops.AdapterPool({"layer": (64, 64)}, pages=p, slots=s, page_size=64, dtype=dtype)
+        for p, s in ((32, 8), (24, 6))
+    ]
     for pool in pools:
         for i, f in enumerate(factors):
             pool.add(str(i), {"layer": f})
@@ -86,8 +88,10 @@ def held_up_pool():
 
 def in_background(*calls):
     got = [Future() for _ in calls]
-    threads = [threading.Thread(target=lambda f=f, call=call: f.set_result(call()), daemon=True)
-               for f, call in zip(got, calls, strict=True)]  # fmt: skip
+    threads = [
+        threading.Thread(target=lambda f=f, call=call: f.set_result(call()), daemon=True)
+        for f, call in zip(got, calls, strict=True)
+    ]
     for t in threads:
         t.start()
         t.join(0.2)

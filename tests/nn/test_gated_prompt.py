@@ -16,8 +16,16 @@ from peftops.nn import gated_prompt
 from peftops.nn.gated_prompt import GatedPrompt, check_attention, is_attention
 from peftops.nn.prompt import cache_name
 
-SMALL = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 2}  # fmt: skip
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 2,
+}
 MODELS = {
     "llama": lambda: transformers.LlamaConfig(**SMALL),
     "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=4),

@@ -25,10 +25,14 @@ def test_a_linear_layer_computes_with_the_weight_it_stands_for(bias):
     assert torch.equal(other(x), layer(x))
 
 
-@pytest.mark.parametrize("kind, quantise, op", [
-    (GroupLinear, partial(peftops.group_quantize, group_size=128), peftops.group_linear),
-    (NF4Linear, peftops.nf4_quantize, peftops.nf4_linear),
-], ids=["group", "nf4"])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, quantise, op",
+    [
+        (GroupLinear, partial(peftops.group_quantize, group_size=128), peftops.group_linear),
+        (NF4Linear, peftops.nf4_quantize, peftops.nf4_linear),
+    ],
+    ids=["group", "nf4"],
+)
 def test_int8_is_asked_for(kind, quantise, op):
     layer = kind(quantise(torch.randn(40, 256)), compute="int8")
     x, A, B = torch.randn(9, 256), torch.randn(2, 256), torch.randn(40, 2)
@@ -38,10 +42,18 @@ def test_int8_is_asked_for(kind, quantise, op):
     assert torch.equal(low_rank(layer, x, A, B, 1.0), op(x, layer.weight, lora_A=A, lora_B=B, compute="int8"))
 
 
-@pytest.mark.parametrize("kernel", [{"kernel_size": 1}, {"kernel_size": 1, "stride": 2},
-                                    {"kernel_size": 1, "padding": 1},
-                                    {"kernel_size": 3, "padding": 1}, {"kernel_size": (2, 4), "stride": (2, 1)},
-                                    {"kernel_size": 3, "dilation": 2, "padding": (0, 3)}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        {"kernel_size": 1},
+        {"kernel_size": 1, "stride": 2},
+        {"kernel_size": 1, "padding": 1},
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": (2, 4), "stride": (2, 1)},
+        {"kernel_size": 3, "dilation": 2, "padding": (0, 3)},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("batch", [(2,), ()])
 def test_a_convolution_is_that_of_the_weight_it_stands_for(kernel, batch):
     conv = nn.Conv2d(32, 24, **kernel)
@@ -68,10 +80,16 @@ def test_bad_convolutions():
 
 
 METHODS = [
-    peftops.LoRAConfig(r=4), peftops.LoRAConfig(r=4, dropout=0.1), peftops.DoRAConfig(r=4), peftops.IA3Config(),
-    peftops.VeRAConfig(r=8), peftops.MultiLoRAConfig(r=4), peftops.TiedLoRAConfig(r=4), peftops.GLoRAConfig(r=4),
+    peftops.LoRAConfig(r=4),
+    peftops.LoRAConfig(r=4, dropout=0.1),
+    peftops.DoRAConfig(r=4),
+    peftops.IA3Config(),
+    peftops.VeRAConfig(r=8),
+    peftops.MultiLoRAConfig(r=4),
+    peftops.TiedLoRAConfig(r=4),
+    peftops.GLoRAConfig(r=4),
     peftops.LoRAFAConfig(r=4),
-]  # fmt: skip
+]
 
 
 @pytest.mark.filterwarnings("ignore:.*layers merged")

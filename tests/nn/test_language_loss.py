@@ -66,12 +66,22 @@ def capped():
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
-    return Gemma2ForCausalLM(Gemma2Config(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-                                          num_attention_heads=2, num_key_value_heads=1, head_dim=16))  # fmt: skip
+    return Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+        )
+    )
 
 
-@pytest.mark.parametrize("make, is_split", [(models.llama, True), (models.gpt2, True), (capped, False)],
-                         ids=["llama", "gpt2", "gemma2"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, is_split", [(models.llama, True), (models.gpt2, True), (capped, False)], ids=["llama", "gpt2", "gemma2"]
+)
 def test_a_language_model_has_its_own_loss(monkeypatch, make, is_split):
     """Whatever it does to its logits: a cap on them is seen."""
     monkeypatch.setattr(PIECES, 300)
@@ -103,9 +113,16 @@ def test_a_cap_costs_no_logits_before_the_first_label():
         torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("config", [peftops.LoRAConfig(r=2), peftops.PromptTuningConfig(tokens=3),
-                                    peftops.PrefixTuningConfig(tokens=3), peftops.HeadOnlyConfig()],
-                         ids=lambda c: type(c).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        peftops.LoRAConfig(r=2),
+        peftops.PromptTuningConfig(tokens=3),
+        peftops.PrefixTuningConfig(tokens=3),
+        peftops.HeadOnlyConfig(),
+    ],
+    ids=lambda c: type(c).__name__,
+)
 def test_methods_change_it_as_they_change_the_model(config):
     model = models.llama()
     peftops.attach(model, config)

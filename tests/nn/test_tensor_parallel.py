@@ -33,17 +33,20 @@ def both(parallel, scheme, world, x, W, shards):
         Ws, us = W.chunk(world), [F.linear(x, A) for A, _ in shards]
         sent = [u.numel() for u in us] if scheme == "slora" else []
         if scheme == "slora":
-            return [column_parallel_lora(F.linear(x, w), x, A, B, SCALE, gather=lambda u, us=us: us)
-                    for w, (A, B) in zip(Ws, shards, strict=True)], sent  # fmt: skip
+            return [
+                column_parallel_lora(F.linear(x, w), x, A, B, SCALE, gather=lambda u, us=us: us)
+                for w, (A, B) in zip(Ws, shards, strict=True)
+            ], sent
         return [F.linear(x, w) + SCALE * F.linear(u, B) for w, u, (_, B) in zip(Ws, us, shards, strict=True)], sent
     xs, Ws = x.chunk(world, -1), W.chunk(world, -1)
     us = [F.linear(xi, A) for xi, (A, _) in zip(xs, shards, strict=True)]
     if scheme == "slora":
         sent = [u.numel() for u in us]
-        return [row_parallel_lora(F.linear(xi, w), xi, A, B, SCALE, rank=i, reduce=lambda _, us=us: sum(us))
-                for i, (xi, w, (A, B)) in enumerate(zip(xs, Ws, shards, strict=True))], sent  # fmt: skip
-    return [F.linear(xi, w) + SCALE * F.linear(u, B)
-            for xi, w, u, (_, B) in zip(xs, Ws, us, shards, strict=True)], sent  # fmt: skip
+        return [
+            row_parallel_lora(F.linear(xi, w), xi, A, B, SCALE, rank=i, reduce=lambda _, us=us: sum(us))
+            for i, (xi, w, (A, B)) in enumerate(zip(xs, Ws, shards, strict=True))
+        ], sent
+    return [F.linear(xi, w) + SCALE * F.linear(u, B) for xi, w, u, (_, B) in zip(xs, Ws, us, shards, strict=True)], sent
 
 
 @parallels

@@ -51,8 +51,15 @@ def same(got, want):
     )
 
 
-@given(sizes=sizes, block=st.one_of(st.none(), blocks), dtype=dtypes, grad_dtype=dtypes, seed=seeds,
-       bad=st.lists(st.sampled_from(BAD), max_size=3), beta1=st.sampled_from([0.0, 0.4, 0.9]))  # fmt: skip
+@given(
+    sizes=sizes,
+    block=st.one_of(st.none(), blocks),
+    dtype=dtypes,
+    grad_dtype=dtypes,
+    seed=seeds,
+    bad=st.lists(st.sampled_from(BAD), max_size=3),
+    beta1=st.sampled_from([0.0, 0.4, 0.9]),
+)
 def test_matches_reference_to_the_bit(device, sizes, block, dtype, grad_dtype, seed, bad, beta1):
     torch.manual_seed(seed)
     if sim.active:
@@ -178,23 +185,38 @@ def test_same_bits_for_any_number_of_threads(device, threads):
 def arguments(device, n=300, block=32):
     first, second, *absmax = (t.to(device) for t in fresh(n, block))
     p, g = (normal((n,), torch.float32, seed).to(device) for seed in (0, 1))
-    return dict(parameters=[p], grads=[g], exp_avg=[first], exp_avg_sq=[second], exp_avg_absmax=[absmax[0]],
-                exp_avg_sq_absmax=[absmax[1]], block_size=block, step=1, **OPTIONS)  # fmt: skip
+    return dict(
+        parameters=[p],
+        grads=[g],
+        exp_avg=[first],
+        exp_avg_sq=[second],
+        exp_avg_absmax=[absmax[0]],
+        exp_avg_sq_absmax=[absmax[1]],
+        block_size=block,
+        step=1,
+        **OPTIONS,
+    )
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"grads": []}, "grads must be 1 tensors, as the parameters are, not 0"),
-    ({"exp_avg_absmax": []}, "exp_avg_absmax must be 1 tensors"),
-    ({"block_size": 48}, "block_size must be a power of two from 32 to 4096, not 48"),
-    ({"step": 0}, "step must be 1 or more, not 0"),
-    ({"grads": [torch.zeros(300, dtype=torch.float64)]}, "grads must be float32, bfloat16 or float16, not Double"),
-    ({"grads": [torch.zeros(299)]}, "grads must have 300 elements, not 299"),
-    ({"grads": [torch.zeros(600)[::2]]}, r"grads must be contiguous, its shape is \[300\]"),
-    ({"parameters": [torch.zeros(300, dtype=torch.int32)]}, "parameters must be float32, bfloat16 or float16, not Int"),
-    ({"exp_avg": [torch.zeros(300)]}, "exp_avg must be Byte, not Float"),
-    ({"exp_avg_sq": [torch.zeros(300, dtype=torch.uint8)]}, "exp_avg_sq must have 320 elements, not 300"),
-    ({"exp_avg_sq_absmax": [torch.zeros(9)]}, "exp_avg_sq_absmax must have 10 elements, not 9"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"grads": []}, "grads must be 1 tensors, as the parameters are, not 0"),
+        ({"exp_avg_absmax": []}, "exp_avg_absmax must be 1 tensors"),
+        ({"block_size": 48}, "block_size must be a power of two from 32 to 4096, not 48"),
+        ({"step": 0}, "step must be 1 or more, not 0"),
+        ({"grads": [torch.zeros(300, dtype=torch.float64)]}, "grads must be float32, bfloat16 or float16, not Double"),
+        ({"grads": [torch.zeros(299)]}, "grads must have 300 elements, not 299"),
+        ({"grads": [torch.zeros(600)[::2]]}, r"grads must be contiguous, its shape is \[300\]"),
+        (
+            {"parameters": [torch.zeros(300, dtype=torch.int32)]},
+            "parameters must be float32, bfloat16 or float16, not Int",
+        ),
+        ({"exp_avg": [torch.zeros(300)]}, "exp_avg must be Byte, not Float"),
+        ({"exp_avg_sq": [torch.zeros(300, dtype=torch.uint8)]}, "exp_avg_sq must have 320 elements, not 300"),
+        ({"exp_avg_sq_absmax": [torch.zeros(9)]}, "exp_avg_sq_absmax must have 10 elements, not 9"),
+    ],
+)
 def test_bad_arguments(device, change, message):
     given = arguments(device)
     before = given["parameters"][0].clone()

@@ -67,8 +67,9 @@ every_format = pytest.mark.parametrize("form", FORMATS)
 class Experts:
     """A stack of layers and their rows: ``counts`` rows for each, and some more that are nobody's."""
 
-    def __init__(self, device, form, counts, n, k, dtype, seed, *, rest=2, r=0, bias=False, adapter=torch.float32,
-                 layout="plain"):  # fmt: skip
+    def __init__(
+        self, device, form, counts, n, k, dtype, seed, *, rest=2, r=0, bias=False, adapter=torch.float32, layout="plain"
+    ):
         make, self.kind, self.describe = FORMATS[form]
         experts, rows = len(counts), sum(counts) + rest
         draw = lambda shape, dtype, i: normal(shape, dtype, seed + i, device)
@@ -120,8 +121,18 @@ class Experts:
         assert not y[sum(self.counts) :].any() and not grads["x"][sum(self.counts) :].any()
 
 
-@given(data=st.data(), form=st.sampled_from(list(FORMATS)), counts=st.lists(st.integers(0, 12), min_size=1, max_size=5),
-       n=outs, k=ins, dtype=dtypes, bias=st.booleans(), rest=st.integers(0, 3), layout=layouts, seed=seeds)  # fmt: skip
+@given(
+    data=st.data(),
+    form=st.sampled_from(list(FORMATS)),
+    counts=st.lists(st.integers(0, 12), min_size=1, max_size=5),
+    n=outs,
+    k=ins,
+    dtype=dtypes,
+    bias=st.booleans(),
+    rest=st.integers(0, 3),
+    layout=layouts,
+    seed=seeds,
+)
 def test_matches_reference(device, data, form, counts, n, k, dtype, bias, rest, layout, seed):
     k = -(-k // GROUPS.get(form, 1)) * GROUPS.get(form, 1)
     r = data.draw(st.one_of(st.just(0), ranks), label="r")
@@ -167,8 +178,15 @@ def test_the_bits_of_each_layer_alone(device, form, n, k, dtype):
     op = getattr(peftops, f"{layers.weight.FORMAT}_linear")
     for (e, rows, layer), weight in zip(layers.each(), views(layers.weight), strict=True):
         for compute in ("int8", "float"):
-            own = op(layer.x, weight, layer.bias, lora_A=layer.lora_A, lora_B=layer.lora_B, scaling=layer.scaling,
-                     compute=compute)  # fmt: skip
+            own = op(
+                layer.x,
+                weight,
+                layer.bias,
+                lora_A=layer.lora_A,
+                lora_B=layer.lora_B,
+                scaling=layer.scaling,
+                compute=compute,
+            )
             assert torch.equal(layers(compute=compute)[rows], own)
         for name, grad in layer.gradients(own).items():
             if name != "bias":  # torch's own sum

@@ -29,8 +29,23 @@ def laid_out(t, how):
     return t
 
 
-def inputs(device, b, heads, kv_heads, s, k, d, dv, dtype=torch.float32, *, prompt_dtype=None, each=False, scalar=False,
-           how="heads first", seed=0):  # fmt: skip
+def inputs(
+    device,
+    b,
+    heads,
+    kv_heads,
+    s,
+    k,
+    d,
+    dv,
+    dtype=torch.float32,
+    *,
+    prompt_dtype=None,
+    each=False,
+    scalar=False,
+    how="heads first",
+    seed=0,
+):
     leaf = lambda shape, dtype, i: normal(shape, dtype, seed + i, device)
     lead = (b,) if each else ()
     values = (
@@ -92,26 +107,63 @@ def check(leaves, g, tanh=True, scale=None):
     size, extra = (over_queries((x * weight * p).mT @ g.abs()) for x in (1, 2 * eps))
     assert_sums(grads["prompt_value"], want["prompt_value"], size, queries + 2 * k + 20, extra)
     slope = 1 - weight**2 + 8 * FP32 if tanh else torch.ones_like(weight)  # 1 - tanh^2 errs absolutely
-    assert_sums(grads["gate"], want["gate"], over_heads(slope * mean), queries + 2 * k + dv + 10,
-                over_heads(slope * 2 * eps * mean) + 8 * FP32 * tanh * over_heads(mean))  # fmt: skip
+    assert_sums(
+        grads["gate"],
+        want["gate"],
+        over_heads(slope * mean),
+        queries + 2 * k + dv + 10,
+        over_heads(slope * 2 * eps * mean) + 8 * FP32 * tanh * over_heads(mean),
+    )
 
 
-@given(b=st.integers(0, 3), kv_heads=st.integers(1, 3), group=st.sampled_from([1, 2, 4]), s=row_counts, k=token_counts,
-       d=head_dims, dv=head_dims, dtype=dtypes, mixed=st.booleans(), each=st.booleans(), scalar=st.booleans(),
-       tanh=st.booleans(), scale=st.sampled_from([None, 0.3, 2.0]), how=layouts, seed=seeds)  # fmt: skip
+@given(
+    b=st.integers(0, 3),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 4]),
+    s=row_counts,
+    k=token_counts,
+    d=head_dims,
+    dv=head_dims,
+    dtype=dtypes,
+    mixed=st.booleans(),
+    each=st.booleans(),
+    scalar=st.booleans(),
+    tanh=st.booleans(),
+    scale=st.sampled_from([None, 0.3, 2.0]),
+    how=layouts,
+    seed=seeds,
+)
 def test_matches_reference(device, b, kv_heads, group, s, k, d, dv, dtype, mixed, each, scalar, tanh, scale, how, seed):
     prompt_dtype = torch.float32 if mixed else dtype
-    leaves = inputs(device, b, kv_heads * group, kv_heads, s, k, d, dv, dtype, prompt_dtype=prompt_dtype, each=each,
-                    scalar=scalar, how=how, seed=seed)  # fmt: skip
+    leaves = inputs(
+        device,
+        b,
+        kv_heads * group,
+        kv_heads,
+        s,
+        k,
+        d,
+        dv,
+        dtype,
+        prompt_dtype=prompt_dtype,
+        each=each,
+        scalar=scalar,
+        how=how,
+        seed=seed,
+    )
     check(leaves, laid_out(normal((b, kv_heads * group, s, dv), dtype, seed + 5, device), how), tanh, scale)
 
 
-@pytest.mark.parametrize("b, heads, kv_heads, s, k, d, dv", [
-    (2, 4, 2, 700, 10, 64, 64),  # several blocks of queries
-    (2, 20, 10, 40, 40, 64, 32),  # several blocks of heads; a prompt of several chunks
-    (1, 3, 3, 21, 20, 600, 1024),  # wide heads, and chunks of 16
-    (1, 1, 1, 1100, 33, 24, 20),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "b, heads, kv_heads, s, k, d, dv",
+    [
+        (2, 4, 2, 700, 10, 64, 64),  # several blocks of queries
+        (2, 20, 10, 40, 40, 64, 32),  # several blocks of heads; a prompt of several chunks
+        (1, 3, 3, 21, 20, 600, 1024),  # wide heads, and chunks of 16
+        (1, 1, 1, 1100, 33, 24, 20),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("each", [False, True])
 def test_matches_reference_beyond_one_block(device, b, heads, kv_heads, s, k, d, dv, each):
     leaves = inputs(device, b, heads, kv_heads, s, k, d, dv, torch.float32, each=each, how="rows first")
@@ -197,8 +249,13 @@ def test_is_an_attention_and_a_prompt(device, kv_heads, option):
     gate = normal((4,), torch.float32, 5, device).requires_grad_()
     mask = causal_mask(7, 9).to(device)
     low = torch.zeros(7, 9, device=device).masked_fill(~mask, -1e9)
-    options = {"causal": {"is_causal": True}, "bool mask": {"attn_mask": mask}, "float mask": {"attn_mask": low},
-               "scale": {"scale": 0.4}, "plain": {}}[option]  # fmt: skip
+    options = {
+        "causal": {"is_causal": True},
+        "bool mask": {"attn_mask": mask},
+        "float mask": {"attn_mask": low},
+        "scale": {"scale": 0.4},
+        "plain": {},
+    }[option]
     leaves = (query, key, value, *prompt, gate)
     y = peftops.gated_prompt_attention(*leaves, **options)
     out = F.scaled_dot_product_attention(query, key, value, enable_gqa=kv_heads < 4, **options)
@@ -241,8 +298,9 @@ def test_computes_what_peft_does(device):
     scores = gate * torch.softmax(query @ prompt_key.mT / d**0.5, -1)
     base = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     want = F.linear(joined(base), o_proj) + F.linear(joined(scores @ prompt_value), o_proj)
-    got = peftops.gated_prompt_attention(query, key, value, prompt_key, prompt_value, gate, gate_activation="none",
-                                         is_causal=True)  # fmt: skip
+    got = peftops.gated_prompt_attention(
+        query, key, value, prompt_key, prompt_value, gate, gate_activation="none", is_causal=True
+    )
     assert (F.linear(joined(got), o_proj) - want).abs().max() <= rounding(base @ torch.ones(d, device=device)) * 4
 
 

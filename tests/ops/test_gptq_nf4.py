@@ -29,10 +29,15 @@ def random(n, k, seed, dtype=torch.float32):
 
 @settings(max_examples=30)
 @given(
-    n=st.integers(1, 70), k=st.sampled_from([32, 64, 96, 100, 128, 192, 33]), seed=seeds, double=st.booleans(),
-    block_size=st.sampled_from([32, 64, 128, 512]), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    damping=st.sampled_from([None, 0.01, 1.0]), rows=st.sampled_from([0, 1, 5, 40, 300]),
-)  # fmt: skip
+    n=st.integers(1, 70),
+    k=st.sampled_from([32, 64, 96, 100, 128, 192, 33]),
+    seed=seeds,
+    double=st.booleans(),
+    block_size=st.sampled_from([32, 64, 128, 512]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    damping=st.sampled_from([None, 0.01, 1.0]),
+    rows=st.sampled_from([0, 1, 5, 40, 300]),
+)
 def test_never_worse_than_plain_nf4_and_in_its_layout(n, k, seed, double, block_size, dtype, damping, rows):
     weight, x = random(n, k, seed, dtype), calibration(rows, k, seed + 1)
     plain = peftops.nf4_quantize(weight, block_size=block_size, double_quant=double)
@@ -109,14 +114,17 @@ def test_bitsandbytes_dequantises_the_same_bits(dtype, double):
     assert theirs.dtype == dtype and torch.equal(peftops.nf4_dequantize(got), theirs)
 
 
-@pytest.mark.parametrize("rows, words", [
-    (lambda x: x[:0], "there are no calibration rows"),
-    (lambda x: x[:1], "1 calibration rows are too few for 64 inputs"),
-    (lambda x: x[:7], "7 calibration rows are too few for 64 inputs"),
-    (lambda x: x[:1].expand(300, 64), "the calibration rows have 1 directions, too few for 64 inputs"),
-    (lambda x: x[:, :3] @ torch.randn(3, 64), "the calibration rows have [34] directions, too few for 64 inputs"),
-    (lambda x: torch.zeros(300, 64), "the calibration rows are all 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        (lambda x: x[:0], "there are no calibration rows"),
+        (lambda x: x[:1], "1 calibration rows are too few for 64 inputs"),
+        (lambda x: x[:7], "7 calibration rows are too few for 64 inputs"),
+        (lambda x: x[:1].expand(300, 64), "the calibration rows have 1 directions, too few for 64 inputs"),
+        (lambda x: x[:, :3] @ torch.randn(3, 64), "the calibration rows have [34] directions, too few for 64 inputs"),
+        (lambda x: torch.zeros(300, 64), "the calibration rows are all 0"),
+    ],
+)
 def test_inputs_that_tell_nothing_give_plain_nf4_and_a_warning(rows, words):
     weight, x = random(16, 64, 0), calibration(300, 64, 1)
     with pytest.warns(UserWarning, match=f"gptq_quantize: {words}: this is plain NF4"):

@@ -25,19 +25,51 @@ class TestGroupLinear(PackedLinearTests, Int8Tests):
     name, layer = "group_linear", partial(GroupLayer, pool=None)
 
 
-@given(n=outs, group_k=grouped_ins(), lead=leads, bits=bit_widths, dtype=dtypes, bias=st.booleans(), layout=layouts,
-       offset=st.sampled_from([0.0, 0.0, 5.0, -300.0]), seed=seeds)  # fmt: skip
+@given(
+    n=outs,
+    group_k=grouped_ins(),
+    lead=leads,
+    bits=bit_widths,
+    dtype=dtypes,
+    bias=st.booleans(),
+    layout=layouts,
+    offset=st.sampled_from([0.0, 0.0, 5.0, -300.0]),
+    seed=seeds,
+)
 def test_matches_reference(device, n, group_k, lead, bits, dtype, bias, layout, offset, seed):
     group, k = group_k
     GroupLayer(device, n, k, lead, dtype, seed, bits=bits, group=group, bias=bias, layout=layout, offset=offset).check()
 
 
-@given(n=outs, group_k=grouped_ins(), lead=leads, bits=bit_widths, dtype=dtypes, adapter=dtypes, r=ranks,
-       bias=st.booleans(), layout=layouts, seed=seeds)  # fmt: skip
+@given(
+    n=outs,
+    group_k=grouped_ins(),
+    lead=leads,
+    bits=bit_widths,
+    dtype=dtypes,
+    adapter=dtypes,
+    r=ranks,
+    bias=st.booleans(),
+    layout=layouts,
+    seed=seeds,
+)
 def test_matches_reference_with_a_low_rank_term(device, n, group_k, lead, bits, dtype, adapter, r, bias, layout, seed):
     group, k = group_k
-    GroupLayer(device, n, k, lead, dtype, seed, bits=bits, group=group, bias=bias, layout=layout, r=r, pool=None,
-               adapter=adapter).check()  # fmt: skip
+    GroupLayer(
+        device,
+        n,
+        k,
+        lead,
+        dtype,
+        seed,
+        bits=bits,
+        group=group,
+        bias=bias,
+        layout=layout,
+        r=r,
+        pool=None,
+        adapter=adapter,
+    ).check()
 
 
 @given(n=outs, group_k=grouped_ins(), m=rows, dtype=dtypes, r=ranks, p=st.sampled_from([0.1, 0.5]), seed=seeds)
@@ -54,17 +86,40 @@ def test_dropout_matches_reference(device, n, group_k, m, dtype, r, p, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(300, 320, 576, 32), (270, 288, 544, 16), (257, 96, 40, 8), (2, 40, 9088, 64),
-                                   (3, 40, 12288, 4096), (20, 40, 8192, 4096)])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (300, 320, 576, 32),
+        (270, 288, 544, 16),
+        (257, 96, 40, 8),
+        (2, 40, 9088, 64),
+        (3, 40, 12288, 4096),
+        (20, 40, 8192, 4096),
+    ],
+)
 def test_matches_reference_beyond_one_block(device, dtype, shape):
     """More rows, columns, depth and group than one task, panel and packed piece of x hold."""
     m, n, k, group = shape
     GroupLayer(device, n, k, (m,), dtype, 7, group=group, bias=True).check()
 
 
-@pytest.mark.parametrize("bits, group, k", [(2, 32, 256), (2, 64, 384), (2, 256, 256), (3, 64, 512), (3, 512, 512),
-                                            (4, 16, 2112), (4, 32, 320), (4, 64, 192), (4, 1024, 1024), (8, 8, 1056),
-                                            (8, 16, 96), (8, 128, 384)])  # fmt: skip
+@pytest.mark.parametrize(
+    "bits, group, k",
+    [
+        (2, 32, 256),
+        (2, 64, 384),
+        (2, 256, 256),
+        (3, 64, 512),
+        (3, 512, 512),
+        (4, 16, 2112),
+        (4, 32, 320),
+        (4, 64, 192),
+        (4, 1024, 1024),
+        (8, 8, 1056),
+        (8, 16, 96),
+        (8, 128, 384),
+    ],
+)
 @pytest.mark.parametrize("m, dtype", [(1, torch.bfloat16), (9, torch.half), (16, torch.bfloat16), (35, torch.half)])
 def test_whole_chunks_of_every_width(device, bits, group, k, m, dtype):
     """What CUDA multiplies on tensor cores: groups of a chunk, a half, a quarter; more than are staged at once."""
@@ -115,12 +170,37 @@ def test_bad_input(device):
 
 
 @on_any_cuda
-@given(n=outs, group_k=grouped_ins(), m=rows, bits=bit_widths, dtype=dtypes, r=st.sampled_from([0, 3, 16]),
-       pool=st.sampled_from([None, "sum"]), bias=st.booleans(), layout=layouts, seed=seeds)  # fmt: skip
+@given(
+    n=outs,
+    group_k=grouped_ins(),
+    m=rows,
+    bits=bit_widths,
+    dtype=dtypes,
+    r=st.sampled_from([0, 3, 16]),
+    pool=st.sampled_from([None, "sum"]),
+    bias=st.booleans(),
+    layout=layouts,
+    seed=seeds,
+)
 def test_by_library_matches_reference(device, n, group_k, m, bits, dtype, r, pool, bias, layout, seed):
     group, k = group_k
-    check_by_library(GroupLayer(device, n, k, (m,), dtype, seed, bits=bits, group=group, r=r, pool=pool, bias=bias,
-                                adapter=torch.float32, layout=layout))  # fmt: skip
+    check_by_library(
+        GroupLayer(
+            device,
+            n,
+            k,
+            (m,),
+            dtype,
+            seed,
+            bits=bits,
+            group=group,
+            r=r,
+            pool=pool,
+            bias=bias,
+            adapter=torch.float32,
+            layout=layout,
+        )
+    )
 
 
 @on_any_cuda
@@ -158,8 +238,17 @@ def int8_error(layer):
     return (step / 2 * (1 + 4 * FP32)) @ layer.dense.abs().T
 
 
-@given(n=outs, group_k=grouped_ins(), m=rows, bits=bit_widths, dtype=dtypes, bias=st.booleans(), layout=layouts,
-       offset=st.sampled_from([0.0, 0.0, 5.0]), seed=seeds)  # fmt: skip
+@given(
+    n=outs,
+    group_k=grouped_ins(),
+    m=rows,
+    bits=bit_widths,
+    dtype=dtypes,
+    bias=st.booleans(),
+    layout=layouts,
+    offset=st.sampled_from([0.0, 0.0, 5.0]),
+    seed=seeds,
+)
 def test_int8_matches_reference(device, n, group_k, m, bits, dtype, bias, layout, offset, seed):
     group, k = group_k
     layer = GroupLayer(device, n, k, (m,), dtype, seed, bits=bits, group=group, bias=bias, layout=layout, offset=offset)

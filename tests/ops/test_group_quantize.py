@@ -11,8 +11,16 @@ from strategies import bit_widths, dtypes, grouped_ins, layouts, normal, seeds, 
 some_rows = st.sampled_from([1, 2, 3, 5, 16, 17])
 
 
-@given(n=some_rows, group_k=grouped_ins(), bits=bit_widths, symmetric=st.booleans(), dtype=dtypes, layout=layouts,
-       seed=seeds, spread=st.booleans())  # fmt: skip
+@given(
+    n=some_rows,
+    group_k=grouped_ins(),
+    bits=bit_widths,
+    symmetric=st.booleans(),
+    dtype=dtypes,
+    layout=layouts,
+    seed=seeds,
+    spread=st.booleans(),
+)
 def test_matches_reference(device, n, group_k, bits, symmetric, dtype, layout, seed, spread):
     group, k = group_k
     weight = normal((n, k), dtype, seed)

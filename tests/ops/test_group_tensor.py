@@ -81,9 +81,16 @@ def test_casting_and_moving_leave_the_codes_alone():
     assert (moved.shape, moved.bits, moved.group_size) == ((48, 64), 4, 32)
 
 
-@pytest.mark.parametrize("operation", [
-    lambda w: w * 2, lambda w: w.t(), lambda w: w[0], lambda w: nn.functional.linear(x, w), lambda w: w.mul_(2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda w: w * 2,
+        lambda w: w.t(),
+        lambda w: w[0],
+        lambda w: nn.functional.linear(x, w),
+        lambda w: w.mul_(2),
+    ],
+)
 def test_an_operation_that_is_not_supported_raises_a_sentence(operation):
     with pytest.raises(NotImplementedError, match=r"not work on a GroupQuantTensor.*group_linear.*group_dequantize"):
         operation(Model().weight.data)

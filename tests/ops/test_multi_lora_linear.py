@@ -63,8 +63,18 @@ def check(pool, factors, x, W, rows, g, bias=None, base=F.linear):
     assert_rounded(got, dterm, dsize, n + top + 4, then=lambda t: dplain + t)
 
 
-@given(n=outs, k=ins, rs=st.tuples(ranks, ranks, ranks), dtype=dtypes, storage=dtypes, layout=layouts, seed=seeds,
-       rows=batches, bias=st.booleans(), page_size=st.sampled_from([64, 128, 1024]))  # fmt: skip
+@given(
+    n=outs,
+    k=ins,
+    rs=st.tuples(ranks, ranks, ranks),
+    dtype=dtypes,
+    storage=dtypes,
+    layout=layouts,
+    seed=seeds,
+    rows=batches,
+    bias=st.booleans(),
+    page_size=st.sampled_from([64, 128, 1024]),
+)
 def test_matches_reference(device, n, k, rs, dtype, storage, layout, seed, rows, bias, page_size):
     pool, factors = pool_of(
         n, k, rs, seed, trainable=storage == torch.float32, dtype=storage, page_size=page_size, device=device
@@ -125,11 +135,15 @@ def test_all_of_it_against_float64(device):
         )
 
 
-quantisers = pytest.mark.parametrize("quantise, base", [
-    (peftops.nf4_quantize, peftops.nf4_linear),
-    (lambda w: peftops.group_quantize(w, bits=4, group_size=32), peftops.group_linear),
-    (peftops.mxfp4_quantize, peftops.mxfp4_linear),
-], ids=["nf4", "group", "mxfp4"])  # fmt: skip
+quantisers = pytest.mark.parametrize(
+    "quantise, base",
+    [
+        (peftops.nf4_quantize, peftops.nf4_linear),
+        (lambda w: peftops.group_quantize(w, bits=4, group_size=32), peftops.group_linear),
+        (peftops.mxfp4_quantize, peftops.mxfp4_linear),
+    ],
+    ids=["nf4", "group", "mxfp4"],
+)
 
 
 @quantisers
@@ -234,8 +248,9 @@ def test_opcheck(device):
         for y, into in ((g, x), (x, g)):
             call = (y.to(kind), into.to(kind), index, layer.storage, *layer.slots, y is x, 5)
             torch.library.opcheck(op.multi_lora_add_.default, call)
-        torch.library.opcheck(op.multi_lora_gradient.default,
-                              (u, x.to(kind), index, index[[0, 2]], *layer.slots, True, 8))  # fmt: skip
+        torch.library.opcheck(
+            op.multi_lora_gradient.default, (u, x.to(kind), index, index[[0, 2]], *layer.slots, True, 8)
+        )
 
 
 @pytest.mark.parametrize("quantise", [lambda w: w, peftops.nf4_quantize], ids=["dense", "nf4"])
@@ -310,7 +325,8 @@ def test_bad_input_to_the_raw_operators():
     x, u, g, index, layer = raw()
     before, storage = g.clone(), layer.storage
     add = lambda y=g, x=x, index=index, storage=storage, slots=layer.slots, top=5: op.multi_lora_add_(
-        y, x, index, storage, *slots, False, top)  # fmt: skip
+        y, x, index, storage, *slots, False, top
+    )
     swap = lambda i, t: tuple(t if j == i else s for j, s in enumerate(layer.slots))
     for call, match in (
         (lambda: add(y=g.T.contiguous().T), "y must be contiguous"),

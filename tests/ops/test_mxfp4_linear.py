@@ -107,8 +107,9 @@ def test_registration(device, layout):
 
 
 @on_any_cuda
-@given(n=outs, k=ins, m=rows, dtype=dtypes, r=st.sampled_from([0, 3, 16]), bias=st.booleans(), layout=layouts,
-       seed=seeds)  # fmt: skip
+@given(
+    n=outs, k=ins, m=rows, dtype=dtypes, r=st.sampled_from([0, 3, 16]), bias=st.booleans(), layout=layouts, seed=seeds
+)
 def test_by_library_matches_reference(device, n, k, m, dtype, r, bias, layout, seed):
     check_by_library(MXFP4Layer(device, n, k, (m,), dtype, seed, r=r, bias=bias, adapter=torch.float32, layout=layout))
 

@@ -11,12 +11,21 @@ from strategies import dtypes, layouts, normal, seeds, strided
 some_rows, blocks = st.sampled_from([1, 2, 3, 16, 17]), st.sampled_from([1, 2, 3, 5, 17])
 
 
-@given(n=some_rows, k=blocks.map(lambda b: 32 * b), dtype=dtypes, layout=layouts, seed=seeds,
-       power=st.sampled_from([-200, -120, -20, 0, 0, 0, 12, 100]))  # fmt: skip
+@given(
+    n=some_rows,
+    k=blocks.map(lambda b: 32 * b),
+    dtype=dtypes,
+    layout=layouts,
+    seed=seeds,
+    power=st.sampled_from([-200, -120, -20, 0, 0, 0, 12, 100]),
+)
 def test_matches_reference(device, n, k, dtype, layout, seed, power):
     """Blocks of all sizes, subnormal numbers among them."""
-    weight = normal((n, k), torch.float64, seed) * torch.exp(normal((n, k // 32), torch.float64, seed + 1)
-                                                             ).repeat_interleave(32, 1) * 2.0**power  # fmt: skip
+    weight = (
+        normal((n, k), torch.float64, seed)
+        * torch.exp(normal((n, k // 32), torch.float64, seed + 1)).repeat_interleave(32, 1)
+        * 2.0**power
+    )
     weight = weight.to(dtype).nan_to_num(posinf=1.0, neginf=-1.0)
     got = peftops.mxfp4_quantize(strided(weight.to(device), layout))
     codes, scales = reference.mxfp4_quantize(weight)

@@ -16,9 +16,7 @@ shapes = st.one_of(
 
 @given(shape=shapes, dtype=dtypes, out=dtypes, block_size=block_sizes, double_quant=st.booleans(), seed=seeds)
 def test_matches_reference(device, shape, dtype, out, block_size, double_quant, seed):
-    weight = peftops.nf4_quantize(
-        normal(shape, dtype, seed, device), block_size=block_size, double_quant=double_quant
-    )
+    weight = peftops.nf4_quantize(normal(shape, dtype, seed, device), block_size=block_size, double_quant=double_quant)
     got = peftops.nf4_dequantize(weight, dtype=out)
     assert (got.shape, got.dtype) == (weight.shape, out)
     assert_exact(got, reference.nf4_dequantize(weight.packed, weight.absmax, block_size, weight.shape))

@@ -98,13 +98,35 @@ class TestNF4Linear(PackedLinearTests, Int8Tests):
     name, layer, rounded_on_cuda, ragged = "nf4_linear", Layer, True, 1000
 
 
-@given(data=st.data(), n=outs, k=ins, lead=leads, dtype=dtypes, block_size=block_sizes, double_quant=st.booleans(),
-       bias=st.booleans(), layout=layouts, seed=seeds)  # fmt: skip
+@given(
+    data=st.data(),
+    n=outs,
+    k=ins,
+    lead=leads,
+    dtype=dtypes,
+    block_size=block_sizes,
+    double_quant=st.booleans(),
+    bias=st.booleans(),
+    layout=layouts,
+    seed=seeds,
+)
 def test_matches_reference(device, data, n, k, lead, dtype, block_size, double_quant, bias, layout, seed):
     r = data.draw(st.one_of(st.just(0), ranks), label="r")
     adapter = data.draw(st.sampled_from([dtype, torch.float32]), label="adapter dtype")
-    Layer(device, n, k, lead, dtype, seed, block_size=block_size, double_quant=double_quant, r=r, adapter=adapter,
-          bias=bias, layout=layout).check()  # fmt: skip
+    Layer(
+        device,
+        n,
+        k,
+        lead,
+        dtype,
+        seed,
+        block_size=block_size,
+        double_quant=double_quant,
+        r=r,
+        adapter=adapter,
+        bias=bias,
+        layout=layout,
+    ).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -218,13 +240,35 @@ def takes_int8(layer):
     return has_int8() and not on_cuda(layer.x) and len(layer.x) > 4 and layer.weight.shape[1] % 32 == 0
 
 
-@given(n=outs, k=ins, m=rows, dtype=dtypes, block_size=block_sizes, double_quant=st.booleans(), bias=st.booleans(),
-       r=st.one_of(st.just(0), ranks), layout=layouts, seed=seeds)  # fmt: skip
+@given(
+    n=outs,
+    k=ins,
+    m=rows,
+    dtype=dtypes,
+    block_size=block_sizes,
+    double_quant=st.booleans(),
+    bias=st.booleans(),
+    r=st.one_of(st.just(0), ranks),
+    layout=layouts,
+    seed=seeds,
+)
 def test_int8_matches_reference(device, n, k, m, dtype, block_size, double_quant, bias, r, layout, seed):
     """Codes are rounded to a table of 8 bits, from which the reference is made; what is rounded of x, to half a step of
     the largest in as many columns as share an absmax in every row."""
-    layer = Layer(device, n, k, (m,), dtype, seed, block_size=block_size, double_quant=double_quant, r=r, bias=bias,
-                  layout=layout, adapter=torch.float32)  # fmt: skip
+    layer = Layer(
+        device,
+        n,
+        k,
+        (m,),
+        dtype,
+        seed,
+        block_size=block_size,
+        double_quant=double_quant,
+        r=r,
+        bias=bias,
+        layout=layout,
+        adapter=torch.float32,
+    )
     y, narrow = layer(compute="int8"), layer.narrow_forward()
     if takes_int8(layer):
         packed = layer.weight.packed
@@ -251,13 +295,37 @@ def test_bad_input(device):
 
 
 @on_any_cuda
-@given(data=st.data(), n=outs, k=ins, lead=leads, dtype=dtypes, block_size=block_sizes, double_quant=st.booleans(),
-       bias=st.booleans(), layout=layouts, seed=seeds)  # fmt: skip
+@given(
+    data=st.data(),
+    n=outs,
+    k=ins,
+    lead=leads,
+    dtype=dtypes,
+    block_size=block_sizes,
+    double_quant=st.booleans(),
+    bias=st.booleans(),
+    layout=layouts,
+    seed=seeds,
+)
 def test_by_library_matches_reference(device, data, n, k, lead, dtype, block_size, double_quant, bias, layout, seed):
     r = data.draw(st.one_of(st.just(0), ranks), label="r")
     adapter = data.draw(st.sampled_from([dtype, torch.float32, torch.float16]), label="adapter dtype")
-    check_by_library(Layer(device, n, k, lead, dtype, seed, block_size=block_size, double_quant=double_quant, r=r,
-                           adapter=adapter, bias=bias, layout=layout))  # fmt: skip
+    check_by_library(
+        Layer(
+            device,
+            n,
+            k,
+            lead,
+            dtype,
+            seed,
+            block_size=block_size,
+            double_quant=double_quant,
+            r=r,
+            adapter=adapter,
+            bias=bias,
+            layout=layout,
+        )
+    )
 
 
 @on_any_cuda
@@ -281,8 +349,15 @@ def test_by_library_what_is_not_finite_comes_through(device, dtype, bad):
     tensors = {name: torch.randn(*shape).to(dtype if name == "x" else torch.float32) for name, shape in shapes.items()}
     dense = reference.nf4_dequantize(packed, absmax, 64, torch.Size([n, k])).double()
     for name, at in (("x", (4, 7)), ("u", (4, 1)), ("lora_B", (4, 1)), ("bias", (4,))):
-        x, u, lora_B, bias = ({**tensors, name: tensors[name].index_put(tuple(map(torch.tensor, at)), torch.tensor(
-            bad, dtype=tensors[name].dtype))}[key] for key in tensors)  # fmt: skip
+        x, u, lora_B, bias = (
+            {
+                **tensors,
+                name: tensors[name].index_put(
+                    tuple(map(torch.tensor, at)), torch.tensor(bad, dtype=tensors[name].dtype)
+                ),
+            }[key]
+            for key in tensors
+        )
         want = x.double() @ dense.T + bias.double() + 0.5 * u.double() @ lora_B.double().T
         arguments = (x, packed, absmax, None, None, 64, n, k, bias, u, lora_B, 0.5)
         with sim.nf4_library("always"):

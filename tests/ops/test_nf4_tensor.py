@@ -93,10 +93,21 @@ def test_moves_between_devices():
         assert torch.equal(model.cuda().cpu()(x), Model()(x))
 
 
-@pytest.mark.parametrize("operation", [
-    lambda w: w * 2, lambda w: w + w, lambda w: w.t(), lambda w: w[0], lambda w: w.sum(), lambda w: w.view(2, -1),
-    lambda w: x @ w, lambda w: nn.functional.linear(x, w), lambda w: w.mul_(2), lambda w: torch.cat([w, w]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda w: w * 2,
+        lambda w: w + w,
+        lambda w: w.t(),
+        lambda w: w[0],
+        lambda w: w.sum(),
+        lambda w: w.view(2, -1),
+        lambda w: x @ w,
+        lambda w: nn.functional.linear(x, w),
+        lambda w: w.mul_(2),
+        lambda w: torch.cat([w, w]),
+    ],
+)
 def test_an_operation_that_is_not_supported_raises_a_sentence(operation):
     with pytest.raises(NotImplementedError, match=r"does not work on an NF4Tensor.*nf4_linear.*nf4_dequantize"):
         operation(Model().weight.data)

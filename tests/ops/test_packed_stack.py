@@ -48,8 +48,12 @@ def test_an_expert_is_a_view(make):
         for name in stack.BY_ROW:
             begin, size = getattr(stack, name).data_ptr(), getattr(expert, name).nbytes
             assert getattr(expert, name).data_ptr() == begin + e % E * size
-        assert torch.equal(peftops.nf4_linear(torch.eye(K), expert) if isinstance(stack, NF4Tensor) else
-                           peftops.group_linear(torch.eye(K), expert), dense(expert).T)  # fmt: skip
+        assert torch.equal(
+            peftops.nf4_linear(torch.eye(K), expert)
+            if isinstance(stack, NF4Tensor)
+            else peftops.group_linear(torch.eye(K), expert),
+            dense(expert).T,
+        )
     for e in (E, -E - 1):
         with pytest.raises(IndexError, match=f"index {e} is out of"):
             stack[e]

@@ -85,8 +85,13 @@ def test_what_can_be_cut_makes_sense_and_what_cannot_says_so(make, start, stop, 
     weight = make()
     want = dense(weight)
     assert weight[start:stop].shape == want[start:stop].shape
-    cuts = [lambda w: list(w.split(each)), lambda w: [w.narrow(0, start or 0, each)], lambda w: [w[:, start:stop]],
-            lambda w: [w[start:stop:2]], lambda w: list(w.chunk(each or 1))]  # fmt: skip
+    cuts = [
+        lambda w: list(w.split(each)),
+        lambda w: [w.narrow(0, start or 0, each)],
+        lambda w: [w[:, start:stop]],
+        lambda w: [w[start:stop:2]],
+        lambda w: list(w.chunk(each or 1)),
+    ]
     for cut in cuts:
         try:
             parts = cut(weight)

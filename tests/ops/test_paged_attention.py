@@ -19,8 +19,9 @@ def int32(values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-def inputs(lengths, heads=4, kv_heads=2, rows=1, d=16, dv=16, page_size=16, dtype=torch.float32, page_dtype=None,
-           seed=0):  # fmt: skip
+def inputs(
+    lengths, heads=4, kv_heads=2, rows=1, d=16, dv=16, page_size=16, dtype=torch.float32, page_dtype=None, seed=0
+):
     """Pages in random order, with NaN wherever no sequence has a token."""
     draw = torch.Generator().manual_seed(seed)
     each = [-(-length // page_size) for length in lengths]
@@ -55,12 +56,22 @@ def check(query, keys, values, table, lengths, **options):
 
 
 @given(
-    lengths=lengths_of, group=st.sampled_from([1, 2, 5]), kv_heads=st.sampled_from([1, 3]), d=head_dims, dv=head_dims,
-    rows=st.sampled_from([1, 2, 7, 33]), page_size=st.sampled_from([1, 5, 16, 32, 64]), dtype=dtypes, page_dtype=dtypes,
-    window=st.sampled_from([None, 1, 7, 32, 1000]), scale=st.sampled_from([None, 0.3]), seed=seeds,
-)  # fmt: skip
-def test_matches_the_reference(device, lengths, group, kv_heads, d, dv, rows, page_size, dtype, page_dtype, window,
-                               scale, seed):  # fmt: skip
+    lengths=lengths_of,
+    group=st.sampled_from([1, 2, 5]),
+    kv_heads=st.sampled_from([1, 3]),
+    d=head_dims,
+    dv=head_dims,
+    rows=st.sampled_from([1, 2, 7, 33]),
+    page_size=st.sampled_from([1, 5, 16, 32, 64]),
+    dtype=dtypes,
+    page_dtype=dtypes,
+    window=st.sampled_from([None, 1, 7, 32, 1000]),
+    scale=st.sampled_from([None, 0.3]),
+    seed=seeds,
+)
+def test_matches_the_reference(
+    device, lengths, group, kv_heads, d, dv, rows, page_size, dtype, page_dtype, window, scale, seed
+):
     given = inputs(lengths, group * kv_heads, kv_heads, rows, d, dv, page_size, dtype, page_dtype, seed)
     y = check(*given, window=window, scale=scale)
     for s, length in enumerate(lengths):
@@ -91,8 +102,13 @@ def test_the_same_bits_in_any_company_and_any_pages(device):
     y = peftops.paged_attention(query, keys, values, table, lengths)
     for s, length in enumerate(lengths.tolist()):
         own = table[s : s + 1, : -(-length // 16)].long()[0]
-        moved = peftops.paged_attention(query[s : s + 1], keys[own].contiguous(), values[own].contiguous(),
-                                        torch.arange(len(own))[None].int(), lengths[s : s + 1])  # fmt: skip
+        moved = peftops.paged_attention(
+            query[s : s + 1],
+            keys[own].contiguous(),
+            values[own].contiguous(),
+            torch.arange(len(own))[None].int(),
+            lengths[s : s + 1],
+        )
         assert torch.equal(moved[0], y[s])
 
 
@@ -148,29 +164,40 @@ def test_opcheck_and_compile():
     assert torch.equal(compiled(*given, window=8), peftops.paged_attention(*given, window=8))
 
 
-@pytest.mark.parametrize("change, sentence", [
-    (dict(query=torch.zeros(2, 4, 16)), "query must have shape [batch, heads, rows, d], not [2, 4, 16]"),
-    (dict(query=torch.zeros(2, 3, 1, 16)), "2 heads of pages do not divide 3 query heads"),
-    (dict(query=torch.zeros(2, 4, 1, 8)), "key_pages must have shape [6, 2, 16, 8], not [6, 2, 16, 16]"),
-    (dict(query=torch.zeros(2, 4, 1, 16, dtype=torch.float64)), "query must be float32, bfloat16 or float16"),
-    (dict(key_pages=torch.zeros(2, 2, 16)), "pages must have shape [pages, kv_heads, page_size, d], not [2, 2, 16]"),
-    (dict(value_pages=torch.zeros(6, 2, 8, 16)), "value_pages must have shape [6, 2, 16, 16], not [6, 2, 8, 16]"),
-    (dict(value_pages=torch.zeros(6, 2, 16, 16).half()), "key_pages and value_pages must have one dtype"),
-    (dict(value_pages=torch.zeros(6, 2, 16, 513)), "a head must have 1 to 512 dims, not 513"),
-    (dict(value_pages=torch.zeros(6, 2, 16, 16).mT), "the last dim of value_pages must be contiguous"),
-    (dict(block_table=int32([[0], [6]])), "block_table has page 6 for sequence 1, but the pages are 0 to 5"),
-    (dict(block_table=int32([[0], [-1]])), "block_table has page -1 for sequence 1"),
-    (dict(block_table=torch.zeros(2, 1, dtype=torch.int64)), "block_table must be Int, not Long"),
-    (dict(block_table=int32([[0]])), "block_table must have shape [2, most pages of a sequence], not [1, 1]"),
-    (dict(lengths=int32([1, 17])), "lengths must be from 0 to 16, which 1 pages hold, not 17"),
-    (dict(lengths=int32([-1, 1])), "lengths must be from 0 to 16, which 1 pages hold, not -1"),
-    (dict(lengths=int32([1])), "lengths must have shape [2], not [1]"),
-    (dict(window=0), "window must be at least 1, not 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (dict(query=torch.zeros(2, 4, 16)), "query must have shape [batch, heads, rows, d], not [2, 4, 16]"),
+        (dict(query=torch.zeros(2, 3, 1, 16)), "2 heads of pages do not divide 3 query heads"),
+        (dict(query=torch.zeros(2, 4, 1, 8)), "key_pages must have shape [6, 2, 16, 8], not [6, 2, 16, 16]"),
+        (dict(query=torch.zeros(2, 4, 1, 16, dtype=torch.float64)), "query must be float32, bfloat16 or float16"),
+        (
+            dict(key_pages=torch.zeros(2, 2, 16)),
+            "pages must have shape [pages, kv_heads, page_size, d], not [2, 2, 16]",
+        ),
+        (dict(value_pages=torch.zeros(6, 2, 8, 16)), "value_pages must have shape [6, 2, 16, 16], not [6, 2, 8, 16]"),
+        (dict(value_pages=torch.zeros(6, 2, 16, 16).half()), "key_pages and value_pages must have one dtype"),
+        (dict(value_pages=torch.zeros(6, 2, 16, 513)), "a head must have 1 to 512 dims, not 513"),
+        (dict(value_pages=torch.zeros(6, 2, 16, 16).mT), "the last dim of value_pages must be contiguous"),
+        (dict(block_table=int32([[0], [6]])), "block_table has page 6 for sequence 1, but the pages are 0 to 5"),
+        (dict(block_table=int32([[0], [-1]])), "block_table has page -1 for sequence 1"),
+        (dict(block_table=torch.zeros(2, 1, dtype=torch.int64)), "block_table must be Int, not Long"),
+        (dict(block_table=int32([[0]])), "block_table must have shape [2, most pages of a sequence], not [1, 1]"),
+        (dict(lengths=int32([1, 17])), "lengths must be from 0 to 16, which 1 pages hold, not 17"),
+        (dict(lengths=int32([-1, 1])), "lengths must be from 0 to 16, which 1 pages hold, not -1"),
+        (dict(lengths=int32([1])), "lengths must have shape [2], not [1]"),
+        (dict(window=0), "window must be at least 1, not 0"),
+    ],
+)
 def test_bad_input(change, sentence):
     pages = torch.zeros(6, 2, 16, 16)
-    good = dict(query=torch.zeros(2, 4, 1, 16), key_pages=pages, value_pages=pages, block_table=int32([[0], [5]]),
-                lengths=int32([3, 16]))  # fmt: skip
+    good = dict(
+        query=torch.zeros(2, 4, 1, 16),
+        key_pages=pages,
+        value_pages=pages,
+        block_table=int32([[0], [5]]),
+        lengths=int32([3, 16]),
+    )
     assert peftops.paged_attention(**good).shape == (2, 4, 1, 16)
     with pytest.raises(RuntimeError) as caught:
         peftops.paged_attention(**{**good, **change})

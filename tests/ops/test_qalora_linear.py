@@ -18,18 +18,43 @@ class TestQALoRALinear(PackedLinearTests):
     name, layer, drop = "qalora_linear", GroupLayer, {}
 
 
-@given(data=st.data(), n=outs, group_k=grouped_ins(), lead=leads, bits=bit_widths, dtype=dtypes, r=ranks, pool=pools,
-       bias=st.booleans(), layout=layouts, seed=seeds)  # fmt: skip
+@given(
+    data=st.data(),
+    n=outs,
+    group_k=grouped_ins(),
+    lead=leads,
+    bits=bit_widths,
+    dtype=dtypes,
+    r=ranks,
+    pool=pools,
+    bias=st.booleans(),
+    layout=layouts,
+    seed=seeds,
+)
 def test_matches_reference(device, data, n, group_k, lead, bits, dtype, r, pool, bias, layout, seed):
     group, k = group_k
     adapter = data.draw(st.sampled_from([dtype, torch.float32]), label="adapter dtype")
-    GroupLayer(device, n, k, lead, dtype, seed, bits=bits, group=group, r=r, pool=pool, adapter=adapter, bias=bias,
-               layout=layout).check()  # fmt: skip
+    GroupLayer(
+        device,
+        n,
+        k,
+        lead,
+        dtype,
+        seed,
+        bits=bits,
+        group=group,
+        r=r,
+        pool=pool,
+        adapter=adapter,
+        bias=bias,
+        layout=layout,
+    ).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(300, 320, 576, 32, 24), (70, 288, 544, 16, 300), (257, 96, 40, 8, 2),
-                                   (3, 40, 12288, 32, 8)])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape", [(300, 320, 576, 32, 24), (70, 288, 544, 16, 300), (257, 96, 40, 8, 2), (3, 40, 12288, 32, 8)]
+)
 def test_matches_reference_beyond_one_block(device, dtype, shape):
     m, n, k, group, r = shape
     GroupLayer(device, n, k, (m,), dtype, 7, group=group, r=r, bias=True, adapter=torch.float32).check()
@@ -48,8 +73,9 @@ def test_the_change_of_the_weight_is_constant_in_each_group(device):
 def test_conventions_differ_by_exact_factors(device):
     """By powers of two, so the bits are the same: sum = group_size * mean, and PEFT's = groups * mean."""
     layer = GroupLayer(device, 48, 256, (9,), torch.float32, 3, r=4)
-    call = lambda pool, scaling: peftops.qalora_linear(layer.x, layer.weight, lora_A=layer.lora_A, lora_B=layer.lora_B,
-                                                       scaling=scaling, pool=pool)  # fmt: skip
+    call = lambda pool, scaling: peftops.qalora_linear(
+        layer.x, layer.weight, lora_A=layer.lora_A, lora_B=layer.lora_B, scaling=scaling, pool=pool
+    )
     assert torch.equal(call("sum", 1.0), call("mean", 32.0))
     assert torch.equal(call("peft", 1.0), call("mean", 8.0))
     assert not torch.equal(call("sum", 1.0), call("peft", 1.0))

@@ -54,8 +54,16 @@ def test_merging_is_exact_in_float64(n, group_k, bits, r, pool, seed):
     assert ((merged - unmerged).abs() <= 1e-12 * size.clamp(min=1)).all()
 
 
-@given(n=outs, group_k=grouped_ins(), m=st.sampled_from([1, 4, 9]), bits=bit_widths, dtype=dtypes, r=ranks, pool=pools,
-       seed=seeds)  # fmt: skip
+@given(
+    n=outs,
+    group_k=grouped_ins(),
+    m=st.sampled_from([1, 4, 9]),
+    bits=bit_widths,
+    dtype=dtypes,
+    r=ranks,
+    pool=pools,
+    seed=seeds,
+)
 def test_merged_equals_unmerged_to_rounding(device, n, group_k, m, bits, dtype, r, pool, seed):
     """Against the float64 result of the unmerged layer, with nothing allowed but rounding and that of zeros."""
     group, k = group_k

@@ -1,6 +1,6 @@
 """Trains three steps in a process of its own and prints the peak of its resident memory beyond what it began with.
 
-    python measure.py MODEL METHOD BATCH LENGTH DTYPE
+python measure.py MODEL METHOD BATCH LENGTH DTYPE
 """
 
 import gc

@@ -25,30 +25,57 @@ def smollm2(folder):
 def qwen2(folder):
     from transformers import Qwen2Config
 
-    Qwen2Config(vocab_size=8000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
-                num_key_value_heads=2, tie_word_embeddings=False).save_pretrained(folder)  # fmt: skip
+    Qwen2Config(
+        vocab_size=8000,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    ).save_pretrained(folder)
     return folder
 
 
 def gpt2(folder):
     from transformers import GPT2Config
 
-    GPT2Config(vocab_size=8000, n_embd=512, n_layer=6, n_head=8, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-               bos_token_id=0, eos_token_id=0).save_pretrained(folder)  # fmt: skip
+    GPT2Config(
+        vocab_size=8000,
+        n_embd=512,
+        n_layer=6,
+        n_head=8,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    ).save_pretrained(folder)
     return folder
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
-@pytest.mark.parametrize("model, method, batch, length", [
-    (smollm2, "lora", 1, 96), (qwen2, "qlora", 2, 192), (gpt2, "lora", 2, 192), (gpt2, "toplayers", 2, 192),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, method, batch, length",
+    [
+        (smollm2, "lora", 1, 96),
+        (qwen2, "qlora", 2, 192),
+        (gpt2, "lora", 2, 192),
+        (gpt2, "toplayers", 2, 192),
+    ],
+)
 def test_estimates_are_within_a_tenth_of_measured_peaks(model, method, batch, length, tmp_path):
     path = model(tmp_path)
     want = estimate(skeleton(path), NAMES[method](), batch=batch, length=length).total
     # Large blocks straight from and to the system, so that what is resident is what is in use.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
-                   "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, ROOT / "tests/planner/measure.py", path, method, batch, length, "float32"]
     out = subprocess.run([*map(str, command)], env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
     assert want == pytest.approx(int(out.stdout), rel=0.1)

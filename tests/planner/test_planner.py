@@ -112,8 +112,9 @@ def test_moments_in_8_bits_are_counted(root):
     optimizer.step()
     kept = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
     assert {t.dtype for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)} == {
-        torch.uint8, torch.float32,
-    }  # fmt: skip
+        torch.uint8,
+        torch.float32,
+    }
     assert half.optimizer == 4 * half.trainable + kept and half.optimizer < 0.8 * whole.optimizer
     with pytest.raises(ValueError, match="optimizer must be one of 'adamw', 'adamw8bit', not 'sgd'"):
         estimate(skeleton(folder), config, optimizer="sgd")

@@ -47,8 +47,13 @@ class Process:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         environment.pop("PEFTOPS_API_KEY", None)
         command = [sys.executable, "-m", "peftops", "serve", "--port", "0", *map(str, arguments)]
-        self.process = subprocess.Popen(command, env=environment | ({"PEFTOPS_API_KEY": key} if key else {}),
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        self.process = subprocess.Popen(
+            command,
+            env=environment | ({"PEFTOPS_API_KEY": key} if key else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         self.lines = []
         self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
         self._reader.start()

@@ -57,8 +57,9 @@ async def replay(url, requests, clients, count, seed=0):
         async def ask(name, prompt, kind):
             nonlocal left
             async with places:
-                got = await client.completions.create(model=name, prompt=prompt, max_tokens=NEW, temperature=0,
-                                                      stream=kind != "whole")  # fmt: skip
+                got = await client.completions.create(
+                    model=name, prompt=prompt, max_tokens=NEW, temperature=0, stream=kind != "whole"
+                )
                 if kind == "whole":
                     texts.append((name, prompt, got.choices[0].text))
                     return
@@ -72,8 +73,10 @@ async def replay(url, requests, clients, count, seed=0):
                 texts.append((name, prompt, "".join(parts)))
 
         kinds = ["whole", "whole", "stream", "left"]
-        choices = [(f"task{min(int(draw.paretovariate(0.8)) - 1, count - 1)}", draw.choice(PROMPTS), draw.choice(kinds))
-                   for _ in range(requests)]  # fmt: skip
+        choices = [
+            (f"task{min(int(draw.paretovariate(0.8)) - 1, count - 1)}", draw.choice(PROMPTS), draw.choice(kinds))
+            for _ in range(requests)
+        ]
         await asyncio.gather(*(ask(*choice) for choice in choices))
     assert len(texts) + left == requests
     return texts
@@ -82,8 +85,18 @@ async def replay(url, requests, clients, count, seed=0):
 def soak(folder, *, requests, clients, count, checked, slack):
     """A third of the requests to warm up; over the others the process may grow by ``slack`` bytes."""
     make(folder, count)
-    with serving("--model", folder / "model", "--adapters", folder / "adapters", "--max-queue", requests,
-                 "--resident", 8, "--max-rank", 2) as server:  # fmt: skip
+    with serving(
+        "--model",
+        folder / "model",
+        "--adapters",
+        folder / "adapters",
+        "--max-queue",
+        requests,
+        "--resident",
+        8,
+        "--max-rank",
+        2,
+    ) as server:
         process = psutil.Process(server.process.pid)
         warm_up = requests // 3
         texts = asyncio.run(replay(server.url, warm_up, clients, count))
@@ -108,8 +121,9 @@ def main():
     parser.add_argument("--adapters", type=int, default=200)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        pairs, compared, grown = soak(Path(folder), requests=args.requests, clients=args.clients, count=args.adapters,
-                                      checked=50, slack=16 << 20)  # fmt: skip
+        pairs, compared, grown = soak(
+            Path(folder), requests=args.requests, clients=args.clients, count=args.adapters, checked=50, slack=16 << 20
+        )
     memory = f"grown {grown / 2**20:.1f} MiB"
     print(f"{args.requests} requests, {pairs} questions, {compared} compared with generate, {memory}")
 

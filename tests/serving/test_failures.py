@@ -153,13 +153,16 @@ def test_requests_can_be_cancelled(folder, alone):
         assert not any(server.pool._pins.values())
 
 
-@pytest.mark.parametrize("bad, error, sentence", [
-    (dict(max_new=2.5), ValueError, "max_new must be a whole number from 1, not 2.5"),
-    (dict(max_new="3"), ValueError, "max_new must be a whole number from 1, not '3'"),
-    (dict(max_new=True), ValueError, "max_new must be a whole number from 1, not True"),
-    (dict(prompt=[5.5]), TypeError, "float"),
-    (dict(prompt=["5"]), TypeError, "str"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, error, sentence",
+    [
+        (dict(max_new=2.5), ValueError, "max_new must be a whole number from 1, not 2.5"),
+        (dict(max_new="3"), ValueError, "max_new must be a whole number from 1, not '3'"),
+        (dict(max_new=True), ValueError, "max_new must be a whole number from 1, not True"),
+        (dict(prompt=[5.5]), TypeError, "float"),
+        (dict(prompt=["5"]), TypeError, "str"),
+    ],
+)
 def test_what_is_no_request_is_refused_at_once(folder, bad, error, sentence):
     with server_of(folder) as server:
         with pytest.raises(error, match=sentence):
@@ -191,8 +194,13 @@ def test_a_window_of_any_layer_bounds_a_request(kinds):
         served = answers(server, ([3, 9, 4], None, 5), ([7], None, 7))
     for prompt, completion in zip(([3, 9, 4], [7]), served, strict=True):
         ids = torch.tensor([prompt])
-        want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(completion.ids),
-                              do_sample=False, eos_token_id=None)  # fmt: skip
+        want = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=len(completion.ids),
+            do_sample=False,
+            eos_token_id=None,
+        )
         assert completion.ids == want[0, len(prompt) :].tolist()
 
 

@@ -36,9 +36,23 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    with serving("--model", folder / "model", "--adapters", folder / "adapters", "--loadable", folder / "store",
-                 "--watch", folder / "watched", "--max-body", 20_000, "--max-queue", 40, "--max-batch", 8, key=KEY,
-                 ) as server:  # fmt: skip
+    with serving(
+        "--model",
+        folder / "model",
+        "--adapters",
+        folder / "adapters",
+        "--loadable",
+        folder / "store",
+        "--watch",
+        folder / "watched",
+        "--max-body",
+        20_000,
+        "--max-queue",
+        40,
+        "--max-batch",
+        8,
+        key=KEY,
+    ) as server:
         yield server
         assert SECRET not in server.stop()
         assert server.process.returncode == 0
@@ -151,8 +165,14 @@ def test_logprobs_are_those_of_the_model(client, folder):
     model = peftops.load(models.llama(tied=False), folder / "adapters" / "a")
     ids = models.tokenizer()("abc")["input_ids"]
     every = model(torch.tensor([ids])).logits[0, -1].detach().log_softmax(-1)
-    chat = client.chat.completions.create(model="a", messages=[{"role": "user", "content": "abc"}], max_tokens=3,
-                                          temperature=0, logprobs=True, top_logprobs=4)  # fmt: skip
+    chat = client.chat.completions.create(
+        model="a",
+        messages=[{"role": "user", "content": "abc"}],
+        max_tokens=3,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=4,
+    )
     first = chat.choices[0].logprobs.content[0]
     assert len(first.top_logprobs) == 4 and first.logprob == first.top_logprobs[0].logprob
     assert first.token.encode() == bytes(first.bytes)
@@ -166,32 +186,35 @@ def test_logprobs_are_those_of_the_model(client, folder):
     assert streamed == told.token_logprobs
 
 
-@pytest.mark.parametrize("asked, status, code, param", [
-    ({"model": WRONG}, 404, "model_not_found", "model"),
-    ({"prompt": SECRET * 40}, 400, "context_length_exceeded", "prompt"),
-    ({"max_tokens": 510}, 400, "context_length_exceeded", "max_tokens"),
-    ({"prompt": ""}, 400, "invalid_value", "prompt"),
-    ({"prompt": []}, 400, "invalid_value", "prompt"),
-    ({"prompt": [320]}, 400, "invalid_value", "prompt"),
-    ({"prompt": [-1]}, 400, "invalid_value", "prompt"),
-    ({"prompt": {"text": SECRET}}, 400, "invalid_value", "prompt"),
-    ({"prompt": "\ud800"}, 400, "invalid_json", None),
-    ({"n": 17}, 400, "invalid_value", "n"),
-    ({"n": 0}, 400, "invalid_value", "n"),
-    ({"temperature": -1}, 400, "invalid_value", "temperature"),
-    ({"temperature": "1"}, 400, "invalid_value", "temperature"),
-    ({"top_p": 1.5}, 400, "invalid_value", "top_p"),
-    ({"max_tokens": 1.5}, 400, "invalid_value", "max_tokens"),
-    ({"max_tokens": 10**400}, 400, "invalid_value", "max_tokens"),
-    ({"stop": [""]}, 400, "invalid_value", "stop"),
-    ({"logprobs": 21}, 400, "invalid_value", "logprobs"),
-    ({"presence_penalty": 0.5}, 400, "invalid_value", "presence_penalty"),
-    ({"echo": True}, 400, "invalid_value", "echo"),
-    ({"stream_options": {"include_usage": True}}, 400, "invalid_value", "stream_options"),
-    ({"temprature": 1}, 400, "unknown_parameter", "temprature"),
-    ({SECRET: 1}, 400, "unknown_parameter", "one of its fields"),
-    ({"prompt": "x" * 30_000}, 413, "body_too_large", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "asked, status, code, param",
+    [
+        ({"model": WRONG}, 404, "model_not_found", "model"),
+        ({"prompt": SECRET * 40}, 400, "context_length_exceeded", "prompt"),
+        ({"max_tokens": 510}, 400, "context_length_exceeded", "max_tokens"),
+        ({"prompt": ""}, 400, "invalid_value", "prompt"),
+        ({"prompt": []}, 400, "invalid_value", "prompt"),
+        ({"prompt": [320]}, 400, "invalid_value", "prompt"),
+        ({"prompt": [-1]}, 400, "invalid_value", "prompt"),
+        ({"prompt": {"text": SECRET}}, 400, "invalid_value", "prompt"),
+        ({"prompt": "\ud800"}, 400, "invalid_json", None),
+        ({"n": 17}, 400, "invalid_value", "n"),
+        ({"n": 0}, 400, "invalid_value", "n"),
+        ({"temperature": -1}, 400, "invalid_value", "temperature"),
+        ({"temperature": "1"}, 400, "invalid_value", "temperature"),
+        ({"top_p": 1.5}, 400, "invalid_value", "top_p"),
+        ({"max_tokens": 1.5}, 400, "invalid_value", "max_tokens"),
+        ({"max_tokens": 10**400}, 400, "invalid_value", "max_tokens"),
+        ({"stop": [""]}, 400, "invalid_value", "stop"),
+        ({"logprobs": 21}, 400, "invalid_value", "logprobs"),
+        ({"presence_penalty": 0.5}, 400, "invalid_value", "presence_penalty"),
+        ({"echo": True}, 400, "invalid_value", "echo"),
+        ({"stream_options": {"include_usage": True}}, 400, "invalid_value", "stream_options"),
+        ({"temprature": 1}, 400, "unknown_parameter", "temprature"),
+        ({SECRET: 1}, 400, "unknown_parameter", "one of its fields"),
+        ({"prompt": "x" * 30_000}, 413, "body_too_large", None),
+    ],
+)
 def test_a_wrong_request_is_refused_in_openais_shape(server, asked, status, code, param):
     body = json.dumps({"model": "a", "prompt": "abc", **asked})
     answer = httpx.post(f"{server.url}/v1/completions", content=body, headers={"authorization": f"Bearer {KEY}"})
@@ -242,11 +265,17 @@ def test_adapters_come_and_go(server, client, folder, alone):
     assert change(server, "unload", lora_name="c").status_code == 404
 
 
-@pytest.mark.parametrize("path, status, sentence", [
-    ("nan", 400, "holds NaN or infinity"), ("nothing", 400, "no adapter_config.json"),
-    ("../adapters/a", 403, "--loadable"),
-    ("/etc", 403, "--loadable"), ("", 403, "--loadable"), ("c\0", 400, "no path"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path, status, sentence",
+    [
+        ("nan", 400, "holds NaN or infinity"),
+        ("nothing", 400, "no adapter_config.json"),
+        ("../adapters/a", 403, "--loadable"),
+        ("/etc", 403, "--loadable"),
+        ("", 403, "--loadable"),
+        ("c\0", 400, "no path"),
+    ],
+)
 def test_files_that_are_no_adapter_are_refused(server, path, status, sentence):
     answer = change(server, "load", lora_name="d", lora_path=path)
     assert answer.status_code == status and sentence in answer.json()["error"]["message"]

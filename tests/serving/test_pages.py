@@ -106,8 +106,14 @@ def test_an_adapter_that_changes_shares_nothing_with_what_it_was():
 def test_no_request_that_is_admitted_lacks_pages():
     """Any mix of lengths in a pool that holds few of them; blocks are taken as they are needed, and not before."""
     draw = random.Random(0)
-    asked = [(COMMON[: draw.choice([1, 17, 33])] + [draw.randrange(3, 320) for _ in range(draw.randint(1, 40))],
-              draw.choice([None, "a", "b"]), draw.randint(1, 40)) for _ in range(30)]  # fmt: skip
+    asked = [
+        (
+            COMMON[: draw.choice([1, 17, 33])] + [draw.randrange(3, 320) for _ in range(draw.randint(1, 40))],
+            draw.choice([None, "a", "b"]),
+            draw.randint(1, 40),
+        )
+        for _ in range(30)
+    ]
     server = server_of(tokens=140, max_batch=8, max_tokens=4096)
     numbers = [server.submit(prompt, adapter=name, max_new=new) for prompt, name, new in asked]
     done, together = {}, 0
@@ -178,15 +184,19 @@ def test_an_interrupt_among_the_tokens_of_a_pass(monkeypatch):
 @pytest.mark.parametrize("kinds", [None, ["sliding_attention", "full_attention"]], ids=["all", "some"])
 def test_windows_bound_nothing_in_pages(kinds):
     """A prompt longer than the window, and an answer that leaves it."""
-    build = lambda: models._causal("Qwen2" if kinds else "Mistral", sliding_window=8,
-                                   **({"layer_types": kinds, "use_sliding_window": True} if kinds else {}))  # fmt: skip
+    build = lambda: models._causal(
+        "Qwen2" if kinds else "Mistral",
+        sliding_window=8,
+        **({"layer_types": kinds, "use_sliding_window": True} if kinds else {}),
+    )
     model, prompts = build(), [[3, 9, 4], list(range(5, 40))]
     with Server(model, pool_for(model), stop=[], paged=True) as server:
         got = answers(server, *((prompt, None, 20) for prompt in prompts))
     for prompt, ids in zip(prompts, got, strict=True):
         given = torch.tensor([prompt])
-        want = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=20, do_sample=False,
-                              eos_token_id=None)  # fmt: skip
+        want = model.generate(
+            given, attention_mask=torch.ones_like(given), max_new_tokens=20, do_sample=False, eos_token_id=None
+        )
         assert ids == want[0, len(prompt) :].tolist()
 
 
@@ -235,7 +245,9 @@ def test_pages_hold_what_a_layout_says():
     layout = Layout(((2, 4, 8), (1, 8, 8)), (None, None), torch.bfloat16)
     blocks = Blocks(pool, layout, 100)
     assert blocks.size == 5 and [tuple(t.shape for t in pair) for pair in blocks.views] == [
-        ((6, 2, 5, 4), (6, 2, 5, 8)), ((6, 1, 5, 8), (6, 1, 5, 8))]  # fmt: skip
+        ((6, 2, 5, 4), (6, 2, 5, 8)),
+        ((6, 1, 5, 8), (6, 1, 5, 8)),
+    ]
     for keys, values in blocks.views:
         pool.storage.zero_()
         keys.fill_(1), values.fill_(2)

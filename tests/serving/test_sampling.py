@@ -7,8 +7,18 @@ import models
 from peftops.serving import Sampling, Server, pool_for
 
 LOGITS = torch.randn(300, generator=torch.Generator().manual_seed(0)) * 3
-OPTIONS = [{}, {"temperature": 0.3}, {"temperature": 4.0}, {"top_k": 1}, {"top_k": 20}, {"top_k": 1000}, {"top_p": 0.5},
-           {"top_p": 1.0}, {"top_p": 1e-6}, {"temperature": 2.0, "top_k": 50, "top_p": 0.8}]  # fmt: skip
+OPTIONS = [
+    {},
+    {"temperature": 0.3},
+    {"temperature": 4.0},
+    {"top_k": 1},
+    {"top_k": 20},
+    {"top_k": 1000},
+    {"top_p": 0.5},
+    {"top_p": 1.0},
+    {"top_p": 1e-6},
+    {"temperature": 2.0, "top_k": 50, "top_p": 0.8},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -70,15 +80,18 @@ def test_greedy_is_the_default_and_the_limit():
     assert mixed[::2] == want[::2] and mixed[1] != want[1]
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"temperature": 0}, "temperature must be above 0; without sampling, the likeliest token is taken"),
-    ({"temperature": -1.0}, "temperature must be a number from 0, not -1.0"),
-    ({"top_k": 0}, "top_k must be a whole number from 1, not 0"),
-    ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0.0"),
-    ({"top_p": 1.5}, "top_p must be above 0 and at most 1, not 1.5"),
-    ({"seed": -1}, "seed must be a whole number in"),
-    ({"temperature": float("nan")}, "temperature must be a number from 0, not nan"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"temperature": 0}, "temperature must be above 0; without sampling, the likeliest token is taken"),
+        ({"temperature": -1.0}, "temperature must be a number from 0, not -1.0"),
+        ({"top_k": 0}, "top_k must be a whole number from 1, not 0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0.0"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1, not 1.5"),
+        ({"seed": -1}, "seed must be a whole number in"),
+        ({"temperature": float("nan")}, "temperature must be a number from 0, not nan"),
+    ],
+)
 def test_bad_input_gets_a_sentence(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)

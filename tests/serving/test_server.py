@@ -37,8 +37,14 @@ def folder(tmp_path_factory):
 
 def requests(count, seed=0):
     draw = random.Random(seed)
-    return [([draw.randrange(3, 320) for _ in range(draw.randint(1, 12))], draw.choice([None, *ADAPTERS]),
-             draw.randint(1, 9)) for _ in range(count)]  # fmt: skip
+    return [
+        (
+            [draw.randrange(3, 320) for _ in range(draw.randint(1, 12))],
+            draw.choice([None, *ADAPTERS]),
+            draw.randint(1, 9),
+        )
+        for _ in range(count)
+    ]
 
 
 def alone(build, folder, asked, prepare=lambda model: model):

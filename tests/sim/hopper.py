@@ -64,8 +64,16 @@ def tensor_map(chip, x, box, swizzle):
     room = storage[-storage.ctypes.data % 64 :][:128]
     u64s, u32s = lambda *v: (ctypes.c_uint64 * len(v))(*v), lambda *v: (ctypes.c_uint32 * len(v))(*v)
     status = chip.lib.sim_tensor_map(
-        ctypes.c_void_p(room.ctypes.data), 9, 2, ctypes.c_void_p(x.data_ptr()), u64s(x.shape[1], x.shape[0]),
-        u64s(x.shape[1] * 2), u32s(*reversed(box)), u32s(1, 1), swizzle)  # fmt: skip
+        ctypes.c_void_p(room.ctypes.data),
+        9,
+        2,
+        ctypes.c_void_p(x.data_ptr()),
+        u64s(x.shape[1], x.shape[0]),
+        u64s(x.shape[1] * 2),
+        u32s(*reversed(box)),
+        u32s(1, 1),
+        swizzle,
+    )
     if status:
         raise sim.Finding(chip.error())
     return room

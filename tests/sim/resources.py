@@ -14,17 +14,26 @@ TABLE = ROOT / "docs" / "cuda_resources.md"
 
 # Per multiprocessor: warps, blocks, bytes of shared memory (CUDA programming guide, compute capabilities).
 LIMITS = {
-    "80": (64, 32, 164 << 10), "86": (48, 16, 100 << 10), "89": (48, 24, 100 << 10), "90": (64, 32, 228 << 10),
-    "100": (64, 32, 228 << 10), "120": (48, 24, 100 << 10),
-}  # fmt: skip
+    "80": (64, 32, 164 << 10),
+    "86": (48, 16, 100 << 10),
+    "89": (48, 24, 100 << 10),
+    "90": (64, 32, 228 << 10),
+    "100": (64, 32, 228 << 10),
+    "120": (48, 24, 100 << 10),
+}
 WARPS_PER_BLOCK = 8  # nearly all kernels of this package launch 256 threads
 WIDE = r"few_rows<.*, 16>"  # the others, 512
 # Which ptxas does not see: sizeof(ManyMemory), sizeof(BackwardMemory) of 64 or 128 rows, sizeof(RowsSums).
 DYNAMIC_SHARED = {
-    "many_rows<": 65 << 10, "many_back<.*, 64>": 43 << 10, "many_back<.*, 128>": 59 << 10,
-    "few_rows<.*, 1, 8>": 5 << 10, "few_rows<.*, 1, 16>": 10 << 10, "few_rows<.*, (2, 16|4, 8)>": 36 << 10,
-    "group_rows<.*, 1>": 9 << 10, "group_rows<.*, 2>": 18 << 10,
-}  # fmt: skip
+    "many_rows<": 65 << 10,
+    "many_back<.*, 64>": 43 << 10,
+    "many_back<.*, 128>": 59 << 10,
+    "few_rows<.*, 1, 8>": 5 << 10,
+    "few_rows<.*, 1, 16>": 10 << 10,
+    "few_rows<.*, (2, 16|4, 8)>": 36 << 10,
+    "group_rows<.*, 1>": 9 << 10,
+    "group_rows<.*, 2>": 18 << 10,
+}
 REGISTERS, REGISTERS_AT_A_TIME, RESERVED_SHARED = 65536, 256, 1024
 
 REASONS = """Kernels are launched with 256 threads, which is their `__launch_bounds__`: eight warps divide a table of

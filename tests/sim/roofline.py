@@ -214,9 +214,16 @@ def row(gpu: Gpu, shape: tuple[int, int, int], work: Work, loop: list[str], us: 
     of = limits(gpu, work, loop)
     binding = max(of, key=of.get)
     cell = lambda name: f"{us[name]:.1f}" if name in us else ""
-    cells = [f"{m}", f"{work.bytes / 1e6:.1f}", f"{2e-9 * m * n * k:.2f}", f"`{work.kernel.split('<')[0]}`",
-             *(f"{of[name] * 1e6:.1f}" for name in of), binding, f"{(of[binding] / REACHED + LAUNCH) * 1e6:.0f}",
-             *map(cell, ("kernels", "library", "bitsandbytes"))]  # fmt: skip
+    cells = [
+        f"{m}",
+        f"{work.bytes / 1e6:.1f}",
+        f"{2e-9 * m * n * k:.2f}",
+        f"`{work.kernel.split('<')[0]}`",
+        *(f"{of[name] * 1e6:.1f}" for name in of),
+        binding,
+        f"{(of[binding] / REACHED + LAUNCH) * 1e6:.0f}",
+        *map(cell, ("kernels", "library", "bitsandbytes")),
+    ]
     return "| " + " | ".join(cells) + " |"
 
 

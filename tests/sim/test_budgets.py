@@ -177,7 +177,9 @@ def test_nf4_operands(device, dtype, r):
     written, read = report["global_write"], report["global_read"]
     assert written["sectors"] == written["unique"] == (n + (m if r else 0)) * depth * x.element_size() // SECTOR
     parts = sum(-(-t.nbytes // SECTOR) + 1 for t in weight._arguments[1:4] if t is not None)  # and where they lie
-    once = weight.packed.nbytes // SECTOR + parts + TABLES + ((x.nbytes + u.nbytes + lora_B.nbytes) // SECTOR if r else 0)
+    once = (
+        weight.packed.nbytes // SECTOR + parts + TABLES + ((x.nbytes + u.nbytes + lora_B.nbytes) // SECTOR if r else 0)
+    )
     assert read["unique"] <= once
     extras = 3 * (u.nbytes + lora_B.nbytes) // SECTOR  # by each of their parts
     assert read["sectors"] <= 1.02 * read["ideal"] + extras

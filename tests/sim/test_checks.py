@@ -163,8 +163,11 @@ def test_warps_that_wait_for_each_other_in_memory_go_on(device):
     """A spin on a flag: the scheduler is fair, whatever the seed."""
     for seed in (0, 1, 5):
         device.options(seed=seed)
-        run(device, """setp.lt.u32 %p1, %r1, 32; @!%p1 bra $set; $spin: atom.global.or.b32 %r4, [%d1], 0; setp.eq.u32 %p2, %r4, 0;
-            @%p2 bra $spin; bra.uni $end; $set: atom.global.exch.b32 %r4, [%d1], 1; $end:""")  # fmt: skip
+        run(
+            device,
+            """setp.lt.u32 %p1, %r1, 32; @!%p1 bra $set; $spin: atom.global.or.b32 %r4, [%d1], 0; setp.eq.u32 %p2, %r4, 0;
+            @%p2 bra $spin; bra.uni $end; $set: atom.global.exch.b32 %r4, [%d1], 1; $end:""",
+        )
 
 
 def test_launch_limits(device):

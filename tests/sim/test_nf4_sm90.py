@@ -21,7 +21,9 @@ STAGES, OUTS, THREADS = 4, 128, 384
 
 
 class Arguments(ctypes.Structure):  # Linear<Nf4Weight>
-    _fields_ = [(name, ctypes.c_void_p) for name in ("packed", "absmax", "absmax_code", "absmax_scale", "absmax_offset")]
+    _fields_ = [
+        (name, ctypes.c_void_p) for name in ("packed", "absmax", "absmax_code", "absmax_scale", "absmax_offset")
+    ]
     _fields_ += [(name, ctypes.c_int64) for name in ("rows", "cols", "block_size", "first")]
     _fields_ += [(name, ctypes.c_void_p) for name in ("x", "bias", "u", "b", "y")]
     _fields_ += [("m", ctypes.c_int64), ("r", ctypes.c_int64), ("scaling", ctypes.c_float), ("int8", ctypes.c_bool)]
@@ -65,8 +67,22 @@ def product(chip, ptx, x, weight, bias=None, u=None, b=None, scaling=0.5):
         if tensor is not None:
             chip.allow(tensor, read_only=name != "y")
     pointers = {name: tensor.data_ptr() for name, tensor in parts.items() if tensor is not None}
-    types = dict(dtype=DTYPES[x.dtype], bias_dtype=DTYPES[bias.dtype] if bias is not None else 0, b_dtype=DTYPES[b.dtype] if b is not None else 0)
-    arguments = Arguments(rows=n, cols=k, block_size=block, m=m, r=0 if u is None else u.shape[1], scaling=scaling, int8=False, **pointers, **types)
+    types = dict(
+        dtype=DTYPES[x.dtype],
+        bias_dtype=DTYPES[bias.dtype] if bias is not None else 0,
+        b_dtype=DTYPES[b.dtype] if b is not None else 0,
+    )
+    arguments = Arguments(
+        rows=n,
+        cols=k,
+        block_size=block,
+        m=m,
+        r=0 if u is None else u.shape[1],
+        scaling=scaling,
+        int8=False,
+        **pointers,
+        **types,
+    )
     name = re.search(rf"\.entry (\w*wgmma_rowsI{MANGLED[x.dtype]}Li{rows}E\w*)\(", ptx[0])[1]
     grid = -(-m // rows), -(-n // OUTS)
     log_block = ctypes.c_int(block.bit_length() - 1)
@@ -98,7 +114,12 @@ def check(y, x, weight, bias=None, u=None, b=None, scaling=0.5, dense=None):
 @pytest.mark.parametrize("dtype", MANGLED)
 @pytest.mark.parametrize(
     "m, n, k, r, block, double_quant",
-    [(17, 128, 64, 0, 64, True), (64, 250, 64 * 6, 5, 128, False), (100, 130, 64 * 5, 16, 64, True), (256, 128, 64 * 4, 0, 64, False)],
+    [
+        (17, 128, 64, 0, 64, True),
+        (64, 250, 64 * 6, 5, 128, False),
+        (100, 130, 64 * 5, 16, 64, True),
+        (256, 128, 64 * 4, 0, 64, False),
+    ],
 )
 def test_products(chip, ptx, m, n, k, r, block, double_quant, dtype):
     """Tiles that are whole and not, fewer chunks than stages and more; sums of a hand-made tensor core within the bound."""
@@ -157,7 +178,9 @@ def test_the_launcher(asked_for, m):
     asked_for.forget()
     y = torch.ops.peftops.nf4_linear(x, *weight._arguments, 72, 192, bias, u, b, 0.5)
     (report,) = asked_for.reports()
-    assert "wgmma_rows" in report["kernel"] and report["shared_bytes"] == shared_bytes(64 if m < 64 else 128 if m < 128 else 256)
+    assert "wgmma_rows" in report["kernel"] and report["shared_bytes"] == shared_bytes(
+        64 if m < 64 else 128 if m < 128 else 256
+    )
     check(y, x, weight, bias, u, b)
 
 
@@ -182,7 +205,9 @@ def test_what_ptxas_makes_of_it(tmp_path):
     assert "C7510" not in said and said.count("0 bytes spill stores, 0 bytes spill loads") == 6
     if not sass.disassembler():
         pytest.skip("needs nvidia-cuda-nvdisasm")
-    text = subprocess.run([sass.disassembler(), "-c", tmp_path / "nf4.cubin"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [sass.disassembler(), "-c", tmp_path / "nf4.cubin"], capture_output=True, text=True, check=True
+    ).stdout
     for name, code in sass.kernels(text).items():
         loop = sass.main_loop(*code, wanted="HGMMA.64x")
         count = sass.histogram(loop)

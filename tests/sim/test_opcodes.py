@@ -76,22 +76,40 @@ def signed(v, bits):
 
 
 INTEGER = {
-    "add.s32": lambda a, b, c: a + b, "sub.s32": lambda a, b, c: a - b, "mul.lo.s32": lambda a, b, c: a * b,
-    "mul.hi.s32": lambda a, b, c: (a * b) >> 32, "mul.hi.u32": lambda a, b, c: (a * b) >> 32,
-    "mad.lo.s32": lambda a, b, c: a * b + c, "mad.hi.u32": lambda a, b, c: ((a * b) >> 32) + c,
-    "min.s32": lambda a, b, c: min(a, b), "max.s32": lambda a, b, c: max(a, b), "min.u32": lambda a, b, c: min(a, b),
-    "max.u64": lambda a, b, c: max(a, b), "add.s64": lambda a, b, c: a + b, "mul.lo.s64": lambda a, b, c: a * b,
-    "mul.hi.u64": lambda a, b, c: (a * b) >> 64, "mul.hi.s64": lambda a, b, c: (a * b) >> 64,
-    "add.u16": lambda a, b, c: a + b, "mul.lo.u16": lambda a, b, c: a * b, "sub.s16": lambda a, b, c: a - b,
+    "add.s32": lambda a, b, c: a + b,
+    "sub.s32": lambda a, b, c: a - b,
+    "mul.lo.s32": lambda a, b, c: a * b,
+    "mul.hi.s32": lambda a, b, c: (a * b) >> 32,
+    "mul.hi.u32": lambda a, b, c: (a * b) >> 32,
+    "mad.lo.s32": lambda a, b, c: a * b + c,
+    "mad.hi.u32": lambda a, b, c: ((a * b) >> 32) + c,
+    "min.s32": lambda a, b, c: min(a, b),
+    "max.s32": lambda a, b, c: max(a, b),
+    "min.u32": lambda a, b, c: min(a, b),
+    "max.u64": lambda a, b, c: max(a, b),
+    "add.s64": lambda a, b, c: a + b,
+    "mul.lo.s64": lambda a, b, c: a * b,
+    "mul.hi.u64": lambda a, b, c: (a * b) >> 64,
+    "mul.hi.s64": lambda a, b, c: (a * b) >> 64,
+    "add.u16": lambda a, b, c: a + b,
+    "mul.lo.u16": lambda a, b, c: a * b,
+    "sub.s16": lambda a, b, c: a - b,
     "div.s32": lambda a, b, c: -1 if b == 0 else (abs(a) // abs(b)) * (1 if (a < 0) == (b < 0) else -1),
     "rem.s32": lambda a, b, c: a if b == 0 else abs(a) % abs(b) * (-1 if a < 0 else 1),
-    "div.u64": lambda a, b, c: -1 if b == 0 else a // b, "rem.u32": lambda a, b, c: a if b == 0 else a % b,
-    "neg.s32": lambda a, b, c: -a, "abs.s32": lambda a, b, c: abs(a), "abs.s64": lambda a, b, c: abs(a),
-    "and.b32": lambda a, b, c: a & b, "or.b64": lambda a, b, c: a | b, "xor.b16": lambda a, b, c: a ^ b,
-    "not.b32": lambda a, b, c: ~a, "popc.b32": lambda a, b, c: bin(a).count("1"),
-    "clz.b32": lambda a, b, c: 32 - a.bit_length(), "brev.b32": lambda a, b, c: int(f"{a:032b}"[::-1], 2),
+    "div.u64": lambda a, b, c: -1 if b == 0 else a // b,
+    "rem.u32": lambda a, b, c: a if b == 0 else a % b,
+    "neg.s32": lambda a, b, c: -a,
+    "abs.s32": lambda a, b, c: abs(a),
+    "abs.s64": lambda a, b, c: abs(a),
+    "and.b32": lambda a, b, c: a & b,
+    "or.b64": lambda a, b, c: a | b,
+    "xor.b16": lambda a, b, c: a ^ b,
+    "not.b32": lambda a, b, c: ~a,
+    "popc.b32": lambda a, b, c: bin(a).count("1"),
+    "clz.b32": lambda a, b, c: 32 - a.bit_length(),
+    "brev.b32": lambda a, b, c: int(f"{a:032b}"[::-1], 2),
     "bfind.u32": lambda a, b, c: a.bit_length() - 1,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("op", INTEGER)
@@ -106,8 +124,14 @@ def test_integers(device, op):
     assert (got == wrap(want, bits)).all()
 
 
-WIDE = {"mul.wide.s32": "i4", "mul.wide.u32": "u4", "mad.wide.s32": "i4", "mad.wide.u32": "u4", "mul.wide.u16": "u2",
-        "mul.wide.s16": "i2"}  # fmt: skip
+WIDE = {
+    "mul.wide.s32": "i4",
+    "mul.wide.u32": "u4",
+    "mad.wide.s32": "i4",
+    "mad.wide.u32": "u4",
+    "mul.wide.u16": "u2",
+    "mul.wide.s16": "i2",
+}
 
 
 @pytest.mark.parametrize("op", WIDE)
@@ -200,10 +224,16 @@ def same(got, want):
 
 
 FLOAT = {
-    "add": (2, lambda a, b: a + b), "sub": (2, lambda a, b: a - b), "mul": (2, lambda a, b: a * b),
-    "neg": (1, lambda a: -a), "abs": (1, np.abs),
-    "min": (2, np.fmin), "max": (2, np.fmax), "min.NaN": (2, np.minimum), "max.NaN": (2, np.maximum),
-}  # fmt: skip
+    "add": (2, lambda a, b: a + b),
+    "sub": (2, lambda a, b: a - b),
+    "mul": (2, lambda a, b: a * b),
+    "neg": (1, lambda a: -a),
+    "abs": (1, np.abs),
+    "min": (2, np.fmin),
+    "max": (2, np.fmax),
+    "min.NaN": (2, np.minimum),
+    "max.NaN": (2, np.maximum),
+}
 
 
 @pytest.mark.parametrize("op", FLOAT)
@@ -292,9 +322,19 @@ def test_flush_and_saturate(device):
     assert same(got, np.where(np.isnan(x), 0, np.clip(x, 0, 1) + 0.0).astype("f4"))
 
 
-@pytest.mark.parametrize("op, f", [("ex2.approx.f32", np.exp2), ("lg2.approx.f32", np.log2), ("sqrt.rn.f32", np.sqrt), ("rcp.rn.f32", lambda x: 1 / x),
-                                   ("rsqrt.approx.f32", lambda x: 1 / np.sqrt(x)), ("tanh.approx.f32", np.tanh), ("sin.approx.f32", np.sin),
-                                   ("cos.approx.f32", np.cos)])  # fmt: skip
+@pytest.mark.parametrize(
+    "op, f",
+    [
+        ("ex2.approx.f32", np.exp2),
+        ("lg2.approx.f32", np.log2),
+        ("sqrt.rn.f32", np.sqrt),
+        ("rcp.rn.f32", lambda x: 1 / x),
+        ("rsqrt.approx.f32", lambda x: 1 / np.sqrt(x)),
+        ("tanh.approx.f32", np.tanh),
+        ("sin.approx.f32", np.sin),
+        ("cos.approx.f32", np.cos),
+    ],
+)
 def test_functions(device, op, f):
     x = np.abs(reals("f4", 1)) if op[0] in "lsr" and op[1] != "i" else reals("f4", 1)
     x = np.where(np.abs(x) > 1e30, 3, x).astype("f4")
@@ -343,10 +383,14 @@ def test_comparisons(device, how):
 
 
 def test_predicate_logic(device):
-    got = execute(device, """setp.lt.u32 %p1, %r1, 9; and.b32 %r2, %r1, 1; setp.eq.u32 %p2, %r2, 1; mov.u32 %y, 0;
+    got = execute(
+        device,
+        """setp.lt.u32 %p1, %r1, 9; and.b32 %r2, %r1, 1; setp.eq.u32 %p2, %r2, 1; mov.u32 %y, 0;
         and.pred %p3, %p1, %p2; @%p3 or.b32 %y, %y, 1; or.pred %p3, %p1, %p2; @%p3 or.b32 %y, %y, 2;
         xor.pred %p3, %p1, %p2; @%p3 or.b32 %y, %y, 4; not.pred %p3, %p1; @%p3 or.b32 %y, %y, 8; @!%p2 or.b32 %y, %y, 16;
-        mov.pred %p4, 0; @%p4 or.b32 %y, %y, 32; mov.pred %p4, -1; @%p4 or.b32 %y, %y, 64;""", [])  # fmt: skip
+        mov.pred %p4, 0; @%p4 or.b32 %y, %y, 32; mov.pred %p4, -1; @%p4 or.b32 %y, %y, 64;""",
+        [],
+    )
     for lane in range(LANES):
         p, q = lane < 9, lane % 2 == 1
         assert got[lane] == (p and q) + 2 * (p or q) + 4 * (p != q) + 8 * (not p) + 16 * (not q) + 64
@@ -399,10 +443,14 @@ def test_conversions_of_floats(device):
 
 def test_every_half_converts_both_ways(device):
     h = np.arange(65536, dtype="u2")
-    module = device.load(sim.kernel("""ld.param.u64 %d1, [a]; ld.param.u64 %d2, [b]; mov.u32 %r1, %ctaid.x; mov.u32 %r2, %tid.x;
+    module = device.load(
+        sim.kernel(
+            """ld.param.u64 %d1, [a]; ld.param.u64 %d2, [b]; mov.u32 %r1, %ctaid.x; mov.u32 %r2, %tid.x;
         mad.lo.u32 %r1, %r1, 256, %r2; mad.wide.u32 %d1, %r1, 2, %d1; mad.wide.u32 %d2, %r1, 4, %d2;
         ld.global.b16 %h1, [%d1]; cvt.f32.f16 %f1, %h1; st.global.f32 [%d2], %f1; cvt.rn.f16.f32 %h2, %f1; st.global.b16 [%d1], %h2; ret;""",
-        "u64 a, u64 b"))  # fmt: skip
+            "u64 a, u64 b",
+        )
+    )
     back, wide = h.copy(), np.zeros(65536, "f4")
     device.allow(back), device.allow(wide)
     device.launch(module, "k", (256,), (256,), [back, wide])
@@ -443,8 +491,19 @@ def shuffled(mode, a, step, clamp=31, segment=0):
     return np.array(out)
 
 
-@pytest.mark.parametrize("mode, step, c", [("up", 3, 0), ("up", 2, 0x1800), ("down", 5, 31), ("down", 1, 0x1C1F), ("bfly", 16, 31),
-                                           ("bfly", 3, 31), ("idx", 7, 31), ("idx", 2, 0x181F)])  # fmt: skip
+@pytest.mark.parametrize(
+    "mode, step, c",
+    [
+        ("up", 3, 0),
+        ("up", 2, 0x1800),
+        ("down", 5, 31),
+        ("down", 1, 0x1C1F),
+        ("bfly", 16, 31),
+        ("bfly", 3, 31),
+        ("idx", 7, 31),
+        ("idx", 2, 0x181F),
+    ],
+)
 def test_shuffles(device, mode, step, c):
     a = integers("u4", 3)
     got = execute(device, f"shfl.sync.{mode}.b32 %y, %x0, {step}, {c}, -1;", [a])
@@ -473,12 +532,20 @@ def test_votes_and_reductions(device):
 
 
 def test_divergence_and_switch_tables(device):
-    loop = execute(device, """mov.u32 %y, 0; mov.u32 %r2, 0; $again: setp.ge.u32 %p1, %r2, %r1; @%p1 bra $done;
-        add.u32 %y, %y, %r2; add.u32 %r2, %r2, 1; bra.uni $again; $done:""", [])  # fmt: skip
+    loop = execute(
+        device,
+        """mov.u32 %y, 0; mov.u32 %r2, 0; $again: setp.ge.u32 %p1, %r2, %r1; @%p1 bra $done;
+        add.u32 %y, %y, %r2; add.u32 %r2, %r2, 1; bra.uni $again; $done:""",
+        [],
+    )
     assert (loop == [lane * (lane - 1) // 2 for lane in range(LANES)]).all()
-    table = execute(device, """and.b32 %r2, %r1, 3; mov.u32 %y, 99; $table: .branchtargets $zero, $one, $two, $three; brx.idx %r2, $table;
+    table = execute(
+        device,
+        """and.b32 %r2, %r1, 3; mov.u32 %y, 99; $table: .branchtargets $zero, $one, $two, $three; brx.idx %r2, $table;
         $zero: mov.u32 %y, 10; bra.uni $end; $one: mov.u32 %y, 11; bra.uni $end; $two: mov.u32 %y, 12; bra.uni $end;
-        $three: mov.u32 %y, 13; $end:""", [])  # fmt: skip
+        $three: mov.u32 %y, 13; $end:""",
+        [],
+    )
     assert (table == 10 + np.arange(LANES) % 4).all()
 
 
@@ -524,8 +591,10 @@ def test_mma(device, kind, k, sums):
             fc[lane, i] = c[place(lane, i)]
     registers = lambda n, first: "{" + ", ".join(f"%r{first + i}" for i in range(n)) + "}"
     na, nb, nc = k // 4, k // 8, 4 if sums == "f32" else 2
-    load = lambda name, n, first: f"ld.param.u64 %d1, [{name}]; mad.wide.u32 %d1, %r1, {4 * n}, %d1; " + " ".join(
-        f"ld.global.u32 %r{first + i}, [%d1+{4 * i}];" for i in range(n))  # fmt: skip
+    load = lambda name, n, first: (
+        f"ld.param.u64 %d1, [{name}]; mad.wide.u32 %d1, %r1, {4 * n}, %d1; "
+        + " ".join(f"ld.global.u32 %r{first + i}, [%d1+{4 * i}];" for i in range(n))
+    )
     body = f"""mov.u32 %r1, %tid.x; {load("a", na, 10)} {load("b", nb, 20)} {load("c", nc, 30)}
         mma.sync.aligned.m16n8k{k}.row.col.{sums}.{kind}.{kind}.{sums} {registers(nc, 40)}, {registers(na, 10)}, {registers(nb, 20)}, {registers(nc, 30)};
         {" ".join(f"st.global.u32 [%d1+{4 * i}], %r{40 + i};" for i in range(nc))} ret;"""
@@ -547,8 +616,10 @@ def test_mma_of_tf32(device):
     fa = np.array([[a[g + 8 * (i % 2), t + i // 2 * 4] for i in range(4)] for g, t in lanes], "f4")
     fb = np.array([[b[t + 4 * i, g] for i in range(2)] for g, t in lanes], "f4")
     fc = np.array([[c[g + i // 2 * 8, 2 * t + i % 2] for i in range(4)] for g, t in lanes], "f4")
-    load = lambda name, n, first: f"ld.param.u64 %d1, [{name}]; mad.wide.u32 %d1, %r1, {4 * n}, %d1; " + " ".join(
-        f"ld.global.u32 %r{first + i}, [%d1+{4 * i}];" for i in range(n))  # fmt: skip
+    load = lambda name, n, first: (
+        f"ld.param.u64 %d1, [{name}]; mad.wide.u32 %d1, %r1, {4 * n}, %d1; "
+        + " ".join(f"ld.global.u32 %r{first + i}, [%d1+{4 * i}];" for i in range(n))
+    )
     body = f"""mov.u32 %r1, %tid.x; {load("a", 4, 10)} {load("b", 2, 20)} {load("c", 4, 30)}
         mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{%r30, %r31, %r32, %r33}}, {{%r10, %r11, %r12, %r13}}, {{%r20, %r21}}, {{%r30, %r31, %r32, %r33}};
         {" ".join(f"st.global.u32 [%d1+{4 * i}], %r{30 + i};" for i in range(4))} ret;"""
@@ -558,22 +629,36 @@ def test_mma_of_tf32(device):
     cut = lambda t: (t.view(torch.int32) & ~0x1FFF).view(torch.float32).double()
     want = cut(a) @ cut(b) + c.double()
     got = torch.tensor([[float(v) for v in row] for row in fc])
-    assert all(abs(got[lane, i] - want[g + i // 2 * 8, 2 * t + i % 2]) < 1e-6 for lane, (g, t) in enumerate(lanes) for i in range(4))
+    assert all(
+        abs(got[lane, i] - want[g + i // 2 * 8, 2 * t + i % 2]) < 1e-6
+        for lane, (g, t) in enumerate(lanes)
+        for i in range(4)
+    )
     assert report["mma"] == 1
 
 
 def test_cp_async(device):
     source = np.concatenate([integers("u4", s) for s in range(4)])
-    got = execute(device, """mov.u32 %r2, smem; mad.lo.u32 %r3, %r1, 16, %r2; mad.wide.u32 %d3, %r1, 16, 0; ld.param.u64 %d4, [in0]; add.s64 %d3, %d3, %d4;
+    got = execute(
+        device,
+        """mov.u32 %r2, smem; mad.lo.u32 %r3, %r1, 16, %r2; mad.wide.u32 %d3, %r1, 16, 0; ld.param.u64 %d4, [in0]; add.s64 %d3, %d3, %d4;
         setp.lt.u32 %p1, %r1, 8; selp.u32 %r4, 16, 4, %p1; cp.async.ca.shared.global [%r3], [%d3], 16, %r4; cp.async.commit_group;
-        cp.async.wait_group 0; ld.shared.v2.u32 {%r5, %r6}, [%r3+8]; add.u32 %y, %r5, %r6;""", [source],
-        outside=".shared .align 16 .b8 smem[512];")  # fmt: skip
+        cp.async.wait_group 0; ld.shared.v2.u32 {%r5, %r6}, [%r3+8]; add.u32 %y, %r5, %r6;""",
+        [source],
+        outside=".shared .align 16 .b8 smem[512];",
+    )
     rows = source.reshape(LANES, 4)
     assert (got[:8] == rows[:8, 2] + rows[:8, 3]).all() and (got[8:] == 0).all()  # what is not copied is zero
 
 
-ATOMIC = {"add.u32": lambda v: sum(v), "min.s32": min, "max.s32": max, "and.b32": lambda v: np.bitwise_and.reduce(v), "or.b32": lambda v: np.bitwise_or.reduce(v),
-          "xor.b32": lambda v: np.bitwise_xor.reduce(v)}  # fmt: skip
+ATOMIC = {
+    "add.u32": lambda v: sum(v),
+    "min.s32": min,
+    "max.s32": max,
+    "and.b32": lambda v: np.bitwise_and.reduce(v),
+    "or.b32": lambda v: np.bitwise_or.reduce(v),
+    "xor.b32": lambda v: np.bitwise_xor.reduce(v),
+}
 
 
 @pytest.mark.parametrize("op", ATOMIC)

@@ -15,7 +15,9 @@ TILE, ROWS, OUT, STAGES, TILES = 64, 32, 128, 3, 7
 STAGE_BYTES = 2 * TILE * ROWS
 KERNELS = ["by_tma", "by_threads"]
 RIGHT = {
-    kernel: dict(tiles=TILES, stages=STAGES, producer_ring=STAGES, consumer_ring=STAGES, full=full, empty=8, bytes=STAGE_BYTES)
+    kernel: dict(
+        tiles=TILES, stages=STAGES, producer_ring=STAGES, consumer_ring=STAGES, full=full, empty=8, bytes=STAGE_BYTES
+    )
     for kernel, full in zip(KERNELS, (1, 128), strict=True)
 }
 
@@ -76,7 +78,10 @@ def without(ptx, kernel, mark, line=""):
 
 
 OPEN = "setp.eq.u32 p, 0, 0;"
-BROKEN = [(mark, "") for mark in ("fence", "flip", "release", "products", "expect", "copy")] + [("wait 0", OPEN), ("wait 1", OPEN)]  # fmt: skip
+BROKEN = [(mark, "") for mark in ("fence", "flip", "release", "products", "expect", "copy")] + [
+    ("wait 0", OPEN),
+    ("wait 1", OPEN),
+]
 
 
 def mutants(ptx, kernel):

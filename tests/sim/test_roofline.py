@@ -24,8 +24,10 @@ def test_its_rates_are_the_vendors():
         assert gpu.bandwidth * roofline.REACHED * per_clock == pytest.approx(says.bytes, rel=0.1)
 
 
-@pytest.mark.parametrize("direction, peers", [("forward", ("library", "dequantise + cuBLAS", "bitsandbytes")),
-                                              ("backward", ("library", "bitsandbytes"))])  # fmt: skip
+@pytest.mark.parametrize(
+    "direction, peers",
+    [("forward", ("library", "dequantise + cuBLAS", "bitsandbytes")), ("backward", ("library", "bitsandbytes"))],
+)
 def test_no_way_that_was_measured_is_much_shorter_than_the_one_taken(direction, peers):
     """By what is in docs/gpu, the last run of bench/gpu.py on each card; a twentieth is a matter of the run."""
     records = roofline.measured(roofline.GPUS[0])

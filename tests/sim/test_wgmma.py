@@ -55,12 +55,29 @@ def descriptor(start, leading, stride, width):
     return start >> 4 | (leading >> 4) << 16 | (stride >> 4) << 32 | SWIZZLE[width] << 62
 
 
-def wgmma(chip, kind, sums, a, b, c, *, a_width=None, a_transposed=False, width=128, transposed=False, scale="%p1", signs=(1, 1)):
+def wgmma(
+    chip,
+    kind,
+    sums,
+    a,
+    b,
+    c,
+    *,
+    a_width=None,
+    a_transposed=False,
+    width=128,
+    transposed=False,
+    scale="%p1",
+    signs=(1, 1),
+):
     """D = C + A B for a [64, K], b [N, K], c [64, N]; ``a_width`` None: A from registers."""
     dtype, item = KINDS[kind]
     n, k = b.shape
     host = lambda t: (t.to(dtype).view(torch.int16) if item == 2 else t.float().view(torch.int32)).numpy()
-    place = lambda m, w, t: (image(host(m), w, t, *strides(len(m), k, item, w, t), 32768), strides(len(m), k, item, w, t))
+    place = lambda m, w, t: (
+        image(host(m), w, t, *strides(len(m), k, item, w, t), 32768),
+        strides(len(m), k, item, w, t),
+    )
     memory, (leading, stride) = place(b, width, transposed)
     b_desc, a_desc = descriptor(START, leading, stride, width), 0
     if a_width is not None:  # behind B, from a multiple of 1024 on, as the pattern wants it
@@ -75,7 +92,10 @@ def wgmma(chip, kind, sums, a, b, c, *, a_width=None, a_transposed=False, width=
             row, column = 16 * w + g + 8 * (r % 2), per * (q + 4 * (r // 2))
             fragment[t, r] = np.ascontiguousarray(raw[row, column : column + per]).view("u4")[0]
     half, count = sums == "f16", n // 4 if sums == "f16" else n // 2
-    where = [[(16 * (t // 32) + t % 32 // 4 + 8 * (i // 2 % 2), i // 4 * 8 + 2 * (t % 4) + i % 2) for i in range(n // 2)] for t in range(128)]  # fmt: skip
+    where = [
+        [(16 * (t // 32) + t % 32 // 4 + 8 * (i // 2 % 2), i // 4 * 8 + 2 * (t % 4) + i % 2) for i in range(n // 2)]
+        for t in range(128)
+    ]
     rows, columns = np.array(where).transpose(2, 0, 1)
     cells = c.numpy()[rows, columns].astype("f2" if half else "f4")
     io = np.ascontiguousarray(cells).view("u4").reshape(128, count)
@@ -138,11 +158,24 @@ def test_layouts(chip, width, transposed):
     want = c.double() + a.double() @ b.double().T
     for a_width in (None, *SWIZZLE):
         for a_transposed in (False, True) if a_width is not None else (False,):
-            got = wgmma(chip, "bf16", "f32", a, b, c, a_width=a_width, a_transposed=a_transposed, width=width, transposed=transposed)  # fmt: skip
+            got = wgmma(
+                chip,
+                "bf16",
+                "f32",
+                a,
+                b,
+                c,
+                a_width=a_width,
+                a_transposed=a_transposed,
+                width=width,
+                transposed=transposed,
+            )
             assert close(got, want), (a_width, a_transposed)
     if not transposed:
         a, b, c = operands("tf32", 32)
-        assert close(wgmma(chip, "tf32", "f32", a, b, c, a_width=width, width=width), c.double() + a.double() @ b.double().T)
+        assert close(
+            wgmma(chip, "tf32", "f32", a, b, c, a_width=width, width=width), c.double() + a.double() @ b.double().T
+        )
 
 
 def test_scales_and_signs(chip):

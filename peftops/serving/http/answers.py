@@ -34,8 +34,11 @@ class Shape:
 
     def __init__(self, *, chat: bool, model: str, prompt_tokens: int, decode: Callable[[int], str]):
         self._chat, self._prompt_tokens, self._decode, self._generated = chat, prompt_tokens, decode, 0
-        self._head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()),
-                      "model": model}  # fmt: skip
+        self._head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
         self._kind = "chat.completion" if chat else "text_completion"
 
     async def whole(self, pieces: AsyncIterator[Piece], count: int) -> dict[str, Any]:
@@ -76,8 +79,11 @@ class Shape:
         self._generated += piece.token is not None
 
     def _usage(self) -> dict[str, int]:
-        return {"prompt_tokens": self._prompt_tokens, "completion_tokens": self._generated,
-                "total_tokens": self._prompt_tokens + self._generated}  # fmt: skip
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._generated,
+            "total_tokens": self._prompt_tokens + self._generated,
+        }
 
     def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
         text = "".join(choice.text)
@@ -93,16 +99,22 @@ class Shape:
         if not choice.told:
             return None
         if self._chat:
-            return {"content": [{**self._entry(token, told.own),
-                                 "top_logprobs": [self._entry(*pair) for pair in told.top.items()]}
-                                for token, told, _ in choice.told], "refusal": None}  # fmt: skip
+            return {
+                "content": [
+                    {**self._entry(token, told.own), "top_logprobs": [self._entry(*pair) for pair in told.top.items()]}
+                    for token, told, _ in choice.told
+                ],
+                "refusal": None,
+            }
         return {
             "tokens": [self._decode(token) for token, _, _ in choice.told],
             "token_logprobs": [_finite(told.own) for _, told, _ in choice.told],
-            "top_logprobs": [{self._decode(token): _finite(value) for token, value in reversed(told.top.items())}
-                             for _, told, _ in choice.told],
+            "top_logprobs": [
+                {self._decode(token): _finite(value) for token, value in reversed(told.top.items())}
+                for _, told, _ in choice.told
+            ],
             "text_offset": [at for _, _, at in choice.told],
-        }  # fmt: skip
+        }
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._decode(token)

@@ -44,8 +44,18 @@ class App:
         look: seconds between two looks into it.
     """
 
-    def __init__(self, server: Server, tokenizer: Any, adapters: Adapters, limits: Limits, *, key: str | None = None,
-                 loadable: Path | None = None, watched: Path | None = None, look: float = 2.0):  # fmt: skip
+    def __init__(
+        self,
+        server: Server,
+        tokenizer: Any,
+        adapters: Adapters,
+        limits: Limits,
+        *,
+        key: str | None = None,
+        loadable: Path | None = None,
+        watched: Path | None = None,
+        look: float = 2.0,
+    ):
         self._server, self._tokenizer, self._adapters, self._limits = server, tokenizer, adapters, limits
         self._loadable, self._look = loadable, look
         self._watched = None if watched is None else Watched(adapters, watched)
@@ -116,8 +126,15 @@ class App:
 
     def _card(self, name: str) -> dict[str, Any]:
         base = self._adapters.base
-        return {"id": name, "object": "model", "created": self._started, "owned_by": "peftops", "root": base,
-                "parent": None if name == base else base, "max_model_len": self._limits.context}  # fmt: skip
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "peftops",
+            "root": base,
+            "parent": None if name == base else base,
+            "max_model_len": self._limits.context,
+        }
 
     async def _load(self, request: Request) -> Response:
         asked = schema.read(schema.Load, await request.body())
@@ -197,10 +214,21 @@ class App:
                 raise bad(f"the prompt has {len(ids)} tokens; {most} are the most", "context_length_exceeded", field)
             room = limits.context - len(ids)
             if asked.answer is not None and asked.answer > room:
-                raise bad(f"a prompt of {len(ids)} tokens leaves room for {room}, not for {asked.answer}",
-                          "context_length_exceeded", "max_tokens")  # fmt: skip
-            asks += [Ask(ids, asked.answer or min(limits.answer, room), _sampling(asked, len(asks) + i), asked.stops,
-                         asked.told) for i in range(copies)]  # fmt: skip
+                raise bad(
+                    f"a prompt of {len(ids)} tokens leaves room for {room}, not for {asked.answer}",
+                    "context_length_exceeded",
+                    "max_tokens",
+                )
+            asks += [
+                Ask(
+                    ids,
+                    asked.answer or min(limits.answer, room),
+                    _sampling(asked, len(asks) + i),
+                    asked.stops,
+                    asked.told,
+                )
+                for i in range(copies)
+            ]
         return asks
 
 
@@ -210,8 +238,9 @@ def _sampling(asked: schema.Generation, choice: int) -> Sampling | None:
         return None
     top_k = asked.top_k if asked.top_k and asked.top_k > 0 else None
     seed = None if asked.seed is None else (asked.seed + choice) % 2**63
-    return Sampling(temperature=1.0 if asked.temperature is None else asked.temperature, top_p=asked.top_p,
-                    top_k=top_k, seed=seed)  # fmt: skip
+    return Sampling(
+        temperature=1.0 if asked.temperature is None else asked.temperature, top_p=asked.top_p, top_k=top_k, seed=seed
+    )
 
 
 async def _leaving(request: Request, job: Job) -> None:

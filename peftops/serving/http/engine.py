@@ -164,15 +164,22 @@ class Engine:
                 answer = _Answer(job, choice, ask, adapter, self)
                 try:
                     number = self.server.submit(
-                        ask.prompt, adapter=adapter and adapter.key, max_new=ask.max_new, sampling=ask.sampling,
-                        logprobs=ask.logprobs, watch=answer.token,
-                    )  # fmt: skip
+                        ask.prompt,
+                        adapter=adapter and adapter.key,
+                        max_new=ask.max_new,
+                        sampling=ask.sampling,
+                        logprobs=ask.logprobs,
+                        watch=answer.token,
+                    )
                 except ValueError:  # an adapter so large that the pool has no room for this many tokens beside it
                     self.give_up(job._numbers)
                     for _ in asks[choice:]:
                         self.adapters.give_back(adapter)
-                    raise bad("prompt and answer do not fit into memory beside this adapter; ask for fewer tokens",
-                              "context_length_exceeded", "max_tokens") from None  # fmt: skip
+                    raise bad(
+                        "prompt and answer do not fit into memory beside this adapter; ask for fewer tokens",
+                        "context_length_exceeded",
+                        "max_tokens",
+                    ) from None
                 self._answers[number] = answer
                 job._numbers.append(number)
             self.metrics.prompt_tokens.inc(sum(len(ask.prompt) for ask in asks))

@@ -17,8 +17,16 @@ from .limits import Limits
 from .metrics import Metrics
 
 log = logging.getLogger("peftops.serve")
-_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
-           "/health", "/ready", "/metrics")  # fmt: skip
+_ROUTES = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/models",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/health",
+    "/ready",
+    "/metrics",
+)
 _DRAINED = 16  # times the limit of a body: as much of it is read and dropped, so that the client hears why
 
 Scope, Message = dict[str, Any], dict[str, Any]

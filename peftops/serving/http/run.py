@@ -58,6 +58,12 @@ def serve(app: App, sock: socket.socket, *, grace: float = 30.0) -> None:
     Args:
         grace: seconds that answers under way have left at a signal.
     """
-    config = uvicorn.Config(app.asgi, log_config=None, access_log=False, lifespan="on", server_header=False,
-                            timeout_graceful_shutdown=int(grace) + 5)  # fmt: skip
+    config = uvicorn.Config(
+        app.asgi,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        server_header=False,
+        timeout_graceful_shutdown=int(grace) + 5,
+    )
     asyncio.run(_Uvicorn(config, app, grace).serve([sock]))
