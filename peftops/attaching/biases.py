@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import CONVOLUTION, EMBEDDING, EXPERTS, Adapter, Select, kind_of, sizes
+from ..nn import EMBEDDING, EXPERTS, Adapter, Select, kind_of, over_channels, sizes
 from .selection import copies
 from .targets import is_within
 
@@ -61,4 +61,4 @@ class Biased(Adapter):
     def moved(self, base: nn.Module, y: Tensor) -> Tensor:
         """The layer's output, which has the bias that it had, with the one that it has now."""
         by = self.with_biases(base.bias) - (0 if base.bias is None else base.bias)
-        return y + (by[:, None, None] if kind_of(base) == CONVOLUTION else by).to(y.dtype)
+        return y + over_channels(base, by).to(y.dtype)

@@ -32,7 +32,8 @@ def plain_names(tensors: dict[str, Tensor], model: nn.Module, file: object) -> d
 
 def adapters_own(tensors: dict[str, Tensor], model: nn.Module, file: object) -> dict[str, Tensor]:
     """Without what HF PEFT adds that is no adapter's: the weight of a layer that is adapted, zeros where GLoRA has
-    nothing, and what ``bias="all"`` takes of a module that is saved whole a second time.
+    nothing, what ``bias="all"`` takes of a module that is saved whole a second time, and that by which VeLoRA makes
+    its inputs small for the backward pass.
 
     Raises:
         ValueError: such a weight is not the model's own, or such zeros are none.
@@ -41,7 +42,7 @@ def adapters_own(tensors: dict[str, Tensor], model: nn.Module, file: object) -> 
     for key, tensor in tensors.items():
         if key.endswith(_BASE):
             _check_base(key.removeprefix(PREFIX).removesuffix(_BASE), tensor, model, file)
-        elif key.endswith(".zeros") and not tensor.any():
+        elif (key.endswith(".zeros") and not tensor.any()) or key.endswith(".lora_velora_embed"):
             pass
         elif any(part in key and key.replace(part, "") in tensors for part in _TWICE):
             pass

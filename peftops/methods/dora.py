@@ -2,7 +2,8 @@
 
     y = m / n * (W x + s B A D(x)) + b    n_i = || W_i + s (B A)_i ||, of which no gradient is taken (section 4.3)
 
-m in R^out starts as the lengths of W's rows, B at 0: the model starts as it was. n comes without forming B A:
+m in R^out starts as the lengths of W's rows, B at 0: the model starts as it was. W may be the kernel of a convolution,
+a row of it an output channel, or an embedding, whose rows here are its table's columns. n comes without forming B A:
 n^2 = ||W||^2 + 2 s diag(W A^T B^T) + s^2 diag(B A A^T B^T), in float64, as rows may be so short that their squares are
 nothing in float32. A row of zeros has no direction and a length of 0: it stays. HF PEFT differs with dropout alone,
 which it also applies to the x that meets W, and has NaN for such rows.
@@ -18,7 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from ..attaching import register
-from ..nn import LINEAR, dense_matrix, is_quantized, low_rank, product
+from ..nn import (
+    CONVOLUTION,
+    EMBEDDING,
+    LINEAR,
+    dense_matrix,
+    is_quantized,
+    kind_of,
+    low_rank,
+    over_channels,
+    product,
+)
 from .lora import LoRA, LoRAConfig
 
 
@@ -46,15 +57,18 @@ class DoRAConfig(LoRAConfig):
 
 @register(DoRAConfig)
 class DoRA(LoRA):
-    layers: ClassVar = (LINEAR,)
+    layers: ClassVar = (LINEAR, EMBEDDING, CONVOLUTION)
     peft_keys: ClassVar = {**LoRA.peft_keys, "magnitude": "lora_magnitude_vector"}
 
     def __init__(self, base: nn.Module, config: DoRAConfig, layer: str):
         super().__init__(base, config, layer)
+        if getattr(base, "groups", 1) > 1:
+            raise ValueError(f"DoRA needs the length of a row of W + s B A, and {layer}, in groups, has no such sum")
         lengths = torch.linalg.vector_norm(dense_matrix(base), dim=1, dtype=torch.float64)
         # Of the weight alone, so it is not in the state: a file of the adapter fits any base.
         self.register_buffer("squares", lengths.square(), persistent=False)
-        self.magnitude = nn.Parameter(lengths.float())
+        shape = (1, -1, *[1] * (base.weight.dim() - 2)) if kind_of(base) == CONVOLUTION else (-1,)  # as in files
+        self.magnitude = nn.Parameter(lengths.float().view(shape))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoRA:
         """(Lengths keep their digits, whatever the model is cast to.)"""
@@ -67,7 +81,7 @@ class DoRA(LoRA):
     @torch.no_grad()
     def lengths(self, base: nn.Module) -> Tensor:
         """n, float64, above 0."""
-        A, B = self.lora_A, self.lora_B
+        A, B = (factor.flatten(1) for factor in self.factors())
         projected = product(base, A if is_quantized(base.weight) else A.to(base.weight.dtype))
         A, B = A.double(), B.double()
         cross = (B * projected.double().t()).sum(1)
@@ -76,13 +90,14 @@ class DoRA(LoRA):
 
     def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
         y = low_rank(base, x, *self.factors(), self.scaling, dropout=self.dropout, training=self.training, bias=False)
-        y = y * (self.magnitude / self.lengths(base)).to(y.dtype)
-        return y if base.bias is None else y + base.bias.to(y.dtype)
+        y = y * over_channels(base, self.magnitude.flatten() / self.lengths(base)).to(y.dtype)
+        bias = getattr(base, "bias", None)
+        return y if bias is None else y + over_channels(base, bias).to(y.dtype)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         direction, bias = super().merged(weight, bias)
         lengths = above_zero(torch.linalg.vector_norm(direction, dim=1, keepdim=True, dtype=torch.float64))
-        return (self.magnitude[:, None] * (direction / lengths)).float(), bias
+        return (self.magnitude.view(-1, 1) * (direction / lengths)).float(), bias
 
 
 def above_zero(lengths: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
     y = l * (W x + b)    l in R^out,    and where the feed-forward part is read:    y = W (l * x) + b    l in R^in
 
 l starts at 1: the model starts as it was. The paper scales keys, values and what the last feed-forward layer reads;
-``target`` and ``feedforward`` say so for a LLaMA: ["k_proj", "v_proj", "down_proj"] and ["down_proj"].
+``target`` and ``feedforward`` say so for a LLaMA: ["k_proj", "v_proj", "down_proj"] and ["down_proj"]. A convolution
+has a factor for each channel.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ..attaching import each_target, register
 from ..attaching.config import Config, check_target, needs
 from ..attaching.targets import ALL_LINEAR, Target, matches
-from ..nn import Adapter, sizes
+from ..nn import CONVOLUTION, LINEAR, Adapter, kind_of, over_channels, sizes
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class IA3Config(Config):
 
 @register(IA3Config)
 class IA3(Adapter):
+    layers: ClassVar = (LINEAR, CONVOLUTION)
     peft_keys: ClassVar = {"ia3_l": "ia3_l"}
 
     @staticmethod
@@ -82,18 +84,23 @@ class IA3(Adapter):
     def __init__(self, base: nn.Module, scales_input: bool):
         super().__init__()
         in_, out = sizes(base)
-        self.scales_input = scales_input
-        shape = (1, in_) if scales_input else (out, 1)  # those of PEFT's files
+        self.scales_input, self.groups = scales_input, getattr(base, "groups", 1)
+        shape: tuple[int, ...] = (1, in_) if scales_input else (out, 1)  # those of PEFT's files
+        if kind_of(base) == CONVOLUTION:
+            shape = (1, base.in_channels if scales_input else out, *[1] * len(base.kernel_size))
         self.ia3_l = nn.Parameter(torch.ones(shape, device=base.weight.device))
 
     def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
-        factor = self.ia3_l.flatten()
+        factor = over_channels(base, self.ia3_l.flatten())
         if self.scales_input:
             return base(x * factor.to(x.dtype))
         y = base(x)
         return y * factor.to(y.dtype)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.scales_input or bias is None:
-            return weight * self.ia3_l, bias
-        return weight * self.ia3_l, bias * self.ia3_l.flatten()
+        factor = self.ia3_l.flatten()
+        if not self.scales_input:
+            return weight * factor[:, None], None if bias is None else bias * factor
+        columns = weight.shape[1] * self.groups // len(factor)  # of the matrix, for one channel
+        rows = factor.view(self.groups, -1).repeat_interleave(columns, 1)
+        return weight * rows.repeat_interleave(len(weight) // self.groups, 0), bias

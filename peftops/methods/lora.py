@@ -3,7 +3,7 @@
     y = W x + b + s B A D(x)    s = alpha / r, or alpha / sqrt(r) with rslora;  D = dropout
 
 A in R^(r x in) starts random (Kaiming uniform), B in R^(out x r) at 0: the model starts as it was. W may also be
-the kernel of a Conv2d (A then has its shape, with r channels, and B is 1 x 1) or an embedding (A, a column per id,
+the kernel of a convolution (A then has its shape, with r channels, and B is 1 x 1) or an embedding (A, a column per id,
 starts at 0, and B is normal), or the weights of a mixture's experts, each of which has an A and a B of its own.
 """
 
@@ -126,7 +126,6 @@ class LoRAConfig(Config):
             kasa_config=None,
             monteclora_config=None,
             use_bdlora=None,
-            velora_config=None,
         )
         if start_of(fields) not in STARTS:
             raise ValueError(
@@ -198,7 +197,7 @@ class LoRA(Biased):
         return self.moved(base, y) if self.biased else y
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.scaling * low_rank_change(*self.factors()), self.with_biases(bias)
+        return weight + self.scaling * low_rank_change(weight, *self.factors()), self.with_biases(bias)
 
     def extra_repr(self) -> str:
         return f"r={self.rank}, scaling={self.scaling:g}, dropout={self.dropout}"

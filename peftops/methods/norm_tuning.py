@@ -24,7 +24,8 @@ class NormTuningConfig(Config):
     """Options of norm tuning.
 
     Args:
-        norms: "all", or names of norm layers or their last parts, or a regular expression, as a target.
+        norms: "all", or names of layers or their last parts, or a regular expression, as a target: whatever is named
+            is tuned, as in HF PEFT, but for BatchNorm.
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.NormTuningConfig())
@@ -52,10 +53,13 @@ class NormTuningConfig(Config):
 
 
 def is_norm(layer: nn.Module) -> bool:
-    """Whether its class is called a norm, as all of torch's and transformers' are. BatchNorm is left out: what it
-    computes is not its weights' alone."""
-    name = type(layer).__name__
-    return "Norm" in name and "BatchNorm" not in name and not any(True for _ in layer.children())
+    """Whether its class is called a norm, as all of torch's and transformers' are."""
+    return "Norm" in type(layer).__name__ and not is_batch_norm(layer) and not any(True for _ in layer.children())
+
+
+def is_batch_norm(layer: nn.Module) -> bool:
+    """Which is left out: what it computes is not its weights' alone."""
+    return "BatchNorm" in type(layer).__name__
 
 
 @register(NormTuningConfig)
@@ -67,5 +71,5 @@ class NormTuning(Select):
         every = config.norms == "all"
         named = set() if every else {path for path, _ in matches(model, config.norms, "norms")}
         check_called(model, named, f"norms {config.norms!r}")
-        chosen = lambda path, layer, leaf: is_norm(layer) and (every or path in named)
+        chosen = lambda path, layer, leaf: is_norm(layer) if every else path in named and not is_batch_norm(layer)
         return copies(NormTuning, model, chosen, "norms" if every else f"norms {config.norms}")

@@ -29,6 +29,7 @@ from .layers import (
     is_conv1d,
     kind_of,
     matrix,
+    over_channels,
     sizes,
     with_matrix,
 )
@@ -91,6 +92,7 @@ __all__ = [
     "module_at",
     "open_experts",
     "opened",
+    "over_channels",
     "owner_of",
     "packed_layer",
     "peak_tokens",

@@ -6,7 +6,7 @@ layer                its weight                                  as a matrix
 ``nn.Linear``        ``[out, in]``                               itself
 ``Conv1D`` (GPT-2)   ``[in, out]``                               transposed
 ``nn.Embedding``     ``[ids, width]``                            transposed: in = ids, out = width
-``nn.Conv2d``        ``[out, channels, height, width]``          in = channels * height * width
+``nn.Conv1d`` to 3d  ``[out, channels, ...]``                    in = channels * height * width
 stacks of experts    ``[E, out, in]`` or ``[E, in, out]``         ``[E, out, in]``: one for each
 ===================  ==========================================  =================================
 """
@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .experts_linear import ExpertsLinear
 from .quantized import dequantized, is_quantized
 
 LINEAR, EMBEDDING, CONVOLUTION, EXPERTS = "linear", "embedding", "convolution", "experts"
+CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -42,10 +45,30 @@ def kind_of(layer: nn.Module) -> str | None:
     # A subclass that does more than look up (Gemma's scales what it found) is not linear in its weight alone.
     if isinstance(layer, nn.Embedding) and kind.forward is nn.Embedding.forward and layer.max_norm is None:
         return EMBEDDING
-    if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
-        own = kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
+    plain = next((conv for conv in CONVOLUTIONS if isinstance(layer, conv)), None)
+    if plain and layer.padding_mode == "zeros":
+        own = kind.forward is plain.forward and kind._conv_forward is plain._conv_forward
         return CONVOLUTION if own else None
     return None
+
+
+def convolved(layer: nn.Module, x: Tensor, weight: Tensor, *, groups: int = 1) -> Tensor:
+    """``x`` under another kernel of the same size, without a bias, read as the convolution ``layer`` reads it."""
+    return _convolve(layer)(x, weight.to(x.dtype), None, layer.stride, layer.padding, layer.dilation, groups)
+
+
+def pointwise(layer: nn.Module, x: Tensor, weight: Tensor, *, groups: int = 1) -> Tensor:
+    """``x`` under a kernel of size 1."""
+    return _convolve(layer)(x, weight.to(x.dtype), groups=groups)
+
+
+def _convolve(layer: nn.Module) -> Callable[..., Tensor]:
+    return next(call for conv, call in CONVOLUTIONS.items() if isinstance(layer, conv))
+
+
+def over_channels(layer: nn.Module, values: Tensor) -> Tensor:
+    """One value for each output of a layer's matrix (or channel that it reads), to meet what it computes (or reads)."""
+    return values.view(-1, *[1] * (layer.weight.dim() - 2)) if kind_of(layer) == CONVOLUTION else values
 
 
 def is_plain_linear(kind: type[nn.Linear]) -> bool:
@@ -77,7 +100,7 @@ def as_matrix(layer: nn.Module, weight: Tensor) -> Tensor:
         return weight.t()
     if isinstance(layer, ExpertsLinear):
         return layer.as_matrices(weight)
-    return weight.flatten(1) if isinstance(layer, nn.Conv2d) else weight
+    return weight.flatten(1) if isinstance(layer, tuple(CONVOLUTIONS)) else weight
 
 
 def matrix(layer: nn.Module) -> Tensor:
@@ -111,8 +134,8 @@ def with_matrix(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Mod
     layer = getattr(layer, "dense_shell", layer)
     if is_conv1d(layer) or isinstance(layer, nn.Embedding):
         weight = weight.t().contiguous()
-    elif isinstance(layer, nn.Conv2d):
-        weight = weight.view(weight.shape[0], layer.in_channels, *layer.kernel_size)
+    elif isinstance(layer, tuple(CONVOLUTIONS)):
+        weight = weight.view(layer.weight.shape)
     elif isinstance(layer, ExpertsLinear):
         weight = layer.as_matrices(weight).contiguous()  # which transposes back what is transposed
     parameters = {"weight": weight} if isinstance(layer, nn.Embedding) else {"weight": weight, "bias": bias}

@@ -7,24 +7,37 @@ from torch.nn import functional as F
 
 from ..ops import experts_linear, lora_linear
 from .experts_linear import ExpertsLinear
-from .layers import matrix, sizes
+from .layers import CONVOLUTION, convolved, kind_of, matrix, pointwise, sizes
 from .quantized import is_quantized
 
 
 def factor_shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of A and B of rank ``r`` for a layer: two matrices, one pair for each expert, or two
-    convolutions of which the second is 1 x 1."""
+    convolutions of which the second is 1 x 1. Where the layer's channels are in groups, B's are, too, and A's are not,
+    as in HF PEFT."""
     in_, out = sizes(base)
-    if isinstance(base, nn.Conv2d):
-        return (r, base.in_channels, *base.kernel_size), (out, r, 1, 1)
+    if kind_of(base) == CONVOLUTION:
+        if r % base.groups:
+            raise ValueError(f"r is {r}; a convolution in {base.groups} groups needs a multiple of {base.groups}")
+        ones = [1] * len(base.kernel_size)
+        return (r, base.in_channels, *base.kernel_size), (out, r // base.groups, *ones)
     experts = base.weight.shape[:1] if isinstance(base, ExpertsLinear) else ()
     return (*experts, r, in_), (*experts, out, r)
 
 
-def low_rank_change(lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """``B A`` as a matrix in float32, or one for each expert."""
+def low_rank_change(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """``B A`` in float32, for a weight as a matrix, or as one for each expert.
+
+    Raises:
+        TypeError: B has groups.
+    """
     A, B = lora_A.float(), lora_B.float()
-    return B @ A if A.dim() == 3 else B.flatten(1) @ A.flatten(1)
+    if weight.dim() == 3:
+        return B @ A
+    A, B = A.flatten(1), B.flatten(1)
+    if B.shape[1] != len(A):
+        raise TypeError("an adapter of a convolution in groups cannot be merged: it reads all channels in each of them")
+    return B @ A
 
 
 def low_rank(
@@ -43,7 +56,7 @@ def low_rank(
 
     Args:
         lora_A, lora_B: of the shapes that :func:`factor_shapes` tells, any float dtype.
-        bias: False leaves out the bias of a linear layer.
+        bias: False leaves out the bias of the layer.
         offsets: where experts' rows end, see :class:`~peftops.nn.ExpertsLinear`.
     """
     weight = base.weight
@@ -72,10 +85,10 @@ def low_rank(
     if isinstance(base, nn.Embedding):
         y = base(x)
         return y + (scaling * (F.embedding(x, lora_A.t()) @ lora_B.t())).to(y.dtype)
-    if isinstance(base, nn.Conv2d):
-        h = F.dropout(x, dropout, training)
-        u = F.conv2d(h, lora_A.to(x.dtype), None, base.stride, base.padding, base.dilation)
-        return base(x) + scaling * F.conv2d(u, lora_B.to(x.dtype))
+    if kind_of(base) == CONVOLUTION:
+        y = base(x) if bias else convolved(base, x, base.weight, groups=base.groups)
+        u = convolved(base, F.dropout(x, dropout, training), lora_A)
+        return y + scaling * pointwise(base, u, lora_B, groups=base.groups)
     return lora_linear(
         x,
         matrix(base),

@@ -250,7 +250,7 @@ def test_config_for_peft_is_json():
         nn.Embedding(8, 4, max_norm=1.0),
         nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
         nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
-        nn.Conv2d(4, 4, 3, groups=2),
+        nn.Conv3d(4, 4, 3, padding=1, padding_mode="circular"),
     ],
     ids=str,
 )
@@ -268,6 +268,8 @@ def test_a_layer_that_is_not_linear_in_its_weight_is_refused(layer):
         (nn.Embedding(8, 4, padding_idx=2, scale_grad_by_freq=True), torch.arange(8)),
         (nn.Conv2d(4, 6, 3, padding=1, stride=2), torch.randn(2, 4, 9, 9)),
         (nn.Conv2d(4, 6, (1, 3), padding="same", dilation=2), torch.randn(2, 4, 9, 9)),
+        (nn.Conv1d(4, 6, 3, padding=2, dilation=2), torch.randn(2, 4, 9)),
+        (nn.Conv3d(4, 6, (3, 1, 2), stride=(1, 2, 1)), torch.randn(2, 4, 5, 5, 5)),
     ],
     ids=lambda value: "x" if isinstance(value, torch.Tensor) else str(value),
 )
