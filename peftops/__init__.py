@@ -10,6 +10,7 @@ from .factors import fisher
 from .influence import Influence
 from .integrations import (
     CalibrationConfig,
+    combine,
     from_bitsandbytes,
     input_moments,
     load,
@@ -120,6 +121,7 @@ __all__ = [
     "auto_rgn",
     "auto_snr",
     "choice_scores",
+    "combine",
     "demonstrations",
     "detach",
     "disabled",

@@ -3,6 +3,7 @@
 from . import registration as registration
 from .bitsandbytes_models import from_bitsandbytes
 from .calibration import CalibrationConfig, CalibrationReport, input_moments, quantize_model
+from .combining import combine
 from .gguf_adapter import save_gguf
 from .hf import load_model
 from .peft_files import load, save
@@ -12,6 +13,7 @@ __all__ = [
     "CalibrationConfig",
     "CalibrationReport",
     "Summary",
+    "combine",
     "from_bitsandbytes",
     "input_moments",
     "load",
