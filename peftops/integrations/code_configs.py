@@ -11,10 +11,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..attaching.config import check_choice
 from ..methods.qlora import BLOCK_SIZES
 from ..ops import group_quantize, mxfp4_quantize, nf4_quantize
+from .awq_files import to_awq
 from .bitsandbytes_files import to_bitsandbytes
 from .code_files import Layout
 from .gptq_files import FORMAT, to_gptq
 from .mxfp4_files import to_mxfp4
+
+GROUP_SIZES = tuple(2**i for i in range(3, 13))
 
 
 class CodesConfig(QuantizationConfigMixin):
@@ -110,7 +113,7 @@ class GroupConfig(CodesConfig):
         bits, group_size, symmetric, clip: as there.
         skip: as of :class:`NF4Config`.
         layout: "peftops", or "gptq": GPTQ's tensors with scales and zeros in float32, so that nothing is lost, which
-            ``load_model`` reads.
+            ``load_model`` reads; or "awq": AWQ's own tensors, of a model that was read from such, code for code.
         checkpoint_format: of files that are read in layout "gptq": "gptq", or "gptq_v2".
 
     Raises:
@@ -118,7 +121,7 @@ class GroupConfig(CodesConfig):
     """
 
     quant_method = "peftops_group"
-    layouts = ("peftops", "gptq")
+    layouts = ("peftops", "gptq", "awq")
 
     def __init__(
         self,
@@ -132,9 +135,11 @@ class GroupConfig(CodesConfig):
         quant_method: str | None = None,
     ):
         check_choice("bits", bits, (2, 3, 4, 8))
-        check_choice("group_size", group_size, tuple(2**i for i in range(3, 13)))
+        check_choice("group_size", group_size, GROUP_SIZES)
         check_choice("symmetric", symmetric, (True, False))
         check_choice("clip", clip, ("none", "mse"))
+        if layout == "awq" and bits != 4:
+            raise ValueError(f"layout='awq' has codes of 4 bits, not {bits}")
         self._set(
             skip,
             layout,
@@ -154,6 +159,10 @@ class GroupConfig(CodesConfig):
         return group_quantize(dense, **how)
 
     def _as_of_layout(self) -> dict[str, Any]:
+        if self.layout == "awq":
+            dense = vars(self).get("_dense", self.skip)
+            how = {"bits": 4, "group_size": self.group_size, "zero_point": True, "version": "gemm"}
+            return {"quant_method": "awq", **how, "modules_to_not_convert": dense or None}
         return {
             "quant_method": "gptq",
             "checkpoint_format": FORMAT,
@@ -165,7 +174,8 @@ class GroupConfig(CodesConfig):
         }
 
     def stored(self, weight: Tensor) -> dict[str, Tensor]:
-        return {f".{name}": part for name, part in to_gptq(weight).items()}
+        parts = to_awq(weight) if self.layout == "awq" else to_gptq(weight)
+        return {f".{name}": part for name, part in parts.items()}
 
 
 @register_quantization_config("peftops_mxfp4")

@@ -1,4 +1,5 @@
-"""Weights in codes out of the tensors of a checkpoint, whatever its layout: our own, bitsandbytes' or GPTQ's."""
+"""Weights in codes out of the tensors of a checkpoint, whatever its layout: our own, bitsandbytes', GPTQ's or
+AWQ's."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops.packed_tensor import PackedTensor
+from .awq_files import AWQ_PARTS, from_awq
 from .bitsandbytes_files import PARTS as BITSANDBYTES
 from .bitsandbytes_files import from_bitsandbytes
 from .gptq_files import GPTQ_PARTS, from_gptq
@@ -18,7 +20,13 @@ from .mxfp4_files import from_mxfp4
 OWN_PARTS = tuple(dict.fromkeys(f"weight.{part}" for kind in PackedTensor.FORMATS.values() for part in kind.PARTS))
 BITSANDBYTES_PARTS = tuple(f"weight.{part}" for part in BITSANDBYTES)
 # In layout "mxfp4", only stacks of experts are in codes, and they have names of their own.
-LAYOUTS = {"peftops": OWN_PARTS, "bitsandbytes": BITSANDBYTES_PARTS, "gptq": GPTQ_PARTS, "mxfp4": ()}
+LAYOUTS = {
+    "peftops": OWN_PARTS,
+    "bitsandbytes": BITSANDBYTES_PARTS,
+    "gptq": GPTQ_PARTS,
+    "awq": AWQ_PARTS,
+    "mxfp4": (),
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,8 @@ class Layout:
                 weight = from_gptq(dict(parts), bits=self.bits, checkpoint_format=self.checkpoint_format)
             except (KeyError, TypeError) as error:
                 raise ValueError(str(error.args[0])) from None
+        elif self.name == "awq":
+            weight = from_awq(parts, dtype)
         elif self.name == "mxfp4":
             weight = from_mxfp4(parts, dtype)
         elif self.name == "bitsandbytes":

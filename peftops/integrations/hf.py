@@ -278,12 +278,23 @@ def _keys(files: list[Path], pattern: str) -> list[tuple[Path, str]]:
 
 def _codes_config(folder: Path, given: Any) -> dict[str, Any]:
     """The codes that a configuration tells of, as one of ours has it; raise unless they are some that are read."""
+    from .code_configs import GROUP_SIZES
+
     get = given.get if isinstance(given, dict) else lambda key, default=None: getattr(given, key, default)
     method, form = get("quant_method"), get("checkpoint_format", FORMAT)
     if method in ("peftops_nf4", "peftops_group", "peftops_mxfp4") and isinstance(given, dict):
         return given
+    # (Which size groups have, the tensors tell; this is for files that are written again.)
+    size = {"group_size": get("group_size")} if get("group_size") in GROUP_SIZES else {}
+    group = {"quant_method": "peftops_group", **size}
     if method == "gptq" and get("bits") and form in FORMATS:
-        return {"quant_method": "peftops_group", "layout": "gptq", "bits": get("bits"), "checkpoint_format": form}
+        return {**group, "layout": "gptq", "bits": get("bits"), "checkpoint_format": form}
+    if (
+        method == "awq"
+        and (str(get("version", "gemm")).lower(), get("bits", 4)) == ("gemm", 4)
+        and get("zero_point", 1)
+    ):
+        return {**group, "layout": "awq"}
     if method == "bitsandbytes" and get("bnb_4bit_quant_type") == "nf4":
         return {
             "quant_method": "peftops_nf4",
@@ -294,7 +305,8 @@ def _codes_config(folder: Path, given: Any) -> dict[str, Any]:
         return {"quant_method": "peftops_mxfp4", "layout": "mxfp4"}
     raise ValueError(
         f"{folder} is quantised already, by {method}; only our own formats, NF4 of bitsandbytes, "
-        f"MXFP4 and GPTQ are read, the last with checkpoint_format {' or '.join(FORMATS)}"
+        f"MXFP4, AWQ and GPTQ are read, the last two with version gemm (and zero_point) and with checkpoint_format "
+        f"{' or '.join(FORMATS)}"
     )
 
 

@@ -270,8 +270,17 @@ def gptq(folder: Path, rng: Random) -> None:
     peftops.group_dequantize(made)
 
 
+def awq(folder: Path, rng: Random) -> None:
+    from peftops.integrations.awq_files import from_awq
+
+    words = lambda rows: torch.full((rows, 4), 0x12345678, dtype=torch.int32)
+    parts = {"qweight": words(64), "qzeros": words(2), "scales": torch.ones(2, 32).half()}
+    parts = _damage_state(parts, rng)
+    peftops.group_dequantize(from_awq(parts if isinstance(parts, dict) else {"qweight": parts}))
+
+
 KINDS: dict[str, Callable[[Path, Random], None]] = {
-    f.__name__: f for f in (adapter, config, bitsandbytes, gguf, report, checkpoint, gptq)
+    f.__name__: f for f in (adapter, config, bitsandbytes, gguf, report, checkpoint, gptq, awq)
 }
 
 
