@@ -136,7 +136,15 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     _adapted_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, help="new directory for the merged model, in safetensors")
+    parser.add_argument("--out", type=Path, required=True, help="new directory for the merged model")
+    parser.add_argument(
+        "--to", choices=["safetensors", "gguf"], default="safetensors", help="gguf: one file, for llama.cpp and Ollama"
+    )
+    parser.add_argument(
+        "--gguf-pre",
+        metavar="NAME",
+        help="llama.cpp's name of how the tokenizer cuts text, as llama-bpe or qwen2, if the tokenizer does not tell",
+    )
     parser.add_argument(
         "--packed",
         action="store_true",

@@ -8,10 +8,12 @@ from ..attaching import detach
 from ..attaching import merge as merge_adapter
 from ..integrations.calibration import CalibrationConfig
 from ..integrations.files import check_new_directory
+from ..integrations.gguf_model import check_gguf
+from ..integrations.hf import model_config
 from ..integrations.peft_files import read_adapter
 from ..methods.qalora import QALoRAConfig
 from .data import encode, read_rows
-from .export import stand_alone, write_dense, write_packed
+from .export import stand_alone, write_dense, write_packed, write_whole_gguf
 from .model import answer, load_adapted, load_base, load_tokenizer
 from .quantize import calibrated, some_rows
 
@@ -36,8 +38,14 @@ def merge(args: argparse.Namespace) -> int:
         raise ValueError(f"--packed is for QA-LoRA, which merges into codes; {args.adapter} is of {kind}")
     if args.packed and args.calibrate:
         raise ValueError("--packed keeps QA-LoRA's codes, and --calibrate makes NF4 of dense weights; give one of them")
+    if args.gguf_pre and args.to != "gguf":
+        raise ValueError("--gguf-pre is about the tokenizer in a GGUF; it needs --to gguf")
+    if args.to == "gguf" and (args.packed or args.calibrate):
+        raise ValueError("--to gguf writes dense weights; --packed and --calibrate write codes")
     folder = check_new_directory(args.out)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    if args.to == "gguf":  # (merging takes long; what cannot be written shows before)
+        check_gguf(model_config(args.model, trust_remote_code=args.trust_remote_code), tokenizer, args.gguf_pre)
     rows = some_rows(encode(read_rows(args.calibrate), tokenizer, 512)) if args.calibrate else []
     model = load_adapted(args)
     print(merge_adapter(model, dense=not args.packed))
@@ -45,6 +53,8 @@ def merge(args: argparse.Namespace) -> int:
     if args.calibrate:
         stand_alone(model)
         calibrated(model, rows, CalibrationConfig(), folder, tokenizer)
+    elif args.to == "gguf":
+        write_whole_gguf(model, tokenizer, folder, args.gguf_pre)
     else:
         (write_packed if args.packed else write_dense)(model, tokenizer, folder)
     print(f"merged model is in {folder}")

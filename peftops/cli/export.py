@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..integrations.files import whole_directory
+from ..integrations.gguf_model import write_gguf
 from ..integrations.gptq_files import FORMAT, to_gptq
 from ..nn import ExpertsLinear, GroupLinear
 
@@ -30,6 +31,14 @@ def write_dense(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     with whole_directory(folder, sum(p.nbytes for p in model.parameters())) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+
+
+def write_whole_gguf(model: nn.Module, tokenizer: Any, folder: Path, pre: str | None) -> None:
+    """Write a model without adapters as one GGUF file in a directory; raises what :func:`write_dense` and
+    :func:`~peftops.integrations.gguf_model.write_gguf` do."""
+    stand_alone(model)
+    with whole_directory(folder, sum(p.nbytes for p in model.parameters())) as temporary:
+        write_gguf(model, tokenizer, temporary / "model.gguf", pre)
 
 
 def stand_alone(model: nn.Module) -> None:
