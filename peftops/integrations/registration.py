@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from typing import Any
 
-from ..nn import experts_forward
+from torch import nn
+
+from ..nn import experts_forward, is_quantized
 
 
 def when_imported(name: str, call: Callable[[], None]) -> None:
@@ -71,6 +75,24 @@ def _register_checkpoints() -> None:
     checkpointing(Trainer)
 
 
+def _register_processes() -> None:
+    """DistributedDataParallel sends all parameters as one flat tensor, which codes are not; :func:`peftops.attach` says
+    so of its models, and here it is said of those that others adapt."""
+    from torch.nn.parallel.distributed import DistributedDataParallel
+
+    init, ignored = DistributedDataParallel.__init__, "_ddp_params_and_buffers_to_ignore"
+
+    @functools.wraps(init)
+    def leaving_codes(self: DistributedDataParallel, module: nn.Module, *args: Any, **options: Any) -> None:
+        codes = [name for name, parameter in module.named_parameters() if is_quantized(parameter)]
+        if codes:
+            setattr(module, ignored, list(dict.fromkeys([*getattr(module, ignored, ()), *codes])))
+        init(self, module, *args, **options)
+
+    DistributedDataParallel.__init__ = leaving_codes
+
+
+when_imported("torch.nn.parallel.distributed", _register_processes)
 when_imported("peft.tuners.lora.model", _register_layers)
 when_imported("transformers.quantizers.auto", _register_quantizers)
 when_imported("transformers.integrations.moe", _register_experts)

@@ -35,6 +35,10 @@ from ..nn import CONVOLUTION, EMBEDDING, EXPERTS, LINEAR, Adapter, factor_shapes
 
 # PEFT's names of where A and B started, where that left the base as it was. (None: files of old versions.)
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+OTHERS = (  # PEFT's options that make something else of LoRA
+    *("layer_replication", "alora_invocation_tokens", "arrow_config"),
+    *("kasa_config", "monteclora_config", "use_bdlora"),
+)
 
 
 def start_of(fields: dict[str, Any]) -> Any:
@@ -116,17 +120,7 @@ class LoRAConfig(Config):
         target = joined_target(fields.get("target_modules"), fields.get("target_parameters"))
         if not target:
             needs(fields, "target_modules")
-        refuse(
-            fields,
-            use_dora=False,
-            use_qalora=False,
-            layer_replication=None,
-            alora_invocation_tokens=None,
-            arrow_config=None,
-            kasa_config=None,
-            monteclora_config=None,
-            use_bdlora=None,
-        )
+        refuse(fields, use_dora=False, use_qalora=False, **dict.fromkeys(OTHERS))
         if start_of(fields) not in STARTS:
             raise ValueError(
                 f"this adapter needs init_lora_weights={fields['init_lora_weights']!r}, a start that HF PEFT may have "

@@ -10,6 +10,7 @@ import models
 import peftops
 from peftops.integrations.awq_files import from_awq, to_awq
 from peftops.nn import GroupLinear
+from proves import proves
 
 pytest.importorskip("transformers")
 PLACES = {0: 0, 2: 1, 4: 2, 6: 3, 1: 4, 3: 5, 5: 6, 7: 7}  # of eight outputs in a word, counted from its lowest bits
@@ -59,6 +60,7 @@ def checkpoint(folder, group=32, **how):
     return dense
 
 
+@proves("AutoAWQ", load="its files, code for code", train="yes", save="its files")
 def test_a_checkpoint_computes_what_it_stands_for_trains_and_is_written_again(tmp_path):
     dense = checkpoint(tmp_path)
     model = peftops.load_model(tmp_path)

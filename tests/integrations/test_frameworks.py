@@ -13,6 +13,7 @@ import torch
 
 import models
 import peftops
+from proves import proves, table
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="training loops need accelerate")
@@ -20,18 +21,6 @@ QUIET = dict(use_cpu=True, report_to=[], disable_tqdm=True, seed=0, per_device_t
 
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs/frameworks.md"
-COLUMNS = ("load", "train", "checkpoint", "resume", "save")
-TABLE = []
-
-
-def proves(library, **cells):
-    """A test's row in the table; a cell that it has no word for is empty."""
-
-    def add(test):
-        TABLE.append((library, cells, test.__name__))
-        return test
-
-    return add
 
 
 def base():
@@ -187,34 +176,29 @@ def test_trl(tmp_path, kind, how):
         assert size(p.float() - whole[name].float() for name, p in again.items()) < 0.05 * moved
 
 
+@proves("TRL: SFTTrainer, DPOTrainer", resume="and the best one")
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_trl_loads_the_best(tmp_path, kind):
+    trl = pytest.importorskip("trl", reason="pip install 'peftops[frameworks]'")
+    make, options = (trl.SFTTrainer, trl.SFTConfig) if kind == "sft" else (trl.DPOTrainer, trl.DPOConfig)
+    each = {"strategy": "steps", "steps": 1}
+    often = {f"{what}_{key}": value for what in ("save", "eval") for key, value in each.items()}
+    often |= dict(load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True)  # so the first is
+    args = options(str(tmp_path), max_steps=2, learning_rate=0.02, bf16=False, **QUIET | often)
+    rows = _chats(kind)
+    trainer = make(
+        model=attached(), args=args, train_dataset=rows, eval_dataset=rows, processing_class=models.tokenizer()
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-1"
+    first, last = (peftops.load(base(), tmp_path / f"checkpoint-{step}") for step in (1, 2))
+    assert_same(trained(trainer.model), trained(first))
+    assert any(not torch.equal(p, trained(last)[name]) for name, p in trained(first).items())
+
+
 def test_the_document_has_the_table():
-    """Rows of tests in other files have a name to be found by."""
-    loading = [
-        (
-            "transformers.from_pretrained",
-            dict(load="one tensor at a time", save="`save_pretrained`, bit for bit"),
-            "test_quantised_while_read_and_the_same_bits_from_its_files",
-        ),
-        (
-            "bitsandbytes",
-            dict(load="its files, and its live layers", save="its files"),
-            "test_bitsandbytes_reads_its_own_layout",
-        ),
-        (
-            "HF PEFT on our layers",
-            dict(load="its adapters", train="fused", save="its format"),
-            "test_pefts_lora_runs_the_fused_operator",
-        ),
-        ("llama.cpp", dict(load="GGUF", save="adapters: `save_gguf`"), "test_it_is_what_merging_changes"),
-    ]
-    rows = [f"| library | {' | '.join(COLUMNS)} | test |", f"|{'---|' * (len(COLUMNS) + 2)}"]
-    rows += [
-        f"| {library} | {' | '.join(cells.get(c, '') for c in COLUMNS)} | `{test}` |"
-        for library, cells, test in loading + TABLE
-    ]
-    assert "\n".join(rows) in DOCUMENT.read_text()
-    tests = "".join(path.read_text() for path in Path(__file__).parents[1].glob("int*/test_*.py"))
-    assert all(f"def {test}(" in tests for _, _, test in loading + TABLE)
+    assert table() in DOCUMENT.read_text(), f"python {Path(proves.__code__.co_filename).name} prints it"
 
 
 def _examples():

@@ -7,6 +7,7 @@ from torch import nn
 
 import models
 import peftops
+from proves import proves
 
 gguf = pytest.importorskip("gguf")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]  # which write_gguf writes in float32
@@ -29,6 +30,7 @@ def field(path, key):
     return gguf.GGUFReader(path).fields[key].contents()
 
 
+@proves("llama.cpp", save="adapters: `save_gguf`")
 @pytest.mark.parametrize(
     "build, config",
     [

@@ -10,6 +10,7 @@ import peftops
 from peftops.cli import main
 from peftops.integrations.gguf_model import check_gguf, write_gguf
 from peftops.integrations.gguf_tokenizer import NAMES
+from proves import proves
 
 pytest.importorskip("gguf")
 pytest.importorskip("transformers")
@@ -71,6 +72,7 @@ def mistral():
 BUILDS = [models.llama, lambda: models.llama(tied=False), models.qwen2, qwen3, mistral, llama3]
 
 
+@proves("llama.cpp", save="models: `merge --to gguf`")
 @pytest.mark.parametrize("build", BUILDS, ids=["llama", "untied", "qwen2", "qwen3", "mistral", "llama3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_its_readers_compute_the_same(tmp_path, build, dtype):

@@ -14,6 +14,7 @@ import models
 import peftops
 from peftops.integrations.bitsandbytes_files import from_bitsandbytes, to_bitsandbytes
 from peftops.nn import NF4Linear
+from proves import proves
 
 ids = models.tokens()
 
@@ -211,6 +212,7 @@ def llama_gguf(tmp_path):
     return model, tmp_path
 
 
+@proves("llama.cpp", load="GGUF")
 @pytest.mark.parametrize("what", ["file", "directory"])
 def test_reads_gguf(llama_gguf, what):
     original, folder = llama_gguf

@@ -14,6 +14,7 @@ from torch import nn
 import models
 import peftops
 from peftops.nn import GroupLinear, NF4Linear, is_quantized
+from proves import proves
 
 transformers = pytest.importorskip("transformers")
 BUILDS = [models.llama, models.gpt2, models.bert, models.t5, models.vit]
@@ -44,6 +45,7 @@ def same(a, b):
     return all(type(p) is type(other[name]) and torch.equal(p, other[name]) for name, p in own.items())
 
 
+@proves("transformers.from_pretrained", load="one tensor at a time", save="`save_pretrained`, bit for bit")
 @every_model
 @pytest.mark.parametrize("config", CONFIGS)
 def test_quantised_while_read_and_the_same_bits_from_its_files(tmp_path, build, config):
@@ -71,6 +73,7 @@ def test_quantised_while_read_and_the_same_bits_from_its_files(tmp_path, build, 
     assert torch.equal(outputs(read(build, tmp_path / "back"), build), outputs(model, build))
 
 
+@proves("bitsandbytes", load="its files, and its live layers", save="its files")
 @every_model
 def test_bitsandbytes_reads_its_own_layout(tmp_path, build):
     bnb = pytest.importorskip("bitsandbytes")

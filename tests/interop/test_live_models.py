@@ -10,6 +10,7 @@ from torch import nn
 import models
 import peftops
 from peftops.nn import NF4Linear, is_quantized
+from proves import proves
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -124,6 +125,7 @@ def test_what_a_cpu_packed_for_inference_is_undone(tmp_path, double):
     assert torch.equal(got.absmax, want.absmax.bfloat16().float())
 
 
+@proves("HF PEFT on our layers", load="its adapters", train="fused", save="its format")
 @pytest.mark.parametrize("layout", ["nf4", "group"])
 def test_pefts_lora_runs_the_fused_operator(tmp_path, layout):
     config = peftops.NF4Config() if layout == "nf4" else peftops.GroupConfig()

@@ -1,0 +1,193 @@
+"""Two processes on a base in 4 bits: checkpoints, resumed bit for bit, and one adapter's files.
+
+Trainer and accelerate bring DistributedDataParallel; FSDP2 is torch's own here, with its distributed checkpoints, since
+accelerate has it on accelerators alone. Each pair of processes does all of one engine: most of the time goes into
+starting them.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import multiprocessing
+
+import models
+import peftops
+from gloo import met
+from peftops.integrations.peft_files import CONFIG, WEIGHTS
+from proves import proves
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate", reason="training loops need accelerate")
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        ids = models.tokens(8, 9)[i]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def base(folder):
+    """transformers reads it into 4 bits, in each process."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        f"{folder}/model", quantization_config=peftops.NF4Config(double_quant=False)
+    )
+
+
+def attached(folder):
+    torch.manual_seed(0)
+    return peftops.attach(base(folder), peftops.LoRAConfig(r=4))
+
+
+def with_peft(folder):
+    import peft
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(base(folder), config)
+
+
+ADAPTED = {"attach": attached, "peft": with_peft}
+
+
+def trained(model):
+    whole = lambda p: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+    return {name: whole(p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys() and a
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+def with_trainer(model_folder, folder, adapted):
+    """Four steps, and two of them again from the checkpoint in the middle."""
+    from accelerate.state import AcceleratorState
+
+    def trainer():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        arguments = transformers.TrainingArguments(
+            f"{folder}/run",
+            max_steps=4,
+            save_steps=2,
+            learning_rate=0.02,
+            per_device_train_batch_size=2,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        return transformers.Trainer(model=adapted(model_folder), args=arguments, train_dataset=Rows())
+
+    first = trainer()
+    before = trained(first.model)
+    first.train()
+    whole = trained(first.model)
+    assert any(not torch.equal(before[name], whole[name]) for name in before)
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=f"{folder}/run/checkpoint-2")
+    assert_same(trained(resumed.model), whole)
+    resumed.save_model(f"{folder}/adapter")
+
+
+def with_accelerate(model_folder, folder, adapted):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    def run(steps, save=None, load=None):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator, model = Accelerator(cpu=True), adapted(model_folder).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        if load:
+            accelerator.load_state(load)
+        for i in steps:
+            ids = models.tokens(2, 9, seed=2 * i + accelerator.process_index)
+            accelerator.backward(model(input_ids=ids, labels=ids).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        if save:
+            accelerator.save_state(save)
+        return trained(model)
+
+    run(range(2), save=f"{folder}/state")
+    assert_same(run(range(2, 4), load=f"{folder}/state"), run(range(4)))
+
+
+def with_fsdp(model_folder, folder, adapted):
+    """Shards of layers, and checkpoints of what trains, each process's own part of it."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+    def run(steps, save=None, load=None, adapter=None):
+        model = adapted(model_folder).train()
+        for layer in model.get_submodule(next(n for n, _ in model.named_modules() if n.endswith("layers"))):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        if load:
+            parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
+            checkpoint.load(parts, checkpoint_id=load)
+            set_state_dict(
+                model,
+                optimizer,
+                model_state_dict=parts["model"],
+                optim_state_dict=parts["optimizer"],
+                options=options,
+            )
+        for i in steps:
+            ids = models.tokens(2, 9, seed=2 * i + mesh.get_rank())
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if save:
+            parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
+            assert not any(isinstance(t, peftops.NF4Tensor) for t in parts["model"].values())
+            checkpoint.save(parts, checkpoint_id=save)
+        if adapter:
+            model.save_pretrained(adapter)
+        return trained(model)
+
+    run(range(2), save=f"{folder}/half")
+    whole = run(range(4), adapter=f"{folder}/adapter" if adapted is attached else None)
+    assert_same(run(range(2, 4), load=f"{folder}/half"), whole)
+
+
+ENGINES = {"ddp": (with_trainer, with_accelerate), "fsdp": (with_fsdp,)}
+
+
+def in_a_process(rank, world, engine, folder):
+    from transformers import trainer  # noqa: F401  (takes long, so before they meet)
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # (the file is where they meet)
+    for how, adapted in ADAPTED.items():
+        with met(rank, world, f"{folder}/met-{how}"):
+            for loop in ENGINES[engine]:
+                loop(folder, f"{folder}/{how}", adapted)
+
+
+@proves("transformers.Trainer", several="DDP")
+@proves("accelerate", several="DDP")
+@proves("HF PEFT on our layers", several="DDP, FSDP2")
+@proves("torch FSDP2", train="yes", checkpoint="its own", resume="bit for bit", save="yes", several="yes")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes(tmp_path, engine):
+    models.llama(vocabulary=320).save_pretrained(tmp_path / "model")
+    multiprocessing.start_processes(in_a_process, (2, engine, tmp_path), nprocs=2, start_method="forkserver")
+    for how in ADAPTED:
+        if (engine, how) == ("fsdp", "peft"):
+            continue  # PEFT leaves gathering to accelerate
+        folder = tmp_path / how / "adapter"
+        files = {path.name for path in folder.iterdir()}
+        assert {CONFIG, WEIGHTS} <= files and not any(name.startswith("model") for name in files), files
+        read = peftops.load(base(tmp_path), folder)
+        assert (read(models.tokens()).logits - base(tmp_path)(models.tokens()).logits).abs().max() > 1e-3
