@@ -258,5 +258,10 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _check_name(state: Attachment, name: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(
+            f"one adapter is active, by its name, not {name!r}; peftops.combine(model, names, weights) makes one of "
+            "several"
+        )
     if name not in state.configs:
         raise ValueError(f"the model has no adapter named {name!r}; it has {', '.join(state.configs)}")

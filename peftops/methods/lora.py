@@ -35,10 +35,8 @@ from ..nn import CONVOLUTION, EMBEDDING, EXPERTS, LINEAR, Adapter, factor_shapes
 
 # PEFT's names of where A and B started, where that left the base as it was. (None: files of old versions.)
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-OTHERS = (  # PEFT's options that make something else of LoRA
-    *("layer_replication", "alora_invocation_tokens", "arrow_config"),
-    *("kasa_config", "monteclora_config", "use_bdlora"),
-)
+# PEFT's options that make something else of LoRA.
+OTHERS = "layer_replication alora_invocation_tokens arrow_config kasa_config monteclora_config use_bdlora".split()
 
 
 def start_of(fields: dict[str, Any]) -> Any:
