@@ -22,6 +22,7 @@ LIBRARIES = (  # in the order of the table
     "transformers.Trainer",
     "accelerate",
     "TRL: SFTTrainer, DPOTrainer",
+    "Lightning",
     "torch FSDP2",
 )
 
