@@ -91,8 +91,14 @@ def isa():
     return arm.active or _C.isa()
 
 
-def has_int8():
-    return "avx512" in isa() or isa() == "neonbf16"
+def takes_int8(x):
+    """Whether the rows of ``x`` are multiplied in int8 where the caller allows it, and the weight does: on AVX2 by dot
+    products, for few rows; elsewhere by panels, for more."""
+    if on_cuda(x):
+        return False
+    if isa() == "avx2":
+        return len(x) <= 12
+    return ("avx512" in isa() or isa() == "neonbf16") and len(x) > 4
 
 
 def int16_error(x):

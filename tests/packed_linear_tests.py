@@ -298,6 +298,17 @@ class Int8Tests:
             runs.append(layer(compute="int8"))
         assert all(torch.equal(runs[0], run) for run in runs)
 
+    def test_int8_gives_a_row_the_same_bits_among_others(self, device):
+        layer = self.layer(device, 333, 1024, (12,), torch.float32, 1)
+        if on_cuda(layer.x):
+            return
+        x = layer.x.detach().clone()
+        want = layer(x, compute="int8")
+        x[10] = float("nan")
+        for rows in [slice(0, 12), slice(2, 11), *([slice(7, 8), slice(4, 7)] if isa() == "avx2" else [])]:
+            got = layer(x[rows], compute="int8")
+            assert torch.equal(got[~got.isnan().any(1)], want[rows][~x[rows].isnan().any(1)])
+
     def test_int8_changes_no_gradient(self, device):
         layer = self.layer(device, 64, 320, (9,), torch.float32, 5, r=4, bias=True)
         y, want = layer(compute="int8"), layer()

@@ -44,8 +44,8 @@ def group_linear(
     ``compute="int8"`` allows ``x`` to be rounded to 8 bits, with a maximum for each row and group (or 128
     columns of it); codes, scales, zeros and sums stay as they are. Normal activations come out with a relative
     error of 0.5 % (group 32) to 0.7 % (128 and more), root of the mean square; an outlier costs its own group
-    the precision of the rest. It is done where it is faster: with AVX-512, from five rows on, in groups of
-    32 and more. The gradient is that of ``compute="float"``.
+    the precision of the rest. It is done where it is faster, in groups of 32 and more: with AVX-512 and ARM's
+    int8 products from five rows on, with AVX2 up to 12 rows and 4 bits. The gradient is that of ``compute="float"``.
 
     CUDA is the exception, as for :func:`peftops.nf4_linear`: many rows, and the gradient, are torch's product with a
     decoded temporary.

@@ -55,8 +55,8 @@ def nf4_linear(
     ``compute="int8"`` allows ``x`` to be rounded to 8 bits, with a maximum for each row and block of the weight (or 128
     columns of it), and so the sixteen codes; absmax and sums stay as they are. Normal activations and weights come out
     with a relative error of 0.8 %, root of the mean square; an outlier costs its own block the precision of the rest.
-    It is done where it is faster: with AVX-512, from five rows on, where in_features is a multiple of 32. The gradient
-    is that of ``compute="float"``.
+    It is done where it is faster and in_features is a multiple of 32: with AVX-512 and ARM's int8 products from five
+    rows on, with AVX2 up to 12 rows. The gradient is that of ``compute="float"``.
 
     CUDA is the exception. Up to some 64 rows of a 16-bit ``x`` its kernels are the faster way. Beyond, and backward,
     the weight is decoded into a temporary of ``x``'s dtype, at most 256 MiB of it at a time forward, and torch

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 import peftops
 import reference
 from mxfp4_layer import MXFP4Layer, random_weight
-from numerics import FP32, assert_sums, has_int8, on_cuda, segment_max
+from numerics import FP32, assert_sums, segment_max, takes_int8
 from packed_linear_tests import (
     Int8Tests,
     PackedLinearTests,
@@ -14,7 +14,6 @@ from packed_linear_tests import (
     check_what_is_not_finite,
     on_any_cuda,
 )
-from peftops import _C
 from strategies import dtypes, layouts, outs, ranks, rows, seeds, strided
 
 ins = st.sampled_from([32, 64, 96, 160, 288, 576])
@@ -116,7 +115,7 @@ def test_by_library_matches_reference(device, n, k, m, dtype, r, bias, layout, s
 
 def int8_error(layer):
     """What rounding x to int8 may add: half a step of each row's block."""
-    if "avx512" not in _C.isa() or on_cuda(layer.x) or len(layer.x) <= 4:
+    if not takes_int8(layer.x):
         return layer.narrow_forward()
     step = segment_max(layer.x.detach().double(), -1, 32) / 127
     return (step / 2 * (1 + 4 * FP32)) @ layer.size.T
@@ -127,7 +126,7 @@ def test_int8_matches_reference(device, n, k, m, dtype, bias, seed):
     layer = MXFP4Layer(device, n, k, (m,), dtype, seed, bias=bias)
     y, (want, _), (size, _) = layer(compute="int8"), layer.reference(), layer.magnitudes()
     # Codes are shifted by the zero 12 of 0 to 24: what is added up is no more than 13 halves of a scale.
-    if has_int8() and not on_cuda(layer.x):
+    if takes_int8(layer.x):
         scale = segment_max(torch.where(layer.dense == 0, 0.0, layer.size), 1, 32)
         size = size + 13 * layer.x.detach().double().abs() @ scale.T
     assert_sums(y, want, size, k + 8, int8_error(layer))

@@ -14,6 +14,7 @@ template <int V, class Weight> struct CodeColumns {
   int64_t segment = segment_of(w);
 
   bool fits_dot() const { return regular; }
+  bool fits_dot8() const { return regular; }
   bool fits_int8() const { return regular; }
   bool fits_int16() const { return regular; }
   bool fits_bf16() const { return regular; }
@@ -22,6 +23,11 @@ template <int V, class Weight> struct CodeColumns {
   const CodeColumns& bf16() const { return *this; }
 
   template <class T> void dot(const Block& b, const T* x, const Scratch& s) const { accumulate_dot(b, w, x, s); }
+#if defined(PEFTOPS_DOT8)
+  template <class T, class Redo> void dot8(const Block& b, const T* x, const Scratch& s, const Redo& redo) const {
+    accumulate_dot8(b, w, x, s, redo);
+  }
+#endif
 
   // f(d, q): dword d of a strip from column t on, for kLanes rows.
   template <class F> void each_octet(int64_t row, int64_t t, int64_t steps, const F& f) const {

@@ -9,6 +9,9 @@
 #if defined(__AVX512F__)
 #include "kernels/cpu/product_int16.h"
 #endif
+#if defined(PEFTOPS_DOT8)
+#include "kernels/cpu/dot_int8.h"
+#endif
 
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
@@ -114,6 +117,30 @@ uint32_t pack_dot16(const T* x, int64_t rows, int64_t ld, int64_t cols, int16_t*
 }
 #endif
 
+#if defined(PEFTOPS_DOT8)
+// The same with x and the codes in int8, see dot_int8.h.
+template <class Weight> struct Dot8 {
+  static constexpr int together(int M) { return M == 1 ? 2 : 1; }
+
+  Bytes x;
+
+  template <int M, int R>
+  void add(const Int (&strip)[R], int64_t i, const Vec (&scale)[R], Vec (&total)[M][R]) const {
+    const Int nibble = set_int(0x0f0f0f0f);
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      const Int low = look_up_bytes(kSigned8<Weight>.at, strip[r] & nibble);
+      const Int high = look_up_bytes(kSigned8<Weight>.at, shift_right(strip[r], 4) & nibble);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const Int sum = dot_signed(dot_signed(as_int(zero()), low, x.low(i, m)), high, x.high(i, m));
+        total[m][r] = fma(to_float(sum), scale[r] * x.factor(i, m), total[m][r]);
+      }
+    }
+  }
+};
+#endif
+
 // How the columns [k, k + cols) of a weight fall into strips, the last of which may be broken.
 template <class Weight> struct Strips {
   const Weight& w;
@@ -130,6 +157,11 @@ template <class Weight> struct Strips {
   }
   const uint8_t* packed(int64_t row) const { return w.packed + flat_of(w, row, k) / 2; }
 
+  // Each lane's scale, of a strip whose scales are at `at`. A look-up of sixteen is long where a vector has eight lanes.
+  Vec scale(const float* at) const {
+    if (kLanes < 16 && per_strip == 1) return set(*at);
+    return Table16(at)(which);
+  }
   // The scales of `rows` rows from `row` on, one row after the other.
   void scales(int64_t row, int64_t rows, float* out) const {
     if (segment == w.block_size && cols == w.cols)
@@ -172,7 +204,7 @@ template <int M, class Weight, class Dot> void dot_lanes(const Strips<Weight>& s
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         codes[r] = load_int(p[r] + s * kStrip / 2);
-        scale[r] = Table16(scale_of[r] + s * strips.per_strip)(strips.which);
+        scale[r] = strips.scale(scale_of[r] + s * strips.per_strip);
       }
       dot.template add<M, R>(codes, s, scale, total);
     }
@@ -181,7 +213,7 @@ template <int M, class Weight, class Dot> void dot_lanes(const Strips<Weight>& s
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         codes[r] = load_int_n(p[r] + s * kStrip / 2, strips.rest);
-        const Vec all = Table16(scale_of[r] + s * strips.per_strip)(strips.which);   // the next row's, too
+        const Vec all = strips.scale(scale_of[r] + s * strips.per_strip);   // the next row's, too
         scale[r] = as_float(as_int(all) & strips.inside);
       }
       dot.template add<M, R>(codes, s, scale, total);
@@ -221,7 +253,7 @@ void dot_pairs(const Strips<Weight>& strips, const Dot32<Weight>& dot, int64_t p
       Vec total[1][1] = {{sum}};
       for (int64_t s = from; s < to; ++s)
         dot.template add<1, 1>({load_int(p + s * kStrip / 2)}, s,
-                               {Table16(scale_of + s * strips.per_strip)(strips.which)}, total);
+                               {strips.scale(scale_of + s * strips.per_strip)}, total);
       return total[0][0];
     };
     const Int both = as_int(add(middle, middle + 1, zero()));
@@ -231,11 +263,21 @@ void dot_pairs(const Strips<Weight>& strips, const Dot32<Weight>& dot, int64_t p
   add_lanes(partial, c);
 }
 
+// Calls f(row of the weight, columns of C for it and the next) for a block, kLanes rows at a time.
+template <class F> void each_lanes(const Block& b, int64_t rows, const Scratch& s, const F& f) {
+  for (int64_t row = b.col, j = 0; j < b.panels * 2 && row < rows; ++j, row += kLanes) f(row, s.c + j * kLanes);
+}
+
+// Adds the products of `rows` rows of a block, from its row `first` on.
+template <class Weight, class Dot>
+void add_dots(const Block& b, int64_t first, int64_t rows, const Strips<Weight>& strips, const Dot& dot, const Scratch& s) {
+  each_lanes(b, strips.w.rows, s, [&](int64_t row, float* c) {
+    with_dot_rows(rows, [&](auto m) { dot_lanes<decltype(m)::value>(strips, dot, row, c + first * Scratch::kCols); });
+  });
+}
+
 // Adds x W^T to a block of C that has kDotRows rows at most.
 template <class Weight, class T> void accumulate_dot(const Block& b, const Weight& w, const T* x, const Scratch& s) {
-  const auto each_column = [&](const auto& f) {   // of C, kLanes at a time
-    for (int64_t col = b.col, j = 0; j < b.panels * 2 && col < w.rows; ++j, col += kLanes) f(col, s.c + j * kLanes);
-  };
   if constexpr (sizeof(T) == sizeof(float))   // Dot16 has a range per strip: the ends of x have nothing in common
     if (b.rows == 1 && has_pairs(w)) {
       T twice[kDotCols];
@@ -244,16 +286,14 @@ template <class Weight, class T> void accumulate_dot(const Block& b, const Weigh
       pack_dot<Weight>(twice, 1, pairs.cols, pairs.cols, s.panels);
       const Strips<Weight> strips(pairs, 0, pairs.cols);
       const Dot32<Weight> dot{s.panels};
-      return each_column([&](int64_t col, float* c) { dot_pairs(strips, dot, col / 2, c); });
+      return each_lanes(b, w.rows, s, [&](int64_t row, float* c) { dot_pairs(strips, dot, row / 2, c); });
     }
   const int64_t chunk = kDotCols / b.rows / kStrip * kStrip;
   for (int64_t k = 0; k < w.cols; k += chunk) {
     const Strips<Weight> strips(w, k, at_most(chunk, w.cols - k));
     const T* from = x + b.row * w.cols + k;
     const auto run = [&](int64_t first, int64_t rows, const auto& dot) {
-      each_column([&](int64_t col, float* c) {
-        with_dot_rows(rows, [&](auto m) { dot_lanes<decltype(m)::value>(strips, dot, col, c + first * Scratch::kCols); });
-      });
+      add_dots(b, first, rows, strips, dot, s);
     };
     const auto run32 = [&](int64_t first, int64_t rows) {
       pack_dot<Weight>(from + first * w.cols, rows, w.cols, strips.cols, s.panels);
@@ -283,6 +323,17 @@ template <class Weight, class T> void accumulate_dot(const Block& b, const Weigh
     run32(0, b.rows);
   }
 }
+
+#if defined(PEFTOPS_DOT8)
+// The same in int8, for kInt8Rows rows at most. Rows of x that do not fit are done over: redo(rows, scratch).
+template <class Weight, class T, class Redo>
+void accumulate_dot8(const Block& b, const Weight& w, const T* x, const Scratch& s, const Redo& redo) {
+  const auto add = [&](int64_t first, int64_t k, int64_t cols, const Bytes& bytes) {
+    add_dots(b, first, bytes.rows, Strips<Weight>(w, k, cols), Dot8<Weight>{bytes}, s);
+  };
+  accumulate_bytes<Codes<Weight>::kHighFirst>(b, w.cols, x, 1 / Codes<Weight>::kFactor8, s, add, redo);
+}
+#endif
 
 }  // namespace
 }  // namespace peftops::cpu::PEFTOPS_ISA

@@ -11,7 +11,7 @@ namespace {
 //   at                  the table
 //   kHighFirst          whether the first of two codes is in the high half of its byte
 //   kFactor16           of codes in int16 (product_int16.h): makes them 8191 at most
-//   kFactor8, kZero8    round(kFactor8 * code) + kZero8 is a code in 8 bits (product_int8.h)
+//   kFactor8, kZero8    round(kFactor8 * code) + kZero8 is a code in 8 bits (product_int8.h; dot_int8.h, less kZero8)
 //   is_regular(w)       whether rows start on a byte, and segments of columns lie within one block: cols % 32 == 0
 //   scale_of(w, block), scales(w, block, n, out)   by the index of a block in the whole weight
 //   run(w, flat, n, out)                           numbers, by the index of an element
@@ -35,9 +35,10 @@ template <class Weight> Int code_at(Int octet, int i) {
   return shift_right(octet, Codes<Weight>::kHighFirst ? i / 2 * 8 + (i % 2 ? 0 : 4) : 4 * i);
 }
 
-#if defined(PEFTOPS_INT16) || defined(PEFTOPS_INT8)
+#if defined(PEFTOPS_INT16) || defined(PEFTOPS_INT8) || defined(PEFTOPS_DOT8)
 struct Code16 { int16_t at[32]; };   // twice the table: vpermw reads five bits, a code has four
 struct Code8 { uint8_t at[16]; };
+struct Signed8 { int8_t at[16]; };
 
 template <class Weight> constexpr Code16 make_code16() {
   Code16 c = {};
@@ -53,8 +54,14 @@ template <class Weight> constexpr Code8 make_code8() {
     c.at[i] = uint8_t(Codes<Weight>::at[i] * Codes<Weight>::kFactor8 + Codes<Weight>::kZero8 + 0.5f);
   return c;
 }
+template <class Weight> constexpr Signed8 make_signed8() {
+  Signed8 c = {};
+  for (int i = 0; i < 16; ++i) c.at[i] = int8_t(make_code8<Weight>().at[i] - int(Codes<Weight>::kZero8));
+  return c;
+}
 template <class Weight> constexpr Code16 kCode16 = make_code16<Weight>();
 template <class Weight> constexpr Code8 kCode8 = make_code8<Weight>();
+template <class Weight> constexpr Signed8 kSigned8 = make_signed8<Weight>();
 #endif
 
 }  // namespace

@@ -97,6 +97,12 @@ template <int V, int B> struct GroupColumns {
       else accumulate<V>(rows, w.cols, Rows<T>{x, w.cols}, *this, at);
     }
   }
+#if defined(PEFTOPS_DOT8)
+  bool fits_dot8() const { return B == 4 && w.group >= kInt8Span; }
+  template <class T, class Redo> void dot8(const Block& b, const T* x, const Scratch& s, const Redo& redo) const {
+    accumulate_dot8(b, w, x, s, redo);
+  }
+#endif
 #if defined(PEFTOPS_INT8)
   bool fits_int8() const { return w.group >= kLeastInt8Segment; }
   GroupInt8<B> int8() const { return {w}; }

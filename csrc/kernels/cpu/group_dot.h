@@ -7,30 +7,24 @@
 #pragma once
 #include "kernels/cpu/dot.h"
 #include "kernels/cpu/group_decode.h"
+#if defined(PEFTOPS_DOT8)
+#include "kernels/cpu/dot_int8.h"
+#endif
 
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
-template <int B> struct GroupDot {
+// Rows of x in fp32. Lane l of vector j of a strip holds column kCodes l + j; one more vector holds each lane's sum.
+template <int B> struct GroupFloats {
   static constexpr int kCodes = Unit<B>::kCodes;
   static constexpr int64_t kStrip = Unit<B>::kStrip, kPacked = kStrip + kLanes;
 
-  const GroupWeight& w;
-  int64_t k, cols;    // of the piece of x
-  const float* x;     // packed: [strips][M][kCodes + 1][kLanes]
-  int64_t groups = w.cols / w.group;
-  int64_t per_strip = w.group < kStrip ? kStrip / w.group : 1;
-  Int which;          // each lane's group, counted from the strip's first
-  Unit<B> unit;
+  float* at;      // [strips][rows][kCodes + 1][kLanes]
+  int64_t rows;
+  Unit<B> unit = {};
 
-  GroupDot(const GroupWeight& w, int64_t k, int64_t cols, const float* x) : w(w), k(k), cols(cols), x(x) {
-    int32_t lane[kLanes];
-    for (int i = 0; i < kLanes; ++i) lane[i] = int32_t(i * kCodes / w.group);
-    which = load_int(lane);
-  }
-
-  // Lane l of vector j of a strip holds column kCodes l + j; the last vector holds each lane's sum.
-  template <class T> static void pack(const T* x, int64_t rows, int64_t ld, int64_t cols, float* out) {
+  template <class T> void pack(const T* x, int64_t ld, int64_t cols) const {
+    float* out = at;
     for (int64_t t = 0; t < cols; t += kStrip)
       for (int64_t m = 0; m < rows; ++m, out += kPacked) {
         float strip[kStrip] = {};
@@ -44,6 +38,73 @@ template <int B> struct GroupDot {
         }
         store(out + kStrip, sum);
       }
+  }
+
+  // sum[m][r]: code * x in each lane of strip s, for M rows of x and R of the weight.
+  template <int M, int R> void dots(const Int (&units)[R], int64_t s, Vec (&sum)[M][R]) const {
+    const float* strip = at + s * M * kPacked;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) sum[m][r] = zero();
+#pragma GCC unroll 8
+    for (int j = 0; j < kCodes; ++j) {
+      Vec code[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) code[r] = unit.code(units[r], j);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const Vec v = load(strip + m * kPacked + j * kLanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sum[m][r] = fma(code[r], v, sum[m][r]);
+      }
+    }
+  }
+  Vec sum(int64_t s, int64_t m) const { return load(at + (s * rows + m) * kPacked + kStrip); }
+  Vec times_factor(Vec scale, int64_t, int64_t) const { return scale; }
+};
+
+#if defined(PEFTOPS_DOT8)
+// Rows of x in int8, for codes of four bits.
+struct GroupBytes {
+  Bytes x;
+
+  template <int M, int R> void dots(const Int (&units)[R], int64_t s, Vec (&sum)[M][R]) const {
+    const Int nibble = set_int(0x0f0f0f0f);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Int low = units[r] & nibble, high = shift_right(units[r], 4) & nibble;
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m)
+        sum[m][r] = to_float(dot_unsigned(dot_unsigned(as_int(zero()), low, x.low(s, m)), high, x.high(s, m)));
+    }
+  }
+  Vec sum(int64_t s, int64_t m) const { return x.sum(s, m); }
+  Vec times_factor(Vec scale, int64_t s, int64_t m) const { return scale * x.factor(s, m); }
+};
+#endif
+
+template <int B, class X> struct GroupDot {
+  static constexpr int kCodes = Unit<B>::kCodes;
+  static constexpr int64_t kStrip = Unit<B>::kStrip;
+
+  const GroupWeight& w;
+  int64_t k, cols;    // of the piece of x
+  X x;
+  int64_t groups = w.cols / w.group;
+  int64_t per_strip = w.group < kStrip ? kStrip / w.group : 1;
+  Int which;          // each lane's group, counted from the strip's first
+
+  GroupDot(const GroupWeight& w, int64_t k, int64_t cols, const X& x) : w(w), k(k), cols(cols), x(x) {
+    int32_t lane[kLanes];
+    for (int i = 0; i < kLanes; ++i) lane[i] = int32_t(i * kCodes / w.group);
+    which = load_int(lane);
+  }
+
+  // A number for each lane, out of those of the groups of a strip.
+  Vec each_lanes_own(const float* at, int64_t present) const {
+    if (kLanes < 16 && per_strip == 1) return set(*at);
+    return permute(as_float(load_int_n(at, present)), which);
   }
 
   // Rows of the weight that share the loads of M rows of x.
@@ -80,38 +141,24 @@ template <int B> struct GroupDot {
   template <int M, int R>
   void add(const uint8_t* const (&p)[R], const float* const (&scales)[R], const float* const (&zeros)[R], int64_t s,
            int64_t n, int64_t present, Vec (&total)[M][R]) const {
-    const float* at = x + s * M * kPacked;
     Int units[R];
-    Vec sum[M][R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const uint8_t* from = p[r] + s * kLanes * Unit<B>::kBytes;
       __builtin_prefetch(from + 1024);
       units[r] = Unit<B>::load(from, n);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) sum[m][r] = zero();
     }
-#pragma GCC unroll 8
-    for (int j = 0; j < kCodes; ++j) {
-      Vec code[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) code[r] = unit.code(units[r], j);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const Vec v = load(at + m * kPacked + j * kLanes);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sum[m][r] = fma(code[r], v, sum[m][r]);
-      }
-    }
+    Vec sum[M][R];
+    x.template dots<M, R>(units, s, sum);
     const int64_t group = (k + s * kStrip) / w.group;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vec scale = permute(as_float(load_int_n(scales[r] + group, present)), which);
-      const Vec zero_point = permute(as_float(load_int_n(zeros[r] + group, present)), which);
+      const Vec scale = each_lanes_own(scales[r] + group, present);
+      const Vec zero_point = each_lanes_own(zeros[r] + group, present);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
-        const Vec shifted = sum[m][r] - zero_point * load(at + m * kPacked + kStrip);
-        total[m][r] = fma(shifted, scale, total[m][r]);
+        const Vec shifted = sum[m][r] - zero_point * x.sum(s, m);
+        total[m][r] = fma(shifted, x.times_factor(scale, s, m), total[m][r]);
       }
     }
   }
@@ -130,20 +177,40 @@ template <class T> bool is_moderate(const T* x, int64_t n) {
   return all == 0;
 }
 
+// Adds the product of the columns [k, k + cols) to a block of C, from its row `first` on.
+template <int B, class X>
+void add_dots(const Block& b, int64_t first, const GroupWeight& w, int64_t k, int64_t cols, const X& x, int64_t rows,
+              const Scratch& s) {
+  const GroupDot<B, X> dot(w, k, cols, x);
+  for (int64_t row = b.col, j = 0; j < b.panels * 2 && row < w.rows; ++j, row += kLanes)
+    with_dot_rows(rows, [&](auto m) {
+      dot.template lanes<decltype(m)::value>(row, s.c + first * Scratch::kCols + j * kLanes);
+    });
+}
+
 // Adds x W^T to a block of C that has kDotRows rows at most, and is part of one of `all` rows, by which the columns are
 // cut: so a row has the same bits in any part.
 template <int B, class T>
 void accumulate_dot(const Block& b, int64_t all, const GroupWeight& w, const T* x, const Scratch& s) {
-  using Dot = GroupDot<B>;
-  const int64_t chunk = kDotCols / all / Dot::kStrip * Dot::kStrip;
+  const int64_t chunk = kDotCols / all / Unit<B>::kStrip * Unit<B>::kStrip;
   for (int64_t k = 0; k < w.cols; k += chunk) {
     const int64_t cols = at_most(chunk, w.cols - k);
-    Dot::pack(x + b.row * w.cols + k, b.rows, w.cols, cols, s.panels);
-    const Dot dot(w, k, cols, s.panels);
-    for (int64_t col = b.col, j = 0; j < b.panels * 2 && col < w.rows; ++j, col += kLanes)
-      with_dot_rows(b.rows, [&](auto m) { dot.template lanes<decltype(m)::value>(col, s.c + j * kLanes); });
+    const GroupFloats<B> floats{s.panels, b.rows};
+    floats.pack(x + b.row * w.cols + k, w.cols, cols);
+    add_dots<B>(b, 0, w, k, cols, floats, b.rows, s);
   }
 }
+
+#if defined(PEFTOPS_DOT8)
+// The same in int8, for codes of four bits and kInt8Rows rows at most. Rows of x that do not fit are done over.
+template <class T, class Redo>
+void accumulate_dot8(const Block& b, const GroupWeight& w, const T* x, const Scratch& s, const Redo& redo) {
+  const auto add = [&](int64_t first, int64_t k, int64_t cols, const Bytes& bytes) {
+    add_dots<4>(b, first, w, k, cols, GroupBytes{bytes}, bytes.rows, s);
+  };
+  accumulate_bytes<false>(b, w.cols, x, 1, s, add, redo);
+}
+#endif
 
 }  // namespace
 }  // namespace peftops::cpu::PEFTOPS_ISA

@@ -1,6 +1,7 @@
 // The one ladder of products with a packed weight, whatever its format: which of them multiplies, by what this build
 // has, the type of x, and what the weight allows. From the top:
 //
+//   int8 allowed, 12 rows at most, AVX2   dot products of bytes straight from the codes (dot_int8.h)
 //   a few rows, forward               dot products straight from the codes (dot.h), in fp32 or int16
 //   int8 allowed, AVX-512, ARMv8.6    codes and x rounded to int8 (product_int8.h)
 //   bf16 x, AVX512-BF16, ARMv8.6      panels decoded to bf16 (product_bf16.h)
@@ -16,8 +17,12 @@
 //   fits_int16()  int16()   packs for accumulate16, in its `segment`
 //   fits_int8()   int8()    packs for accumulate_int8, in its `segment`; columns only
 //   fits_dot()    dot(block, x, scratch); columns only
+//   fits_dot8()   dot8(block, x, scratch, redo), in int8; columns only
 #pragma once
 #include "kernels/cpu/dot.h"
+#if defined(PEFTOPS_DOT8)
+#include "kernels/cpu/dot_int8.h"
+#endif
 #include "kernels/cpu/linear_output.h"
 #include "kernels/cpu/products.h"
 #include "kernels/linear.h"
@@ -52,6 +57,15 @@ void add_product(const Block& b, int64_t depth, const T* x, const View& view, co
 template <class T, class View, class Term>
 void add_product_of_columns(const Block& b, int64_t m, int64_t depth, const T* x, const View& view,
                             [[maybe_unused]] bool int8, const Scratch& s, const Term& term) {
+#if defined(PEFTOPS_INT8) || defined(PEFTOPS_DOT8)
+  const auto redo = [&](const Block& rows, const Scratch& at) { add_product(rows, depth, x, view, at, term, false); };
+#endif
+#if defined(PEFTOPS_DOT8)
+  if (int8 && m <= kInt8Rows && view.fits_dot8()) {
+    term(b, s);
+    return view.dot8(b, x, s, redo);
+  }
+#endif
   if (m <= kDotRows && view.fits_dot()) {
     term(b, s);
     return view.dot(b, x, s);
@@ -60,9 +74,7 @@ void add_product_of_columns(const Block& b, int64_t m, int64_t depth, const T* x
   if (int8 && view.fits_int8()) {
     term(b, s);
     const auto& packs = view.int8();
-    return accumulate_int8(b, depth, packs.segment, x, packs, s, [&](const Block& rows, const Scratch& at) {
-      add_product(rows, depth, x, view, at, term, false);
-    });
+    return accumulate_int8(b, depth, packs.segment, x, packs, s, redo);
   }
 #endif
   add_product(b, depth, x, view, s, term);

@@ -70,6 +70,7 @@ inline Int shift_left(Int a, int n) { return Int(__v8su(a) << n); }
 inline Int shift_right(Int a, int n) { return Int(__v8su(a) >> n); }
 inline Int max_int(Int a, Int b) { return _mm256_max_epi32(a, b); }
 inline Int truncate(Vec a) { return _mm256_cvttps_epi32(a); }
+inline Int round_to_int(Vec a) { return _mm256_cvtps_epi32(a); }   // to nearest even
 inline Int set_int(int32_t a) { return _mm256_set1_epi32(a); }
 inline Vec to_float(Int a) { return _mm256_cvtepi32_ps(a); }
 inline Vec permute(Vec a, Int from) { return _mm256_permutevar8x32_ps(a, from); }   // lane i gets a[from[i]]
@@ -144,6 +145,29 @@ template <bool kHighFirst = true> inline Int unpack_codes(const uint8_t* p) {
   const __m128i bytes = _mm_cvtsi32_si128(word);
   const __m128i high = _mm_srli_epi16(bytes, 4);
   return _mm256_cvtepu8_epi32(kHighFirst ? _mm_unpacklo_epi8(high, bytes) : _mm_unpacklo_epi8(bytes, high));
+}
+
+// Each byte, less than 16, becomes what the table has there.
+inline Int look_up_bytes(const int8_t* table, Int at) {
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), at);
+}
+// sum + the four products of bytes in each lane. Two must fit an int16: vpmaddubsw saturates. It takes unsigned bytes of
+// one factor; of signed ones the sign moves to the other factor.
+inline Int dot_unsigned(Int sum, Int a, Int b) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+}
+inline Int dot_signed(Int sum, Int a, Int b) {
+  return dot_unsigned(sum, _mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
+}
+// 32 whole numbers as bytes: the even ones in order, and the odd ones.
+inline void store_by_nibble(int8_t* even, int8_t* odd, const Int (&whole)[4]) {
+  const Int bytes = _mm256_packs_epi16(_mm256_packs_epi32(whole[0], whole[1]), _mm256_packs_epi32(whole[2], whole[3]));
+  const Int apart = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,
+                                     0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  const Int pairs = _mm256_shuffle_epi8(bytes, apart);   // of columns 0 to 3 of each eight, and of 4 to 7
+  const __m128i first = _mm256_castsi256_si128(pairs), second = _mm256_extracti128_si256(pairs, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(even), _mm_unpacklo_epi16(first, second));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(odd), _mm_unpackhi_epi16(first, second));
 }
 
 }  // namespace

@@ -1,0 +1,92 @@
+// x in int8, for dot products with the four-bit codes of a weight as they lie (code_dot.h, group_dot.h): what the formats
+// share. x becomes round(127 x / max |x|), with a maximum for every 32 columns of a row.
+//
+// A load of codes is split into its low nibbles and its high ones, 32 bytes each, and x lies in the same order. AVX2
+// multiplies 32 pairs of bytes at once, and needs two instructions more to add them up. In fp32 that is four
+// multiply-adds, and sixteen instructions that decode: few rows gain much, and many do not.
+#pragma once
+#include "kernels/cpu/codes4.h"
+#include "kernels/cpu/dot.h"
+
+namespace peftops::cpu::PEFTOPS_ISA {
+namespace {
+
+constexpr int64_t kInt8Rows = 12;     // at more, decoding into a panel (product.h) is as fast
+constexpr int64_t kInt8Span = 32;     // columns that share a maximum: the lanes of half a strip
+static_assert(kStrip == 2 * kInt8Span);
+
+// Up to kDotRows rows of up to kDotCols columns.
+struct Bytes {
+  int8_t* codes;   // [strips][rows][2][32]: the columns of low nibbles, and of high ones
+  float* factors;  // [strips][rows][kLanes]: x = code * factor, for the eight columns of a lane
+  float* sums;     // [strips][rows][kLanes]: of the eight codes
+  int64_t rows;
+
+  Bytes(float* p, int64_t rows)
+      : codes(reinterpret_cast<int8_t*>(p)), factors(p + kDotRows * kDotCols / 4),
+        sums(factors + kDotRows * kDotCols / 8), rows(rows) {}
+
+  Int low(int64_t strip, int64_t row) const { return load_int(codes + (strip * rows + row) * kStrip); }
+  Int high(int64_t strip, int64_t row) const { return load_int(codes + (strip * rows + row) * kStrip + kStrip / 2); }
+  Vec factor(int64_t strip, int64_t row) const { return load(factors + (strip * rows + row) * kLanes); }
+  Vec sum(int64_t strip, int64_t row) const { return load(sums + (strip * rows + row) * kLanes); }
+
+  // Packs `cols` columns, a multiple of 32, with factors times `unit`; kHighFirst: the first of two codes is the high
+  // nibble. `fits` becomes false for a row that int8 cannot hold: with a NaN, an infinity, or so small that 1 / max
+  // overflows.
+  template <bool kHighFirst, class T> void pack(const T* x, int64_t ld, int64_t cols, float unit, bool* fits) const {
+    for (int64_t k = 0, at = 0; k < cols; k += kStrip)
+      for (int64_t m = 0; m < rows; ++m, ++at) {
+        int8_t *low = codes + at * kStrip, *high = low + kStrip / 2;
+        for (int64_t half = 0; half < 2; ++half) {
+          int8_t *even = (kHighFirst ? high : low) + half * kInt8Span / 2, *odd = (kHighFirst ? low : high) + half * kInt8Span / 2;
+          const int64_t col = k + half * kInt8Span;
+          const float factor = col < cols ? pack_span(x + m * ld + col, even, odd, fits[m]) : 0;
+          if (col >= cols) memset(even, 0, kInt8Span / 2), memset(odd, 0, kInt8Span / 2);
+          for (int64_t lane = 0; lane < kLanes / 2; ++lane) factors[at * kLanes + half * kLanes / 2 + lane] = factor * unit;
+        }
+        const Int ones = set_int(0x01010101), none = as_int(zero());
+        store(sums + at * kLanes, to_float(dot_unsigned(dot_unsigned(none, ones, load_int(low)), ones, load_int(high))));
+      }
+  }
+
+ private:
+  template <class T> static float pack_span(const T* x, int8_t* even, int8_t* odd, bool& fits) {
+    Vec value[4];
+    Int most = as_int(zero()), whole[4];   // as integers, so that a NaN is the largest
+    for (int i = 0; i < 4; ++i) value[i] = load(x + i * kLanes), most = max_int(most, as_int(abs(value[i])));
+    float lane[kLanes], largest = 0;
+    store(lane, as_float(most));
+    for (float a : lane) {
+      if (!(a <= __FLT_MAX__)) largest = a;
+      if (a > largest) largest = a;
+    }
+    const bool usable = largest > 1e-30f && largest <= __FLT_MAX__;
+    fits &= usable || largest == 0;
+    const Vec inverse = set(usable ? 127.f / largest : 0.f);
+    for (int i = 0; i < 4; ++i) whole[i] = round_to_int(value[i] * inverse);
+    store_by_nibble(even, odd, whole);
+    return usable ? largest / 127.f : 0;
+  }
+};
+static_assert(kDotRows * kDotCols / 4 + 2 * kDotRows * kDotCols / 8 <= kDepth * Scratch::kCols);
+
+// Adds x W^T to a block of C, piece by piece of the columns: add(first row of the block, k, cols, bytes). Rows of x that
+// do not fit are done over: redo(rows, scratch), with a zeroed C.
+template <bool kHighFirst, class T, class Add, class Redo>
+void accumulate_bytes(const Block& b, int64_t cols, const T* x, float unit, const Scratch& s, const Add& add,
+                      const Redo& redo) {
+  bool fits[kInt8Rows];
+  memset(fits, true, sizeof fits);
+  for (int64_t k = 0; k < cols; k += kDotCols)
+    for (int64_t first = 0; first < b.rows; first += kDotRows) {
+      const Bytes bytes(s.panels, at_most(kDotRows, b.rows - first));
+      const int64_t piece = at_most(kDotCols, cols - k);
+      bytes.pack<kHighFirst>(x + (b.row + first) * cols + k, cols, piece, unit, fits + first);
+      add(first, k, piece, bytes);
+    }
+  do_over(b, fits, s, redo);
+}
+
+}  // namespace
+}  // namespace peftops::cpu::PEFTOPS_ISA
