@@ -6,10 +6,13 @@ python tests/sim/resources.py     writes docs/cuda_resources.md
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from sim import ROOT  # noqa: E402
+from sim.machine_code import logs  # noqa: E402
+
 TABLE = ROOT / "docs" / "cuda_resources.md"
 
 # Per multiprocessor: warps, blocks, bytes of shared memory (CUDA programming guide, compute capabilities).
@@ -47,14 +50,6 @@ loads in flight, not warps, hide the memory's latency there. `many_rows` with tw
 so has `many_back` with 128 rows: 64 sums a thread, and tensor cores are kept busy by 32 mma a step and warp.
 `any_rows` and `any_back` are the fp32 tiles for what tensor cores do not take; `operands` writes what a library
 multiplies in their place."""
-
-
-def compile_kernels(build: Path) -> str:
-    configure = ["cmake", "-S", ROOT, "-B", build, "-DPEFTOPS_SIM=ON", "-DPEFTOPS_CUDA=ON"]
-    subprocess.run([str(part) for part in configure], check=True, capture_output=True)
-    make = ["cmake", "--build", build, "--target", "cuda_resources", "--parallel", "2"]
-    done = subprocess.run([str(part) for part in make], check=True, capture_output=True, text=True)
-    return done.stdout + done.stderr
 
 
 def parse(log: str) -> list[dict]:
@@ -104,8 +99,7 @@ def table(entries: list[dict]) -> str:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as build:
-        log = compile_kernels(Path(build))
+    log = logs(tuple(LIMITS))
     if "warning" in log:
         sys.exit(log)
     TABLE.parent.mkdir(exist_ok=True)

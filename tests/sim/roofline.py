@@ -7,15 +7,14 @@ import json
 import math
 import re
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from sim import sass  # noqa: E402
+from sim import ROOT, sass  # noqa: E402
 
-TABLE = sass.ROOT / "docs" / "cuda_roofline.md"
+TABLE = ROOT / "docs" / "cuda_roofline.md"
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ FEW_OUTS = (1024, 4096)
 ROWS = (1, 16, 64, 256, 1024, 4096)
 
 
-MEASURED = sass.ROOT / "docs" / "gpu"  # what bench/gpu.py left there, by card
+MEASURED = ROOT / "docs" / "gpu"  # what bench/gpu.py left there, by card
 
 TEXT = """# What to expect of the CUDA kernels, and what an H100 made of it
 
@@ -172,7 +171,7 @@ class Crossover:
 
     @staticmethod
     def of(capability: int) -> "Crossover":
-        text = (sass.ROOT / "csrc/kernels/cuda/crossover.cuh").read_text()
+        text = (ROOT / "csrc/kernels/cuda/crossover.cuh").read_text()
         rows = re.findall(r"\{(\d+), ([\d.]+), \{([\d.]+), ([\d.]+)\}, ([\d.]+), ([\d.]+), ([\d.]+)\}", text)
         fit = [row for row in rows if int(row[0]) <= capability][-1]
         constant = lambda name: float(re.search(rf"{name} = ([\d.]+);", text)[1])
@@ -202,10 +201,9 @@ def measured(gpu: Gpu) -> dict[tuple[str, int, int, int], dict[str, float]]:
 
 def main_loops() -> dict[str, dict[str, list[str]]]:
     loops = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for gpu in GPUS:
-            text = sass.disassemble(sass.ROOT / "csrc/kernels/cuda/nf4_linear.cu", gpu.arch, Path(folder))
-            loops[gpu.arch] = {name: sass.main_loop(*code) for name, code in sass.kernels(text).items()}
+    for gpu in GPUS:
+        text = sass.disassemble(ROOT / "csrc/kernels/cuda/nf4_linear.cu", gpu.arch)
+        loops[gpu.arch] = {name: sass.main_loop(*code) for name, code in sass.kernels(text).items()}
     return loops
 
 

@@ -6,8 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-KERNELS = sorted(p for p in (ROOT / "csrc/kernels/cuda").glob("*.cu") if "_sm90" not in p.stem)
+from sim.machine_code import compiled
 
 
 def disassembler() -> Path | None:
@@ -18,10 +17,8 @@ def disassembler() -> Path | None:
     return None
 
 
-def disassemble(source: Path, arch: str, folder: Path) -> str:
-    cubin = folder / f"{source.stem}_{arch}.cubin"
-    flags = ["-O3", "-std=c++17", f"-arch=sm_{arch}", "-DPEFTOPS_CUDA", "-I", ROOT / "csrc"]
-    subprocess.run(["nvcc", "-cubin", *flags, "-o", cubin, source], check=True, capture_output=True)
+def disassemble(source: Path, arch: str) -> str:
+    cubin, _ = compiled(source, arch)
     return subprocess.run([disassembler(), "-c", cubin], check=True, capture_output=True, text=True).stdout
 
 

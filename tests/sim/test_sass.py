@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from sim import sass
+from sim import KERNELS, sass
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,10 +32,10 @@ WHOLE = {
 
 
 @pytest.fixture(scope="module", params=["80", "90"])
-def kernels(request, tmp_path_factory):
-    folder, found = tmp_path_factory.mktemp("sass"), {}
-    for source in sass.KERNELS:
-        found |= sass.kernels(sass.disassemble(source, request.param, folder))
+def kernels(request):
+    found = {}
+    for source in KERNELS:
+        found |= sass.kernels(sass.disassemble(source, request.param))
     return found
 
 
