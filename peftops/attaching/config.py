@@ -127,6 +127,12 @@ def check_scaling(alpha: Any, patterns: dict[str, Any] | None = None) -> None:
             check_range("alpha", value, -1e9, 1e9)
 
 
+def needs_scaling(method: str, scaling: float, layer: str) -> None:
+    """Raise unless a method that divides by the scaling, or takes its root, can."""
+    if not scaling > 0:
+        raise ValueError(f"{method} needs a scaling above 0, and alpha makes that of {layer} {scaling:g}")
+
+
 def check_pattern(name: str, pattern: Any) -> None:
     """Raise unless ``pattern`` is what :func:`by_pattern` reads."""
     if not isinstance(pattern, dict) or not all(isinstance(key, str) for key in pattern):

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from ..attaching import register
-from ..attaching.config import MOST_ITERATIONS, check_choice, check_range
+from ..attaching.config import MOST_ITERATIONS, check_choice, check_range, needs_scaling
 from ..attaching.targets import ALL_LINEAR, find_targets
 from ..factors.calibrated import calibrated_factors, gptq_like
 from ..factors.singular import leading, shared
 from ..nn import EXPERTS, LINEAR, dense_matrix, is_quantized, packed_layer
 from ..ops import NF4Tensor, nf4_dequantize, nf4_quantize
-from .lora import LoRA, needs_scaling
+from .lora import LoRA
 from .qlora import QLoRAConfig, check_nothing_dense_is_adapted, quantize_base
 
 
