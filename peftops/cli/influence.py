@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from ..influence import Influence, language
-from .data import DataError, Example, Row, collate, encode, read_rows
+from ..prompts.example import Example
+from .data import DataError, Row, collate, encode, read_rows
 from .model import load_adapted, load_tokenizer, pad_id
 
 

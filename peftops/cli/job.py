@@ -19,9 +19,10 @@ from ..attaching import hosts
 from ..integrations import save
 from ..methods.relora import relora_step
 from ..optim.restarts import relora_schedule
+from ..prompts.example import Example
 from . import report
 from .checkpoint import check_moments, check_tensors, save_checkpoint
-from .data import Example, batches
+from .data import batches
 from .model import answer, pad_id
 from .training import (
     answer_loss,

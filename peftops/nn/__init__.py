@@ -18,7 +18,7 @@ from .experts import close_experts, experts_forward, keep_names, open_experts, o
 from .experts_linear import ExpertsLinear
 from .gated_prompt import GatedPrompt
 from .group_conv2d import GroupConv2d
-from .language_loss import head_loss, language_model_loss, splits
+from .language_loss import IGNORED, head_loss, language_model_loss, splits
 from .layers import (
     CONVOLUTION,
     EMBEDDING,
@@ -51,6 +51,7 @@ __all__ = [
     "CONVOLUTION",
     "EMBEDDING",
     "EXPERTS",
+    "IGNORED",
     "LINEAR",
     "PREFIX",
     "WRAPPERS",
