@@ -13,7 +13,6 @@ from .adapter import (
     owner_of,
     unwrapped,
 )
-from .adapter_pool import AdapterPool, PoolFull, peak_tokens
 from .experts import close_experts, experts_forward, keep_names, open_experts, opened, stack_layer, stacks_of
 from .experts_linear import ExpertsLinear
 from .gated_prompt import GatedPrompt
@@ -57,7 +56,6 @@ __all__ = [
     "WRAPPERS",
     "AdaptedLayer",
     "Adapter",
-    "AdapterPool",
     "ExpertsLinear",
     "GatedPrompt",
     "GroupConv2d",
@@ -66,7 +64,6 @@ __all__ = [
     "MergeError",
     "NF4Linear",
     "PackedLinear",
-    "PoolFull",
     "Prompt",
     "Prompted",
     "Select",
@@ -94,7 +91,6 @@ __all__ = [
     "opened",
     "owner_of",
     "packed_layer",
-    "peak_tokens",
     "product",
     "quantize_linears",
     "quantized_like",

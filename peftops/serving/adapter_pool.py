@@ -455,20 +455,3 @@ class AdapterPool:
         self._forget(now)
         self._free += now.pages
         self._free_slots.append(now.slot)
-
-
-def peak_tokens(requests: Sequence[tuple[int, int]], page: int = 1) -> int:
-    """How many tokens a batch will hold at its fullest: what decides whether one more request may join.
-
-    All requests get a token at a time, and each ends when it has all of its own; as one ends, those that are left hold
-    what they have now and as many new tokens. A batch may start if the pages left beside its adapters hold the peak
-    (S-LoRA's admission rule, arXiv:2311.03285).
-
-    Args:
-        requests: (tokens so far, tokens to come at most) of each.
-        page: of how many tokens. A request's last page counts as full.
-    """
-    ordered = sorted(requests, key=lambda request: -request[1])
-    whole = lambda tokens: -(-tokens // page) * page
-    totals = [sum(whole(length + left) for length, _ in ordered[:i]) for i, (_, left) in enumerate(ordered, 1)]
-    return max(totals, default=0)

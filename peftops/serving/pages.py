@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..nn import AdapterPool, PoolFull
+from .adapter_pool import AdapterPool, PoolFull
 
 
 class Unfit(Exception):
