@@ -63,6 +63,24 @@ def test_instructions_to_the_formatter_are_found():
     assert instructions_to_the_formatter(text) == ["# fmt: skip", "# fmt:off", "# yapf: disable"]
 
 
+def spelt_as_prose(text):
+    """Identifiers with "quantis": the API has "quantize". The name of a test is a sentence, and so is prose."""
+    for node in ast.walk(ast.parse(text)):
+        found = (getattr(node, field, None) for field in ("id", "arg", "attr", "name", "asname"))
+        names = [name for name in found if isinstance(name, str)]
+        yield from (name for name in names if "quantis" in name.lower() and not name.startswith("test_"))
+
+
+@pytest.mark.parametrize("path, text", read("peftops/**/*.py", "tests/**/*.py"))
+def test_identifiers_are_spelt_as_the_api_is(path, text):
+    assert [*spelt_as_prose(text)] == []
+
+
+def test_identifiers_spelt_as_prose_are_found():
+    text = "def quantise(quantised): self.requantised = f(dequantised=1)\ndef test_quantises(): 'quantised'\n"
+    assert sorted(spelt_as_prose(text)) == ["dequantised", "quantise", "quantised", "requantised"]
+
+
 def lines_of_code(path, text):
     """Lines that are neither blank nor a comment nor part of a docstring."""
     lines, documentation = text.splitlines(), set()

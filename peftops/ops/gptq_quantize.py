@@ -165,7 +165,7 @@ def _following(moments: Tensor, damping: float) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def output_error(weight: Tensor, quantised: PackedTensor, inputs: Tensor) -> float:
+def output_error(weight: Tensor, quantized: PackedTensor, inputs: Tensor) -> float:
     """How far the outputs of the quantised weight are from those of the weight, relative, in the Frobenius norm."""
     moments = Moments.of(inputs, weight.shape[1], weight.device).mean()
-    return output_errors(weight, [quantised.dequantize(dtype=torch.float32)], moments)[0]
+    return output_errors(weight, [quantized.dequantize(dtype=torch.float32)], moments)[0]
