@@ -34,7 +34,7 @@ class Row:
 
     messages: list[dict[str, str]] | None = None
     text: str | None = None
-    fields: dict[str, Any] | None = None  # what the line has for a template, if there is one
+    fields: dict[str, Any] | None = None  # the line's values for a template, if there is one
 
 
 def read_rows(path: Path, prompt: HardPrompt | None = None) -> list[Row]:

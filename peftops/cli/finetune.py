@@ -64,7 +64,7 @@ _SETTINGS = (
     "eval_every",
 )
 BASE = "base"  # of --calibrate with qlora: the model that the adapter is of
-_RESULTS = (CHECKPOINT, report.FILE, report.PLOT, CONFIG, WEIGHTS, OWN)  # what a run may leave
+_RESULTS = (CHECKPOINT, report.FILE, report.PLOT, CONFIG, WEIGHTS, OWN)  # files that a run may leave
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -287,7 +287,7 @@ def _check(args: argparse.Namespace) -> None:
         value, option = getattr(args, name), f"--{name.replace('_', '-')}"
         if value is None:
             continue
-        if not math.isfinite(value) or value >= 2**63:  # (which is what a count of steps or a seed can hold)
+        if not math.isfinite(value) or value >= 2**63:  # counts of steps and seeds have 64 bits
             raise ValueError(f"{option} must be a finite number, not {value}")
         if value < least or (value == least and not included):
             raise ValueError(f"{option} must be {'at least' if included else 'above'} {least}, not {value}")

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         model, damping=args.damping, loss=counted(language.loss), sampled_loss=counted(language.sampled_loss)
     )
     fitted, everything, query = batches([examples[i] for i in sample]), batches(examples), batches(asked)
-    # The curvature needs two passes over its rows, scores one over all, and what makes them alike one more.
+    # The curvature needs two passes over its rows, scores one over all, and likeness one more.
     with tqdm(total=2 * (len(fitted) + len(everything) + len(query)), unit="batch") as progress:
         passes.append(progress)
         influence.fit(fitted, seed=args.seed)

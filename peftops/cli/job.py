@@ -184,7 +184,7 @@ class Job:
         args = self.args
         after = self.answer_before
         if self.parameters:
-            save(self.model, self.folder)  # first: nothing that follows may cost what was learnt
+            save(self.model, self.folder)  # first: no later error may lose the training
             self.measure()
             after = answer(self.model, self.tokenizer, self.question, 48)
         has = bool(self.evaluations)

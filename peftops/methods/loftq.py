@@ -103,7 +103,7 @@ class LoftQ(LoRA):
             return base
         c, r = self.config, self.rank
         weight = dense_matrix(base, base.weight.dtype)
-        if weight.is_meta:  # nothing is lost of what is not there
+        if weight.is_meta:  # a skeleton has no numbers, so no error to correct
             return packed_layer(base, nf4_quantize(weight, block_size=c.block_size, double_quant=c.double_quant))
         codes, A, B, self.errors = loftq(
             weight, r, self.scaling, iterations=c.iterations, block_size=c.block_size, double_quant=c.double_quant

@@ -114,6 +114,6 @@ def with_matrix(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Mod
     elif isinstance(layer, nn.Conv2d):
         weight = weight.view(weight.shape[0], layer.in_channels, *layer.kernel_size)
     elif isinstance(layer, ExpertsLinear):
-        weight = layer.as_matrices(weight).contiguous()  # which transposes back what is transposed
+        weight = layer.as_matrices(weight).contiguous()  # undoes the transposition of as_matrices
     parameters = {"weight": weight} if isinstance(layer, nn.Embedding) else {"weight": weight, "bias": bias}
     return with_parameters(layer, parameters)

@@ -116,7 +116,7 @@ def _group(
     clip: Literal["none", "mse"] = "mse",
     damping: float = 0.01,
 ) -> GroupQuantTensor:
-    group_quantize(weight, bits=bits, group_size=group_size)  # says what is wrong with the weight, if anything is
+    group_quantize(weight, bits=bits, group_size=group_size)  # raises if the weight or an option is wrong
     moments = Moments.of(inputs, weight.shape[1], weight.device).mean().double()
     return gptq_from_moments(weight, moments, bits, group_size, symmetric, clip, damping)
 

@@ -132,7 +132,7 @@ def estimate(
     name = METHODS[type(config)].__name__.lower()
     model = copy.deepcopy(model).train()
     try:
-        with warnings.catch_warnings():  # of what stays dense, which the plan counts
+        with warnings.catch_warnings():  # the layers that stay dense are in the plan's count
             warnings.filterwarnings("ignore", ".* in 3-D tensors that")
             attach(model, config)
     except (ValueError, TypeError) as error:

@@ -38,5 +38,5 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         with lock:
             over = True
-            _raise_in(body, None)  # what was not raised in time is raised no more
+            _raise_in(body, None)  # takes back an exception that has not been raised yet
         timer.cancel()
