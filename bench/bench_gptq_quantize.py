@@ -52,19 +52,19 @@ def main():
     for name in LAYERS:
         weight = model.get_submodule(f"model.{name}").weight.detach()
         for bits in (4, 3, 2):
-            for quantiser in ("min/max", "mse", "gptq"):
-                label = f"{name:28} {bits:4}  {quantiser:8}"
+            for quantizer in ("min/max", "mse", "gptq"):
+                label = f"{name:28} {bits:4}  {quantizer:8}"
                 if arguments.only and arguments.only not in label:
                     continue
                 begin = time.perf_counter()
-                if quantiser == "gptq":
-                    quantised = peftops.gptq_quantize(weight, calibration[name], bits=bits, group_size=GROUP)
+                if quantizer == "gptq":
+                    quantized = peftops.gptq_quantize(weight, calibration[name], bits=bits, group_size=GROUP)
                 else:
-                    clip = "mse" if quantiser == "mse" else "none"
-                    quantised = peftops.group_quantize(weight, bits=bits, group_size=GROUP, clip=clip)
+                    clip = "mse" if quantizer == "mse" else "none"
+                    quantized = peftops.group_quantize(weight, bits=bits, group_size=GROUP, clip=clip)
                 seconds = time.perf_counter() - begin
-                away = (peftops.group_dequantize(quantised) - weight).norm() / weight.norm()
-                output = output_error(weight, quantised, held_out[name])
+                away = (peftops.group_dequantize(quantized) - weight).norm() / weight.norm()
+                output = output_error(weight, quantized, held_out[name])
                 print(f"{label} {away:8.4f} {output:8.4f} {seconds * 1e3:6.1f} ms", flush=True)
 
 

@@ -30,36 +30,36 @@ def cases():
     for n, k in SHAPES:
         for which, dtype in enumerate(DTYPES):
             weight = (0.02 * torch.randn(n, k)).to(dtype)
-            quantised = peftops.nf4_quantize(weight)
-            decoded = peftops.nf4_dequantize(quantised, dtype=torch.float32).double()
+            quantized = peftops.nf4_quantize(weight)
+            decoded = peftops.nf4_dequantize(quantized, dtype=torch.float32).double()
             layer = linear4bit(weight).eval()
             for m, wants in FORWARD.items():
                 x = torch.randn(m, k).to(dtype)
                 yield harness.Case(
                     f"forward {n}x{k} {str(dtype)[6:]} M={m}",
                     no_grad(
-                        peftops=lambda x=x, quantised=quantised: peftops.nf4_linear(x, quantised),
+                        peftops=lambda x=x, quantized=quantized: peftops.nf4_linear(x, quantized),
                         dense=lambda x=x, weight=weight: F.linear(x, weight),
                         Linear4bit=lambda x=x, layer=layer: layer(x),
                     ),
                     exact=lambda x=x, decoded=decoded: x.double() @ decoded.T,
                     flops=2.0 * m * n * k,
                     dtype=dtype,
-                    bytes=quantised.nbytes if m <= 16 else 0,
+                    bytes=quantized.nbytes if m <= 16 else 0,
                     want=dict(zip(("dense", "Linear4bit"), wants[which], strict=True)),
                 )
                 if m >= 16:
                     yield harness.Case(
                         f"int8 {n}x{k} {str(dtype)[6:]} M={m}",
                         no_grad(
-                            peftops=lambda x=x, w=quantised: peftops.nf4_linear(x, w, compute="int8"),
+                            peftops=lambda x=x, w=quantized: peftops.nf4_linear(x, w, compute="int8"),
                             dense=lambda x=x, weight=weight: F.linear(x, weight),
-                            float=lambda x=x, w=quantised: peftops.nf4_linear(x, w),
+                            float=lambda x=x, w=quantized: peftops.nf4_linear(x, w),
                         ),
                         flops=2.0 * m * n * k,
                         want={"dense": 2, "float": 1.3} if dtype == torch.float32 else {"float": 1},
                     )
-            yield backward(256, n, k, dtype, weight, quantised, linear4bit(weight), BACKWARD[which])
+            yield backward(256, n, k, dtype, weight, quantized, linear4bit(weight), BACKWARD[which])
 
 
 def linear4bit(weight: torch.Tensor) -> torch.nn.Module:
@@ -74,7 +74,7 @@ def no_grad(**calls):
     return {name: torch.no_grad()(call) for name, call in calls.items()}
 
 
-def backward(m, n, k, dtype, weight, quantised, theirs, wants):
+def backward(m, n, k, dtype, weight, quantized, theirs, wants):
     """Gradients of x, A and B through a LoRA layer with float32 adapters, as PEFT makes them."""
     x = torch.randn(m, k).to(dtype).requires_grad_()
     g = torch.randn(m, n).to(dtype)
@@ -85,7 +85,7 @@ def backward(m, n, k, dtype, weight, quantised, theirs, wants):
         return base + low_rank.to(base.dtype)
 
     outputs = {
-        "peftops": peftops.nf4_linear(x, quantised, lora_A=A, lora_B=B, scaling=2.0),
+        "peftops": peftops.nf4_linear(x, quantized, lora_A=A, lora_B=B, scaling=2.0),
         "dense": composed(F.linear(x, weight)),
         "Linear4bit": composed(theirs(x)),
     }

@@ -36,7 +36,7 @@ def cases():
                     decoded = (codes - weight.zeros[..., None]) * weight.scales[..., None]
                     return pooled_lora(F.linear(x, decoded.flatten(1).to(x.dtype)), x, A, B, g)
 
-                def dequantised(x=x, weight=weight, A=A, B=B, g=g):
+                def dequantized(x=x, weight=weight, A=A, B=B, g=g):
                     """The same with our own kernel for the dequantisation: what the fused product saves."""
                     return pooled_lora(F.linear(x, peftops.group_dequantize(weight)), x, A, B, g)
 
@@ -47,7 +47,7 @@ def cases():
 
                 yield harness.Case(
                     f"step {n}x{k} {str(dtype)[6:]} M={m} r={R}",
-                    {"peftops": ours, "dense LoRA": dense_lora, "eager": eager, "dequantised": dequantised},
+                    {"peftops": ours, "dense LoRA": dense_lora, "eager": eager, "dequantised": dequantized},
                     flops=4.0 * m * n * k,
                     dtype=dtype,
                     want={"dense LoRA": 1, "eager": 1.3},

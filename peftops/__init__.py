@@ -45,7 +45,7 @@ from .methods.surgical import SurgicalConfig, auto_rgn, auto_snr, weighted_group
 from .methods.tiedlora import TiedLoRAConfig
 from .methods.top_layers import TopLayersConfig
 from .methods.vera import VeRAConfig
-from .nn import AdapterPool, head_loss, language_model_loss
+from .nn import head_loss, language_model_loss
 from .ops import (
     GroupQuantTensor,
     MXFP4Tensor,
@@ -72,7 +72,7 @@ from .ops import (
 )
 from .optim import AdamW8bit, loraplus_groups, prune_state, relora_schedule
 from .prompts import HardPrompt, Verbalizer, choice_scores, demonstrations, image_prompts, prompt_per_row
-from .serving import Sampling, Server
+from .serving import AdapterPool, Sampling, Server
 
 if torch.version.cuda and find_spec("peftops._C_cuda"):
     from . import _C_cuda  # noqa: F401  (linked with libtorch_cuda, so it loads only where torch has CUDA)

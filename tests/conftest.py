@@ -1,4 +1,5 @@
 import os
+import re
 
 import pytest
 import torch
@@ -61,11 +62,12 @@ def device(request):
 
 
 def pytest_collection_modifyitems(items):
-    """The simulator has the operators with a CUDA kernel; for all others it would only repeat a CPU rung. The number
-    of CPU threads is nothing to it either: sim/test_budgets.py runs its kernels under several schedules instead."""
-    stems = {f"test_{path.stem}" for path in sim.KERNELS}
+    """The simulator has the operators with a CUDA kernel, tested in ``test_<op>.py`` and ``test_<op>_<part>.py``; for
+    all others it would only repeat a CPU rung. The number of CPU threads is nothing to it either:
+    sim/test_budgets.py runs its kernels under several schedules instead."""
+    of_kernel = re.compile(rf"test_({'|'.join(path.stem for path in sim.KERNELS)})(_|$)")
     is_sim = lambda item: hasattr(item, "callspec") and item.callspec.params.get("device") == "cuda-sim"
-    wanted = lambda item: item.path.stem in stems and "threads" not in item.fixturenames
+    wanted = lambda item: of_kernel.match(item.path.stem) and "threads" not in item.fixturenames
     is_arm = lambda item: hasattr(item, "callspec") and item.callspec.params.get("device") in ARM_DEVICES
     items[:] = [item for item in items if not is_sim(item) or wanted(item)]
     on_arm = [item for item in items if is_arm(item) and "threads" not in item.fixturenames]

@@ -51,7 +51,7 @@ TESTS = {  # by file, or by directory: what should notice
     "peftops/prompts/few_shot.py": ["methods/test_hard_prompt.py"],
     "peftops/nn/adapter.py": ["methods/test_conformance.py", "methods/test_all_or_nothing.py"],
     "peftops/optim/adamw8bit.py": ["nn/test_adamw8bit_optimizer.py"],
-    "peftops/nn/adapter_pool.py": ["nn/test_adapter_pool.py", "nn/test_adapter_pool_threads.py"],
+    "peftops/serving/adapter_pool.py": ["serving/test_adapter_pool.py", "serving/test_adapter_pool_threads.py"],
     "peftops/nn/layers.py": ["methods/test_lora.py", "nn/test_group_layers.py"],
     "peftops/nn/quantized.py": ["ops/test_packed_tensor.py", "nn/test_group_layers.py"],
     "peftops/nn/packed_linear.py": ["ops/test_packed_tensor.py", "nn/test_group_layers.py"],

@@ -121,7 +121,7 @@ inline std::string device_of(const Tensor& t) {
   return t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
 }
 
-// A kernel takes addresses at their word: of another device, they are nobody's, and the GPU's context is lost.
+// A kernel does not check addresses: with one of another device, the GPU's context would be lost.
 inline void check_one_device(const char* op, Arguments arguments) {
   const Named& first = *arguments.begin();
   const auto device = first.tensor->device();

@@ -3,6 +3,7 @@
 // functions, with gradients and fakes, are in peftops/ops/<stem>.py.
 #include <pybind11/pybind11.h>
 
+#include "kernels/multi_lora_linear.h"
 #include "ops/bind.h"
 
 // Five arguments that are one weight: packed uint8; absmax float32, or uint8 with its scale and offset.
@@ -105,6 +106,9 @@ PYBIND11_MODULE(_C, m) {
       throw py::value_error("isa must be one of " + isa_names() + ", not '" + name + "'");
     set_isa_limit(limit);
   }, py::arg("isa"), "Allow no instruction set above this one.");
+
+  m.attr("lora_line") = peftops::kLoraLine;
+  m.attr("lora_max_rank") = peftops::kLoraMaxRank;
 
   py::dict build;
   build["compiler"] = PEFTOPS_COMPILER;

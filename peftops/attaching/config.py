@@ -15,7 +15,7 @@ from ..nn import PREFIX
 from .patterns import matches_whole
 from .targets import Target
 
-MOST_ITERATIONS = 1000  # that a file may ask for: a number without a limit could keep whoever reads it for years
+MOST_ITERATIONS = 1000  # that a file may ask for: without a limit, reading a file could take years
 _LARGEST = {int: 2**63 - 1, float: sys.float_info.max}
 
 
@@ -36,7 +36,7 @@ class Config:
     peft_type: ClassVar[str]
     quantizes: ClassVar[bool] = False  # whether the method puts the base into 4 bits itself
     target_field: ClassVar[str | None] = "target"  # the option that a file's tensors tell best; None: they do not
-    peft_prefix: ClassVar[str] = PREFIX  # of PEFT's keys for what the model had already
+    peft_prefix: ClassVar[str] = PREFIX  # of PEFT's keys of parameters that the model had before
 
     modules_to_save: Sequence[str] = ()
 
@@ -125,6 +125,12 @@ def check_scaling(alpha: Any, patterns: dict[str, Any] | None = None) -> None:
     for value in (alpha, *(patterns or {}).values()):
         if value is not None:
             check_range("alpha", value, -1e9, 1e9)
+
+
+def needs_scaling(method: str, scaling: float, layer: str) -> None:
+    """Raise unless a method that divides by the scaling, or takes its root, can."""
+    if not scaling > 0:
+        raise ValueError(f"{method} needs a scaling above 0, and alpha makes that of {layer} {scaling:g}")
 
 
 def check_pattern(name: str, pattern: Any) -> None:

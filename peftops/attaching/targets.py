@@ -134,7 +134,7 @@ def exact_target(model: nn.Module, names: Collection[str]) -> Target:
 
 def joined_target(modules: list[str] | str | None, parameters: list[str] | None) -> list[str] | str:
     """One target for HF PEFT's ``target_modules`` and ``target_parameters``, which it reads by the same rules."""
-    if not parameters or modules == ALL_LINEAR:  # (then all the experts' are meant, too, or what the tensors tell)
+    if not parameters or modules == ALL_LINEAR:  # all-linear has the experts' as well
         return modules or []
     if isinstance(modules, str):
         return "|".join([f"({modules})", *(rf"(.*\.)?{re.escape(name)}" for name in parameters)])

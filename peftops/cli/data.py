@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..nn import IGNORED
 from ..prompts.chat import pieces, prompt_ids
+from ..prompts.example import Example
 from ..prompts.hard_prompt import HardPrompt
-
-IGNORE = -100  # the label of a position that has no target
 
 _PAIRS = (("instruction", "response"), ("instruction", "output"), ("prompt", "completion"), ("prompt", "response"))
 _KEYS = "instruction and response, prompt and completion, messages, or text"
@@ -34,25 +34,7 @@ class Row:
 
     messages: list[dict[str, str]] | None = None
     text: str | None = None
-    fields: dict[str, Any] | None = None  # what the line has for a template, if there is one
-
-
-@dataclass
-class Example:
-    """Token ids, and the same as labels where they are to be predicted, IGNORE elsewhere."""
-
-    ids: list[int]
-    labels: list[int]
-
-    @property
-    def targets(self) -> int:
-        """How many tokens are to be predicted."""
-        return len(self.labels) - self.labels.count(IGNORE)
-
-    @property
-    def tail(self) -> int:
-        """How many tokens there are from the first that is to be predicted."""
-        return next((len(self.labels) - i for i, label in enumerate(self.labels) if label != IGNORE), 0)
+    fields: dict[str, Any] | None = None  # the line's values for a template, if there is one
 
 
 def read_rows(path: Path, prompt: HardPrompt | None = None) -> list[Row]:
@@ -198,20 +180,18 @@ def encode(
     examples = []
     for row in rows:
         if prompt is not None:
-            made = prompt.encode(tokenizer, row.fields, max_length)
-            context = len(made.ids) - made.targets
-            examples.append(Example(made.ids, [IGNORE] * context + made.ids[context:]))
+            examples.append(prompt.encode(tokenizer, row.fields, max_length))
         elif row.messages is not None:
             parts = _parts(row.messages, tokenizer, end, turns)
             ids = [i for part, _ in parts for i in part]
-            labels = [i if learnt else IGNORE for part, learnt in parts for i in part]
+            labels = [i if learnt else IGNORED for part, learnt in parts for i in part]
             example = Example(ids[:max_length], labels[:max_length])
-            if example.ids and example.labels[0] == IGNORE and example.targets:
+            if example.ids and example.labels[0] == IGNORED and example.targets:
                 examples.append(example)
         else:
             ids = list(tokenizer(row.text)["input_ids"]) + end
             cuts = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-            examples += [Example(cut, [IGNORE, *cut[1:]]) for cut in cuts if len(cut) > 1]
+            examples += [Example.of(cut, len(cut) - 1) for cut in cuts if len(cut) > 1]
     if not examples:
         raise DataError(f"no row of the data leaves room for an answer within {max_length} tokens; raise --max-length")
     return examples
@@ -252,7 +232,7 @@ def collate(batch: list[Example], pad: int) -> dict[str, Tensor]:
     needed are those of the last few."""
     length = max(len(e.ids) for e in batch)
     ids = torch.full((len(batch), length), pad)
-    labels = torch.full((len(batch), length), IGNORE)
+    labels = torch.full((len(batch), length), IGNORED)
     mask = torch.zeros((len(batch), length), dtype=torch.long)
     for i, example in enumerate(batch):
         row = torch.tensor(example.ids)

@@ -20,12 +20,14 @@ from ..integrations.files import fingerprint, writable_directory
 from ..integrations.peft_files import CONFIG, OWN, WEIGHTS
 from ..methods.qlora import QLoRAConfig
 from ..methods.relora import ReLoRAConfig
+from ..optim.checkpointing import compute_again
 from ..prompts.chat import TURNS, prompt_ids
+from ..prompts.example import Example
 from ..prompts.few_shot import demonstrations
 from ..prompts.hard_prompt import HardPrompt
 from . import report
 from .checkpoint import digest, load_checkpoint
-from .data import DataError, Example, Row, encode, read_rows
+from .data import DataError, Row, encode, read_rows
 from .job import CHECKPOINT, Job
 from .model import add_arguments as add_model_arguments
 from .model import base_options, device_and_dtype, load_base, load_tokenizer, positions, vocabulary
@@ -62,7 +64,7 @@ _SETTINGS = (
     "eval_every",
 )
 BASE = "base"  # of --calibrate with qlora: the model that the adapter is of
-_RESULTS = (CHECKPOINT, report.FILE, report.PLOT, CONFIG, WEIGHTS, OWN)  # what a run may leave
+_RESULTS = (CHECKPOINT, report.FILE, report.PLOT, CONFIG, WEIGHTS, OWN)  # files that a run may leave
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,9 +179,7 @@ def run(args: argparse.Namespace) -> int:
             write_nf4(model, args.out / BASE, tokenizer)
     _check_fit(model, [*examples, *evaluation])
     if args.checkpointing:
-        # Renamed in transformers 5.2x.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        compute_again(model)
     device, dtype = device_and_dtype(args.dtype)
     counts = summary(model)
     print(f"{args.method} on {device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads")
@@ -287,7 +287,7 @@ def _check(args: argparse.Namespace) -> None:
         value, option = getattr(args, name), f"--{name.replace('_', '-')}"
         if value is None:
             continue
-        if not math.isfinite(value) or value >= 2**63:  # (which is what a count of steps or a seed can hold)
+        if not math.isfinite(value) or value >= 2**63:  # counts of steps and seeds have 64 bits
             raise ValueError(f"{option} must be a finite number, not {value}")
         if value < least or (value == least and not included):
             raise ValueError(f"{option} must be {'at least' if included else 'above'} {least}, not {value}")

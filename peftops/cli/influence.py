@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from ..influence import Influence, language
-from .data import DataError, Example, Row, collate, encode, read_rows
+from ..prompts.example import Example
+from .data import DataError, Row, collate, encode, read_rows
 from .model import load_adapted, load_tokenizer, pad_id
 
 
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         model, damping=args.damping, loss=counted(language.loss), sampled_loss=counted(language.sampled_loss)
     )
     fitted, everything, query = batches([examples[i] for i in sample]), batches(examples), batches(asked)
-    # The curvature needs two passes over its rows, scores one over all, and what makes them alike one more.
+    # The curvature needs two passes over its rows, scores one over all, and likeness one more.
     with tqdm(total=2 * (len(fitted) + len(everything) + len(query)), unit="batch") as progress:
         passes.append(progress)
         influence.fit(fitted, seed=args.seed)

@@ -19,9 +19,10 @@ from ..attaching import hosts
 from ..integrations import save
 from ..methods.relora import relora_step
 from ..optim.restarts import relora_schedule
+from ..prompts.example import Example
 from . import report
 from .checkpoint import check_moments, check_tensors, save_checkpoint
-from .data import Example, batches
+from .data import batches
 from .model import answer, pad_id
 from .training import (
     answer_loss,
@@ -183,7 +184,7 @@ class Job:
         args = self.args
         after = self.answer_before
         if self.parameters:
-            save(self.model, self.folder)  # first: nothing that follows may cost what was learnt
+            save(self.model, self.folder)  # first: no later error may lose the training
             self.measure()
             after = answer(self.model, self.tokenizer, self.question, 48)
         has = bool(self.evaluations)

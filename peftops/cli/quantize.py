@@ -12,7 +12,8 @@ from torch import nn
 
 from ..integrations.calibration import CalibrationConfig, CalibrationReport, quantize_model
 from ..integrations.files import check_new_directory, write_atomically
-from .data import Example, encode, read_rows
+from ..prompts.example import Example
+from .data import encode, read_rows
 from .model import add_arguments as add_model_arguments
 from .model import device_and_dtype, load_tokenizer
 

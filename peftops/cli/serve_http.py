@@ -14,9 +14,8 @@ from typing import Any
 from torch import nn
 
 from ..integrations.peft_files import CONFIG, read_adapter
-from ..nn import AdapterPool
 from ..prompts.chat import stop_ids
-from ..serving import Server
+from ..serving import AdapterPool, Server
 from .model import positions
 
 _NEEDS = ("fastapi", "uvicorn", "prometheus_client")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..nn import language_model_loss
 from ..optim import AdamW8bit
-from .data import Example, collate, in_order
+from ..prompts.example import Example
+from .data import collate, in_order
 
 
 def answer_loss(model: nn.Module, batch: list[Example], pad: int) -> tuple[Tensor, int]:

@@ -111,7 +111,7 @@ def allocate(costs: list[list[float]], sizes: list[list[float]], budget: float) 
         excess = sum(of[j] for of, j in zip(sizes, chosen, strict=True)) / budget - 1
         if excess <= 0:
             return chosen
-        limit -= excess  # by what the solver takes for nothing
+        limit -= excess  # the solver tolerates an excess of this size
 
 
 def choose(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-IGNORE = -100
+from ..nn import IGNORED
 
 Batch = Mapping[str, Tensor]
 
@@ -22,7 +22,7 @@ def _logits_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     if missing:
         raise ValueError(f"a batch needs input_ids and labels; this one has {', '.join(map(str, batch)) or 'nothing'}")
     labels = batch["labels"]
-    targets = (labels != IGNORE).any(0)
+    targets = (labels != IGNORED).any(0)
     targets[0] = False  # nothing predicts the first token
     if not targets.any():
         raise ValueError("a batch has no targets: all of its labels are -100")
@@ -32,7 +32,7 @@ def _logits_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         given["logits_to_keep"] = keep
     logits, labels = model(**given, use_cache=False).logits[:, -keep:-1], labels[:, 1 - keep :]
-    chosen = labels != IGNORE
+    chosen = labels != IGNORED
     return logits[chosen].float(), labels[chosen]
 
 

@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in ("GroupConfig", "MXFP4Config", "NF4Config"):  # who does not need them does not import transformers
+    if name in ("GroupConfig", "MXFP4Config", "NF4Config"):  # these import transformers, and the others do without
         from . import quantizer
 
         return getattr(quantizer, name)

@@ -247,7 +247,7 @@ def _check_dense(source: Any, model: nn.Module, files: ModelFiles | None) -> Non
             f"{source if files else type(model).__name__} is a mixture of experts, and {experts} would "
             "stay dense: calibration is for linear layers; load_model reads it into NF4"
         )
-    if (files is not None and files.prequantised) or any(is_quantized(p) for p in model.parameters()):
+    if (files is not None and files.prequantized) or any(is_quantized(p) for p in model.parameters()):
         what = source if files else type(model).__name__
         raise ValueError(f"{what} is quantised already: the dense weights are gone")
     if any(True for _ in hosts(model)):

@@ -16,7 +16,7 @@ from .bitsandbytes_files import from_bitsandbytes
 from .gptq_files import GPTQ_PARTS, from_gptq
 from .mxfp4_files import from_mxfp4
 
-# By what follows the layer's name. (A state dict of ours has the attributes of a packed tensor.)
+# The ends of keys, behind the layer's name. (A state dict of ours has the attributes of a packed tensor.)
 OWN_PARTS = tuple(dict.fromkeys(f"weight.{part}" for kind in PackedTensor.FORMATS.values() for part in kind.PARTS))
 BITSANDBYTES_PARTS = tuple(f"weight.{part}" for part in BITSANDBYTES)
 # In layout "mxfp4", only stacks of experts are in codes, and they have names of their own.

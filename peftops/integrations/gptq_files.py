@@ -19,7 +19,7 @@ from ..ops import GroupQuantTensor, group_dequantize
 from ..ops.group_tensor import pack_bits, unpack_bits
 
 FORMATS = {"gptq": 1, "gptq_v2": 0}  # this is subtracted from a zero before it is stored
-FORMAT = "gptq"  # what checkpoints of this layout call it
+FORMAT = "gptq"  # the name of this layout in checkpoints
 _PARTS = ("qweight", "scales", "qzeros")
 GPTQ_PARTS = (*_PARTS, "g_idx")
 

@@ -159,7 +159,7 @@ def load_model(
     return model
 
 
-_FINALIZE = "_finalize_model_loading"  # where transformers fills in what files lack
+_FINALIZE = "_finalize_model_loading"  # there transformers fills in parameters that files lack
 
 
 class _Unfit(Exception):

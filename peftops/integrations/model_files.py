@@ -35,8 +35,8 @@ class ModelFiles:
 
         self.path, self.folder, self.dtype, self._file = path, Path(path), dtype, gguf_file(path)
         self.config = config = model_config(path, trust_remote_code=trust_remote_code)
-        self.prequantised = getattr(config, "quantization_config", None) is not None
-        if self.prequantised:
+        self.prequantized = getattr(config, "quantization_config", None) is not None
+        if self.prequantized:
             del config.quantization_config
         self._reader = open_gguf(self._file, config) if self._file else None
         self._shards = [] if self._file else safetensors_of(self.folder)

@@ -36,7 +36,7 @@ _TASKS = {
     "ForTokenClassification": ("TOKEN_CLS", {"classifier", "score"}),
     "ForQuestionAnswering": ("QUESTION_ANS", {"qa_outputs"}),
 }
-VERSION = 1  # of peftops.json and of what it says about the tensors
+VERSION = 1  # of peftops.json, and of its statements about the tensors
 
 
 def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = None) -> None:

@@ -91,7 +91,7 @@ class CodesLoraLinear(Linear):
             stacklevel=2,
         )
         if not self.merged:
-            self._unmerged = [(base.weight, base.bias)]  # (a list hides them)
+            self._unmerged = [(base.weight, base.bias)]  # in a list, a module does not register them
         base.weight = nn.Parameter(codes, requires_grad=False)
         base.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.merged_adapters += names

@@ -50,7 +50,7 @@ class _Read(ConversionOps):
     """
 
     def __init__(self, quantizer: CodesQuantizer, prefix: str = ""):
-        self.hf_quantizer = quantizer  # (by this name transformers knows that it must not cast what codes are made of)
+        self.hf_quantizer = quantizer  # (an operation with this attribute gets tensors that transformers has not cast)
         self.prefix = prefix  # of the names that the tensors come under
 
     def __deepcopy__(self, memo: dict) -> _Read:
@@ -141,7 +141,7 @@ class CodesQuantizer(HfQuantizer):
     """transformers calls this while it reads a model whose configuration is one of those above."""
 
     is_trainable = True
-    is_qat_trainable = True  # adapters that are not PEFT's, which transformers does not see, and what stays dense
+    is_qat_trainable = True  # our adapters, which transformers does not see, and dense layers
 
     def __init__(self, quantization_config: CodesConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)

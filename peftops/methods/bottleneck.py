@@ -113,7 +113,7 @@ class Bottleneck(Adapter):
     def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
         h = base(x)
         source = h if self.read is None else self.read.pop()
-        # In the model's own dtype: the weights are small to cast, what they read is not small to keep twice.
+        # In the model's own dtype: a cast copies the small weights, and not the large activations, which are kept.
         cast = lambda parameter: parameter.to(source.dtype)
         z = self.activation(F.linear(source, cast(self.down_weight), cast(self.down_bias)))
         return h + self.scaling * F.linear(z, cast(self.up_weight), cast(self.up_bias))

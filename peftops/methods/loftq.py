@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from ..attaching import register
-from ..attaching.config import MOST_ITERATIONS, check_choice, check_range
+from ..attaching.config import MOST_ITERATIONS, check_choice, check_range, needs_scaling
 from ..attaching.targets import ALL_LINEAR, find_targets
 from ..factors.calibrated import calibrated_factors, gptq_like
 from ..factors.singular import leading, shared
 from ..nn import EXPERTS, LINEAR, dense_matrix, is_quantized, packed_layer
 from ..ops import NF4Tensor, nf4_dequantize, nf4_quantize
-from .lora import LoRA, needs_scaling
+from .lora import LoRA
 from .qlora import QLoRAConfig, check_nothing_dense_is_adapted, quantize_base
 
 
@@ -103,7 +103,7 @@ class LoftQ(LoRA):
             return base
         c, r = self.config, self.rank
         weight = dense_matrix(base, base.weight.dtype)
-        if weight.is_meta:  # nothing is lost of what is not there
+        if weight.is_meta:  # a skeleton has no numbers, so no error to correct
             return packed_layer(base, nf4_quantize(weight, block_size=c.block_size, double_quant=c.double_quant))
         codes, A, B, self.errors = loftq(
             weight, r, self.scaling, iterations=c.iterations, block_size=c.block_size, double_quant=c.double_quant

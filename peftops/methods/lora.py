@@ -157,8 +157,7 @@ class LoRA(Biased):
 
     def __init__(self, base: nn.Module, config: LoRAConfig, layer: str):
         super().__init__()
-        r, self.scaling = config.rank_and_scaling(layer)
-        self.rank = r
+        self.rank, self.scaling = config.rank_and_scaling(layer)
         self.dropout = config.dropout
         if kind_of(base) == EXPERTS and self.dropout:
             raise ValueError(
@@ -166,7 +165,7 @@ class LoRA(Biased):
                 "or target to names of other layers alone"
             )
         device = base.weight.device
-        A, B = (nn.Parameter(torch.zeros(shape, device=device)) for shape in factor_shapes(base, r))  # in float32
+        A, B = (nn.Parameter(torch.zeros(shape, device=device)) for shape in factor_shapes(base, self.rank))
         if kind_of(base) == EMBEDDING:
             self.names = "lora_embedding_A", "lora_embedding_B"
             nn.init.normal_(B)
@@ -193,9 +192,3 @@ class LoRA(Biased):
 
     def extra_repr(self) -> str:
         return f"r={self.rank}, scaling={self.scaling:g}, dropout={self.dropout}"
-
-
-def needs_scaling(method: str, scaling: float, layer: str) -> None:
-    """For methods that divide by s, or take its root."""
-    if not scaling > 0:
-        raise ValueError(f"{method} needs a scaling above 0, and alpha makes that of {layer} {scaling:g}")

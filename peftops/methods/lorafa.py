@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..attaching import register
+from ..attaching.config import needs_scaling
 from ..nn import EXPERTS, LINEAR
-from .lora import LoRA, LoRAConfig, needs_scaling
+from .lora import LoRA, LoRAConfig
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from ..attaching import each_target, register
-from ..attaching.config import MOST_ITERATIONS, Config, check_range
+from ..attaching.config import MOST_ITERATIONS, Config, check_range, needs_scaling
 from ..factors.calibrated import calibrated_factors, gptq_like
 from ..factors.lq import lq_decompose
 from ..factors.lq_budget import Precision, choose
 from ..nn import LINEAR, PackedLinear, dense_matrix, is_quantized, shell_of, sizes
 from ..nn.stored_base import BASE_KEYS, base_tensors
-from .lora import LoRA, LoRAConfig, needs_scaling
+from .lora import LoRA, LoRAConfig
 from .qlora import check_nothing_dense_is_adapted
 
 

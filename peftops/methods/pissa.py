@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..attaching import register
-from ..attaching.config import MOST_ITERATIONS, check_range
+from ..attaching.config import MOST_ITERATIONS, check_range, needs_scaling
 from ..factors.singular import shared
 from ..nn import EXPERTS, LINEAR, dense_matrix, is_quantized
-from .lora import LoRA, LoRAConfig, needs_scaling, start_of
+from .lora import LoRA, LoRAConfig, start_of
 
 
 @dataclass(frozen=True)

@@ -111,13 +111,13 @@ class QALoRA(Adapter):
         super().__init__()
         in_, out = sizes(base)
         weight, group, self.config, self.scaling = base.weight, config.group_size, config, config.scaling
-        quantised = isinstance(weight, GroupQuantTensor)
+        quantized = isinstance(weight, GroupQuantTensor)
         experts = base.weight.shape[:1] if isinstance(base, ExpertsLinear) else ()
-        if type(base) not in (nn.Linear, GroupLinear) and not (experts and (quantised or not is_quantized(weight))):
+        if type(base) not in (nn.Linear, GroupLinear) and not (experts and (quantized or not is_quantized(weight))):
             raise TypeError(f"QA-LoRA quantises plain linear layers, and {layer} is a {type(base).__name__}")
-        if config.bits is None and not quantised:
+        if config.bits is None and not quantized:
             raise ValueError(f"bits=None is for a base that is quantised in groups of {group}, and {layer} is dense")
-        if quantised and (weight.bits, weight.group_size) != (config.bits or weight.bits, group):
+        if quantized and (weight.bits, weight.group_size) != (config.bits or weight.bits, group):
             raise ValueError(
                 f"{layer} is quantised to {weight.bits} bits in groups of {weight.group_size} already, and the adapter "
                 f"is for {'any' if config.bits is None else config.bits} bits in groups of {group}"

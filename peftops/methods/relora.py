@@ -111,7 +111,7 @@ class ReLoRA(LoRA):
     def restart(self, base: nn.Module) -> MergeError:
         """Fold B A into the base's own weight and start anew; what that cost."""
         merged, error = self.merge_into(base, dense=False)
-        base.weight.copy_(merged.weight)  # in place: whoever refers to it sees the new one
+        base.weight.copy_(merged.weight)  # in place: others may hold the same tensor
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.lora_B.zero_()
         self.restarts += 1

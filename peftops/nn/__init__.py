@@ -13,12 +13,11 @@ from .adapter import (
     owner_of,
     unwrapped,
 )
-from .adapter_pool import AdapterPool, PoolFull, peak_tokens
 from .experts import close_experts, experts_forward, keep_names, open_experts, opened, stack_layer, stacks_of
 from .experts_linear import ExpertsLinear
 from .gated_prompt import GatedPrompt
 from .group_conv2d import GroupConv2d
-from .language_loss import head_loss, language_model_loss, splits
+from .language_loss import IGNORED, head_loss, language_model_loss, splits
 from .layers import (
     CONVOLUTION,
     EMBEDDING,
@@ -52,12 +51,12 @@ __all__ = [
     "CONVOLUTION",
     "EMBEDDING",
     "EXPERTS",
+    "IGNORED",
     "LINEAR",
     "PREFIX",
     "WRAPPERS",
     "AdaptedLayer",
     "Adapter",
-    "AdapterPool",
     "ExpertsLinear",
     "GatedPrompt",
     "GroupConv2d",
@@ -66,7 +65,6 @@ __all__ = [
     "MergeError",
     "NF4Linear",
     "PackedLinear",
-    "PoolFull",
     "Prompt",
     "Prompted",
     "Select",
@@ -95,7 +93,6 @@ __all__ = [
     "over_channels",
     "owner_of",
     "packed_layer",
-    "peak_tokens",
     "product",
     "quantize_linears",
     "quantized_like",

@@ -25,8 +25,8 @@ class Switch:
 class MergeError:
     """The effect of merging on one layer, as Frobenius norms relative to that of the layer's weight."""
 
-    change: float  # of the adapter
-    rounding: float  # of casting, or quantising again, what came out
+    change: float  # by the adapter
+    rounding: float  # by casting the merged weight, or quantising it again
     quantized: bool = False  # whether it was quantised again
 
     @classmethod

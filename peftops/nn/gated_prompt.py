@@ -39,7 +39,8 @@ def check_attention(module: nn.Module, name: str) -> None:
         raise TypeError(f"{name}, a {type(module).__name__}, hands no arguments on to its attention function")
 
 
-# Of functions that give way, by registry and name: the registry, and who needs that. (torch.compile traces no sets.)
+# By registry and name of each attention function that is replaced: the registry, and the modules that need the
+# replacement. (The set is a value here, since torch.compile traces no sets of its own.)
 _USERS: dict[tuple[int, str], tuple[Any, WeakSet]] = {}
 
 

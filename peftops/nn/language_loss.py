@@ -164,7 +164,7 @@ def language_model_loss(model: nn.Module, input_ids: Tensor, labels: Tensor, **i
     wanted = labels[:, 1:][chosen]
     if splits(model):
         hidden = model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
-        hidden = hidden[:, -labels.shape[1] : -1]  # what a prompt puts before the labels has none
+        hidden = hidden[:, -labels.shape[1] : -1]  # a soft prompt's positions come first and have no labels
         loss = head_loss(model.get_output_embeddings(), hidden[chosen], wanted)
     else:
         labelled = chosen.any(0).nonzero()

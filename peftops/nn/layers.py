@@ -137,6 +137,6 @@ def with_matrix(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Mod
     elif isinstance(layer, tuple(CONVOLUTIONS)):
         weight = weight.view(layer.weight.shape)
     elif isinstance(layer, ExpertsLinear):
-        weight = layer.as_matrices(weight).contiguous()  # which transposes back what is transposed
+        weight = layer.as_matrices(weight).contiguous()  # undoes the transposition of as_matrices
     parameters = {"weight": weight} if isinstance(layer, nn.Embedding) else {"weight": weight, "bias": bias}
     return with_parameters(layer, parameters)

@@ -119,8 +119,8 @@ def _weight(gate: Tensor, tanh: bool, heads: int) -> Tensor:
     return (weight.tanh() if tanh else weight).expand(heads)
 
 
-def _is_tanh(op: str, gate: Tensor, gate_activation: str, query: Tensor) -> bool:
-    """Raise a sentence unless the gate fits."""
+def _checked(op: str, gate: Tensor, gate_activation: str, query: Tensor, scale: float | None) -> tuple[bool, float]:
+    """Whether the gate is squashed, and the scale of the scores; raises unless the gate fits."""
     if gate_activation not in ("tanh", "none"):
         raise ValueError(f"{op}: gate_activation must be 'tanh' or 'none', not {gate_activation!r}")
     if query.dim() != 4:
@@ -128,7 +128,7 @@ def _is_tanh(op: str, gate: Tensor, gate_activation: str, query: Tensor) -> bool
     heads = query.shape[1]
     if gate.numel() not in (1, heads):
         raise ValueError(f"{op}: gate must have 1 element or {heads}, one a head, but its shape is {list(gate.shape)}")
-    return gate_activation == "tanh"
+    return gate_activation == "tanh", query.shape[-1] ** -0.5 if scale is None else scale
 
 
 def add_gated_prompt(
@@ -173,8 +173,7 @@ def add_gated_prompt(
         >>> torch.equal(peftops.add_gated_prompt(out, query, key, value, torch.zeros(4)), out)
         True
     """
-    tanh = _is_tanh("add_gated_prompt", gate, gate_activation, query)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    tanh, scale = _checked("add_gated_prompt", gate, gate_activation, query, scale)
     out, query = autocast(out), autocast(query)
     if torch.is_grad_enabled():
         return _AddGatedPrompt.apply(out, query, prompt_key, prompt_value, gate, tanh, scale)
@@ -211,8 +210,7 @@ def with_gated_prompt(
         return add_gated_prompt(
             attend(query), query, prompt_key, prompt_value, gate, gate_activation=gate_activation, scale=scale
         )
-    tanh = _is_tanh("add_gated_prompt", gate, gate_activation, query)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    tanh, scale = _checked("add_gated_prompt", gate, gate_activation, query, scale)
     query = autocast(query)
     arrived: list[Tensor] = []
     out = attend(_Query.apply(query, prompt_key, prompt_value, gate, tanh, scale, arrived))
@@ -259,27 +257,18 @@ def gated_prompt_attention(
         >>> peftops.gated_prompt_attention(query, key, value, prompt, prompt, torch.ones(4), is_causal=True).shape
         torch.Size([1, 4, 6, 8])
     """
-    tanh = _is_tanh("gated_prompt_attention", gate, gate_activation, query)
+    tanh, prompt_scale = _checked("gated_prompt_attention", gate, gate_activation, query, scale)
     query, key, value = autocast(query), autocast(key), autocast(value)
+    grouped = key.dim() > 1 and key.shape[1] != query.shape[1]
+    options = dict(attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    prompt = (prompt_key, prompt_value, gate)
 
     def attend(query: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=key.dim() > 1 and key.shape[1] != query.shape[1],
-        )
+        return F.scaled_dot_product_attention(query, key, value, **options)
 
-    learns = (query, key, value, prompt_key, prompt_value, gate, *([] if attn_mask is None else [attn_mask]))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in learns):
-        return with_gated_prompt(
-            attend, query, prompt_key, prompt_value, gate, gate_activation=gate_activation, scale=scale
-        )
-    out = attend(query)
-    prompt_scale = query.shape[-1] ** -0.5 if scale is None else scale
-    weight = _weight(gate, tanh, query.shape[1])
-    _add_(out, query, prompt_key, prompt_value, weight, prompt_scale)  # in place: no other code holds out
+    learns = any(t is not None and t.requires_grad for t in (query, key, value, *prompt, attn_mask))
+    if torch.is_grad_enabled() and learns:
+        return with_gated_prompt(attend, query, *prompt, gate_activation=gate_activation, scale=scale)
+    out = attend(query)  # which no other code holds: the prompt's part is added in place
+    _add_(out, query, prompt_key, prompt_value, _weight(gate, tanh, query.shape[1]), prompt_scale)
     return out

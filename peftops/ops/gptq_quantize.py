@@ -116,7 +116,7 @@ def _group(
     clip: Literal["none", "mse"] = "mse",
     damping: float = 0.01,
 ) -> GroupQuantTensor:
-    group_quantize(weight, bits=bits, group_size=group_size)  # says what is wrong with the weight, if anything is
+    group_quantize(weight, bits=bits, group_size=group_size)  # raises if the weight or an option is wrong
     moments = Moments.of(inputs, weight.shape[1], weight.device).mean().double()
     return gptq_from_moments(weight, moments, bits, group_size, symmetric, clip, damping)
 
@@ -165,7 +165,7 @@ def _following(moments: Tensor, damping: float) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def output_error(weight: Tensor, quantised: PackedTensor, inputs: Tensor) -> float:
+def output_error(weight: Tensor, quantized: PackedTensor, inputs: Tensor) -> float:
     """How far the outputs of the quantised weight are from those of the weight, relative, in the Frobenius norm."""
     moments = Moments.of(inputs, weight.shape[1], weight.device).mean()
-    return output_errors(weight, [quantised.dequantize(dtype=torch.float32)], moments)[0]
+    return output_errors(weight, [quantized.dequantize(dtype=torch.float32)], moments)[0]

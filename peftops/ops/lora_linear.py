@@ -172,8 +172,8 @@ def lora_linear(
     if x.dtype != weight.dtype:
         raise TypeError(f"lora_linear: x is {x.dtype}, weight {weight.dtype}; they must be the same")
     check_lora("lora_linear", n, k, lora_A, lora_B, dropout_p)
-    # As rows: of more dimensions torch's product is a view, and what a Function returns as a view cannot be changed in
-    # place, as models do (y += residual).
+    # The product is of rows, [n, k]: with more dimensions, torch returns a view of it. Autograd forbids changing a view
+    # that a Function returns, and models do change it (y += residual).
     rows = x.flatten(0, -2) if x.dim() > 2 else x
     y = _LoRALinear.apply(rows, weight, bias, lora_A, lora_B, scaling, *draw_seed(x, dropout_p, training))
     return y.view(*x.shape[:-1], n) if x.dim() > 2 else y

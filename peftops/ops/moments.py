@@ -66,12 +66,12 @@ def damped(moments: Tensor, damping: float, dtype: torch.dtype = torch.float64) 
     """The upper triangular V with V V^T = the moments, with ``damping`` times the mean of their diagonal added to it,
     or as much more as it takes."""
     diagonal = moments.diagonal().to(dtype, copy=True)
-    diagonal[diagonal == 0] = 1.0  # an input that is always 0: its column is rounded, and asks nothing of others
+    diagonal[diagonal == 0] = 1.0  # an input that is always 0: its column is rounded alone
     while True:
         added = moments.flip(0, 1).to(dtype)  # (a flip is a copy)
         added.diagonal().copy_((diagonal + damping * diagonal.mean()).flip(0))
         factor, failed = torch.linalg.cholesky_ex(added)
-        del added  # of a wide layer, these are what takes the most memory
+        del added  # the matrices of a wide layer take the most memory
         if not failed:
             return factor.flip(0, 1)
         damping *= 10

@@ -9,14 +9,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .. import _C
 from .lora_linear import autocast
 from .packed_tensor import PackedTensor
 
 _add_ = torch.ops.peftops.multi_lora_add_.default
 _gradient = torch.ops.peftops.multi_lora_gradient.default
 
-# As in csrc/kernels/multi_lora_linear.h: factor rows are padded to whole lines of so many elements; ranks end there.
-LINE, MAX_RANK = 64, 8192
+LINE = _C.lora_line  # elements; the rows of factors are padded to whole lines
+MAX_RANK = _C.lora_max_rank
 
 
 def _base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from .nf4_tensor import NF4Tensor
 with torch.device("cpu"):  # whatever the default is where this is imported
     NF4_CODE = torch.ops.peftops.nf4_dequantize(
         torch.arange(16, dtype=torch.uint8) * 17, torch.ones(1), None, None, 32, 1, 32, torch.float32
-    )[0, ::2].contiguous()  # what each code stands for, times absmax; ascending
+    )[0, ::2].contiguous()  # the number of each code, to be multiplied by absmax; ascending
     ABSMAX_MAP = torch.ops.peftops.nf4_absmax(torch.arange(256, dtype=torch.uint8), torch.ones(1), torch.zeros(1))
 
 _dequantize = torch.ops.peftops.nf4_dequantize.default

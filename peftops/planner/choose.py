@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from .estimate import Estimate
 from .table import traits_of
 
-MANY = 1000  # tasks, from which on the size of an adapter is what counts
+MANY = 1000  # tasks: from this number on, the size of an adapter matters most
 
 
 @dataclass(frozen=True)

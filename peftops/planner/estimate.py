@@ -17,6 +17,7 @@ from ..integrations.hf import model_config
 from ..methods.lora import LoRAConfig
 from ..nn import ExpertsLinear, Select
 from ..optim import AdamW8bit
+from ..optim.checkpointing import compute_again
 from . import trace
 
 # The bytes of state that an optimizer keeps of a parameter, by its name in `peftops finetune --optimizer`.
@@ -131,7 +132,7 @@ def estimate(
     name = METHODS[type(config)].__name__.lower()
     model = copy.deepcopy(model).train()
     try:
-        with warnings.catch_warnings():  # of what stays dense, which the plan counts
+        with warnings.catch_warnings():  # the layers that stay dense are in the plan's count
             warnings.filterwarnings("ignore", ".* in 3-D tensors that")
             attach(model, config)
     except (ValueError, TypeError) as error:
@@ -147,8 +148,7 @@ def estimate(
     ):
         return Estimate(name, why_not="it trains experts whole, and a plan cannot tell the memory of that")
     if checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        compute_again(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     bytes_of = lambda tensors: sum(part.nbytes for t in tensors for part in trace.parts_of(t))

@@ -3,7 +3,7 @@ prompt, on one frozen model.
 
     row i: model([E_i; X_i])    a shorter prompt is filled up, behind it, to the length of the longest
 
-What fills it up is masked, and positions go on from its own end: each row computes what it would alone.
+The filling is masked, and positions go on from the prompt's own end: each row computes as it would alone.
 Gradients reach the prompts of a batch's rows.
 """
 
@@ -79,11 +79,11 @@ def prompt_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn
 
 
 class PromptBatch(Prompt):
-    """A prompt, or none, for each row; they belong to others."""
+    """A prompt, or none, for each row. The prompts are adapters of the model, and no submodules of this."""
 
     def __init__(self, prompts: Sequence[SoftPrompt | None]):
         super().__init__()
-        self._prompts = list(prompts)  # (a list hides them)
+        self._prompts = list(prompts)  # in a list, a module does not register them
         self._lengths = [0 if p is None else len(p.prompt) for p in prompts]
         self._longest, self._new = max(self._lengths), False
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attaching.config import check_choice, check_range
-from .hard_prompt import Encoded, HardPrompt, Row, joint
+from .hard_prompt import HardPrompt, Row, joint
 
 
 def demonstrations(
@@ -151,7 +151,7 @@ def choice_scores(
     check_choice("normalize", normalize, ("none", "bytes"))
     scores = []
     for choice in choices:
-        made: Encoded = joint(tokenizer, context, choice)
+        made = joint(tokenizer, context, choice)
         ids = made.ids if max_length is None else made.ids[-max_length:]
         if not 0 < made.targets < len(ids):
             raise ValueError(f"{choice!r} has {made.targets} tokens, which must be from 1 to {len(ids) - 1}")

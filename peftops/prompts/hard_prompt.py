@@ -19,21 +19,14 @@ from typing import Any
 
 from ..attaching.config import check_choice
 from .chat import ids_of, pieces, render
+from .example import Example
 
 SPLIT = "|||"  # between the prompt and its target, as in promptsource
 Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids; the last ``targets`` of them are the target's."""
-
-    ids: list[int]
-    targets: int
-
-
-def joint(tokenizer: Any, context: str, continuation: str) -> Encoded:
-    """Ids of both together; those after the first ``len(ids of context)`` are the continuation's.
+def joint(tokenizer: Any, context: str, continuation: str) -> Example:
+    """Both together; the ids after the first ``len(ids of context)``, the continuation's, are to be predicted.
 
     Spaces at the context's end belong to what follows. Special tokens that the tokenizer ends with are left out.
     """
@@ -43,7 +36,7 @@ def joint(tokenizer: Any, context: str, continuation: str) -> Encoded:
     probe, own = list(tokenizer("a")["input_ids"]), plain("a")
     front = probe[: next((i for i in range(len(probe)) if probe[i : i + len(own)] == own), 0)]
     whole = plain(bare + moved)
-    return Encoded(front + whole, len(whole) - len(plain(bare)))
+    return Example.of(front + whole, len(whole) - len(plain(bare)))
 
 
 @dataclass(frozen=True)
@@ -108,7 +101,7 @@ class HardPrompt:
             chat.append({"role": "assistant", "content": target.strip()})
         return chat
 
-    def encode(self, tokenizer: Any, row: Row, max_length: int | None = None, *, target: bool = True) -> Encoded:
+    def encode(self, tokenizer: Any, row: Row, max_length: int | None = None, *, target: bool = True) -> Example:
         """Token ids of a row, at most ``max_length``; without the target if that is to be found.
 
         Raises:
@@ -128,15 +121,15 @@ class HardPrompt:
             made = self._encode(tokenizer, row, shown, target)
         return made
 
-    def _encode(self, tokenizer: Any, row: Row, shown: Sequence[Row], target: bool) -> Encoded:
+    def _encode(self, tokenizer: Any, row: Row, shown: Sequence[Row], target: bool) -> Example:
         if self.chat:
             if not getattr(tokenizer, "chat_template", None):
                 raise ValueError("this tokenizer has no chat template; use chat=False")
             *turns, last = self.messages(row, shown)
             if not target:
-                return Encoded(ids_of(tokenizer, render(tokenizer, turns, ask=True)), 0)
+                return Example.of(ids_of(tokenizer, render(tokenizer, turns, ask=True)), 0)
             (asked, _), (answer, _) = pieces(tokenizer, [*turns, last])
-            return Encoded(asked + answer, len(answer))
+            return Example.of(asked + answer, len(answer))
         query, answer = self.text(row)
         before = [self.instruction] if self.instruction else []
         context = self.separator.join([*before, *("".join(self.text(each)) for each in shown), query])

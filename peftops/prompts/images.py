@@ -19,7 +19,7 @@ from ..attaching import attachment, hosts
 from ..nn import PREFIX, Prompt
 from ..nn.gated_prompt import Kept
 
-ARGUMENT = "peftops_image"  # layers hand on what they do not know; recomputed ones get it again
+ARGUMENT = "peftops_image"  # layers hand unknown arguments on, and get them again when they are recomputed
 
 
 @contextlib.contextmanager

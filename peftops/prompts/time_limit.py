@@ -21,8 +21,10 @@ def time_limit(seconds: float) -> Iterator[None]:
     Unlike a signal this works in every thread and takes no handler from anybody. A single call of C is not cut short.
     """
     body, lock, over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
+    begun = threading.Event()
 
     def stop() -> None:
+        begun.wait()  # a short limit ends while the timer is still being started, which must not be interrupted
         with lock:
             if not over:
                 _raise_in(body, ctypes.py_object(TookTooLong))
@@ -31,9 +33,10 @@ def time_limit(seconds: float) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     try:
+        begun.set()
         yield
     finally:
         with lock:
             over = True
-            _raise_in(body, None)  # what was not raised in time is raised no more
+            _raise_in(body, None)  # takes back an exception that has not been raised yet
         timer.cancel()

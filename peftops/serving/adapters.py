@@ -11,7 +11,8 @@ from ..attaching import METHODS
 from ..attaching.targets import ALL_LINEAR, Target, find_targets
 from ..integrations.peft_files import read_adapter
 from ..methods.lora import LoRA
-from ..nn import PREFIX, AdapterPool, base_of, module_at, sizes
+from ..nn import PREFIX, base_of, module_at, sizes
+from .adapter_pool import AdapterPool
 from .paged_attention import PagedModel
 from .pages import Layout, Unfit
 

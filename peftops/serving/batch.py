@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..nn import AdapterPool, matrix
+from ..nn import matrix
 from ..ops import multi_lora_linear
+from .adapter_pool import AdapterPool
 from .pages import Block
 
 BASE = -1  # index of a row that no adapter changes

@@ -36,7 +36,7 @@ class RowCache:
         if (rows, capacity) == (self.rows, self.capacity):
             return
         wanted, self.rows, self.capacity = (rows, capacity), min(rows, self.rows), min(capacity, self.capacity)
-        for layer, pair in enumerate(self.pairs):  # if one fails, what the layers have in common is still true
+        for layer, pair in enumerate(self.pairs):  # if one fails, rows and capacity are the least of all layers
             if pair is not None:
                 self.pairs[layer] = tuple(_resized(t, rows, capacity, live) for t in pair)
         self.rows, self.capacity = wanted

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..nn import peak_tokens
 from .batch import Batch, Request, Rows, append
 from .paged_attention import PagedModel, Pass
 from .pages import Blocks
 
 PASS = 2048  # tokens of prompts in one pass; a single prompt may be longer
+
+
+def peak_tokens(requests: Sequence[tuple[int, int]], page: int = 1) -> int:
+    """How many tokens a batch will hold at its fullest: what decides whether one more request may join.
+
+    All requests get a token at a time, and each ends when it has all of its own; as one ends, those that are left hold
+    what they have now and as many new tokens. A batch may start if the pages left beside its adapters hold the peak
+    (S-LoRA's admission rule, arXiv:2311.03285).
+
+    Args:
+        requests: (tokens so far, tokens to come at most) of each.
+        page: of how many tokens. A request's last page counts as full.
+    """
+    ordered = sorted(requests, key=lambda request: -request[1])
+    whole = lambda tokens: -(-tokens // page) * page
+    totals = [sum(whole(length + left) for length, _ in ordered[:i]) for i, (_, left) in enumerate(ordered, 1)]
+    return max(totals, default=0)
 
 
 class PagedBatch(Batch):

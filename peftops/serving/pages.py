@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..nn import AdapterPool, PoolFull
+from .adapter_pool import AdapterPool, PoolFull
 
 
 class Unfit(Exception):
@@ -142,7 +142,7 @@ class Blocks:
             pass
 
     def _free(self, block: Block) -> None:
-        self.pool.storage[torch.tensor(block.pages)] = 0  # whoever has them next finds nothing of this owner
+        self.pool.storage[torch.tensor(block.pages)] = 0  # the next owner must not find this one's numbers
         self.pool.free(block.pages)
         self.held -= 1
 

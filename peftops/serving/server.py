@@ -29,8 +29,8 @@ from torch import nn
 
 from ..attaching import state_of
 from ..attaching.config import check_range
-from ..nn import AdapterPool, PoolFull
 from ..nn.prompt import cache_name
+from .adapter_pool import AdapterPool, PoolFull
 from .batch import Batch, Logprob, PooledLinear, Request, Rows
 from .paged import PagedBatch
 from .paged_attention import PagedModel

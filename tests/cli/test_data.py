@@ -12,7 +12,8 @@ import models
 import peftops
 from peftops.cli import main
 from peftops.cli import model as cli
-from peftops.cli.data import IGNORE, DataError, Row, encode, read_rows
+from peftops.cli.data import DataError, Row, encode, read_rows
+from peftops.nn import IGNORED
 from peftops.prompts import chat
 from peftops.prompts.chat import prompt_ids, stop_ids
 from peftops.prompts.time_limit import TookTooLong, time_limit
@@ -89,7 +90,7 @@ def test_what_cannot_be_read_is_said(tmp_path, name, data, sentence):
 
 
 def learnt(tokenizer, example):
-    return tokenizer.decode([label for label in example.labels if label != IGNORE])
+    return tokenizer.decode([label for label in example.labels if label != IGNORED])
 
 
 @pytest.mark.parametrize(

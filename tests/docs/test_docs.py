@@ -41,6 +41,28 @@ def test_every_public_name_has_an_entry_in_the_reference():
         assert found.get(name) is getattr(peftops, name), f"docs/reference has no entry of peftops.{name}"
 
 
+def parameters_described(thing):
+    """The names before the colons of a docstring's section ``Args``, where one entry may be of several."""
+    section = re.search(r"^Args:\n((?:    .*\n|\n)*)", inspect.getdoc(thing) + "\n", re.M)
+    entries = re.findall(r"^    (\w+(?:, \w+)*): ", section[1], re.M) if section else []
+    return [name for entry in entries for name in entry.split(", ")]
+
+
+@pytest.mark.parametrize("name", [name for name in peftops.__all__ if callable(getattr(peftops, name))])
+def test_docstrings_describe_parameters_that_exist(name):
+    thing = getattr(peftops, name)
+    parameters = inspect.signature(thing).parameters
+    if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
+        assert set(parameters_described(thing)) <= set(parameters)
+
+
+def test_parameters_described_are_found():
+    def function(a, b, c): ...
+
+    function.__doc__ = "One.\n\nArgs:\n    a, b: of x: y.\n        d: more.\n    c: z.\n\nReturns:\n    e: f.\n"
+    assert parameters_described(function) == ["a", "b", "c"]
+
+
 def anchors(page):
     """Those of the headings, as mkdocs makes them, and of the reference's entries."""
     text = page.read_text()

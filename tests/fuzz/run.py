@@ -212,9 +212,9 @@ def checkpoint(folder: Path, rng: Random) -> None:
 
 
 def _example() -> object:
-    from peftops.cli.data import Example
+    from peftops.prompts.example import Example
 
-    return Example([5, 6, 7, 8], [-100, -100, 7, 8])
+    return Example.of([5, 6, 7, 8], 2)
 
 
 def _job(folder: Path) -> tuple[object, dict]:

@@ -26,7 +26,7 @@ def dense(tmp_path):
     return model, tmp_path / "dense"
 
 
-def quantised(model):
+def quantized(model):
     """The same by hand."""
     return peftops.detach(peftops.attach(model, peftops.QLoRAConfig()))
 
@@ -41,7 +41,7 @@ def test_reads_safetensors_into_4_bits(tmp_path, tied, dtype):
     assert sum(isinstance(m, NF4Linear) for m in model.modules()) == 14 and type(model.lm_head) is nn.Linear
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    want = quantised(LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype))
+    want = quantized(LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype))
     assert torch.equal(model(ids).logits, want(ids).logits)
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 10)
 
@@ -83,12 +83,12 @@ def test_a_bias_is_kept(tmp_path):
     original.save_pretrained(tmp_path)
     model = peftops.load_model(tmp_path)
     assert isinstance(model.model.layers[0].self_attn.q_proj, NF4Linear)
-    assert torch.equal(model(ids).logits, quantised(original)(ids).logits)
+    assert torch.equal(model(ids).logits, quantized(original)(ids).logits)
 
 
 def test_reads_what_bitsandbytes_quantised(tmp_path):
     """Its checkpoints hold six tensors per weight; ours are the same bits."""
-    original = quantised(models.llama(tied=False))
+    original = quantized(models.llama(tied=False))
     tensors = {name: p.detach() for name, p in original.named_parameters()}
     for name, layer in original.named_modules():
         if isinstance(layer, NF4Linear):
@@ -223,7 +223,7 @@ def test_reads_gguf(llama_gguf, what):
     assert torch.equal(dense.model.layers[1].self_attn.k_proj.weight, attention.k_proj.weight)
     assert torch.equal(dense.model.layers[1].self_attn.q_proj.weight, attention.q_proj.weight)
     model = peftops.load_model(path)
-    assert torch.equal(model(ids).logits, quantised(dense)(ids).logits)
+    assert torch.equal(model(ids).logits, quantized(dense)(ids).logits)
 
 
 def llama3_factors(theta, width, factor):

@@ -67,10 +67,10 @@ def test_rows_that_the_change_takes_away():
     assert model(x).isfinite().all()
 
 
-@pytest.mark.parametrize("quantise", [True, False])
-def test_zeros_in_4_bits(quantise):
+@pytest.mark.parametrize("quantize", [True, False])
+def test_zeros_in_4_bits(quantize):
     base = layer(0.0)
-    if quantise:
+    if quantize:
         base = peftops.detach(peftops.attach(base, peftops.QLoRAConfig(r=4, target=["0"])))
     model = peftops.attach(copy.deepcopy(base), DoRAConfig(r=4, target=["0"]))
     torch.testing.assert_close(model(x), base(x), rtol=1e-5, atol=1e-6)

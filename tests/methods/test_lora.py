@@ -214,8 +214,8 @@ def test_qlora_quantises_all_linear_layers_but_the_head_and_frees_the_dense_ones
     peftops.attach(model, QLoRAConfig(target=["q_proj"], block_size=128))
     gc.collect()
     assert len(dense) == 14 and all(ref() is None for ref in dense)
-    quantised = [m for m in model.modules() if isinstance(m, NF4Linear)]
-    assert len(quantised) == 14 and all(m.weight.block_size == 128 and m.weight.double_quant for m in quantised)
+    quantized = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    assert len(quantized) == 14 and all(m.weight.block_size == 128 and m.weight.double_quant for m in quantized)
     assert type(model.lm_head) is nn.Linear
     assert len(list(adapted_layers(model))) == 2
 

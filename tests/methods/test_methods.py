@@ -55,10 +55,10 @@ def saved_bytes(model, x):
 
 
 @pytest.mark.parametrize("config, width", [(LoRAConfig(r=8), 1024 + 8), (LoRAFAConfig(r=8), 8)])
-@pytest.mark.parametrize("quantised", [False, True])
-def test_lora_fa_keeps_x_at_and_not_x(config, width, quantised):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_lora_fa_keeps_x_at_and_not_x(config, width, quantized):
     model = nn.Sequential(nn.Linear(1024, 512))
-    if quantised:
+    if quantized:
         peftops.detach(peftops.attach(model, peftops.QLoRAConfig()))
     peftops.attach(model, config)
     x = torch.randn(64, 1024, requires_grad=True)

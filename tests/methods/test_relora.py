@@ -104,9 +104,9 @@ def test_everything_else_trains_in_full_or_nothing_of_it():
     assert all(a.lora_bias is None for a in factors(trained(rest=False)[0]))
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-def test_a_file_holds_the_base_after_restarts(tmp_path, quantised):
-    build = models.mlp if not quantised else lambda: peftops.detach(peftops.attach(models.mlp(), peftops.QLoRAConfig()))
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_file_holds_the_base_after_restarts(tmp_path, quantized):
+    build = models.mlp if not quantized else lambda: peftops.detach(peftops.attach(models.mlp(), peftops.QLoRAConfig()))
     model, *_ = trained(build, steps=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for a in factors(model):

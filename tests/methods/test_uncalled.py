@@ -222,8 +222,8 @@ def test_a_subclass_that_computes_something_else_is_no_linear_layer(kind):
     """An adapter computes by the weight alone, and would leave out what the subclass does."""
     model = nn.Sequential(nn.Linear(32, 32), kind(32, 32))
     assert [type(layer).__name__ for layer in peftops.attach(copy.deepcopy(model), LoRAConfig(r=2))][1] == kind.__name__
-    quantised = peftops.attach(copy.deepcopy(model), QLoRAConfig(r=2))
-    assert torch.equal(quantised[1].weight, model[1].weight) and not quantised[1].weight.requires_grad
+    quantized = peftops.attach(copy.deepcopy(model), QLoRAConfig(r=2))
+    assert torch.equal(quantized[1].weight, model[1].weight) and not quantized[1].weight.requires_grad
     with pytest.raises(TypeError, match=f"matches 1, a {kind.__name__}; only linear"):
         peftops.attach(model, LoRAConfig(r=2, target=["1"]))
     with pytest.raises(ValueError, match=rf"no linear layers but .* \({kind.__name__} compute otherwise than"):

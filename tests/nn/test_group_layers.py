@@ -26,15 +26,15 @@ def test_a_linear_layer_computes_with_the_weight_it_stands_for(bias):
 
 
 @pytest.mark.parametrize(
-    "kind, quantise, op",
+    "kind, quantize, op",
     [
         (GroupLinear, partial(peftops.group_quantize, group_size=128), peftops.group_linear),
         (NF4Linear, peftops.nf4_quantize, peftops.nf4_linear),
     ],
     ids=["group", "nf4"],
 )
-def test_int8_is_asked_for(kind, quantise, op):
-    layer = kind(quantise(torch.randn(40, 256)), compute="int8")
+def test_int8_is_asked_for(kind, quantize, op):
+    layer = kind(quantize(torch.randn(40, 256)), compute="int8")
     x, A, B = torch.randn(9, 256), torch.randn(2, 256), torch.randn(40, 2)
     want = op(x, layer.weight, compute="int8")
     assert torch.equal(layer(x), want)

@@ -17,10 +17,10 @@ def heads():
     torch.manual_seed(0)
     dense = nn.Linear(64, 50)
     frozen = nn.Linear(64, 50, bias=False).requires_grad_(False)
-    quantised = nn.Sequential(nn.Linear(64, 50))
-    peftops.attach(quantised, peftops.QLoRAConfig(r=4, target=".*"))
+    quantized = nn.Sequential(nn.Linear(64, 50))
+    peftops.attach(quantized, peftops.QLoRAConfig(r=4, target=".*"))
     half = nn.Linear(64, 50, bias=False).bfloat16()
-    return {"dense": dense, "frozen": frozen, "QLoRA": quantised[0], "bfloat16": half}
+    return {"dense": dense, "frozen": frozen, "QLoRA": quantized[0], "bfloat16": half}
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])

@@ -135,8 +135,8 @@ def test_all_of_it_against_float64(device):
         )
 
 
-quantisers = pytest.mark.parametrize(
-    "quantise, base",
+quantizers = pytest.mark.parametrize(
+    "quantize, base",
     [
         (peftops.nf4_quantize, peftops.nf4_linear),
         (lambda w: peftops.group_quantize(w, bits=4, group_size=32), peftops.group_linear),
@@ -146,20 +146,20 @@ quantisers = pytest.mark.parametrize(
 )
 
 
-@quantisers
+@quantizers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_quantised_bases_and_their_gradients(device, quantise, base, dtype):
+def test_quantised_bases_and_their_gradients(device, quantize, base, dtype):
     pool, factors = pool_of(100, 96, (3, 16, 5), 1, trainable=True, device=device)
     rows = [*["a"] * 17, None, "b", *["c"] * 40, "b"]
     x, g = normal((len(rows), 96), dtype, 5, device), normal((len(rows), 100), dtype, 7, device)
-    W, bias = quantise(normal((100, 96), torch.float32, 6, device)), normal((100,), dtype, 8, device)
+    W, bias = quantize(normal((100, 96), torch.float32, 6, device)), normal((100,), dtype, 8, device)
     check(pool, factors, x, W, rows, g, bias, base)
 
 
-@quantisers
-def test_subclasses_of_a_base_are_that_base(quantise, base):
+@quantizers
+def test_subclasses_of_a_base_are_that_base(quantize, base):
     pool, _ = pool_of(64, 64, (1,), 1)
-    W, x = quantise(torch.randn(64, 64)), torch.randn(2, 64)
+    W, x = quantize(torch.randn(64, 64)), torch.randn(2, 64)
     W.__class__ = type("Mine", (type(W),), {})
     with pool.use([None, None]) as index:
         assert torch.equal(peftops.multi_lora_linear(x, W, pool.layer("layer"), index), base(x, W))
@@ -253,10 +253,10 @@ def test_opcheck(device):
         )
 
 
-@pytest.mark.parametrize("quantise", [lambda w: w, peftops.nf4_quantize], ids=["dense", "nf4"])
-def test_inference_compiles_without_a_graph_break(device, quantise):
+@pytest.mark.parametrize("quantize", [lambda w: w, peftops.nf4_quantize], ids=["dense", "nf4"])
+def test_inference_compiles_without_a_graph_break(device, quantize):
     pool, _ = pool_of(64, 96, (3, 16, 5), 1, device=device)
-    W, bias = quantise(torch.randn(64, 96, device=device)), torch.randn(64, device=device)
+    W, bias = quantize(torch.randn(64, 96, device=device)), torch.randn(64, device=device)
     layer = pool.layer("layer")
     call = lambda x, index: peftops.multi_lora_linear(x, W, layer, index, bias)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")

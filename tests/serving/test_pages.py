@@ -8,8 +8,8 @@ import torch
 
 import models
 import peftops
-from peftops.nn import peak_tokens
 from peftops.serving import Server, pool_for
+from peftops.serving.paged import peak_tokens
 from peftops.serving.pages import Blocks, Layout
 
 llama = partial(models.llama, tied=False)  # says different things after different prompts

@@ -92,7 +92,7 @@ H100 and the GPU's own count of multiprocessors; `PEFTOPS_NF4_LIBRARY=always` or
 
 {ways}
 * **One rounding either way.** A library that adds the low-rank term or a bias in a second call rounds in between. Here
-  they are more depth of the one product, [x | scaling u | 1] [W | lora_B | bias]^T, in fp32 sums; what bf16 cannot
+  they are more depth of the one product, `[x | scaling u | 1] [W | lora_B | bias]^T`, in fp32 sums; what bf16 cannot
   hold is two or three columns. It costs a copy of x, 4 m k bytes: half of what an fp32 result costs that another pass
   adds to and rounds (8 m n), and as much as the term in 16 bits that the product accumulates onto (4 m n), which rounds
   twice. fp16 holds neither every factor nor their small parts, so with a low-rank term it keeps to the kernels.

@@ -2,8 +2,8 @@
 // else a sum has, [x | scaling u | 1] [W | lora_B | bias]^T, so that the library rounds once, like the kernels.
 //
 // A number that bf16 cannot hold is the sum of two, high and low, to 2^-16 of it. A product of two such is three columns:
-// high high, low high and high low. One that is not finite has no rest and must meet none, or infinity times zero would
-// make NaN of what is infinite: zero stands in for it there.
+// high high, low high and high low. An infinity or a NaN is its high part alone, and zero replaces it beside the other
+// operand's low part: infinity times zero would turn an infinite result into NaN.
 //
 // A warp has a row of either operand. Limit: writing them.
 #pragma once

@@ -1,9 +1,9 @@
 // Products of tensor cores with the precision of fp32, for operands of any dtype.
 //
 // tf32 has the range of fp32 and eleven bits: a 16-bit number is one as it is, and an fp32 number is the sum of three. A
-// product of two fp32 numbers takes six multiplications, of a 16-bit and an fp32 number three; what is left out is below
-// 2^-33 of it. A number that is not finite has no rest, and must meet none: infinity times a rest of the other sign would
-// make NaN of what is infinite. `finite` stands in for it there.
+// product of two fp32 numbers takes six multiplications, of a 16-bit and an fp32 number three; the others are below 2^-33
+// of it. An infinity or a NaN is one part alone, which the other operand's small parts must not multiply: infinity times
+// a part of the other sign would turn an infinite result into NaN. `finite` replaces it in these products.
 #pragma once
 #include "kernels/cuda/device.cuh"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...integrations.peft_files import CONFIG
-from ...nn import AdapterPool
+from ..adapter_pool import AdapterPool
 from ..adapters import add_adapter
 from .errors import ApiError, bad, no_model
 

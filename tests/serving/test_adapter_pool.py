@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 import peftops
 from adapter_factors import pair, stored
 from numerics import assert_sums
-from peftops.nn import PoolFull, peak_tokens
+from peftops.serving import PoolFull
+from peftops.serving.paged import peak_tokens
 from strategies import normal
 
 LAYERS = {"p": (5, 70), "q": (64, 3)}

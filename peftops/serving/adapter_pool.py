@@ -67,7 +67,7 @@ class _Host:
 class _Resident:
     slot: int
     pages: list[int]
-    version: tuple[int, ...] | None = None  # of what the pages hold; None after a load that failed
+    version: tuple[int, ...] | None = None  # of the numbers in the pages; None after a load that failed
     loading: bool = True  # by one thread, while the lock is free
 
 
@@ -376,7 +376,7 @@ class AdapterPool:
     def _load(self, name: str, hold: Counter[str] | None = None, spare: Collection[str] = ()) -> int:
         """The load itself. One thread copies, without the lock; others that want the same adapter wait for it."""
         with self._lock:
-            while True:  # whoever has waited looks again
+            while True:  # after a wait, all has to be looked up again
                 host, now = self._find(name), self._resident.get(name)
                 if now is None and self._make_room(repr(name), len(host.flat), 1, spare):
                     now = _Resident(self._free_slots.pop(), [self._free.pop() for _ in range(len(host.flat))])
@@ -400,7 +400,7 @@ class AdapterPool:
             self.storage.index_copy_(0, pages.to(self.storage.device), host.flat.to(self.storage.device))
         except BaseException:
             with self._lock:
-                if self._pins[name]:  # was there before, and its pages stay: a pin is what keeps them
+                if self._pins[name]:  # an earlier pin keeps the adapter's pages
                     now.version, now.loading = None, False
                 else:
                     self._drop(name)
@@ -455,20 +455,3 @@ class AdapterPool:
         self._forget(now)
         self._free += now.pages
         self._free_slots.append(now.slot)
-
-
-def peak_tokens(requests: Sequence[tuple[int, int]], page: int = 1) -> int:
-    """How many tokens a batch will hold at its fullest: what decides whether one more request may join.
-
-    All requests get a token at a time, and each ends when it has all of its own; as one ends, those that are left hold
-    what they have now and as many new tokens. A batch may start if the pages left beside its adapters hold the peak
-    (S-LoRA's admission rule, arXiv:2311.03285).
-
-    Args:
-        requests: (tokens so far, tokens to come at most) of each.
-        page: of how many tokens. A request's last page counts as full.
-    """
-    ordered = sorted(requests, key=lambda request: -request[1])
-    whole = lambda tokens: -(-tokens // page) * page
-    totals = [sum(whole(length + left) for length, _ in ordered[:i]) for i, (_, left) in enumerate(ordered, 1)]
-    return max(totals, default=0)
