@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..attaching import METHODS
+from ..attaching.config import by_pattern
 from ..attaching.targets import ALL_LINEAR, Target, find_targets
 from ..integrations.peft_files import read_adapter
 from ..methods.lora import LoRA
@@ -91,13 +92,19 @@ def add_adapter(pool: AdapterPool, name: str, directory: str | os.PathLike) -> N
     method = METHODS[type(config)]
     if not issubclass(method, LoRA) or method.adapt is not LoRA.adapt:
         raise TypeError(f"{directory} is an adapter of {method.__name__}; a pool holds A and B, as LoRA has them")
-    factors, scalings = {}, {}
+    factors, scalings, whole = {}, {}, config.to_peft()
     for key in tensors:
         layer, _, end = key.removeprefix(PREFIX).rpartition(".lora_A.weight")
         if layer and not end:
             other = f"{PREFIX}{layer}.lora_B.weight"
             if other not in tensors:
                 raise ValueError(f"{directory} lacks {other}")
+            r = by_pattern(whole["rank_pattern"], layer, whole["r"])
+            if len(tensors[key]) != r:  # PEFT's file of what has started from the base's weights
+                raise TypeError(
+                    f"{directory} has rank {len(tensors[key])} at {layer}, and a whole change of {method.__name__} has "
+                    f"rank {r}; load it into a model and save that, which completes it"
+                )
             factors[layer] = tensors[key], tensors[other]
             scalings[layer] = config.rank_and_scaling(layer)[1]
     experts = [layer for layer in factors if layer.partition(".base_layer")[0].endswith("experts")]
