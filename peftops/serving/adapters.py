@@ -12,7 +12,7 @@ from ..attaching.config import by_pattern
 from ..attaching.targets import ALL_LINEAR, Target, find_targets
 from ..integrations.peft_files import read_adapter
 from ..methods.lora import LoRA
-from ..nn import PREFIX, AdapterPool, base_of, module_at, sizes
+from ..nn import PREFIX, AdapterPool, Parts, base_of, module_at, sizes
 from .paged_attention import PagedModel
 from .pages import Layout, Unfit
 
@@ -75,8 +75,11 @@ def _layout(model: nn.Module) -> Layout | None:
         model.train(was_training)
 
 
-def add_adapter(pool: AdapterPool, name: str, directory: str | os.PathLike) -> None:
+def add_adapter(pool: AdapterPool, name: str, directory: str | os.PathLike, *, parts: Parts | None = None) -> None:
     """Read a LoRA adapter that :func:`peftops.save` or HF PEFT wrote into a pool's host memory.
+
+    Args:
+        parts: of a model that several processes share, if the pool is for this process's part.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -116,4 +119,6 @@ def add_adapter(pool: AdapterPool, name: str, directory: str | os.PathLike) -> N
     left = sorted(set(tensors) - {f"{PREFIX}{layer}.lora_{x}.weight" for layer in factors for x in "AB"})
     if left or not factors:
         raise ValueError(f"{directory} has {left[0] if left else 'no tensors'}; a pool holds A and B of linear layers")
+    if parts is not None:
+        factors, scalings = parts.adapter(factors, scalings)
     pool.add(name, factors, scalings)

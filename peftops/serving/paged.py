@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ..nn import peak_tokens
-from .batch import Batch, Request, Rows, append
+from .batch import Batch, Request, Rows
 from .paged_attention import PagedModel, Pass
 from .pages import Blocks
 
@@ -138,7 +138,7 @@ class PagedBatch(Batch):
 
     def _run(self, requests: list[Request], tokens: list[list[int]]) -> None:
         logits = self._forward(requests, tokens)
-        append(requests, logits)
+        self._append(requests, logits)
 
     def _forward(self, requests: list[Request], tokens: list[list[int]]) -> torch.Tensor:
         counts = [len(new) for new in tokens]

@@ -80,6 +80,8 @@ class Server:
         paged: keep keys and values in pages of the pool (True), or in rows beside it, each as wide as the longest
             (False); by default in pages if the model and the pool can. Pages need a model on the CPU all of whose
             layers attend as transformers' attention functions do, causally, in a window or without.
+        agree: of several processes that each have a part of the model and get the same requests in the same order,
+            gives all the tokens that one of them chose. A pass that fails raises then, in this process alone.
 
     Raises:
         TypeError: the model takes no positions, or no choice of logits.
@@ -109,6 +111,7 @@ class Server:
         stop: Iterable[int] | None = None,
         prefetch: int = 2,
         paged: bool | None = None,
+        agree: Callable[[list[int]], list[int]] | None = None,
     ):
         limits = {"max_batch": (max_batch, 1), "max_tokens": (max_tokens, 2), "prefetch": (prefetch, 0)}
         for name, (value, least) in limits.items():
@@ -139,6 +142,7 @@ class Server:
         model.eval()
         try:
             self.batch = self._batch(rows, paged)
+            self.batch.agree = agree
         except BaseException:
             self._give_back()
             raise
