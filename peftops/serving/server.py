@@ -131,6 +131,7 @@ class Server:
         self.stop = {ends} if isinstance(ends, int) else set(ends or ())
         rows = Rows()
         self._waiting: deque[Request] = deque()
+        self._joining: list[Request] = []  # whose prompts run in this step, or will
         self._cancelled: set[int] = set()
         self._done: list[Completion] = []  # not yet told
         self._numbers, self._ahead, self._asked = itertools.count(1), prefetch, ()
@@ -238,7 +239,8 @@ class Server:
         Returns:
             Whether it still waited or ran.
         """
-        known = any(request.number == number for request in [*self.batch.running, *self._waiting])
+        # In the order in which a request goes from one to the next, so that none slips by.
+        known = any(r.number == number for r in [*self._waiting, *self._joining, *self.batch.running])
         if known:
             self._cancelled.add(number)
         return known
@@ -274,11 +276,13 @@ class Server:
         try:
             self._prefetch()
             self.batch.join(joined)
+            self._joining = []
         except BaseException:
             for request in reversed([r for r in joined if r not in self.batch.running]):
                 self.batch.drop([request])
                 self._release(request)
                 self._waiting.appendleft(request)
+            self._joining = []
             raise
         self._finish()
         if self.batch.running:
@@ -288,7 +292,8 @@ class Server:
         return done
 
     def _cancel(self) -> None:
-        numbers, self._cancelled = self._cancelled, set()
+        numbers = set(self._cancelled)
+        self._cancelled -= numbers  # and not another set: a thread may be about to add to this one
         for request in [r for r in [*self.batch.running, *self._waiting] if r.number in numbers]:
             request.error = Cancelled(f"request {request.number} was cancelled")
         for request in [r for r in list(self._waiting) if r.error is not None]:
@@ -297,7 +302,7 @@ class Server:
         self._finish()
 
     def _admit(self) -> list[Request]:
-        joined: list[Request] = []
+        joined = self._joining = []
         while self._waiting and len(self.batch.running) + len(joined) < self.max_batch:
             request, others = self._waiting[0], bool(self.batch.running or joined)
             try:
@@ -313,7 +318,8 @@ class Server:
                 self._waiting.popleft()  # there will be none, or the adapter was removed from the pool since
                 self._done.append(Completion(request.number, request.ids, error))
                 continue
-            joined.append(self._waiting.popleft())
+            joined.append(request)
+            self._waiting.popleft()
         return joined
 
     def _pin(self, request: Request) -> None:
