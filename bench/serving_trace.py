@@ -124,7 +124,7 @@ def draw(found, title, file):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams["svg.hashsalt"] = "peftops"
+    pyplot.rcParams |= {"svg.hashsalt": "peftops", "svg.fonttype": "none"}
     counts, ways = sorted({count for count, _ in found}), list(dict.fromkeys(way for _, way in found))
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(13, 4), layout="constrained")
     for axis, (label, keys) in zip(axes, PANELS.items(), strict=True):
@@ -137,8 +137,9 @@ def draw(found, title, file):
                 axis.bar(places, heights[1], 0.25, fill=False, edgecolor=f"C{i}", linewidth=1)
                 axis.set_yscale("log")
         axis.set_xticks(range(len(counts)), counts)
-        axis.set(xlabel="adapters", title=label + (": p50, outline p99" if len(keys) == 2 else ""))
-    axes[0].legend()
+        axis.set(xlabel="adapters")
+        axis.set_title(label + (": p50, outline p99" if len(keys) == 2 else ""), fontsize=10)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(title, fontsize=9)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
