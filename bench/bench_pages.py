@@ -70,6 +70,7 @@ def decoding(page_sizes, rounds, new=24, requests=16):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="of decoding with each size")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="tokens of a page, for decoding")
     args = parser.parse_args()
     print(f"{'bytes held / needed':32}" + "".join(f"{size:>9}" for size in SIZES) + "   tokens a page, at least")
     for label, heads in LAYOUTS.items():
@@ -78,8 +79,9 @@ def main():
             pages = [1 << (size * widest - 1).bit_length() for size in SIZES]
             print(f"{label:16}{mix:16}" + "".join(f"{memory(heads, mix, page):9.3f}" for page in pages))
     if args.rounds:
-        found = decoding([256 * size for size in SIZES], args.rounds)
-        print(f"{'seconds / those with 16':32}" + "".join(f"{x / found[256 * 16]:9.3f}" for x in found.values()))
+        found = decoding([256 * size for size in sorted({*args.sizes, 16})], args.rounds)
+        for page, seconds in found.items():
+            print(f"decoding, {page // 256} tokens a page: {seconds / found[256 * 16]:.3f} of the CPU seconds with 16")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ class Request:
     ended: bool = False  # by its watch
     error: Exception | None = None  # why it cannot go on
     blocks: list[Block] = field(default_factory=list)  # of its keys and values, if they lie in pages
+    table: Tensor | None = None  # int32 [layers, blocks], their pages, as far as they were asked for
     reused: int = 0  # of these, those that were there before
     known: int = 0  # of these, those that others may find
     root: Hashable = None  # the state of its adapter
