@@ -4,6 +4,7 @@ other and switches adapters in between. On a machine that others use, tokens per
 compare, with OMP_NUM_THREADS=1.
 
     python bench/serving_trace.py --adapters 1 16 200 --requests 64 --rate 20
+    python bench/serving_trace.py --adapters 1 16 200 2000 --model tiny --picture docs/images/serving_trace.svg
 """
 
 import argparse
@@ -11,12 +12,15 @@ import itertools
 import random
 import statistics
 import time
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from bench_serving import model
 from peftops.serving import Server, pool_for
 
+PAGED = ("pages", True), ("rows", False)
 RANK, TARGET = 8, ["q_proj", "v_proj"]
 
 
@@ -96,15 +100,62 @@ def peft(base, asked, adapters):
     return times, time.process_time() - cpu
 
 
+def tiny():
+    """So small that thousands of adapters fit into memory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=4096, num_attention_heads=2, num_key_value_heads=2, **sizes)).eval()
+
+
+MODELS = {"small": model, "tiny": tiny}
+PANELS = {
+    "tokens a second of CPU time": ("rate",),
+    "seconds to the first token": ("first p50", "first p99"),
+    "seconds from token to token": ("each p50", "each p99"),
+}
+
+
+def draw(found, title, file):
+    """A panel for each figure: bars for each way, with an outline up to p99 where there are two."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams |= {"svg.hashsalt": "peftops", "svg.fonttype": "none"}
+    counts, ways = sorted({count for count, _ in found}), list(dict.fromkeys(way for _, way in found))
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(13, 4), layout="constrained")
+    for axis, (label, keys) in zip(axes, PANELS.items(), strict=True):
+        for i, way in enumerate(ways):
+            at = [x for x, count in enumerate(counts) if (count, way) in found]
+            heights = [[found[counts[x], way][key] for x in at] for key in keys]
+            places = [x + 0.27 * (i - (len(ways) - 1) / 2) for x in at]
+            axis.bar(places, heights[0], 0.25, color=f"C{i}", label=way)
+            if len(keys) == 2:
+                axis.bar(places, heights[1], 0.25, fill=False, edgecolor=f"C{i}", linewidth=1)
+                axis.set_yscale("log")
+        axis.set_xticks(range(len(counts)), counts)
+        axis.set(xlabel="adapters")
+        axis.set_title(label + (": p50, outline p99" if len(keys) == 2 else ""), fontsize=10)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    figure.suptitle(title, fontsize=9)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+
+
 def report(name, adapters, asked, measured):
     times, cpu = measured
     arrived = [at for at, *_ in asked]
     tokens, seconds = sum(map(len, times)), max(map(max, times)) - arrived[0]
     first = [ts[0] - at for ts, at in zip(times, arrived, strict=True)]
     each = [b - a for ts in times for a, b in itertools.pairwise(ts)]
-    ends = lambda values: "{0[49]:8.3f} {0[98]:8.3f}".format(statistics.quantiles(values, n=100))
+    at = {"first": statistics.quantiles(first, n=100), "each": statistics.quantiles(each, n=100)}
+    ends = lambda word: "{0[49]:8.3f} {0[98]:8.3f}".format(at[word])
     rate = f"{tokens / seconds:8.1f} tokens/s {tokens / cpu:8.1f} tokens/s of CPU"
-    print(f"{name:6} {adapters:4} adapters {rate}   first {ends(first)} s   each {ends(each)} s", flush=True)
+    print(f"{name:6} {adapters:4} adapters {rate}   first {ends('first')} s   each {ends('each')} s", flush=True)
+    return {"rate": tokens / cpu, **{f"{word} p{p}": at[word][p - 1] for word in at for p in (50, 99)}}
 
 
 def main():
@@ -114,14 +165,22 @@ def main():
     parser.add_argument("--rate", type=float, default=20.0, help="requests a second")
     parser.add_argument("--tokens", type=int, default=16384, help="whose keys and values are kept at once")
     parser.add_argument("--peft", type=int, default=16, help="the most adapters with which PEFT is tried, too")
+    parser.add_argument("--model", choices=MODELS, default="small")
+    parser.add_argument("--picture", type=Path, help="a file, .svg or .png, to draw what was measured")
+    parser.add_argument("--machine", default="", help="words for the picture's title")
     args = parser.parse_args()
-    print(f"{args.requests} requests, {args.rate:g} a second, {torch.get_num_threads()} threads; times at p50 and p99")
+    build, found = MODELS[args.model], {}
+    title = f"{args.requests} requests, {args.rate:g} a second, {torch.get_num_threads()} threads"
+    print(f"{title}; times at p50 and p99")
     for adapters in args.adapters:
         asked = list(trace(args.requests, adapters, args.rate))
-        for name, paged in (("pages", True), ("rows", False)):
-            report(name, adapters, asked, ours(model(), asked, adapters, paged, args.tokens))
+        ways = {name: partial(ours, asked=asked, adapters=adapters, paged=p, most=args.tokens) for name, p in PAGED}
         if adapters <= args.peft:
-            report("PEFT", adapters, asked, peft(model(), asked, adapters))
+            ways["PEFT"] = partial(peft, asked=asked, adapters=adapters)
+        for name, run in ways.items():
+            found[adapters, name] = report(name, adapters, asked, run(build()))
+    if args.picture is not None:
+        draw(found, f"A trace of {title}, a {args.model} model. {args.machine}", args.picture)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..integrations.files import writable_directory
 from ..integrations.peft_files import CONFIG, read_adapter
+from ..nn import Parts, of_first_rank
 from ..prompts.chat import prompt_ids, stop_ids
-from ..serving import Sampling, Server, add_adapter, pool_for
+from ..serving import Completion, Sampling, Server, add_adapter, pool_for
 from . import serve_http
 from .data import DataError, lines_of, parsed, read_text
 from .model import add_arguments as add_model_arguments
@@ -57,7 +63,29 @@ def run(args: argparse.Namespace) -> int:
     for name in ("max_tokens", "max_batch", "resident"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    return _run_file(args) if args.port is None else _run_http(args)
+    with _ranks() as (rank, world):
+        if args.port is None:
+            return _run_file(args, rank, world)
+        if world > 1:
+            raise ValueError(f"serve --port is one process, and not {world}; several answer --requests of a file")
+        return _run_http(args)
+
+
+@contextlib.contextmanager
+def _ranks() -> Iterator[tuple[int, int]]:
+    """Which process this is, and of how many, if torchrun has started it: each has a part of the model then."""
+    distributed, own = torch.distributed, False
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        own = True
+    there = distributed.is_available() and distributed.is_initialized()
+    try:
+        yield (distributed.get_rank(), distributed.get_world_size()) if there else (0, 1)
+    finally:
+        if own:
+            distributed.destroy_process_group()
 
 
 def _run_http(args: argparse.Namespace) -> int:
@@ -74,9 +102,7 @@ def _run_http(args: argparse.Namespace) -> int:
         return serve_http.run(args, sock, tokenizer, model, pool, adapters, check)
 
 
-def _run_file(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
+def _run_file(args: argparse.Namespace, rank: int, world: int) -> int:
     adapters = find_adapters(args.adapters)
     rows = read_requests(args.requests, adapters)
     if args.out.is_dir() or args.out.resolve() == args.requests.resolve():
@@ -85,36 +111,54 @@ def _run_file(args: argparse.Namespace) -> int:
     ranks = [_rank(folder) for folder in adapters.values()]
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     model = load_base(args, **_base(args, adapters))
+    parts = Parts(model, rank, world) if world > 1 else None
     resident = min(args.resident, max(1, len(ranks)))
     pool = pool_for(model, adapters=resident, rank=max(ranks, default=1), tokens=args.max_cache)
     for name, folder in adapters.items():
-        add_adapter(pool, name, folder)
+        add_adapter(pool, name, folder, parts=parts)
+    # Processes that go in step agree on tokens, and load adapters at the same points.
+    step = {} if parts is None else {"agree": of_first_rank, "prefetch": 0}
     stop = stop_ids(tokenizer, model.generation_config)
-    numbers, generated, failed = {}, 0, 0
-    with Server(model, pool, max_batch=args.max_batch, max_tokens=args.max_cache, stop=stop) as server:
+    numbers = {}
+    with Server(model, pool, max_batch=args.max_batch, max_tokens=args.max_cache, stop=stop, **step) as server:
         for number, row in enumerate(rows, 1):
             try:
                 numbers[_submit(server, tokenizer, row, args.max_tokens)] = number
             except (ValueError, TypeError) as error:
                 raise DataError(f"{args.requests}, row {number}: {error}") from None
-        start = time.perf_counter()
-        with open(args.out, "w", encoding="utf-8") as out, tqdm(total=len(rows), unit="answer") as progress:
-            for completion in server.run():
-                number = numbers[completion.number]
-                text = tokenizer.decode(completion.ids, skip_special_tokens=True).strip()
-                answer = {
-                    "row": number,
-                    "adapter": rows[number - 1].get("adapter"),
-                    "answer": text,
-                    "tokens": len(completion.ids),
-                }
-                if completion.error is not None:
-                    answer["error"], failed = str(completion.error), failed + 1
-                out.write(json.dumps(answer, ensure_ascii=False) + "\n")
-                out.flush()
-                generated += len(completion.ids)
-                progress.update()
-        seconds = time.perf_counter() - start
+        if rank:
+            return 1 if any(completion.error for completion in server.run()) else 0
+        return _write_answers(args, server.run(), rows, numbers, tokenizer)
+
+
+def _write_answers(
+    args: argparse.Namespace,
+    completions: Iterator[Completion],
+    rows: list[dict[str, Any]],
+    numbers: dict[int, int],
+    tokenizer: Any,
+) -> int:
+    """Each as it is done, and a line of sums; the command's status."""
+    from tqdm import tqdm
+
+    generated, failed, start = 0, 0, time.perf_counter()
+    with open(args.out, "w", encoding="utf-8") as out, tqdm(total=len(rows), unit="answer") as progress:
+        for completion in completions:
+            number = numbers[completion.number]
+            text = tokenizer.decode(completion.ids, skip_special_tokens=True).strip()
+            answer = {
+                "row": number,
+                "adapter": rows[number - 1].get("adapter"),
+                "answer": text,
+                "tokens": len(completion.ids),
+            }
+            if completion.error is not None:
+                answer["error"], failed = str(completion.error), failed + 1
+            out.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            out.flush()
+            generated += len(completion.ids)
+            progress.update()
+    seconds = time.perf_counter() - start
     used = len({row.get("adapter") for row in rows} - {None})
     print(
         f"{len(rows)} answers of {used} adapters, {generated} tokens in {seconds:.1f} s, "

@@ -25,7 +25,7 @@ from ..nn import PREFIX, WRAPPERS, Select, Stored, opened, unwrapped
 from ..nn.undo import all_or_nothing
 from . import peft_experts
 from .files import writable_directory
-from .peft_tensors import adapted_layers_of, adapters_own, of_biases, plain_names, some
+from .peft_tensors import adapted_layers_of, adapters_own, check_ranks, of_biases, plain_names, some
 from .peft_whole import with_whole
 from .together import write_together
 
@@ -252,7 +252,9 @@ def read_adapter(directory: str | os.PathLike, quantize: bool | None = None) -> 
     if (folder / OWN).exists():
         own = _read_json(folder / OWN)
     try:
-        return _config(fields, own, quantize), read_tensors(folder / WEIGHTS)
+        config, tensors = _config(fields, own, quantize), read_tensors(folder / WEIGHTS)
+        check_ranks(fields, tensors, folder / WEIGHTS)
+        return config, tensors
     except (AttributeError, LookupError, ArithmeticError, TypeError) as error:  # fields of another kind than theirs
         raise ValueError(f"{folder / CONFIG} or {OWN} is damaged: {error}") from error
 

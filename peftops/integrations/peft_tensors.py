@@ -4,15 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..attaching.config import by_pattern
 from ..attaching.targets import is_within, layers
 from ..nn import PREFIX, WRAPPERS, Stored, base_of, is_quantized, module_at
 
 _BASE = ".base_layer.weight"
 _TWICE = ".modules_to_save", ".original_module"  # within PEFT's wrapper
+
+
+_RANK_AT = {"lora_A.weight": 0, "lora_B.weight": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}  # the dimension
+
+
+def check_ranks(fields: dict[str, Any], tensors: dict[str, Tensor], file: object) -> None:
+    """Whether A and B of every layer have the rank that ``adapter_config.json`` says. The scaling is a number over that
+    rank, so with another one a reader would compute something else, and no shape need tell.
+
+    In PEFT's files the factors of all experts are one matrix, which only the model can tell apart: these are left out.
+    So is a module that is saved whole, whatever its parts are called.
+
+    Raises:
+        ValueError: they have another one.
+    """
+    if "r" not in fields:
+        return
+    stacks = {parameter.rpartition(".")[0].rpartition(".")[2] for parameter in fields.get("target_parameters") or ()}
+    for key, tensor in tensors.items():
+        name = ".".join(part for part in key.removeprefix(PREFIX).split(".") if part not in WRAPPERS)
+        layer, leaf = next(((name.removesuffix(f".{e}"), e) for e in _RANK_AT if name.endswith(f".{e}")), (name, None))
+        of_experts = stacks & {layer.partition(".base_layer")[0].rpartition(".")[2], ""}
+        if leaf is None or of_experts or is_within(name.rpartition(".")[0], fields.get("modules_to_save") or ()):
+            continue
+        r = by_pattern(fields.get("rank_pattern") or {}, layer, fields["r"])
+        at = _RANK_AT[leaf] + (tensor.dim() == 3)  # behind that of our own files' experts
+        if tensor.shape[at : at + 1] != (r,):
+            raise ValueError(
+                f"{file} does not fit: {layer}.{leaf.removesuffix('.weight')} has shape {list(tensor.shape)}, and "
+                f"adapter_config.json says that its rank, dimension {at} of that, is {r}"
+            )
 
 
 def plain_names(tensors: dict[str, Tensor], model: nn.Module, file: object) -> dict[str, Tensor]:

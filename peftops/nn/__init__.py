@@ -45,7 +45,7 @@ from .packed_linear import (
 from .prompt import Prompt, Prompted
 from .quantized import dequantized, is_quantized, quantized_like
 from .select import Select
-from .tensor_parallel import column_parallel_lora, row_parallel_lora, shard_lora, unshard_lora
+from .tensor_parallel import Parts, column_parallel_lora, of_first_rank, row_parallel_lora, shard_lora, unshard_lora
 
 __all__ = [
     "CONVOLUTION",
@@ -65,6 +65,7 @@ __all__ = [
     "MergeError",
     "NF4Linear",
     "PackedLinear",
+    "Parts",
     "Prompt",
     "Prompted",
     "Select",
@@ -88,6 +89,7 @@ __all__ = [
     "low_rank_change",
     "matrix",
     "module_at",
+    "of_first_rank",
     "open_experts",
     "opened",
     "over_channels",

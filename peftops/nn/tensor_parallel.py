@@ -7,15 +7,20 @@ its results over the ranks. Two ways to cut the factors with it:
   the two products. What that sends, about r values a token, is little beside what the layers themselves send.
 * ``"local"`` sends nothing more than the layer does: one factor is whole on every rank, so there is more to compute
   and to keep, and each rank has an ordinary adapter of its own, fit for :class:`~peftops.AdapterPool`.
+
+:class:`Parts` cuts a whole model, and adapters by the scheme "local" for the pools of its ranks.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .quantized import is_quantized
 
 PARALLEL, SCHEMES = ("column", "row"), ("slora", "local")
 
@@ -144,3 +149,90 @@ def row_parallel_lora(
     share = scaling * F.linear(reduce(F.linear(x, A)), B)
     begin = rank * len(B)
     return torch.cat((y[..., :begin], y[..., begin : begin + len(B)] + share, y[..., begin + len(B) :]), -1)
+
+
+def of_first_rank(values: Sequence[int]) -> list[int]:
+    """The first rank's, for all ranks of torch's default process group; each gives as many."""
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    t = torch.tensor(values, dtype=torch.int64, device=device)
+    torch.distributed.broadcast(t, 0)
+    return t.tolist()
+
+
+class Summed(nn.Module):
+    """A row-parallel layer: this rank's part of it, and the sum over the ranks of torch's default process group."""
+
+    def __init__(self, part: nn.Linear):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return all_reduce(self.part(x))
+
+
+class Parts:
+    """A model of transformers of which each process has a part: its heads of attention, and its share of the MLPs, as
+    the model's own plan (``base_model_tp_plan``) cuts them. The rest is whole everywhere.
+
+    Args:
+        model: dense, the same on all ranks; it is cut to this rank's part.
+        rank, world: of this process.
+
+    Raises:
+        ValueError: the model has no plan, or one with other cuts than by columns and rows; a layer to be cut is in
+            codes, or cannot be cut evenly. Nothing has changed then.
+    """
+
+    def __init__(self, model: nn.Module, rank: int, world: int):
+        self.rank, self.world = rank, world
+        config = model.config.get_text_config()
+        heads = {name: getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
+        for name, count in heads.items():
+            if count is not None and count % world:
+                raise ValueError(f"{type(model).__name__} has {name}={count}, which {world} ranks cannot share evenly")
+        self._how = _planned(model, getattr(config, "base_model_tp_plan", None) or {})
+        for path, parallel in self._how.items():
+            layer, dim = model.get_submodule(path), 0 if parallel == "column" else 1
+            if type(layer) is not nn.Linear or is_quantized(layer.weight):
+                raise ValueError(f"{path} is no dense linear layer, and only those are cut for several ranks")
+            _cut(path, ("outputs", "inputs")[dim], layer.weight, dim, world)
+        for path, parallel in self._how.items():
+            self._cut_layer(model, path, parallel)
+
+    def _cut_layer(self, model: nn.Module, path: str, parallel: str) -> None:
+        layer, own = model.get_submodule(path), lambda t, dim: t.detach().chunk(self.world, dim)[self.rank].clone()
+        layer.weight = nn.Parameter(own(layer.weight, 0 if parallel == "column" else 1), requires_grad=False)
+        layer.out_features, layer.in_features = layer.weight.shape
+        if parallel == "column" and layer.bias is not None:
+            layer.bias = nn.Parameter(own(layer.bias, 0), requires_grad=False)
+        if parallel == "row":
+            if self.rank and layer.bias is not None:
+                layer.bias = None  # the first rank's is in the sum
+            model.set_submodule(path, Summed(layer))
+
+    def adapter(
+        self, factors: dict[str, tuple[Tensor, Tensor]], scalings: dict[str, float]
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
+        """This rank's part of an adapter, A, B and the scaling by layer, under the names that the layers have now."""
+        own, scaled = {}, {}
+        for path, (A, B) in factors.items():
+            how = self._how.get(path)
+            name = f"{path}.part" if how == "row" else path
+            shards = how and shard_lora(A, B, self.world, parallel=how, scheme="local")
+            own[name], scaled[name] = shards[self.rank] if shards else (A, B), scalings[path]
+        return own, scaled
+
+
+def _planned(model: nn.Module, plan: dict[str, str]) -> dict[str, str]:
+    """How each layer is cut."""
+    found = {}
+    for pattern, how in plan.items():
+        expression = r"(.*\.)?" + re.escape(pattern).replace(r"\*", r"\d+")
+        paths = [path for path, _ in model.named_modules() if re.fullmatch(expression, path)]
+        if how in ("colwise", "rowwise"):
+            found |= dict.fromkeys(paths, {"colwise": "column", "rowwise": "row"}[how])
+        elif paths and not how.startswith("replicated"):
+            raise ValueError(f"{type(model).__name__} is cut in a way that is not served: {pattern} is {how}")
+    if not found:
+        raise ValueError(f"transformers has no plan to cut a {type(model).__name__} for several ranks")
+    return found

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from ..attaching import METHODS
+from ..attaching.config import by_pattern
 from ..attaching.targets import ALL_LINEAR, Target, find_targets
 from ..integrations.peft_files import read_adapter
 from ..methods.lora import LoRA
-from ..nn import PREFIX, base_of, module_at, sizes
+from ..nn import PREFIX, Parts, base_of, module_at, sizes
 from .adapter_pool import AdapterPool
 from .paged_attention import PagedModel
 from .pages import Layout, Unfit
@@ -75,8 +76,11 @@ def _layout(model: nn.Module) -> Layout | None:
         model.train(was_training)
 
 
-def add_adapter(pool: AdapterPool, name: str, directory: str | os.PathLike) -> None:
+def add_adapter(pool: AdapterPool, name: str, directory: str | os.PathLike, *, parts: Parts | None = None) -> None:
     """Read a LoRA adapter that :func:`peftops.save` or HF PEFT wrote into a pool's host memory.
+
+    Args:
+        parts: of a model that several processes share, if the pool is for this process's part.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -92,13 +96,19 @@ def add_adapter(pool: AdapterPool, name: str, directory: str | os.PathLike) -> N
     method = METHODS[type(config)]
     if not issubclass(method, LoRA) or method.adapt is not LoRA.adapt:
         raise TypeError(f"{directory} is an adapter of {method.__name__}; a pool holds A and B, as LoRA has them")
-    factors, scalings = {}, {}
+    factors, scalings, whole = {}, {}, config.to_peft()
     for key in tensors:
         layer, _, end = key.removeprefix(PREFIX).rpartition(".lora_A.weight")
         if layer and not end:
             other = f"{PREFIX}{layer}.lora_B.weight"
             if other not in tensors:
                 raise ValueError(f"{directory} lacks {other}")
+            r = by_pattern(whole["rank_pattern"], layer, whole["r"])
+            if len(tensors[key]) != r:  # PEFT's file of what has started from the base's weights
+                raise TypeError(
+                    f"{directory} has rank {len(tensors[key])} at {layer}, and a whole change of {method.__name__} has "
+                    f"rank {r}; load it into a model and save that, which completes it"
+                )
             factors[layer] = tensors[key], tensors[other]
             scalings[layer] = config.rank_and_scaling(layer)[1]
     experts = [layer for layer in factors if layer.partition(".base_layer")[0].endswith("experts")]
@@ -110,4 +120,6 @@ def add_adapter(pool: AdapterPool, name: str, directory: str | os.PathLike) -> N
     left = sorted(set(tensors) - {f"{PREFIX}{layer}.lora_{x}.weight" for layer in factors for x in "AB"})
     if left or not factors:
         raise ValueError(f"{directory} has {left[0] if left else 'no tensors'}; a pool holds A and B of linear layers")
+    if parts is not None:
+        factors, scalings = parts.adapter(factors, scalings)
     pool.add(name, factors, scalings)

@@ -57,6 +57,7 @@ class Request:
     ended: bool = False  # by its watch
     error: Exception | None = None  # why it cannot go on
     blocks: list[Block] = field(default_factory=list)  # of its keys and values, if they lie in pages
+    table: Tensor | None = None  # int32 [layers, blocks], their pages, as far as they were asked for
     reused: int = 0  # of these, those that were there before
     known: int = 0  # of these, those that others may find
     root: Hashable = None  # the state of its adapter
@@ -106,6 +107,7 @@ class Batch(ABC):
     rows: Rows
     running: list[Request]
     reused_tokens = 0  # of prompts, whose keys and values were there already
+    agree: Callable[[list[int]], list[int]] | None = None  # on a pass's tokens, with processes that go in step
 
     @property
     @abstractmethod
@@ -166,10 +168,13 @@ class Batch(ABC):
 
     def _together_or_each(self, run: Callable[[list[Request]], None], requests: list[Request]) -> None:
         """One pass over requests; if it fails, one for each, so that only what cannot go on has an ``error``. A pass
-        writes a request's keys and values where they belong, so doing it again is safe."""
+        writes a request's keys and values where they belong, so doing it again is safe. Processes that go in step do
+        not: the others' passes have gone well, perhaps."""
         try:
             run(requests)
         except Exception as error:
+            if self.agree is not None:
+                raise
             if len(requests) == 1:
                 requests[0].error = error
                 return
@@ -181,22 +186,35 @@ class Batch(ABC):
         index = torch.tensor([r.index for r in requests], device="cpu")
         return index.repeat_interleave(torch.tensor(counts, device="cpu")) if (index != BASE).any() else None
 
+    def _append(self, requests: list[Request], logits: Tensor) -> None:
+        """Choose the next token of each."""
+        largest, likeliest = (t.tolist() for t in logits.max(-1))  # a NaN is the largest
+        chosen = []
+        for request, row, token, top in zip(requests, logits, likeliest, largest, strict=True):
+            try:
+                if not math.isfinite(top):
+                    raise NotFinite("its logits are not finite: the adapter's numbers are not, or activations overflow")
+                chosen.append(token if request.draw is None else request.draw(row))
+            except Exception as error:
+                request.error = error
+                chosen.append(token)
+        if self.agree is not None:
+            chosen = self.agree(chosen)
+        for request, row, token in zip(requests, logits, chosen, strict=True):
+            if request.error is None:
+                _take(request, row, token)
 
-def append(requests: list[Request], logits: Tensor) -> None:
-    largest, likeliest = (t.tolist() for t in logits.max(-1))  # a NaN is the largest
-    for request, row, token, top in zip(requests, logits, likeliest, largest, strict=True):
-        try:
-            if not math.isfinite(top):
-                raise NotFinite("its logits are not finite: the adapter's numbers are not, or activations overflow")
-            chosen = token if request.draw is None else request.draw(row)
-            told = None if request.logprobs is None else _logprob(row, chosen, request.logprobs)
-            request.ids.append(chosen)
-            if told is not None:
-                request.told.append(told)
-            if request.watch is not None:
-                request.ended = request.watch(chosen, told)
-        except Exception as error:
-            request.error = error
+
+def _take(request: Request, logits: Tensor, token: int) -> None:
+    try:
+        told = None if request.logprobs is None else _logprob(logits, token, request.logprobs)
+        request.ids.append(token)
+        if told is not None:
+            request.told.append(told)
+        if request.watch is not None:
+            request.ended = request.watch(token, told)
+    except Exception as error:
+        request.error = error
 
 
 def _logprob(logits: Tensor, chosen: int, count: int) -> Logprob:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .batch import Batch, Request, Rows, append
+from .batch import Batch, Request, Rows
 from .paged_attention import PagedModel, Pass
 from .pages import Blocks
 
@@ -79,7 +79,7 @@ class PagedBatch(Batch):
     def drop(self, requests: list[Request]) -> None:
         for request in requests:
             self.blocks.release(request.blocks)
-            request.blocks, request.reused, request.known = [], 0, 0
+            request.blocks, request.table, request.reused, request.known = [], None, 0, 0
 
     def spare(self) -> bool:
         return self.blocks.forget()
@@ -154,7 +154,7 @@ class PagedBatch(Batch):
 
     def _run(self, requests: list[Request], tokens: list[list[int]]) -> None:
         logits = self._forward(requests, tokens)
-        append(requests, logits)
+        self._append(requests, logits)
 
     def _forward(self, requests: list[Request], tokens: list[list[int]]) -> torch.Tensor:
         counts = [len(new) for new in tokens]
@@ -162,7 +162,7 @@ class PagedBatch(Batch):
         self._reserve(requests, lengths)
         table = torch.zeros(self.blocks.layers, len(requests), self._whole(max(lengths)), dtype=torch.int32)
         for s, request in enumerate(requests):
-            table[:, s, : len(request.blocks)] = torch.tensor([b.pages for b in request.blocks], dtype=torch.int32).t()
+            table[:, s, : len(request.blocks)] = self._table(request)
         ends = torch.tensor(lengths, dtype=torch.int32)
         cache = Pass(self.model.layout, self.blocks.views, counts, ends, table)
         ids = torch.tensor([token for new in tokens for token in new])
@@ -171,6 +171,15 @@ class PagedBatch(Batch):
             return self.model.run(cache, ids, cache.positions, torch.tensor(counts).cumsum(0) - 1)
         finally:
             self.rows.index = None
+
+    @staticmethod
+    def _table(request: Request) -> torch.Tensor:
+        """Pages ``[layers, blocks]``. Only blocks that are new are looked at, one by one."""
+        have = 0 if request.table is None else request.table.shape[1]
+        if have < len(request.blocks):
+            new = torch.tensor([block.pages for block in request.blocks[have:]], dtype=torch.int32).t()
+            request.table = new if request.table is None else torch.cat([request.table, new], 1)
+        return request.table
 
     def _reserve(self, requests: list[Request], lengths: list[int]) -> None:
         """Blocks for all tokens of a pass. There are enough: that is what admission is for."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.prompt import cache_name
-from .batch import Batch, Request, Rows, append
+from .batch import Batch, Request, Rows
 from .cache import RowCache
 
 
@@ -60,7 +60,7 @@ class RowBatch(Batch):
         keep, at = ends.unique(return_inverse=True)
         self.cache.begin(first, torch.zeros_like(ends), most, torch.arange(most) > ends[:, None])
         logits = self._forward(group, ids, torch.arange(most).expand_as(ids), None, keep)
-        append(group, logits[torch.arange(len(group)), at])
+        self._append(group, logits[torch.arange(len(group)), at])
 
     def _tokens(self, requests: list[Request]) -> None:
         first = self._first(requests)
@@ -71,7 +71,7 @@ class RowBatch(Batch):
         mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]
         last = torch.tensor([[r.ids[-1]] for r in requests])
         logits = self._forward(requests, last, lengths[:, None], mask, torch.tensor([0]))
-        append(requests, logits[:, 0])
+        self._append(requests, logits[:, 0])
 
     def _first(self, requests: list[Request]) -> int:
         """The row of the first one; the others follow."""

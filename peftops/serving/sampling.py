@@ -52,7 +52,8 @@ class Sampling:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Of each token, float64, from the logits ``[vocabulary]``."""
-        scores = logits.double() / self.temperature
+        scores = logits.double()
+        scores = (scores - scores.max()) / self.temperature  # the likeliest is 0, however low the temperature
         if self.top_k is not None and self.top_k < len(scores):
             scores = scores.masked_fill(scores < scores.topk(self.top_k).values[-1], -torch.inf)
         p = scores.softmax(-1)

@@ -80,6 +80,8 @@ class Server:
         paged: keep keys and values in pages of the pool (True), or in rows beside it, each as wide as the longest
             (False); by default in pages if the model and the pool can. Pages need a model on the CPU all of whose
             layers attend as transformers' attention functions do, causally, in a window or without.
+        agree: of several processes that each have a part of the model and get the same requests in the same order,
+            gives all the tokens that one of them chose. A pass that fails raises then, in this process alone.
 
     Raises:
         TypeError: the model takes no positions, or no choice of logits.
@@ -109,6 +111,7 @@ class Server:
         stop: Iterable[int] | None = None,
         prefetch: int = 2,
         paged: bool | None = None,
+        agree: Callable[[list[int]], list[int]] | None = None,
     ):
         limits = {"max_batch": (max_batch, 1), "max_tokens": (max_tokens, 2), "prefetch": (prefetch, 0)}
         for name, (value, least) in limits.items():
@@ -128,6 +131,7 @@ class Server:
         self.stop = {ends} if isinstance(ends, int) else set(ends or ())
         rows = Rows()
         self._waiting: deque[Request] = deque()
+        self._joining: list[Request] = []  # whose prompts run in this step, or will
         self._cancelled: set[int] = set()
         self._done: list[Completion] = []  # not yet told
         self._numbers, self._ahead, self._asked = itertools.count(1), prefetch, ()
@@ -139,6 +143,7 @@ class Server:
         model.eval()
         try:
             self.batch = self._batch(rows, paged)
+            self.batch.agree = agree
         except BaseException:
             self._give_back()
             raise
@@ -234,7 +239,8 @@ class Server:
         Returns:
             Whether it still waited or ran.
         """
-        known = any(request.number == number for request in [*self.batch.running, *self._waiting])
+        # In the order in which a request goes from one to the next, so that none slips by.
+        known = any(r.number == number for r in [*self._waiting, *self._joining, *self.batch.running])
         if known:
             self._cancelled.add(number)
         return known
@@ -270,11 +276,13 @@ class Server:
         try:
             self._prefetch()
             self.batch.join(joined)
+            self._joining = []
         except BaseException:
             for request in reversed([r for r in joined if r not in self.batch.running]):
                 self.batch.drop([request])
                 self._release(request)
                 self._waiting.appendleft(request)
+            self._joining = []
             raise
         self._finish()
         if self.batch.running:
@@ -284,7 +292,8 @@ class Server:
         return done
 
     def _cancel(self) -> None:
-        numbers, self._cancelled = self._cancelled, set()
+        numbers = set(self._cancelled)
+        self._cancelled -= numbers  # and not another set: a thread may be about to add to this one
         for request in [r for r in [*self.batch.running, *self._waiting] if r.number in numbers]:
             request.error = Cancelled(f"request {request.number} was cancelled")
         for request in [r for r in list(self._waiting) if r.error is not None]:
@@ -293,7 +302,7 @@ class Server:
         self._finish()
 
     def _admit(self) -> list[Request]:
-        joined: list[Request] = []
+        joined = self._joining = []
         while self._waiting and len(self.batch.running) + len(joined) < self.max_batch:
             request, others = self._waiting[0], bool(self.batch.running or joined)
             try:
@@ -309,7 +318,8 @@ class Server:
                 self._waiting.popleft()  # there will be none, or the adapter was removed from the pool since
                 self._done.append(Completion(request.number, request.ids, error))
                 continue
-            joined.append(self._waiting.popleft())
+            joined.append(request)
+            self._waiting.popleft()
         return joined
 
     def _pin(self, request: Request) -> None:

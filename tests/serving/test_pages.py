@@ -253,3 +253,17 @@ def test_pages_hold_what_a_layout_says():
         keys.fill_(1), values.fill_(2)
         assert (keys == 1).all(), "keys and values lie apart"
     assert layout.pages(11, 256) == 6
+
+
+def test_a_prompt_that_runs_or_is_about_to_can_be_cancelled():
+    """By another thread: those that wait for their turn in a step neither wait nor run."""
+    server, told = server_of(max_batch=4, tokens=4096), []
+    long = [5 + i % 300 for i in range(1100)]
+    numbers = [server.submit([i, *long], max_new=5) for i in range(5, 8)]  # more than a pass takes
+    run = server.batch._prompts
+    server.batch._prompts = lambda group: (told or told.extend(map(server.cancel, numbers)), run(group))
+    done = {completion.number: completion for completion in server.run()}
+    assert told == [True] * 3 and [str(done[n].error) for n in numbers] == [
+        f"request {n} was cancelled" for n in numbers
+    ]
+    assert not any(map(server.cancel, numbers)) and is_clean(server)

@@ -95,3 +95,11 @@ def test_greedy_is_the_default_and_the_limit():
 def test_bad_input_gets_a_sentence(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("temperature", [1e-308, 5e-324, 1e-30])
+def test_a_temperature_next_to_nothing_takes_the_likeliest(temperature):
+    """And no token that the model has not."""
+    assert Sampling(temperature=temperature, seed=1).drawer()(LOGITS) == int(LOGITS.argmax())
+    ties = torch.tensor([5.0, 7.0, 7.0])
+    assert Sampling(temperature=temperature).probabilities(ties).tolist() == [0, 0.5, 0.5]

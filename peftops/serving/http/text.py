@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 _UNFINISHED = "\ufffd"  # how bytes are decoded that are no whole character yet
+_BYTES = 3  # of a character that is not whole, at most; some tokenizers have a sign for each
+_MOST = 16  # tokens that are decoded again with each new one
 
 
 class TextStream:
@@ -31,12 +33,25 @@ class TextStream:
         """The text that a token makes sure."""
         self._ids.append(token)
         text = self._decode(self._context)
-        if len(text) <= len(self._known) or text.endswith(_UNFINISHED):
-            return ""
-        new = text[len(self._known) :]
-        self._context, self._read = self._read, len(self._ids)
-        self._known = self._decode(self._context)
-        return self._take(new)
+        held = min(len(text) - len(text.rstrip(_UNFINISHED)), _BYTES)
+        sure = text[: len(text) - held]
+        new, self._known = sure[len(self._known) :], max(self._known, sure, key=len)
+        if not held and new:
+            self._context, self._read = self._read, len(self._ids)
+            self._known = self._decode(self._context)
+        elif len(self._ids) - self._context > _MOST:
+            self._forget(text, held)
+        return self._take(new) if new else ""
+
+    def _forget(self, text: str, held: int) -> None:
+        """In a long run of what may be unfinished, begin where that makes no difference: whoever asks for such an
+        answer would otherwise have all of it decoded with each token, and others wait meanwhile."""
+        for begin in range(len(self._ids) - 1, self._context, -1):
+            rest = self._decode(begin)
+            if len(rest) >= held and self._decode(self._context, begin) + rest == text:
+                self._context = self._read = begin
+                self._known = rest[: len(rest) - held]
+                return
 
     def end(self) -> str:
         """The text that was held back."""
@@ -45,8 +60,8 @@ class TextStream:
         rest = self._take(self._decode(self._context)[len(self._known) :])
         return rest if self.stopped else rest + self._held
 
-    def _decode(self, begin: int) -> str:
-        return self._tokenizer.decode(self._ids[begin:], skip_special_tokens=True)
+    def _decode(self, begin: int, end: int | None = None) -> str:
+        return self._tokenizer.decode(self._ids[begin:end], skip_special_tokens=True)
 
     def _take(self, new: str) -> str:
         text = self._held + new
@@ -54,6 +69,7 @@ class TextStream:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        keep = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        ends = (n for stop in self._stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
+        keep = max(ends, default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
