@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-KINDS = ["adapter", "config", "bitsandbytes", "gguf", "report", "checkpoint", "gptq"]
+KINDS = ["adapter", "config", "bitsandbytes", "gguf", "report", "checkpoint", "gptq", "codes", "trainer", "calibration"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="memory and time are bounded by POSIX")
