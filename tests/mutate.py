@@ -17,6 +17,7 @@ import argparse
 import ast
 import collections
 import io
+import itertools
 import os
 import random
 import re
@@ -78,19 +79,22 @@ TESTS = {  # by file, or by directory for those of its files that have no line: 
     ],
     "peftops/integrations/peft_layers.py": ["interop/test_live_models.py"],
     "peftops/integrations/peft_tensors.py": ["integrations/test_peft_tensors.py", "integrations/test_peft_files.py"],
-    "peftops/integrations/peft_whole.py": ["methods/test_modules_to_save.py", "integrations/test_peft_files.py"],
+    "peftops/integrations/peft_whole.py": ["methods/test_modules_to_save.py", "interop/test_peft_options.py"],
     "peftops/integrations/summary.py": ["methods/test_counts.py", "methods/test_lora.py", "methods/test_experts.py"],
     "peftops/integrations/together.py": ["integrations/test_together.py"],
     "peftops/methods": ["methods/test_methods.py", "methods/test_conformance.py"],
     "peftops/methods/dora.py": ["methods/test_dora.py", "methods/test_conformance.py"],
     "peftops/methods/llama_adapter.py": ["methods/test_llama_adapter.py"],
+    "peftops/methods/glora.py": ["methods/test_lora.py", "methods/test_conformance.py"],
     "peftops/methods/loftq.py": ["methods/test_loftq.py", "methods/test_conformance.py"],
     "peftops/methods/longlora.py": ["methods/test_longlora.py"],
     "peftops/methods/lora.py": ["methods/test_lora.py", "methods/test_conformance.py"],
     "peftops/methods/lqlora.py": ["methods/test_lqlora.py"],
     "peftops/methods/qalora.py": ["methods/test_qalora.py", "methods/test_conformance.py"],
+    "peftops/methods/olora.py": ["methods/test_options.py", "methods/test_conformance.py"],
     "peftops/methods/relora.py": ["methods/test_relora.py"],
     "peftops/methods/surgical.py": ["methods/test_surgical.py"],
+    "peftops/methods/tiedlora.py": ["methods/test_lora.py", "methods/test_conformance.py"],
     "peftops/nn": ["methods/test_lora.py", "nn/test_group_layers.py"],
     "peftops/nn/adapter.py": ["methods/test_conformance.py", "methods/test_all_or_nothing.py"],
     "peftops/nn/adapter_pool.py": ["nn/test_adapter_pool.py", "nn/test_adapter_pool_threads.py"],
@@ -98,7 +102,7 @@ TESTS = {  # by file, or by directory for those of its files that have no line: 
     "peftops/nn/experts_linear.py": ["methods/test_experts.py", "ops/test_experts_linear.py"],
     "peftops/nn/gated_prompt.py": ["nn/test_gated_prompt.py"],
     "peftops/nn/language_loss.py": ["nn/test_language_loss.py"],
-    "peftops/nn/packed_linear.py": ["ops/test_packed_tensor.py", "nn/test_group_layers.py"],
+    "peftops/nn/packed_linear.py": ["ops/test_packed_tensor.py", "nn/test_group_layers.py", "methods/test_lora.py"],
     "peftops/nn/paged_memory.py": ["nn/test_paged_memory.py"],
     "peftops/nn/prompt.py": ["methods/test_prompt_batch.py", "methods/test_methods.py", "methods/test_packed_rows.py"],
     "peftops/nn/quantized.py": ["ops/test_packed_tensor.py", "nn/test_group_layers.py"],
@@ -118,7 +122,7 @@ TESTS = {  # by file, or by directory for those of its files that have no line: 
     "peftops/ops/gated_prompt_attention.py": ["ops/test_gated_prompt_attention.py"],
     "peftops/ops/gptq_nf4.py": ["ops/test_gptq_nf4.py"],
     "peftops/ops/gptq_quantize.py": ["ops/test_gptq_quantize.py"],
-    "peftops/ops/group_dequantize.py": ["ops/test_group_dequantize.py"],
+    "peftops/ops/group_dequantize.py": ["ops/test_group_dequantize.py", "ops/test_packed_stack.py"],
     "peftops/ops/group_linear.py": ["ops/test_group_linear.py"],
     "peftops/ops/group_quantize.py": ["ops/test_group_quantize.py"],
     "peftops/ops/group_tensor.py": ["ops/test_group_tensor.py", "ops/test_packed_stack.py"],
@@ -372,8 +376,8 @@ def draw(only: list[str], each: int, total: int, seed: int) -> list[tuple[str, l
         return [(file, tests, change) for file, tests, changes in drawn for change in changes]
     random.Random(seed).shuffle(files)
     left = [(f, t, mutants(ROOT / f, total, random.Random(f"{seed} {f}"))) for f, t in files]
-    rounds = ([(file, tests, next(changes, None)) for file, tests, changes in left] for _ in range(total))
-    return [made for round_ in rounds for made in round_ if made[2]][:total]
+    rounds = ((file, tests, next(changes, None)) for _ in range(total) for file, tests, changes in left)
+    return list(itertools.islice((drawn for drawn in rounds if drawn[2]), total))
 
 
 def main() -> None:
