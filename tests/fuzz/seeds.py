@@ -126,7 +126,7 @@ def _codes(folder: Path) -> None:
         ("group", peftops.GroupConfig(bits=3), base()),
         ("gptq", peftops.GroupConfig(layout="gptq"), base()),
         ("mxfp4", peftops.MXFP4Config(), base()),
-        ("gpt-oss", peftops.MXFP4Config(layout="mxfp4"), moe("GptOss")),
+        ("gpt-oss", peftops.MXFP4Config(["q_proj", "k_proj", "v_proj", "o_proj"], "mxfp4"), moe("GptOss")),
         ("experts", peftops.NF4Config(), moe("Qwen3Moe")),
     ]:
         model.save_pretrained(folder / "dense" / name)
