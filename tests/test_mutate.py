@@ -2,6 +2,8 @@
 
 import ast
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -18,7 +20,7 @@ def test_mutants_are_other_programs(file):
 
 
 def test_kernels_have_mutants_outside_comments():
-    for file, _ in mutate.files_of("csrc"):
+    for file, _ in mutate.files_of(["csrc"]):
         text = (mutate.ROOT / file).read_text()
         found = mutate.changes(mutate.ROOT / file)
         assert len(found) > 5
@@ -38,7 +40,16 @@ def test_a_fault_is_caught_and_a_change_of_words_is_not(tmp_path):
     ):
         assert text.count(old) == 1
         (tmp_path / file).write_text(text.replace(old, new))
-        assert mutate.judge(tmp_path, file, tests, 300) == want
+        call = f"mutate.judge(Path({str(tmp_path)!r}), {file!r}, {tests}, 300)"
+        code = f"from pathlib import Path; import mutate; print({call})"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=mutate.ROOT / "tests")
+        assert run.stdout.split() == [want], run.stderr
+
+
+def test_a_total_is_spread_over_files():
+    drawn = [file for file, _, _ in mutate.draw(["peftops/nn/u", "peftops/nn/ties"], 5, 6, 1)]
+    assert len(drawn) == 6 and len(set(drawn[:4])) == len(set(drawn)) == 4
+    assert mutate.draw(["peftops/nn/u"], 5, 4, 1) == mutate.draw(["peftops/nn/u"], 5, 4, 1)
 
 
 def test_every_place_exists():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..attaching.targets import layers
 from ..nn import NF4Linear, base_of, is_conv1d, shell_of, sizes
 from ..ops import NF4Tensor
-from .bitsandbytes_files import from_bitsandbytes, to_bitsandbytes
+from .bitsandbytes_files import to_bitsandbytes
 from .code_files import Layout
 from .files import check_new_directory, durable, whole_directory, writable_directory, write_atomically
 from .model_files import replace
@@ -50,9 +50,9 @@ class Unfinished:
         if file.exists():
             try:
                 was = json.loads(file.read_text())
-            except ValueError:
-                was = {}
-            different = [name for name in own if was.get(name) != own[name]]
+            except (ValueError, RecursionError):
+                was = None
+            different = [name for name in own if not isinstance(was, dict) or was.get(name) != own[name]]
             if different:
                 raise ValueError(
                     f"{self.folder} is of an unfinished run with another {', '.join(different)}; delete "
@@ -69,8 +69,12 @@ class Unfinished:
         told = {"format": "pt", "reports": json.dumps([dataclasses.asdict(report) for report in reports])}
         write_atomically(self._block(i), lambda file: save_file(tensors, file, told))
 
-    def read(self, i: int, path: str, kind: type) -> list[Any] | None:
-        """Put a block that was done before into the model; what was reported of it. None if it was not."""
+    def read(self, i: int, path: str, layers: list[str], kind: type) -> list[Any] | None:
+        """Put a block that was done before into the model; what was reported of its ``layers``. None if it was not.
+
+        Raises:
+            ValueError: the file is damaged, or of another block; nothing has changed then.
+        """
         file = self._block(i)
         if not file.exists():
             return None
@@ -78,20 +82,14 @@ class Unfinished:
             with safe_open(file, "pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}
                 reports = [kind(**report) for report in json.loads(opened.metadata()["reports"])]
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            if sorted(report.name for report in reports) != sorted(layers):
+                raise ValueError("it reports of other layers")
+            codes = {name: self._codes(name, tensors) for name in layers}
+            self._check_rest(path, {f"{name}.weight" for name in layers}, tensors)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{file} is damaged ({error}); delete it to have that block done again") from None
-        for name in [report.name for report in reports]:
-            of = f"{name}.weight"
-            own = {
-                key[len(name) + 1 :]: tensors.pop(key) for key in list(tensors) if key == of or key.startswith(f"{of}.")
-            }
-            layer = self.model.get_submodule(name)
-            if self.config.layout == "bitsandbytes":
-                weight = from_bitsandbytes(own)
-            else:
-                shape, dtype = torch.Size(sizes(layer)[::-1]), layer.weight.dtype
-                weight = Layout("peftops").read(own, shape, dtype)
-            replace(self.model, name, NF4Linear(weight, None, shell_of(layer)))
+        for name, weight in codes.items():
+            replace(self.model, name, NF4Linear(weight, None, shell_of(self.model.get_submodule(name))))
         for name, tensor in tensors.items():
             owner, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(owner)
@@ -100,6 +98,27 @@ class Unfinished:
             else:
                 module._buffers[leaf] = tensor
         return reports
+
+    def _codes(self, name: str, tensors: dict[str, Tensor]) -> NF4Tensor:
+        """A layer's weight out of a block's tensors, which lose what it is made of."""
+        of, layer = f"{name}.weight", self.model.get_submodule(name)
+        own = {key[len(name) + 1 :]: tensors.pop(key) for key in list(tensors) if key == of or key.startswith(f"{of}.")}
+        return Layout(self.config.layout).read(own, torch.Size(sizes(layer)[::-1]), layer.weight.dtype)
+
+    def _check_rest(self, path: str, coded: set[str], tensors: dict[str, Tensor]) -> None:
+        """Whether the tensors of a block that are not in codes are those that it has."""
+        block = self.model.get_submodule(path)
+        own = dict(block.named_parameters(prefix=path)) | {
+            f"{at}.{name}": buffer
+            for at, module in block.named_modules(prefix=path)
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        }
+        told = lambda found: {key: (t.shape, t.dtype) for key, t in found.items() if key not in coded}
+        own, given = told(own), told(tensors)
+        for name in sorted(own.keys() | given.keys()):
+            if own.get(name) != given.get(name):
+                raise ValueError(f"{name} is not as the model has it")
 
     def finish(self, count: int, report: Any, tokenizer: Any) -> None:
         """Give everything its name."""

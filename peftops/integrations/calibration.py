@@ -184,7 +184,7 @@ def quantize_model(
         hidden = move(hidden)
         for i, path in enumerate(stack):
             given, inside = move(calls.pop(path)), [name for name in targets if name.startswith(f"{path}.")]
-            done = work.read(i, path, LayerReport) if work else None
+            done = work.read(i, path, inside, LayerReport) if work else None
             if done is None:
                 if files is not None:
                     files.fill(wanted=lambda name, path=path: name.startswith(f"{path}."))

@@ -10,9 +10,6 @@ a file can neither fill the machine nor stop the run.
 from __future__ import annotations
 
 import argparse
-import atexit
-import copy
-import functools
 import json
 import shutil
 import signal
@@ -27,117 +24,15 @@ from random import Random
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
 
 import models  # noqa: E402
 import peftops  # noqa: E402
-from fuzz.damage import STRANGE, damage_bytes, damage_json, damage_safetensors  # noqa: E402
+from fuzz.damage import STRANGE, damage_bytes, damage_json, damage_safetensors, damage_value  # noqa: E402
+from fuzz.seeds import CHECKPOINTS, MAKE, base, calibration_rows, seeds  # noqa: E402
 
 RIGHT = (ValueError, TypeError, OSError, KeyError)  # what the docstrings promise
 SECONDS, MEMORY = 60, 6 << 30  # of the processor that a case may take, and bytes of a process
 CHUNK = 500  # cases of a process
-
-
-@functools.cache
-def _base() -> nn.Module:
-    return models.llama(tied=False)
-
-
-def base() -> nn.Module:
-    torch.manual_seed(0)
-    return copy.deepcopy(_base())
-
-
-@functools.cache
-def seeds(kind: str) -> Path:
-    """Sound files of a kind, small."""
-    folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{kind}-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    _MAKE[kind](folder / kind)
-    return folder / kind
-
-
-def _config(folder: Path) -> None:
-    base().save_pretrained(folder)
-
-
-def _adapter(folder: Path) -> None:
-    for name, config in {
-        "lora": peftops.LoRAConfig(r=4, rank_pattern={"q_proj": 2}),
-        "qlora": peftops.QLoRAConfig(r=4),
-        "dora": peftops.DoRAConfig(r=4),
-        "ia3": peftops.IA3Config(),
-        "loftq": peftops.LoftQConfig(r=4, iterations=1),
-        "prefix": peftops.PrefixTuningConfig(tokens=3),
-        "qalora": peftops.QALoRAConfig(r=4),
-        "whole": peftops.LoRAConfig(r=4, target=["q_proj"], modules_to_save=["lm_head"]),
-    }.items():
-        peftops.save(peftops.attach(base(), config), folder / name)
-
-
-def _report(folder: Path) -> None:
-    made = {"method": "lora", "losses": [1.0], "evaluations": [[0, 2.0]], "loss_before": 2.0, "loss_after": 1.5}
-    counts = "trainable total frozen_bytes dense_bytes peak_bytes steps rows_per_step seconds tokens".split()
-    folder.mkdir()
-    (folder / "report.json").write_text(json.dumps({**made, **dict.fromkeys(counts, 3)}))
-
-
-def _bitsandbytes(folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    from peftops.integrations.bitsandbytes_files import to_bitsandbytes
-
-    model = peftops.detach(peftops.attach(base(), peftops.QLoRAConfig()))
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter.data, peftops.NF4Tensor):
-            layer = name.removesuffix("weight")
-            tensors |= {layer + part: t.clone() for part, t in to_bitsandbytes(parameter.data).items()}
-        else:
-            tensors[name] = parameter.detach().clone()
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = model.config.to_dict()
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def _gguf(path: Path) -> None:
-    import gguf
-
-    config = dict(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    import transformers
-
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config, tie_word_embeddings=False))
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(128)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(16)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(64)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
-    for name, parameter in model.named_parameters():
-        stem, _, suffix = name.rpartition(".")
-        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", parameter.detach().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-_MAKE = {"adapter": _adapter, "config": _config, "bitsandbytes": _bitsandbytes, "gguf": _gguf, "report": _report}
 
 
 def adapter(folder: Path, rng: Random) -> None:
@@ -279,8 +174,60 @@ def awq(folder: Path, rng: Random) -> None:
     peftops.group_dequantize(from_awq(parts if isinstance(parts, dict) else {"qweight": parts}))
 
 
+def codes(folder: Path, rng: Random) -> None:
+    """A model in codes; one whose configuration is sound, and that is read, computes as well."""
+    name = rng.choice(sorted(p.name for p in seeds("codes").iterdir()))
+    shutil.copytree(seeds("codes") / name, folder / "m")
+    file = folder / "m" / rng.choice(["config.json", "model.safetensors", "model.safetensors"])
+    if file.suffix == ".safetensors":
+        file.write_bytes(damage_safetensors(file.read_bytes(), rng))
+    elif rng.random() < 0.5:
+        file.write_bytes(damage_json(file.read_bytes(), rng))
+    else:  # the few lines that say how to read the codes
+        config = json.loads(file.read_text())
+        config["quantization_config"] = damage_value(config["quantization_config"], rng)
+        file.write_text(json.dumps(config))
+    model = peftops.load_model(folder / "m", quantize=rng.random() < 0.5)
+    if file.suffix == ".safetensors":
+        model(models.tokens(1, 4, vocabulary=90))
+
+
+def trainer(folder: Path, rng: Random) -> None:
+    """A checkpoint of transformers' Trainer, to go on from: all of it, or nothing changes."""
+    from peftops.integrations.checkpoints import load_training
+
+    name = rng.choice(sorted(CHECKPOINTS))
+    shutil.copytree(seeds("trainer") / name, folder / "c")
+    file = rng.choice(sorted(p for p in (folder / "c").iterdir() if p.suffix in (".json", ".safetensors")))
+    damage = damage_safetensors if file.suffix == ".safetensors" else damage_json
+    file.write_bytes(damage(file.read_bytes(), rng))
+    model = peftops.attach(base(), CHECKPOINTS[name])
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        load_training(model, folder / "c")
+    except RIGHT:
+        assert all(torch.equal(p, dict(model.named_parameters())[name]) for name, p in before.items()), "half is read"
+        raise
+
+
+def calibration(folder: Path, rng: Random) -> None:
+    """Gone on with after an interruption: its result is all there, or is not there."""
+    shutil.copytree(seeds("calibration"), folder / "c")
+    file = rng.choice(sorted((folder / "c" / ".out.unfinished").iterdir()))
+    damage = damage_safetensors if file.suffix == ".safetensors" else damage_json
+    file.write_bytes(damage(file.read_bytes(), rng))
+    out = folder / "c" / "out"
+    try:
+        peftops.quantize_model(folder / "c" / "model", calibration_rows(), out=out)
+    except RIGHT:
+        assert not out.exists(), "half of a model is left"
+        raise
+    peftops.load_model(out)
+
+
 KINDS: dict[str, Callable[[Path, Random], None]] = {
-    f.__name__: f for f in (adapter, config, bitsandbytes, gguf, report, checkpoint, gptq, awq)
+    f.__name__: f
+    for f in (adapter, config, bitsandbytes, gguf, report, checkpoint, gptq, awq, codes, trainer, calibration)
 }
 
 
@@ -295,7 +242,7 @@ def run_case(kind: str, number: int) -> str | None:
         raise TookTooLong
 
     old = signal.signal(signal.SIGPROF, stop)  # by the clock, a busy machine would be a fault
-    if kind in _MAKE:
+    if kind in MAKE:
         seeds(kind)  # before the clock starts
     with tempfile.TemporaryDirectory() as folder:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)

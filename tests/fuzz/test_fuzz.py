@@ -6,7 +6,19 @@ from pathlib import Path
 
 import pytest
 
-KINDS = ["adapter", "config", "bitsandbytes", "gguf", "report", "checkpoint", "gptq", "awq"]
+KINDS = [
+    "adapter",
+    "config",
+    "bitsandbytes",
+    "gguf",
+    "report",
+    "checkpoint",
+    "gptq",
+    "awq",
+    "codes",
+    "trainer",
+    "calibration",
+]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="memory and time are bounded by POSIX")

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import models
@@ -124,6 +125,68 @@ def test_conv1d_goes_into_our_own_layout_alone(tmp_path):
         quantize_model(tmp_path / "dense", ROWS, out=tmp_path / "out")
     model, _ = quantize_model(tmp_path / "dense", ROWS, CalibrationConfig(layout="peftops"), out=tmp_path / "out")
     assert torch.equal(logits(peftops.load_model(tmp_path / "out")), logits(model))
+
+
+@pytest.mark.parametrize("token", [-1, 320])
+def test_a_token_that_the_model_does_not_have_is_refused(token):
+    with pytest.raises(ValueError, match=f"hold a token {token}, and the model has those from 0 to 319"):
+        quantize_model(llama(), [[5, 6], [7, token]])
+    quantize_model(llama(), [[5, 6], [7, 319]])
+
+
+def renamed(tensors, reports):
+    tensors["x"] = tensors.pop("model.layers.0.input_layernorm.weight")
+
+
+def missing(tensors, reports):
+    del tensors["model.layers.0.input_layernorm.weight"]
+
+
+def reshaped(tensors, reports):
+    tensors["model.layers.0.input_layernorm.weight"] = torch.ones(63)
+
+
+def of_another_dtype(tensors, reports):
+    tensors["model.layers.0.input_layernorm.weight"] = torch.ones(64, dtype=torch.float64)
+
+
+def without_codes(tensors, reports):
+    del tensors["model.layers.0.mlp.up_proj.weight.absmax"]
+
+
+def of_other_layers(tensors, reports):
+    reports.pop()
+
+
+def of_a_name_that_is_none(tensors, reports):
+    reports[0]["name"] = 3
+
+
+DAMAGES = [renamed, missing, reshaped, of_another_dtype, without_codes, of_other_layers, of_a_name_that_is_none]
+
+
+def test_a_damaged_unfinished_run_is_refused(folder, tmp_path):
+    """Nothing of another model, and nothing that is missing, gets into the result."""
+
+    def stop(done, of):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(folder, ROWS, out=tmp_path / "out", on_block=stop)
+    file, settings = (tmp_path / ".out.unfinished" / name for name in ("block-00000.safetensors", "settings.json"))
+    with safe_open(file, "pt") as opened:
+        sound, told = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()
+    for damage in DAMAGES:
+        tensors, reports = dict(sound), json.loads(told["reports"])
+        damage(tensors, reports)
+        save_file(tensors, file, told | {"reports": json.dumps(reports)})
+        with pytest.raises(ValueError, match="block-00000.safetensors is damaged"):
+            quantize_model(folder, ROWS, out=tmp_path / "out")
+        assert not (tmp_path / "out").exists(), damage.__name__
+    for text in ("[1]", "3", "{", "[" * 100_000):
+        settings.write_text(text)
+        with pytest.raises(ValueError, match="is of an unfinished run with another"):
+            quantize_model(folder, ROWS, out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("layout", ["bitsandbytes", "peftops"])

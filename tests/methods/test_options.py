@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+import peftops
 from examples import example_of
 from peftops.attaching import METHODS
 
@@ -32,3 +33,8 @@ def test_what_a_file_makes_of_options_is_of_their_kinds(config):
             dataclasses.replace(options, **{option.name: list(value)})
         if option.type == "float" and value == int(value):
             dataclasses.replace(options, **{option.name: int(value)})
+
+
+def test_olora_needs_no_iterations_of_an_svd():
+    with pytest.raises(ValueError, match="iterations=4, but OLoRA needs no SVD"):
+        peftops.OLoRAConfig(iterations=4)

@@ -1,7 +1,10 @@
 """What a client is told of an adapter that cannot be loaded names no place on the server's machine."""
 
+import asyncio
 import json
+import math
 import shutil
+from dataclasses import fields
 
 import pytest
 
@@ -10,8 +13,9 @@ import peftops
 from peftops.serving import pool_for
 
 pytest.importorskip("fastapi")
-from peftops.serving.http import Adapters
+from peftops.serving.http import Adapters, Limits
 from peftops.serving.http.errors import ApiError
+from peftops.serving.http.guard import Guard
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -59,3 +63,21 @@ def test_no_place_is_named(fault, tmp_path):
         Adapters(pool, "base").load("x", folder)
     assert told.value.status == 400 and told.value.message.startswith("cannot load 'x': ")
     assert "secret" not in told.value.message and str(tmp_path) not in told.value.message, told.value.message
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Limits)])
+def test_every_limit_is_a_number_in_its_range(name):
+    for value in (-1, math.nan, "4", True):
+        with pytest.raises(ValueError, match=f"Limits: {name}"):
+            Limits(**{"context": 8, name: value})
+
+
+def test_a_message_that_does_not_say_that_more_follows_is_the_last():
+    """ASGI lets a server leave that out."""
+
+    async def receive():
+        return messages.pop(0)
+
+    messages = [{"type": "http.request", "body": b"ab", "more_body": True}, {"type": "http.request", "body": b"c"}]
+    guard = Guard(None, limits=Limits(context=8), metrics=None, key=None, ready=lambda: True)
+    assert asyncio.run(guard._read(receive)) == b"abc" and not messages
