@@ -68,6 +68,13 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor]) -> NF4Tensor:
         if given is not None and not close(given, own):
             raise ValueError(f"weight.{name} is not the one that bitsandbytes uses for NF4")
     packed, absmax = tensors["weight"].flatten().view(torch.uint8), tensors["weight.absmax"]
+    kinds = {"absmax": torch.float32}
+    if "nested_offset" in state:
+        kinds = {"absmax": torch.uint8, "nested_absmax": torch.float32}
+    for name, kind in kinds.items():
+        given = tensors.get(f"weight.{name}")
+        if given is not None and given.dtype != kind:
+            raise ValueError(f"weight.{name} must be {kind}, not {given.dtype}")
     if "nested_offset" not in state:
         return NF4Tensor(packed, absmax, None, None, block_size, shape, dtype)
     if state.get("nested_blocksize") != 256:

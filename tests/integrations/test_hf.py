@@ -164,6 +164,9 @@ def test_bitsandbytes_tensors_round_trip(kw):
         from_bitsandbytes({**tensors, state: tensors[state][:-3]})
     with pytest.raises(ValueError, match="quant_map is not the one"):
         from_bitsandbytes({**tensors, "weight.quant_map": torch.zeros(16)})
+    for part in ("absmax", "nested_absmax") if kw.get("double_quant", True) else ("absmax",):
+        with pytest.raises(ValueError, match=f"weight.{part} must be .*, not torch.bool"):
+            from_bitsandbytes({**tensors, f"weight.{part}": tensors[f"weight.{part}"].bool()})
 
 
 def write_gguf(path, model, kind="llama", factors=None, scaling=None):
