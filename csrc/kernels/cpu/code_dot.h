@@ -133,8 +133,8 @@ template <class Weight> struct Dot8 {
       const Int high = look_up_bytes(kSigned8<Weight>.at, shift_right(strip[r], 4) & nibble);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
-        const Int sum = dot_signed(dot_signed(as_int(zero()), low, x.low(i, m)), high, x.high(i, m));
-        total[m][r] = fma(to_float(sum), scale[r] * x.factor(i, m), total[m][r]);
+        const Int sum = dot_signed(dot_signed(as_int(zero()), low, x.low<M>(i, m)), high, x.high<M>(i, m));
+        total[m][r] = fma(to_float(sum), scale[r] * x.factor<M>(i, m), total[m][r]);
       }
     }
   }
@@ -157,11 +157,10 @@ template <class Weight> struct Strips {
   }
   const uint8_t* packed(int64_t row) const { return w.packed + flat_of(w, row, k) / 2; }
 
-  // Each lane's scale, of a strip whose scales are at `at`. A look-up of sixteen is long where a vector has eight lanes.
-  Vec scale(const float* at) const {
-    if (kLanes < 16 && per_strip == 1) return set(*at);
-    return Table16(at)(which);
-  }
+  // Whether a strip has one scale: where a vector has eight lanes, a look-up of sixteen takes long.
+  bool have_one() const { return kLanes < 16 && per_strip == 1; }
+  // Each lane's scale, of a strip whose scales are at `at`.
+  template <bool kOne> Vec scale(const float* at) const { return kOne ? set(*at) : Table16(at)(which); }
   // The scales of `rows` rows from `row` on, one row after the other.
   void scales(int64_t row, int64_t rows, float* out) const {
     if (segment == w.block_size && cols == w.cols)
@@ -178,7 +177,8 @@ template <class Weight> struct Strips {
 };
 
 // c[m][i] += x[m] . weight[row + i], over the strips' columns, for kLanes rows of the weight.
-template <int M, class Weight, class Dot> void dot_lanes(const Strips<Weight>& strips, const Dot& dot, int64_t row, float* c) {
+template <int M, bool kOne, class Weight, class Dot>
+void dot_lanes(const Strips<Weight>& strips, const Dot& dot, int64_t row, float* c) {
   constexpr int R = Dot::together(M);
   const int64_t rows = at_most(kLanes, strips.w.rows - row);
   float scales[kLanes * kDotCols / 32 + 16];
@@ -204,7 +204,7 @@ template <int M, class Weight, class Dot> void dot_lanes(const Strips<Weight>& s
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         codes[r] = load_int(p[r] + s * kStrip / 2);
-        scale[r] = strips.scale(scale_of[r] + s * strips.per_strip);
+        scale[r] = strips.template scale<kOne>(scale_of[r] + s * strips.per_strip);
       }
       dot.template add<M, R>(codes, s, scale, total);
     }
@@ -213,7 +213,7 @@ template <int M, class Weight, class Dot> void dot_lanes(const Strips<Weight>& s
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         codes[r] = load_int_n(p[r] + s * kStrip / 2, strips.rest);
-        const Vec all = strips.scale(scale_of[r] + s * strips.per_strip);   // the next row's, too
+        const Vec all = strips.template scale<kOne>(scale_of[r] + s * strips.per_strip);   // the next row's, too
         scale[r] = as_float(as_int(all) & strips.inside);
       }
       dot.template add<M, R>(codes, s, scale, total);
@@ -253,7 +253,7 @@ void dot_pairs(const Strips<Weight>& strips, const Dot32<Weight>& dot, int64_t p
       Vec total[1][1] = {{sum}};
       for (int64_t s = from; s < to; ++s)
         dot.template add<1, 1>({load_int(p + s * kStrip / 2)}, s,
-                               {strips.scale(scale_of + s * strips.per_strip)}, total);
+                               {strips.template scale<false>(scale_of + s * strips.per_strip)}, total);
       return total[0][0];
     };
     const Int both = as_int(add(middle, middle + 1, zero()));
@@ -272,7 +272,11 @@ template <class F> void each_lanes(const Block& b, int64_t rows, const Scratch& 
 template <class Weight, class Dot>
 void add_dots(const Block& b, int64_t first, int64_t rows, const Strips<Weight>& strips, const Dot& dot, const Scratch& s) {
   each_lanes(b, strips.w.rows, s, [&](int64_t row, float* c) {
-    with_dot_rows(rows, [&](auto m) { dot_lanes<decltype(m)::value>(strips, dot, row, c + first * Scratch::kCols); });
+    with_dot_rows(rows, [&](auto m) {
+      constexpr int M = decltype(m)::value;
+      if (strips.have_one()) dot_lanes<M, true>(strips, dot, row, c + first * Scratch::kCols);
+      else dot_lanes<M, false>(strips, dot, row, c + first * Scratch::kCols);
+    });
   });
 }
 

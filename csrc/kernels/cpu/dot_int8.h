@@ -26,10 +26,13 @@ struct Bytes {
       : codes(reinterpret_cast<int8_t*>(p)), factors(p + kDotRows * kDotCols / 4),
         sums(factors + kDotRows * kDotCols / 8), rows(rows) {}
 
-  Int low(int64_t strip, int64_t row) const { return load_int(codes + (strip * rows + row) * kStrip); }
-  Int high(int64_t strip, int64_t row) const { return load_int(codes + (strip * rows + row) * kStrip + kStrip / 2); }
-  Vec factor(int64_t strip, int64_t row) const { return load(factors + (strip * rows + row) * kLanes); }
-  Vec sum(int64_t strip, int64_t row) const { return load(sums + (strip * rows + row) * kLanes); }
+  // Of M rows, as many as there are.
+  template <int M> Int low(int64_t strip, int64_t row) const { return load_int(codes + (strip * M + row) * kStrip); }
+  template <int M> Int high(int64_t strip, int64_t row) const {
+    return load_int(codes + (strip * M + row) * kStrip + kStrip / 2);
+  }
+  template <int M> Vec factor(int64_t strip, int64_t row) const { return load(factors + (strip * M + row) * kLanes); }
+  template <int M> Vec sum(int64_t strip, int64_t row) const { return load(sums + (strip * M + row) * kLanes); }
 
   // Packs `cols` columns, a multiple of 32, with factors times `unit`; kHighFirst: the first of two codes is the high
   // nibble. `fits` becomes false for a row that int8 cannot hold: with a NaN, an infinity, or so small that 1 / max

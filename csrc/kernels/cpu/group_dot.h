@@ -60,8 +60,8 @@ template <int B> struct GroupFloats {
       }
     }
   }
-  Vec sum(int64_t s, int64_t m) const { return load(at + (s * rows + m) * kPacked + kStrip); }
-  Vec times_factor(Vec scale, int64_t, int64_t) const { return scale; }
+  template <int M> Vec sum(int64_t s, int64_t m) const { return load(at + (s * M + m) * kPacked + kStrip); }
+  template <int M> Vec times_factor(Vec scale, int64_t, int64_t) const { return scale; }
 };
 
 #if defined(PEFTOPS_DOT8)
@@ -76,15 +76,16 @@ struct GroupBytes {
       const Int low = units[r] & nibble, high = shift_right(units[r], 4) & nibble;
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m)
-        sum[m][r] = to_float(dot_unsigned(dot_unsigned(as_int(zero()), low, x.low(s, m)), high, x.high(s, m)));
+        sum[m][r] = to_float(dot_unsigned(dot_unsigned(as_int(zero()), low, x.low<M>(s, m)), high, x.high<M>(s, m)));
     }
   }
-  Vec sum(int64_t s, int64_t m) const { return x.sum(s, m); }
-  Vec times_factor(Vec scale, int64_t s, int64_t m) const { return scale * x.factor(s, m); }
+  template <int M> Vec sum(int64_t s, int64_t m) const { return x.sum<M>(s, m); }
+  template <int M> Vec times_factor(Vec scale, int64_t s, int64_t m) const { return scale * x.factor<M>(s, m); }
 };
 #endif
 
-template <int B, class X> struct GroupDot {
+// kOne: the columns of a strip have one group.
+template <int B, bool kOne, class X> struct GroupDot {
   static constexpr int kCodes = Unit<B>::kCodes;
   static constexpr int64_t kStrip = Unit<B>::kStrip;
 
@@ -103,7 +104,7 @@ template <int B, class X> struct GroupDot {
 
   // A number for each lane, out of those of the groups of a strip.
   Vec each_lanes_own(const float* at, int64_t present) const {
-    if (kLanes < 16 && per_strip == 1) return set(*at);
+    if (kOne) return set(*at);
     return permute(as_float(load_int_n(at, present)), which);
   }
 
@@ -157,8 +158,8 @@ template <int B, class X> struct GroupDot {
       const Vec zero_point = each_lanes_own(zeros[r] + group, present);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
-        const Vec shifted = sum[m][r] - zero_point * x.sum(s, m);
-        total[m][r] = fma(shifted, x.times_factor(scale, s, m), total[m][r]);
+        const Vec shifted = sum[m][r] - zero_point * x.template sum<M>(s, m);
+        total[m][r] = fma(shifted, x.template times_factor<M>(scale, s, m), total[m][r]);
       }
     }
   }
@@ -181,11 +182,14 @@ template <class T> bool is_moderate(const T* x, int64_t n) {
 template <int B, class X>
 void add_dots(const Block& b, int64_t first, const GroupWeight& w, int64_t k, int64_t cols, const X& x, int64_t rows,
               const Scratch& s) {
-  const GroupDot<B, X> dot(w, k, cols, x);
-  for (int64_t row = b.col, j = 0; j < b.panels * 2 && row < w.rows; ++j, row += kLanes)
-    with_dot_rows(rows, [&](auto m) {
-      dot.template lanes<decltype(m)::value>(row, s.c + first * Scratch::kCols + j * kLanes);
-    });
+  const auto add = [&](const auto& dot) {
+    for (int64_t row = b.col, j = 0; j < b.panels * 2 && row < w.rows; ++j, row += kLanes)
+      with_dot_rows(rows, [&](auto m) {
+        dot.template lanes<decltype(m)::value>(row, s.c + first * Scratch::kCols + j * kLanes);
+      });
+  };
+  if (w.group >= Unit<B>::kStrip) add(GroupDot<B, true, X>(w, k, cols, x));
+  else add(GroupDot<B, false, X>(w, k, cols, x));
 }
 
 // Adds x W^T to a block of C that has kDotRows rows at most, and is part of one of `all` rows, by which the columns are
