@@ -96,6 +96,13 @@ def add_adapter(pool: AdapterPool, name: str, directory: str | os.PathLike, *, p
     method = METHODS[type(config)]
     if not issubclass(method, LoRA) or method.adapt is not LoRA.adapt:
         raise TypeError(f"{directory} is an adapter of {method.__name__}; a pool holds A and B, as LoRA has them")
+    layers = {key.removeprefix(PREFIX).partition(".lora_")[0].partition(".base_layer")[0] for key in tensors}
+    experts = sorted(layer for layer in layers if layer.endswith("experts"))
+    if experts:
+        raise TypeError(
+            f"{directory} adapts {experts[0]}; a pool holds A and B of linear layers, and experts' are none: merge "
+            "such an adapter into a model of its own"
+        )
     factors, scalings, whole = {}, {}, config.to_peft()
     for key in tensors:
         layer, _, end = key.removeprefix(PREFIX).rpartition(".lora_A.weight")
@@ -111,12 +118,6 @@ def add_adapter(pool: AdapterPool, name: str, directory: str | os.PathLike, *, p
                 )
             factors[layer] = tensors[key], tensors[other]
             scalings[layer] = config.rank_and_scaling(layer)[1]
-    experts = [layer for layer in factors if layer.partition(".base_layer")[0].endswith("experts")]
-    if experts:
-        raise TypeError(
-            f"{directory} adapts {experts[0].partition('.base_layer')[0]}; a pool holds A and B of linear "
-            "layers, and experts' are none: merge such an adapter into a model of its own"
-        )
     left = sorted(set(tensors) - {f"{PREFIX}{layer}.lora_{x}.weight" for layer in factors for x in "AB"})
     if left or not factors:
         raise ValueError(f"{directory} has {left[0] if left else 'no tensors'}; a pool holds A and B of linear layers")
