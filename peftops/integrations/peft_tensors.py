@@ -40,8 +40,11 @@ def check_ranks(fields: dict[str, Any], tensors: dict[str, Tensor], file: object
         if leaf is None or of_experts or is_within(name.rpartition(".")[0], fields.get("modules_to_save") or ()):
             continue
         r = by_pattern(fields.get("rank_pattern") or {}, layer, fields["r"])
-        at = _RANK_AT[leaf] + (tensor.dim() == 3)  # behind that of our own files' experts
-        if tensor.shape[at : at + 1] != (r,):
+        stacked = tensor.dim() == 3 and ".experts." in f".{layer}."  # in our own files; else a Conv1d
+        at = _RANK_AT[leaf] + stacked
+        size = tensor.shape[at] if at < tensor.dim() else 0
+        in_groups = leaf == "lora_B.weight" and tensor.dim() > 2 and not stacked  # of a convolution, each has its part
+        if size != r and not (in_groups and size and r % size == 0):
             raise ValueError(
                 f"{file} does not fit: {layer}.{leaf.removesuffix('.weight')} has shape {list(tensor.shape)}, and "
                 f"adapter_config.json says that its rank, dimension {at} of that, is {r}"

@@ -52,6 +52,11 @@ def kind_of(layer: nn.Module) -> str | None:
     return None
 
 
+def is_convolution(layer: nn.Module) -> bool:
+    """Whether a layer that :func:`kind_of` knows is one; a compiler can follow this."""
+    return isinstance(layer, tuple(CONVOLUTIONS))
+
+
 def convolved(layer: nn.Module, x: Tensor, weight: Tensor, *, groups: int = 1) -> Tensor:
     """``x`` under another kernel of the same size, without a bias, read as the convolution ``layer`` reads it."""
     return _convolve(layer)(x, weight.to(x.dtype), None, layer.stride, layer.padding, layer.dilation, groups)
@@ -68,7 +73,7 @@ def _convolve(layer: nn.Module) -> Callable[..., Tensor]:
 
 def over_channels(layer: nn.Module, values: Tensor) -> Tensor:
     """One value for each output of a layer's matrix (or channel that it reads), to meet what it computes (or reads)."""
-    return values.view(-1, *[1] * (layer.weight.dim() - 2)) if kind_of(layer) == CONVOLUTION else values
+    return values.view(-1, *[1] * (layer.weight.dim() - 2)) if is_convolution(layer) else values
 
 
 def is_plain_linear(kind: type[nn.Linear]) -> bool:
@@ -100,7 +105,7 @@ def as_matrix(layer: nn.Module, weight: Tensor) -> Tensor:
         return weight.t()
     if isinstance(layer, ExpertsLinear):
         return layer.as_matrices(weight)
-    return weight.flatten(1) if isinstance(layer, tuple(CONVOLUTIONS)) else weight
+    return weight.flatten(1) if is_convolution(layer) else weight
 
 
 def matrix(layer: nn.Module) -> Tensor:

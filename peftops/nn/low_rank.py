@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ..ops import experts_linear, lora_linear
 from .experts_linear import ExpertsLinear
-from .layers import CONVOLUTION, convolved, kind_of, matrix, pointwise, sizes
+from .layers import convolved, is_convolution, matrix, pointwise, sizes
 from .quantized import is_quantized
 
 
@@ -16,7 +16,7 @@ def factor_shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, 
     convolutions of which the second is 1 x 1. Where the layer's channels are in groups, B's are, too, and A's are not,
     as in HF PEFT."""
     in_, out = sizes(base)
-    if kind_of(base) == CONVOLUTION:
+    if is_convolution(base):
         if r % base.groups:
             raise ValueError(f"r is {r}; a convolution in {base.groups} groups needs a multiple of {base.groups}")
         ones = [1] * len(base.kernel_size)
@@ -85,7 +85,7 @@ def low_rank(
     if isinstance(base, nn.Embedding):
         y = base(x)
         return y + (scaling * (F.embedding(x, lora_A.t()) @ lora_B.t())).to(y.dtype)
-    if kind_of(base) == CONVOLUTION:
+    if is_convolution(base):
         y = base(x) if bias else convolved(base, x, base.weight, groups=base.groups)
         u = convolved(base, F.dropout(x, dropout, training), lora_A)
         return y + scaling * pointwise(base, u, lora_B, groups=base.groups)

@@ -37,7 +37,9 @@ def test_a_file_that_asks_for_too_much(tmp_path, config, file, options):
     if harmless:  # a pattern that matches nothing
         peftops.load(model, tmp_path)
     else:
-        with pytest.raises(ValueError, match="no tensor in it has a dimension above|must be a whole number"):
+        with pytest.raises(
+            ValueError, match="no tensor in it has a dimension above|must be a whole number|says that its rank"
+        ):
             peftops.load(model, tmp_path)
         assert not hasattr(model, "_peftops")
     assert time.perf_counter() - start < 30
