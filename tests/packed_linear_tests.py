@@ -309,6 +309,13 @@ class Int8Tests:
             got = layer(x[rows], compute="int8")
             assert torch.equal(got[~got.isnan().any(1)], want[rows][~x[rows].isnan().any(1)])
 
+    def test_int8_of_more_columns_than_are_packed_at_a_time(self, device):
+        layer = self.layer(device, 40, 9216, (7,), torch.float32, 1)
+        if on_cuda(layer.x):
+            return
+        want = layer()
+        assert (layer(compute="int8") - want).norm() < 0.02 * want.norm()
+
     def test_int8_changes_no_gradient(self, device):
         layer = self.layer(device, 64, 320, (9,), torch.float32, 5, r=4, bias=True)
         y, want = layer(compute="int8"), layer()

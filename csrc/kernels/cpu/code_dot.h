@@ -263,14 +263,10 @@ void dot_pairs(const Strips<Weight>& strips, const Dot32<Weight>& dot, int64_t p
   add_lanes(partial, c);
 }
 
-// Calls f(row of the weight, columns of C for it and the next) for a block, kLanes rows at a time.
-template <class F> void each_lanes(const Block& b, int64_t rows, const Scratch& s, const F& f) {
-  for (int64_t row = b.col, j = 0; j < b.panels * 2 && row < rows; ++j, row += kLanes) f(row, s.c + j * kLanes);
-}
-
 // Adds the products of `rows` rows of a block, from its row `first` on.
 template <class Weight, class Dot>
-void add_dots(const Block& b, int64_t first, int64_t rows, const Strips<Weight>& strips, const Dot& dot, const Scratch& s) {
+void add_dots(const Block& b, int64_t first, int64_t rows, const Strips<Weight>& strips, const Dot& dot,
+              const Scratch& s) {
   each_lanes(b, strips.w.rows, s, [&](int64_t row, float* c) {
     with_dot_rows(rows, [&](auto m) {
       constexpr int M = decltype(m)::value;

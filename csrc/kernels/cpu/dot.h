@@ -16,6 +16,11 @@ template <int M = kDotRows, class F> void with_dot_rows(int64_t rows, const F& f
   if constexpr (M > 1) with_dot_rows<M - 1>(rows, f);
 }
 
+// Calls f(row of the weight, columns of C for it and the next) for a block, kLanes rows at a time.
+template <class F> void each_lanes(const Block& b, int64_t rows, const Scratch& s, const F& f) {
+  for (int64_t row = b.col, j = 0; j < b.panels * 2 && row < rows; ++j, row += kLanes) f(row, s.c + j * kLanes);
+}
+
 // c[m][i] += the sum of the lanes of partial[m][i].
 template <int M> void add_lanes(Int (&partial)[M][kLanes], float* c) {
   for (int m = 0; m < M; ++m) {

@@ -1,5 +1,5 @@
-// x in int8, for dot products with the four-bit codes of a weight as they lie (code_dot.h, group_dot.h): what the formats
-// share. x becomes round(127 x / max |x|), with a maximum for every 32 columns of a row.
+// x in int8, for dot products with the four-bit codes of a weight as they lie (code_dot.h, group_dot.h): what the
+// formats share. x becomes round(127 x / max |x|), with a maximum for every 32 columns of a row.
 //
 // A load of codes is split into its low nibbles and its high ones, 32 bytes each, and x lies in the same order. AVX2
 // multiplies 32 pairs of bytes at once, and needs two instructions more to add them up. In fp32 that is four
@@ -42,14 +42,15 @@ struct Bytes {
       for (int64_t m = 0; m < rows; ++m, ++at) {
         int8_t *low = codes + at * kStrip, *high = low + kStrip / 2;
         for (int64_t half = 0; half < 2; ++half) {
-          int8_t *even = (kHighFirst ? high : low) + half * kInt8Span / 2, *odd = (kHighFirst ? low : high) + half * kInt8Span / 2;
-          const int64_t col = k + half * kInt8Span;
+          const int64_t col = k + half * kInt8Span, place = half * kInt8Span / 2, lanes = half * kLanes / 2;
+          int8_t *even = (kHighFirst ? high : low) + place, *odd = (kHighFirst ? low : high) + place;
           const float factor = col < cols ? pack_span(x + m * ld + col, even, odd, fits[m]) : 0;
           if (col >= cols) memset(even, 0, kInt8Span / 2), memset(odd, 0, kInt8Span / 2);
-          for (int64_t lane = 0; lane < kLanes / 2; ++lane) factors[at * kLanes + half * kLanes / 2 + lane] = factor * unit;
+          for (int64_t i = 0; i < kLanes / 2; ++i) factors[at * kLanes + lanes + i] = factor * unit;
         }
         const Int ones = set_int(0x01010101), none = as_int(zero());
-        store(sums + at * kLanes, to_float(dot_unsigned(dot_unsigned(none, ones, load_int(low)), ones, load_int(high))));
+        const Int sum = dot_unsigned(dot_unsigned(none, ones, load_int(low)), ones, load_int(high));
+        store(sums + at * kLanes, to_float(sum));
       }
   }
 
@@ -74,8 +75,8 @@ struct Bytes {
 };
 static_assert(kDotRows * kDotCols / 4 + 2 * kDotRows * kDotCols / 8 <= kDepth * Scratch::kCols);
 
-// Adds x W^T to a block of C, piece by piece of the columns: add(first row of the block, k, cols, bytes). Rows of x that
-// do not fit are done over: redo(rows, scratch), with a zeroed C.
+// Adds x W^T to a block of C, piece by piece of the columns: add(first row of the block, k, cols, bytes). Rows of x
+// that do not fit are done over: redo(rows, scratch), with a zeroed C.
 template <bool kHighFirst, class T, class Add, class Redo>
 void accumulate_bytes(const Block& b, int64_t cols, const T* x, float unit, const Scratch& s, const Add& add,
                       const Redo& redo) {

@@ -183,10 +183,9 @@ template <int B, class X>
 void add_dots(const Block& b, int64_t first, const GroupWeight& w, int64_t k, int64_t cols, const X& x, int64_t rows,
               const Scratch& s) {
   const auto add = [&](const auto& dot) {
-    for (int64_t row = b.col, j = 0; j < b.panels * 2 && row < w.rows; ++j, row += kLanes)
-      with_dot_rows(rows, [&](auto m) {
-        dot.template lanes<decltype(m)::value>(row, s.c + first * Scratch::kCols + j * kLanes);
-      });
+    each_lanes(b, w.rows, s, [&](int64_t row, float* c) {
+      with_dot_rows(rows, [&](auto m) { dot.template lanes<decltype(m)::value>(row, c + first * Scratch::kCols); });
+    });
   };
   if (w.group >= Unit<B>::kStrip) add(GroupDot<B, true, X>(w, k, cols, x));
   else add(GroupDot<B, false, X>(w, k, cols, x));
