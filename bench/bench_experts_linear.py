@@ -1,17 +1,22 @@
-"""experts_linear over NF4, forward and the gradient of x, against the ways of a user without it: transformers' grouped
-and batched products on dense weights, decoding each expert before its product, and a loop over nf4_linear."""
+"""experts_linear over NF4 and MXFP4, forward and the gradient of x, against the ways of a user without it:
+transformers' grouped and batched products on dense weights, decoding each expert before its product, and a loop over
+nf4_linear or mxfp4_linear."""
 
 import torch
 
 import harness
 import peftops
 
-# Name: experts, out, in, experts a token. Mixtral is a quarter of its size in both directions.
+NF4 = (peftops.nf4_quantize, peftops.nf4_dequantize, peftops.nf4_linear)
+MXFP4 = (peftops.mxfp4_quantize, peftops.mxfp4_dequantize, peftops.mxfp4_linear)
+
+# Name: format, experts, out, in, experts a token. Mixtral is a quarter of its size in both directions.
 MODELS = {
-    "mixtral/4": (8, 1024, 3584, 2),
-    "olmoe": (64, 2048, 1024, 8),
-    "gpt-oss": (32, 2880, 2880, 4),
-    "qwen3-30b-a3b": (128, 2048, 768, 8),
+    "mixtral/4": (NF4, 8, 1024, 3584, 2),
+    "olmoe": (NF4, 64, 2048, 1024, 8),
+    "gpt-oss": (NF4, 32, 2880, 2880, 4),
+    "gpt-oss mxfp4": (MXFP4, 32, 2880, 2880, 4),  # as its checkpoints have it
+    "qwen3-30b-a3b": (NF4, 128, 2048, 768, 8),
 }
 TOKENS = (1, 16, 256, 2048)
 GATHERED = 1 << 30  # bytes: beyond them nobody gathers a weight for every row
@@ -40,10 +45,10 @@ def batched(x, dense, experts):
 
 
 def cases():
-    for name, (experts, n, k, top) in MODELS.items():
+    for name, ((quantize, dequantize, linear), experts, n, k, top) in MODELS.items():
         for dtype in (torch.float32, torch.bfloat16):
             dense = torch.empty(experts, n, k, dtype=dtype).normal_(std=0.02)
-            weight = peftops.nf4_quantize(dense)
+            weight = quantize(dense)
             for tokens in TOKENS:
                 chosen = torch.rand(tokens, experts).topk(top).indices.flatten().sort().values
                 offsets = chosen.bincount(minlength=experts).cumsum(0)
@@ -51,11 +56,11 @@ def cases():
                 providers = {
                     "peftops": lambda x=x, w=weight, o=offsets: peftops.experts_linear(x, w, o),
                     "grouped": lambda x=x, d=dense, o=int32: torch._grouped_mm(x, d.transpose(1, 2), offs=o),
-                    "decoded": lambda x=x, w=weight, ends=ends, n=n: each_expert(
-                        x, x.new_empty(len(x), n), ends, lambda e, rows: rows @ peftops.nf4_dequantize(w[e]).T
+                    "decoded": lambda x=x, w=weight, ends=ends, n=n, dequantize=dequantize: each_expert(
+                        x, x.new_empty(len(x), n), ends, lambda e, rows: rows @ dequantize(w[e]).T
                     ),
-                    "loop": lambda x=x, w=weight, ends=ends, n=n: each_expert(
-                        x, x.new_empty(len(x), n), ends, lambda e, rows: peftops.nf4_linear(rows, w[e])
+                    "loop": lambda x=x, w=weight, ends=ends, n=n, linear=linear: each_expert(
+                        x, x.new_empty(len(x), n), ends, lambda e, rows: linear(rows, w[e])
                     ),
                 }
                 if len(x) * n * k * dense.element_size() <= GATHERED:

@@ -32,20 +32,19 @@ def cases():
                         bytes=weight.nbytes if m <= 4 else 0,
                         want={"dense": want[which]},
                     )
-                    if m >= 16:
-                        yield harness.Case(
-                            f"int8 {n}x{k} {str(dtype)[6:]} bits={bits} M={m}",
-                            {
-                                "peftops": torch.no_grad()(
-                                    lambda x=x, w=weight: peftops.group_linear(x, w, compute="int8")
-                                ),
-                                "dense": torch.no_grad()(lambda x=x, w=dense: F.linear(x, w)),
-                                "float": torch.no_grad()(lambda x=x, w=weight: peftops.group_linear(x, w)),
-                            },
-                            flops=2.0 * m * n * k,
-                            dtype=dtype,
-                            want={"dense": 2} if dtype == torch.float32 and m >= 64 else {},
-                        )
+                    yield harness.Case(
+                        f"int8 {n}x{k} {str(dtype)[6:]} bits={bits} M={m}",
+                        {
+                            "peftops": torch.no_grad()(
+                                lambda x=x, w=weight: peftops.group_linear(x, w, compute="int8")
+                            ),
+                            "dense": torch.no_grad()(lambda x=x, w=dense: F.linear(x, w)),
+                            "float": torch.no_grad()(lambda x=x, w=weight: peftops.group_linear(x, w)),
+                        },
+                        flops=2.0 * m * n * k,
+                        dtype=dtype,
+                        want={"dense": 2} if dtype == torch.float32 and m >= 64 else {},
+                    )
                 x, g = torch.randn(256, k).to(dtype).requires_grad_(), torch.randn(256, n).to(dtype)
                 outputs = {"peftops": peftops.group_linear(x, weight), "dense": F.linear(x, dense)}
                 yield harness.Case(

@@ -48,17 +48,16 @@ def cases():
                     bytes=quantized.nbytes if m <= 16 else 0,
                     want=dict(zip(("dense", "Linear4bit"), wants[which], strict=True)),
                 )
-                if m >= 16:
-                    yield harness.Case(
-                        f"int8 {n}x{k} {str(dtype)[6:]} M={m}",
-                        no_grad(
-                            peftops=lambda x=x, w=quantized: peftops.nf4_linear(x, w, compute="int8"),
-                            dense=lambda x=x, weight=weight: F.linear(x, weight),
-                            float=lambda x=x, w=quantized: peftops.nf4_linear(x, w),
-                        ),
-                        flops=2.0 * m * n * k,
-                        want={"dense": 2, "float": 1.3} if dtype == torch.float32 else {"float": 1},
-                    )
+                yield harness.Case(
+                    f"int8 {n}x{k} {str(dtype)[6:]} M={m}",
+                    no_grad(
+                        peftops=lambda x=x, w=quantized: peftops.nf4_linear(x, w, compute="int8"),
+                        dense=lambda x=x, weight=weight: F.linear(x, weight),
+                        float=lambda x=x, w=quantized: peftops.nf4_linear(x, w),
+                    ),
+                    flops=2.0 * m * n * k,
+                    want={"dense": 2, "float": 1.3} if dtype == torch.float32 else {"float": 1},
+                )
             yield backward(256, n, k, dtype, weight, quantized, linear4bit(weight), BACKWARD[which])
 
 

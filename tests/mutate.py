@@ -132,7 +132,7 @@ TESTS = {  # by file, or by directory for those of its files that have no line: 
     "peftops/ops/mxfp4_dequantize.py": ["ops/test_mxfp4_dequantize.py"],
     "peftops/ops/mxfp4_linear.py": ["ops/test_mxfp4_linear.py"],
     "peftops/ops/mxfp4_quantize.py": ["ops/test_mxfp4_quantize.py"],
-    "peftops/ops/mxfp4_tensor.py": ["ops/test_mxfp4_quantize.py", "ops/test_packed_tensor.py"],
+    "peftops/ops/mxfp4_tensor.py": ["ops/test_mxfp4_dequantize.py", "ops/test_packed_tensor.py"],
     "peftops/ops/nf4_dequantize.py": ["ops/test_nf4_dequantize.py"],
     "peftops/ops/nf4_linear.py": ["ops/test_nf4_linear.py"],
     "peftops/ops/nf4_quantize.py": ["ops/test_nf4_quantize.py"],
