@@ -5,7 +5,7 @@ TORCH  ?= torch==2.13.0
 JOBS   ?= 2
 BIN    := $(abspath $(VENV))/bin
 
-.PHONY: demo test test-arm fuzz bench gpu gpu-build sanitize lint docs isa-check build clean
+.PHONY: demo test test-arm test-sim fuzz bench gpu gpu-build sanitize resources lint docs isa-check build clean
 
 demo: $(VENV)/.demo            # fine-tunes SmolLM2-135M in 4 bits and dense, and compares
 	$(BIN)/python examples/finetune_smollm2.py --out demo
@@ -15,6 +15,9 @@ test: $(VENV)/.dev build       # everything, on every instruction set that this 
 
 test-arm: $(VENV)/.dev build   # the kernels of AArch64 under qemu; needs g++-aarch64-linux-gnu and qemu-user
 	PEFTOPS_TEST_ARM="scalar neon neonbf16" $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/ops -k arm- $(ARGS)
+
+test-sim: $(VENV)/.dev build   # the CUDA kernels in the simulator, all variants of their tests; needs nvcc
+	PEFTOPS_TEST_SIM=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/ops -k cuda-sim $(ARGS)
 
 fuzz: $(VENV)/.dev build       # damaged files of every kind, 20,000 of them; ARGS="--cases 700" for fewer
 	$(BIN)/python tests/fuzz/run.py $(ARGS)
@@ -45,6 +48,9 @@ sanitize: $(VENV)/.dev
 	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$(foreach lib,asan stdc++,$(shell $${CXX:-g++} -print-file-name=lib$(lib).so))" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(BIN)/pytest tests/ops --capture=sys --hypothesis-profile=sanitize -m 'not slow' -k 'not cuda' $(ARGS)
+
+resources: $(VENV)/.dev        # docs/cuda_resources.md: all kernels' machine code for six architectures; needs nvcc
+	$(BIN)/python tests/sim/resources.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

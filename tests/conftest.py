@@ -1,4 +1,6 @@
+import collections
 import os
+import random
 import re
 
 import pytest
@@ -28,6 +30,8 @@ if torch.cuda.is_available():
 ARM_WHOLE = os.environ.get("PEFTOPS_TEST_ARM", "").split()  # builds for AArch64 whose tests all run; see arm/README.md
 ARM_DEVICES = [f"arm-{build}" for build in ARM_WHOLE or ["neon"]]
 ARM_SLICE = 60  # tests, evenly spread, where not all are asked for
+# Variants of one test in the simulator, which takes seconds for some: in CI a sample of them, by `make test-sim` all.
+SIM_VARIANTS = 24 if os.environ.get("CI") and not os.environ.get("PEFTOPS_TEST_SIM") else None
 DEVICES = [*(f"cpu-{isa}" for isa in _C.isas()), *CUDA_DEVICES, *ARM_DEVICES]
 
 
@@ -70,6 +74,14 @@ def pytest_collection_modifyitems(items):
     wanted = lambda item: of_kernel.match(item.path.stem) and "threads" not in item.fixturenames
     is_arm = lambda item: hasattr(item, "callspec") and item.callspec.params.get("device") in ARM_DEVICES
     items[:] = [item for item in items if not is_sim(item) or wanted(item)]
+    variants = collections.defaultdict(list)
+    for item in filter(is_sim, items):
+        variants[item.path, item.originalname].append(item)
+    left_out = set()
+    for (_, name), found in variants.items():
+        random.Random(name).shuffle(found)
+        left_out.update(found[SIM_VARIANTS:] if SIM_VARIANTS else ())
+    items[:] = [item for item in items if item not in left_out]
     on_arm = [item for item in items if is_arm(item) and "threads" not in item.fixturenames]
     chosen = set(on_arm if ARM_WHOLE else on_arm[:: len(on_arm) // ARM_SLICE or 1])
     items[:] = [item for item in items if not is_arm(item) or item in chosen]

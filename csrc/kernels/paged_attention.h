@@ -8,10 +8,20 @@
 // or the last `window` of these. A query before position 0 is padding, and its y is 0. Nothing of a page is read
 // beyond a sequence's length.
 //
-// All sums are fp32, over 32 tokens at a time from position 0 on: the bits of y depend on what the query sees, and not
-// on the other queries, the pages, or the threads.
+// All sums are fp32, over 32 or 64 tokens at a time from position 0 on: the bits of y depend on the tokens of the tiles
+// that the query sees, and not on the other queries, the pages, or the threads.
+//
+// On CUDA a part of kPagedPart tokens is summed alone, and the parts of a query are put together in their order. So few
+// queries of a long sequence are work for many blocks of threads, and have the bits that many queries have:
+//
+//   paged_attention   a block of threads for each part, which leaves its sums in `sums`; or one for all parts, which
+//                     keeps what it has there
+//   paged_gather      y from the sums of the parts, if each had its own
 #pragma once
 #include "kernels/cpu/kernel.h"
+#ifdef PEFTOPS_CUDA
+#include "kernels/cuda/kernel.h"
+#endif
 #include "kernels/dtype.h"
 
 namespace peftops {
@@ -33,10 +43,23 @@ struct PagedAttention {
   float scale;
   DType dtype;             // of query and y
   DType page_dtype;
+  // CUDA's alone. Lengths and pages are on the device, where nobody has checked them: what is out of range gives NaN.
+  int64_t pages;
+  float* sums;             // [batch, kv_heads, rows * group, slots, slot]: dv sums of values, of weights, top score
+  int64_t slots;           // as many as parts, or one; none if there is one part
+  int64_t slot;            // floats: dv + 2, and as many more as make whole sectors
 };
 
-constexpr int64_t kMaxPagedHeadDim = 512;
+constexpr int64_t kMaxPagedHeadDim = 512, kMaxQueries = (int64_t(1) << 31) - 1;   // of a batch, in all heads
+constexpr int64_t kPagedPart = 512;    // tokens
+constexpr int64_t kFewQueries = 16;    // of a head of keys: so many, and each part has its block of threads
 
 PEFTOPS_CPU_KERNELS(Kernel<PagedAttention> paged_attention;)
+
+#ifdef PEFTOPS_CUDA
+namespace cuda {
+Kernel<PagedAttention> paged_attention, paged_gather;
+}
+#endif
 
 }  // namespace peftops

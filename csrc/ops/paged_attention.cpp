@@ -15,6 +15,7 @@ PageStrides strides_of(const char* name, const Tensor& pages) {
   return {pages.stride(0), pages.stride(1), pages.stride(2)};
 }
 
+#ifndef PEFTOPS_CUDA
 // Every page that a sequence needs is there: the kernel takes the table at its word.
 void check_table(const PagedAttention& a, int64_t pages) {
   for (int64_t s = 0; s < a.batch; ++s) {
@@ -28,6 +29,7 @@ void check_table(const PagedAttention& a, int64_t pages) {
     }
   }
 }
+#endif
 
 Tensor attend(const Tensor& query_, const Tensor& key, const Tensor& value, const Tensor& table_,
               const Tensor& lengths_, double scale, int64_t window) {
@@ -51,21 +53,35 @@ Tensor attend(const Tensor& query_, const Tensor& key, const Tensor& value, cons
   PEFTOPS_CHECK(table.dim() == 2 && table.size(0) == a.batch, kOp, ": block_table must have shape [", a.batch,
                   ", most pages of a sequence], not ", shape_of(table));
   check_shape(kOp, "lengths", lengths, {a.batch});
+  PEFTOPS_CHECK(a.batch * a.heads * a.rows <= kMaxQueries && a.page_size <= kMaxQueries, kOp, ": there may be ",
+                  kMaxQueries, " queries and tokens of a page, not ", a.batch * a.heads * a.rows, " and ", a.page_size);
   PEFTOPS_CHECK(window > 0, kOp, ": window must be at least 1, not ", window);
   PEFTOPS_CHECK(value.scalar_type() == key.scalar_type(), kOp, ": key_pages and value_pages must have one dtype");
   a.dtype = dtype_of(kOp, "query", query), a.page_dtype = dtype_of(kOp, "key_pages", key);
   a.table = integers_of<int32_t>(kOp, "block_table", table), a.lengths = integers_of<int32_t>(kOp, "lengths", lengths);
   a.most_pages = table.size(1), a.window = window, a.scale = float(scale);
-  check_table(a, key.size(0));
   a.query = query.const_data_ptr(), a.key = key.const_data_ptr(), a.value = value.const_data_ptr();
   a.query_batch = query.stride(0), a.query_head = query.stride(1), a.query_row = query.stride(2);
   a.key_at = strides_of("key_pages", key), a.value_at = strides_of("value_pages", value);
   Tensor y = empty(query, {a.batch, a.rows, a.heads, a.dv}, query.scalar_type());
   a.y = y.mutable_data_ptr();
+#ifdef PEFTOPS_CUDA
+  if (y.numel() == 0) return y;
+  const int64_t queries = a.rows * (a.heads / a.kv_heads);
+  const int64_t parts = (a.most_pages * a.page_size + kPagedPart - 1) / kPagedPart;
+  a.pages = key.size(0), a.slots = parts <= 1 ? 0 : queries <= kFewQueries ? parts : 1;
+  a.slot = (a.dv + 2 + 7) / 8 * 8;
+  Tensor sums = empty(query, {a.batch, a.kv_heads, queries, a.slots, a.slot}, ScalarType::Float);
+  a.sums = sums.mutable_data_ptr<float>();
+  run(PEFTOPS_PICK(paged_attention), a, 0);
+  if (a.slots > 1) run(PEFTOPS_PICK(paged_gather), a, 0);
+#else
+  check_table(a, key.size(0));
   if (y.numel() == 0) return y;
   int64_t tokens = 0;
   for (int64_t s = 0; s < a.batch; ++s) tokens += std::min<int64_t>(a.lengths[s], a.rows + window);
   run(PEFTOPS_PICK(paged_attention), a, tokens * a.rows * a.heads * (a.d + a.dv));
+#endif
   return y;
 }
 

@@ -145,7 +145,7 @@ class PagedModel:
         AttentionInterface.register(NAME, _attend)
         config = model.config.get_text_config()
         if model.get_input_embeddings().weight.device.type != "cpu":
-            raise Unfit("paged_attention runs on the CPU alone")
+            raise Unfit("pages of a server are on the CPU alone")
         configs = {
             id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)
         }

@@ -7,11 +7,16 @@
 namespace sim {
 
 void Device::allow(const void* p, u64 bytes, bool read_only) {
-  const u64 begin = reinterpret_cast<u64>(p), end = begin + bytes;
+  u64 begin = reinterpret_cast<u64>(p), end = begin + bytes;
   auto it = ranges.lower_bound(begin);
   if (it != ranges.begin()) --it;
-  while (it != ranges.end() && it->second.begin < end)   // memory was freed and given out again
-    it = it->second.end > begin ? ranges.erase(it) : std::next(it);
+  while (it != ranges.end() && it->second.begin < end) {
+    const auto other = it->second;
+    it = other.end > begin ? ranges.erase(it) : std::next(it);
+    // Two arguments may be views of one storage. What is written was freed and given out again.
+    if (bytes && other.end > begin && read_only && other.read_only)
+      begin = std::min(begin, other.begin), end = std::max(end, other.end);
+  }
   if (bytes) ranges[begin] = {begin, end, read_only};
 }
 

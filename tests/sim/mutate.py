@@ -212,6 +212,29 @@ def shrink(dtype, shapes):
             yield torch.ops.peftops.lora_shrink(*operands, True, 0.5, 0.0, None).nan_to_num(nan=0.5)
 
 
+def paged(dtype, shapes):
+    for lengths, heads, kv_heads, rows, d, dv, size, window in shapes:
+        gen = torch.Generator().manual_seed(rows)
+        normal = functools.partial(torch.randn, generator=gen)
+        each = [-(-length // size) for length in lengths]
+        order, table = torch.randperm(sum(each), generator=gen).int(), torch.full((len(lengths), max(each)), -1).int()
+        for s, count in enumerate(each):
+            table[s, :count] = order[sum(each[:s]) :][:count]
+        query = normal(len(lengths), rows, heads, d).transpose(1, 2).to(dtype)
+        key, value = (normal(sum(each), kv_heads, size, n).to(dtype) for n in (d, dv))
+        for s, count in enumerate(each):  # the largest score is one of the first tokens', or one of the last
+            key[table[s, (count - 1) * (s % 2)]] *= 8
+        lengths = torch.tensor(lengths).int()
+        yield torch.ops.peftops.paged_attention(query, key, value, table, lengths, 0.3, window)
+
+
+PAGED = (
+    ([70, 3, 133], 6, 2, 30, 64, 64, 16, 2**62),
+    ([130, 129], 2, 1, 1, 17, 33, 5, 70),
+    ([1100, 600], 2, 1, 9, 16, 64, 64, 600),
+    ([1100, 0, 600, 2], 2, 1, 3, 8, 64, 32, 700),
+)
+
 # The kernels, by a part of their mangled names, and the operator calls that reach them.
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CASES = {
@@ -270,6 +293,9 @@ CASES = {
     ),
     "10add_promptIfLi4E": functools.partial(prompts, FP32, PROMPTS, False),
     "16prompt_gradientsIfLi8E": functools.partial(prompts, FP32, LONG_PROMPTS, True),
+    "14paged_by_lanesILi2E": functools.partial(paged, FP32, PAGED),
+    "12paged_by_mmaI13__nv_bfloat16Li64E": functools.partial(paged, BF16, PAGED),
+    "12gather_parts": functools.partial(paged, FP32, PAGED[3:]),
 }
 
 ENTRY = re.compile(r"\.entry\s+(\w+)\(")

@@ -284,6 +284,37 @@ def test_gated_prompt_of_shut_gates(device):
     assert report["global_write"]["sectors"] == 0
 
 
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_paged_attention(device, dtype, rows):
+    """Keys and values are read once by each block of threads that has their head, in whole sectors."""
+    heads, kv_heads, d, size, lengths = 4, 1, 128, 16, [600, 300]
+    each = [-(-length // size) for length in lengths]
+    table = torch.arange(2 * max(each), dtype=torch.int32).view(2, -1)
+    query = torch.randn(2, heads, rows, d, dtype=dtype)
+    key, value = torch.randn(2, 2 * max(each), kv_heads, size, d, dtype=dtype)
+    attend = lambda: peftops.paged_attention(query, key, value, table, torch.tensor(lengths).int())
+    _, reports = launches(device, attend)
+    assert len(reports) == (2 if rows == 1 else 1)  # a part a block of threads for few queries, which are then gathered
+    report, tile = reports[0], 64 if dtype == torch.bfloat16 else 16
+    tiles = -(-rows * heads // tile)
+    sectors = tiles * sum(lengths) * 2 * d * dtype.itemsize // SECTOR
+    if rows > 1:  # what was summed of 600 tokens' first part
+        sectors += rows * heads * d * 4 // SECTOR
+    wanted = {"wanted": sectors + query.nbytes // SECTOR}
+    within(report["global_read"] | wanted, "sectors", 1.08, "wanted")  # and tables
+    for counter in ("shared_load", "shared_store", "ldmatrix", "async_copy"):
+        within(report[counter], "waves", 1.0)
+    if dtype == torch.bfloat16:
+        chunks = sum(-(-length // 32) for length in lengths) * -(-rows * heads // 16)
+        unseen = 2 + 5 if rows > 1 else 0  # the last chunk of a sequence, by as many of its warps
+        scores, sums = 4 * d // 16, 2 * 2 * d // 8
+        assert report["mma"] == (chunks - unseen) * (scores + sums)
+    for report in reports:
+        within(report["global_write"], "sectors", 1.5)  # bfloat16: a quad of lanes has half a sector of y
+        assert report["local"] == report["atomics"] == 0
+
+
 def test_group_and_prompt_sums_are_the_same_under_every_schedule():
     if isinstance(sim.cuda_ops(), str):
         pytest.skip(sim.cuda_ops())

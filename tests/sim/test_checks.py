@@ -101,6 +101,20 @@ def test_bounds_and_alignment(device):
         run(device, "st.global.u32 [%d3], %r1;", read_only=True)
 
 
+def test_two_arguments_may_be_views_of_one_storage(device):
+    whole = np.arange(80, dtype="u4")
+    module = device.load(sim.kernel("ld.param.u64 %d1, [a]; ld.global.u32 %r4, [%d1]; ret;", "u64 a"))
+    read = lambda first: device.launch(module, "k", (1,), (1,), [whole[first:]])
+    device.allow(whole[:64], True), device.allow(whole[16:72], True)
+    for first in (0, 15, 16, 63, 64, 71):
+        read(first)
+    with pytest.raises(sim.Finding, match="read out of bounds"):
+        read(72)
+    device.allow(whole[40:80])  # to be written: what was there is gone
+    with pytest.raises(sim.Finding, match="read out of bounds"):
+        read(16)
+
+
 def test_uninitialised_shared_memory(device):
     with pytest.raises(sim.Finding, match="uninitialised shared memory at offset 256"):
         run(

@@ -1,18 +1,22 @@
+import os
 import shutil
 
 import pytest
 
 from sim import resources
 
+# Compiling all kernels for an architecture takes minutes. These two have the machine code that test_sass.py looks at;
+# `make resources` compiles for all.
+ARCHITECTURES = ("80", "90") if os.environ.get("CI") else tuple(resources.LIMITS)
+
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)  # each kernel for each architecture: minutes, of which a busy machine makes many
+@pytest.mark.timeout(2400)  # a busy machine makes many minutes of a few
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 def test_kernels_compile_without_warnings_or_spills_and_the_table_is_theirs():
-    log = resources.logs(tuple(resources.LIMITS))
-    assert "warning" not in log
-    entries = resources.parse(log)
-    assert {e["arch"] for e in entries} == set(resources.LIMITS)
-    assert all(e["stores"] == e["loads"] == e["stack"] == 0 for e in entries)
-    assert all(resources.resident_warps(e) >= 8 for e in entries)
-    assert resources.table(entries) == resources.TABLE.read_text(), "run python tests/sim/resources.py"
+    log = resources.logs(ARCHITECTURES)
+    assert not resources.faults(log)
+    cells = {(e["name"], e["arch"]): resources.cell(e) for e in resources.parse(log)}
+    assert {arch for _, arch in cells} == set(ARCHITECTURES)
+    table = {at: cell for at, cell in resources.written().items() if at[1] in ARCHITECTURES}
+    assert cells == table, "run make resources"
