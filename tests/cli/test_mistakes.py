@@ -260,8 +260,11 @@ def test_tokens_and_positions_that_the_model_lacks(folder, train, tmp_path, caps
     small.save_pretrained(tmp_path / "m")
     assert train(model=tmp_path / "m") == 2
     assert "and the model has 100 of them" in capsys.readouterr().err
-    for prompt, sentence in (("a" * 600, "leaves no room for an answer in the model's 512 positions"),):
-        assert main(["generate", "--model", str(folder / "model"), prompt]) == 2
+    for model, prompt, sentence in (
+        (folder / "model", "a" * 600, "leaves no room for an answer in the model's 512 positions"),
+        (tmp_path / "m", "é", "of the prompt, and the model knows the tokens from 0 to 99"),
+    ):
+        assert main(["generate", "--model", str(model), prompt]) == 2
         assert sentence in capsys.readouterr().err
     assert main(["generate", "--model", str(folder / "model"), "--max-tokens", "-1", "a"]) == 2
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b" * 600}) + "\n")
