@@ -1,7 +1,8 @@
 """A trace of requests as they arrive (Poisson), for adapters of which few are asked for often (a power law): tokens a
 second, time to the first token, and time per token, at p50 and p99. Against HF PEFT, which takes one request after the
-other and switches adapters in between. On a machine that others use, tokens per second of CPU time are the figure to
-compare, with OMP_NUM_THREADS=1.
+other and switches adapters in between, and against llama.cpp's server with one adapter (``pip install xllamacpp``), all
+in float32. On a machine that others use, tokens per second of CPU time are the figure to compare, with
+OMP_NUM_THREADS=1.
 
     python bench/serving_trace.py --adapters 1 16 200 --requests 64 --rate 20
     python bench/serving_trace.py --adapters 1 16 200 2000 --model tiny --picture docs/images/serving_trace.svg
@@ -11,12 +12,16 @@ import argparse
 import itertools
 import random
 import statistics
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+import peftops
 from bench_serving import model
 from peftops.serving import Server, pool_for
 
@@ -100,6 +105,56 @@ def peft(base, asked, adapters):
     return times, time.process_time() - cpu
 
 
+def tokenizer(size):
+    """A GGUF has one; nobody asks it anything here."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words.append(words[0] + words[1])  # llama.cpp wants a merge
+    vocabulary = {word: i for i, word in enumerate([*words, *(f"[{i}]" for i in range(size - len(words)))])}
+    made = Tokenizer(models.BPE(vocabulary, [(words[0], words[1])]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="[0]")
+
+
+def llama_cpp(base, asked, most, slots=16):
+    import xllamacpp
+
+    from peftops.integrations.gguf_model import write_gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write_gguf(base, tokenizer(base.config.vocab_size), folder / "model.gguf")
+        peftops.attach(base, peftops.LoRAConfig(r=RANK, target=TARGET))
+        peftops.save_gguf(base, folder / "adapter.gguf")
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel, params.kv_unified = (
+            str(folder / "model.gguf"),
+            most,
+            slots,
+            True,
+        )
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(folder / "adapter.gguf"), 1.0)]
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+        params.n_gpu_layers, params.verbosity, params.fit_params = 0, -1, False
+        server = xllamacpp.Server(params)
+    times, start, cpu = [[] for _ in asked], time.perf_counter(), time.process_time()
+
+    def ask(i):
+        at, _, prompt, new = asked[i]
+        time.sleep(max(0.0, at - (time.perf_counter() - start)))
+        told = lambda _: times[i].append(time.perf_counter() - start)  # returns None: goes on
+        wanted = dict(prompt=prompt, n_predict=new, temperature=0.0, ignore_eos=True, cache_prompt=False, stream=True)
+        server.handle_completions(wanted, told)
+        del times[i][new:]  # what comes after the tokens says that it is over
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        list(pool.map(ask, range(len(asked))))
+    return times, time.process_time() - cpu
+
+
 def tiny():
     """So small that thousands of adapters fit into memory."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -154,7 +209,7 @@ def report(name, adapters, asked, measured):
     at = {"first": statistics.quantiles(first, n=100), "each": statistics.quantiles(each, n=100)}
     ends = lambda word: "{0[49]:8.3f} {0[98]:8.3f}".format(at[word])
     rate = f"{tokens / seconds:8.1f} tokens/s {tokens / cpu:8.1f} tokens/s of CPU"
-    print(f"{name:6} {adapters:4} adapters {rate}   first {ends('first')} s   each {ends('each')} s", flush=True)
+    print(f"{name:9} {adapters:4} adapters {rate}   first {ends('first')} s   each {ends('each')} s", flush=True)
     return {"rate": tokens / cpu, **{f"{word} p{p}": at[word][p - 1] for word in at for p in (50, 99)}}
 
 
@@ -177,6 +232,8 @@ def main():
         ways = {name: partial(ours, asked=asked, adapters=adapters, paged=p, most=args.tokens) for name, p in PAGED}
         if adapters <= args.peft:
             ways["PEFT"] = partial(peft, asked=asked, adapters=adapters)
+        if adapters == 1 and find_spec("xllamacpp"):
+            ways["llama.cpp"] = partial(llama_cpp, asked=asked, most=args.tokens)
         for name, run in ways.items():
             found[adapters, name] = report(name, adapters, asked, run(build()))
     if args.picture is not None:

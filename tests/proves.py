@@ -47,7 +47,7 @@ def table() -> str:
                     tests[library].append(f"`{test.name}`")
     rows = [f"| library | {' | '.join(COLUMNS.values())} | test |", f"|{'---|' * (len(COLUMNS) + 2)}"]
     for library in LIBRARIES:
-        own = " | ".join(", ".join(cells[library].get(column, ())) for column in COLUMNS)
+        own = " | ".join(", ".join(dict.fromkeys(cells[library].get(column, ()))) for column in COLUMNS)
         rows.append(f"| {library} | {own} | {', '.join(dict.fromkeys(tests[library]))} |")
     return "\n".join(rows)
 

@@ -28,7 +28,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, size: int, pre: str | None) -> No
 
     Raises:
         TypeError: it is no byte-level BPE.
-        ValueError: it has more tokens than the model; ``pre`` is unknown, or cannot be told.
+        ValueError: it has more tokens than the model, or no merges; ``pre`` is unknown, or cannot be told.
     """
     parts = json.loads(tokenizer.backend_tokenizer.to_str()) if getattr(tokenizer, "is_fast", False) else {}
     steps = _steps(parts.get("pre_tokenizer"))
@@ -40,13 +40,15 @@ def add_tokenizer(writer: Any, tokenizer: Any, size: int, pre: str | None) -> No
     tokens = {i: token for token, i in tokenizer.get_vocab().items()}
     if max(tokens) >= size:
         raise ValueError(f"the tokenizer has the token {max(tokens)}, and the model those below {size}")
+    merges = parts["model"]["merges"]
+    if not merges:
+        raise ValueError("the tokenizer has no merges, and llama.cpp does not load a file without")
     if writer is None:
         return
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
     writer.add_token_list([tokens.get(i, f"[PAD{i}]") for i in range(size)])
     writer.add_token_types(_types(parts, tokens, size))
-    merges = parts["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     for kind in ("bos", "eos", "unk", "pad"):
         if (i := getattr(tokenizer, f"{kind}_token_id")) is not None:

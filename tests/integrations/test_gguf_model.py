@@ -115,6 +115,11 @@ def test_a_name_that_cannot_be_told_is_given(tmp_path):
     assert {*PRE} < {*NAMES}
 
 
+def test_a_tokenizer_without_merges_is_refused():
+    with pytest.raises(ValueError, match="the tokenizer has no merges, and llama.cpp does not load a file without"):
+        check_gguf(models.llama().config, models.tokenizer(), "gpt-2")
+
+
 def test_what_has_no_place_is_refused_by_name():
     made = tokenizer()
     for build, message in (
