@@ -145,6 +145,7 @@ TESTS = {  # by file, or by directory for those of its files that have no line: 
     "peftops/ops/row_shards.py": ["ops/test_packed_tensor.py", "integrations/test_distributed.py"],
     "peftops/optim": ["methods/test_relora.py", "methods/test_methods.py"],
     "peftops/optim/adamw8bit.py": ["nn/test_adamw8bit_optimizer.py"],
+    "peftops/optim/checkpointing.py": ["nn/test_checkpointing.py"],
     "peftops/planner": ["planner/test_planner.py"],
     "peftops/prompts": ["methods/test_hard_prompt.py", "methods/test_methods.py"],
     "peftops/prompts/batch.py": ["methods/test_prompt_batch.py"],
