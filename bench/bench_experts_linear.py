@@ -48,7 +48,7 @@ def cases():
     for name, ((quantize, dequantize, linear), experts, n, k, top) in MODELS.items():
         for dtype in (torch.float32, torch.bfloat16):
             dense = torch.empty(experts, n, k, dtype=dtype).normal_(std=0.02)
-            weight = quantize(dense)
+            weight, layers = quantize(dense), [quantize(matrix) for matrix in dense]
             for tokens in TOKENS:
                 chosen = torch.rand(tokens, experts).topk(top).indices.flatten().sort().values
                 offsets = chosen.bincount(minlength=experts).cumsum(0)
@@ -56,10 +56,10 @@ def cases():
                 providers = {
                     "peftops": lambda x=x, w=weight, o=offsets: peftops.experts_linear(x, w, o),
                     "grouped": lambda x=x, d=dense, o=int32: torch._grouped_mm(x, d.transpose(1, 2), offs=o),
-                    "decoded": lambda x=x, w=weight, ends=ends, n=n, dequantize=dequantize: each_expert(
+                    "decoded": lambda x=x, w=layers, ends=ends, n=n, dequantize=dequantize: each_expert(
                         x, x.new_empty(len(x), n), ends, lambda e, rows: rows @ dequantize(w[e]).T
                     ),
-                    "loop": lambda x=x, w=weight, ends=ends, n=n, linear=linear: each_expert(
+                    "loop": lambda x=x, w=layers, ends=ends, n=n, linear=linear: each_expert(
                         x, x.new_empty(len(x), n), ends, lambda e, rows: linear(rows, w[e])
                     ),
                 }

@@ -72,7 +72,7 @@ template <class F> __device__ float over_warp(float v, const F& both) {
   return v;
 }
 
-template <int Wide> __global__ void __launch_bounds__(kPagedThreads) paged_by_lanes(PagedAttention a, bool wide) {
+template <int Wide> __global__ void __launch_bounds__(kPagedThreads, 2) paged_by_lanes(PagedAttention a, bool wide) {
   __shared__ PagedMemory memory;
   const PagedQueries q(a, blockIdx.x, kLaneQueries);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
