@@ -47,10 +47,10 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
         TypeError: no method has this config; a target is not supported.
         ValueError: the name is taken or not a plain one; nothing matches ``config.target``; the model is in
             DistributedDataParallel already.
-        RuntimeError: an operator cannot do with a weight what the method needs; the message names the layer.
+        RuntimeError: an operator that the method needs does not support a weight; the message names the layer.
 
-    Whatever is raised, an interrupt too, the model is then as it was. (So a method that quantises needs memory for the
-    dense model and its codes: :func:`peftops.load_model` quantises one tensor after the other.)
+    After any error or interrupt the model is as it was before. (So a method that quantises needs memory for the dense
+    model and its codes. :func:`peftops.load_model` needs less: it quantises one tensor after the other.)
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2))
@@ -74,7 +74,7 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     if any(host.is_merged for _, host in hosts(model)):
         raise ValueError("an adapter is merged into the model; unmerge it first: peftops.unmerge(model)")
     with opened(model):
-        # Whatever can be wrong with the config shows here, before anything has changed.
+        # All mistakes of the config show here, before anything has changed.
         adapters = build(adapter_class, model, config)
         _tell_large_ranks(model, adapters)
         _tell_frozen_head(model, adapters)
@@ -114,7 +114,7 @@ def _put(model: nn.Module, state: Attachment, name: str, config: object, adapter
 
 def _switch(model: nn.Module, state: Attachment, name: str | None) -> None:
     """Make an adapter the active one, and the only one that trains: DistributedDataParallel waits for a gradient of
-    every parameter that does, and one that is not used never gets any."""
+    every parameter that trains, and the parameters of an inactive adapter never get one."""
     state.switch.active = name
     adapters = [(path, other, adapter) for path, host in hosts(model) for other, adapter in host.adapters.items()]
     for path, other, adapter in adapters:
@@ -128,8 +128,8 @@ def _switch(model: nn.Module, state: Attachment, name: str | None) -> None:
 
 
 def _ignore_codes(model: nn.Module, state: Attachment) -> None:
-    """DistributedDataParallel makes all ranks alike by sending every parameter as one flat tensor, which codes are not.
-    They come from the same file by the same arithmetic on every rank: tell it to leave them alone."""
+    """DistributedDataParallel sends every parameter as one flat tensor to make all ranks equal, and codes are not such
+    tensors. Each rank computes the same codes from the same file, so DistributedDataParallel may ignore them."""
     setattr(model, _IGNORED, state.ignored_before + [n for n, p in model.named_parameters() if is_quantized(p)])
 
 
@@ -144,7 +144,8 @@ def _tell_large_ranks(model: nn.Module, adapters: dict[str, Stored]) -> None:
 
 
 def _tell_frozen_head(model: nn.Module, adapters: dict[str, Stored]) -> None:
-    """A model for a task, made of one that was trained on text, has a head of random numbers."""
+    """Warn if a head will not train: a model for a task, made of a model that was trained on text, has a head of random
+    numbers."""
     if not re.search("For.*(Classification|Answering|Choice)$", type(model).__name__) or not body_of(model):
         return
     head = head_of(model)
@@ -157,8 +158,8 @@ def _tell_frozen_head(model: nn.Module, adapters: dict[str, Stored]) -> None:
 
 
 def _keep_vocabulary(model: nn.Module) -> None:
-    """Let transformers' ``resize_token_embeddings`` say that it cannot where embeddings or the head are adapted: the
-    adapter is of the old size, and one of two layers would be resized before that shows."""
+    """Make transformers' ``resize_token_embeddings`` raise an error if embeddings or the head are adapted: the adapter
+    has the old size, and otherwise one of the two layers would be resized before the error."""
     vars(model).pop("resize_token_embeddings", None)
     for get in ("get_input_embeddings", "get_output_embeddings"):
         with contextlib.suppress(AttributeError, NotImplementedError):
@@ -171,13 +172,13 @@ def _refuse_to_resize(*args: object, **kwargs: object) -> None:
 
 
 def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -> nn.Module:
-    """Take an adapter off, or all of them: with the last one, the model is as it was before :func:`attach`.
+    """Take an adapter off, or all of them. Without the last one, the model is as it was before :func:`attach`.
 
     (A base that QLoRA quantised stays quantised: its dense weights are gone.)
 
     Args:
         name: which adapter; None for all.
-        merged: leave behind the weights that :func:`merge` made, in plain layers, for good.
+        merged: keep the weights that :func:`merge` made, in plain layers; this cannot be undone.
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2))
@@ -216,7 +217,7 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
         if merged:
             forget_broken_ties(model)
     else:
-        _ignore_codes(model, state)  # layers that are no adapted ones any more have other names
+        _ignore_codes(model, state)  # layers that are no longer adapted have other names
     close_experts(model)
     return given
 

@@ -19,15 +19,15 @@ BIASES = ("none", "lora_only", "all")
 
 
 def other_biases(model: nn.Module, adapted: Collection[str], config: Any) -> dict[str, Select]:
-    """Copies of the biases of all layers that are not adapted. As PEFT has it, whatever has the word in its name is a
-    bias."""
+    """Copies of the biases of all layers that are not adapted. As in PEFT, a bias is any parameter with "bias" in its
+    name."""
     left = lambda path: path in adapted or is_within(path, config.modules_to_save)
     return copies(Select, model, lambda path, layer, leaf: "bias" in f"{path}.{leaf}" and not left(path), None)
 
 
 class Biased(Adapter):
-    """An adapter with a ``scaling`` that may have biases. A method with a product, a file or a choice of layers of its
-    own has no place for them."""
+    """An adapter with a ``scaling`` that may have biases. A method that overrides the product, the file or the choice
+    of layers has no biases."""
 
     peft_keys: ClassVar = {"own_bias": "base_layer.bias", "lora_B_bias": "lora_B.bias"}
 
