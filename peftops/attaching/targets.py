@@ -50,7 +50,7 @@ def find_targets(model: nn.Module, target: Target, kinds: Sequence[str] = (LINEA
         target: "all-linear" for every linear layer but the output layer; any other string is a regular
             expression for whole names; a list holds names or their last parts (``"q_proj"`` matches
             ``"model.layers.0.self_attn.q_proj"``). Layers whose weights are read without a call of the layer are left
-        out.
+            out.
         kinds: the supported kinds of layers. "all-linear" always means linear ones, and experts' if these are
             supported.
 
