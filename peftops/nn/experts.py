@@ -85,7 +85,7 @@ def _apply(experts: nn.Module, name: str, x: Tensor, offsets: Tensor) -> Tensor:
 
 def stack_layer(experts: nn.Module, name: str) -> ExpertsLinear:
     """A layer over one of the parameters of a module of experts, and over its bias."""
-    transposed = getattr(experts, "is_transposed", True)  # (Llama 4 has no flags, and is)
+    transposed = getattr(experts, "is_transposed", True)  # (Llama 4 has no flags, and its weights are transposed)
     bias = experts._parameters.get(f"{name}_bias")
     return ExpertsLinear(getattr(experts, name), bias, transposed=transposed).train(experts.training)
 
