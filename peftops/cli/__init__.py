@@ -18,7 +18,7 @@ _MOST = 1000  # characters of a sentence
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit status. Whatever goes wrong is one sentence on stderr and status 2."""
+    """Run a command; returns the exit status. Any error is one sentence on stderr, with status 2."""
     parser = argparse.ArgumentParser(prog="peftops", description="Parameter-efficient fine-tuning of language models.")
     parser.add_argument("--version", action="version", version=f"peftops {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> int:
 def give_blocks_back() -> None:
     """Let glibc return every large block to the system as it is freed.
 
-    By itself it raises the size from which it does so, up to 32 MiB, and then keeps what training frees: a third of
-    the peak is memory that nothing uses. What that costs in time is in docs/memory.md; who has set
-    MALLOC_MMAP_THRESHOLD_ has chosen otherwise.
+    By default glibc raises the size from which it returns blocks, up to 32 MiB, and then keeps the memory that training
+    frees: a third of the peak is unused. docs/memory.md has the cost in time. If MALLOC_MMAP_THRESHOLD_ is set, nothing
+    changes.
     """
     if sys.platform.startswith("linux") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

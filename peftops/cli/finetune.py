@@ -35,7 +35,7 @@ from .quantize import calibrated, some_rows
 from .training import OPTIMIZERS
 
 METHOD_NAMES = {adapter.__name__.lower(): config for config, adapter in METHODS.items()}
-# What must be the same for a run to be resumed.
+# The settings that must be the same when a run is resumed.
 _SETTINGS = (
     "method",
     "r",
@@ -63,7 +63,7 @@ _SETTINGS = (
     "eval_share",
     "eval_every",
 )
-BASE = "base"  # of --calibrate with qlora: the model that the adapter is of
+BASE = "base"  # of --calibrate with qlora: the model on which the adapter is trained
 _RESULTS = (CHECKPOINT, report.FILE, report.PLOT, CONFIG, WEIGHTS, OWN)  # files that a run may leave
 
 
@@ -129,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The whole job. Everything that can be wrong with the input shows before the model is loaded."""
+    """The whole job. All mistakes of the input show before the model is loaded."""
     args.target = parse_target(args.target)
     _check(args)
     if args.threads:
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     if prompt is not None:
         shown = demonstrations([row.fields for row in rows], args.shots, seed=args.seed) or prompt.demonstrations
-        rows = [row for row in rows if row.fields not in shown]  # or a row would be asked with its answer in sight
+        rows = [row for row in rows if row.fields not in shown]  # or a prompt could contain its own answer
         chat = bool(getattr(tokenizer, "chat_template", None))
         prompt = dataclasses.replace(prompt, demonstrations=shown, chat=chat)
     examples = encode(rows, tokenizer, args.max_length, prompt, args.turns)
@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _calibration_rows(args: argparse.Namespace, examples: list[Example], tokenizer: Any) -> list[list[int]]:
-    """Those that --calibrate asks for."""
+    """The rows for --calibrate."""
     if not args.calibrate:
         return []
     if args.calibrate is not True:
@@ -213,7 +213,7 @@ def _calibration_rows(args: argparse.Namespace, examples: list[Example], tokeniz
 def _calibrated_base(
     args: argparse.Namespace, config: QLoRAConfig, rows: list[list[int]], tokenizer: Any
 ) -> torch.nn.Module:
-    """The model in calibrated NF4, in OUT/base: an adapter that is trained on these codes stands on no others."""
+    """The model in calibrated NF4, in OUT/base: an adapter that is trained on these codes does not fit other codes."""
     base = args.out / BASE
     if not args.resume:
         _clear_base(args)
@@ -266,14 +266,14 @@ def _config(args: argparse.Namespace) -> object | None:
 
 
 def _value(text: str) -> Any:
-    """A number, tuple, True or None as Python writes it; anything else is text."""
+    """A number, tuple, True or None in Python's notation; all else is text."""
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
         return text
 
 
-# Options that are numbers: the least, and whether that itself is allowed. All of them are finite.
+# Options that are numbers: the lower bound, and whether the bound itself is allowed. All of them must be finite.
 _NUMBERS = {
     **dict.fromkeys(("batch", "accumulate", "max_length", "save_every", "steps", "eval_every", "every"), (1, True)),
     **dict.fromkeys(("warmup", "weight_decay", "seed", "shots"), (0, True)),
@@ -311,7 +311,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def check_out(args: argparse.Namespace) -> list[Path]:
-    """The files that another run left in --out, for --overwrite to delete once this one begins.
+    """The files that another run left in --out; --overwrite deletes them when this run begins.
 
     Raises:
         ValueError: the directory holds a model, which files of an adapter would make unreadable; or another run's
@@ -329,7 +329,7 @@ def check_out(args: argparse.Namespace) -> list[Path]:
 
 
 def _check_fit(model: torch.nn.Module, examples: list[Example]) -> None:
-    """The model has an embedding for each token, and a position."""
+    """Check that the model has an embedding for each token, and a position."""
     largest, longest = (max(map(of, examples)) for of in (lambda e: max(e.ids), lambda e: len(e.ids)))
     if largest >= vocabulary(model):
         raise ValueError(f"the tokenizer makes a token {largest}, and the model has {vocabulary(model)} of them")
@@ -355,7 +355,8 @@ def _read_data(args: argparse.Namespace, prompt: HardPrompt | None) -> tuple[lis
 
 
 def _question(args: argparse.Namespace, rows: list[Row], prompt: HardPrompt | None, tokenizer: Any) -> list:
-    """The question before and after: --ask, or that of the first row whose prompt has room for an answer."""
+    """The question that is asked before and after training: --ask, or the question of the first row whose prompt leaves
+    room for an answer."""
     if args.ask:
         return [{"role": "user", "content": args.ask}]
     asked = [_asked(row, prompt) for row in rows[:100]]

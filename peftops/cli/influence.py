@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         model, damping=args.damping, loss=counted(language.loss), sampled_loss=counted(language.sampled_loss)
     )
     fitted, everything, query = batches([examples[i] for i in sample]), batches(examples), batches(asked)
-    # The curvature needs two passes over its rows, scores one over all, and likeness one more.
+    # The curvature takes two passes over its rows, the scores one pass over all rows, and likeness one more.
     with tqdm(total=2 * (len(fitted) + len(everything) + len(query)), unit="batch") as progress:
         passes.append(progress)
         influence.fit(fitted, seed=args.seed)
@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _examples(rows: list[Row], tokenizer: Any, args: argparse.Namespace) -> tuple[list[int], list[Example]]:
-    """The examples of all rows, and which row each is of (texts are cut up); rows without room are left out."""
+    """The examples of all rows, and the row of each (a text gives several). Rows without room for an answer are left
+    out."""
     numbers, examples, without = [], [], 0
     for number, row in enumerate(rows):
         try:

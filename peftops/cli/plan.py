@@ -1,4 +1,4 @@
-"""``peftops plan``: what each method takes on a model, and which one to choose."""
+"""``peftops plan``: the memory of each method on a model, and which one to choose."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def parse_bytes(text: str) -> int:
     """Bytes of a size in words.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a size.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if found and not found[2]:
@@ -82,7 +82,7 @@ def parse_bytes(text: str) -> int:
 
 
 def table(estimates: list[Estimate], memory: int) -> str:
-    """A line per method in MiB, those that fit first and the least memory before more."""
+    """A line per method in MiB: first the methods that fit, and within both parts the least memory first."""
     cells = "{:14} {:>13} {:>9} {:>9} {:>11} {:>9} {:>5}  {}"
     lines = [
         cells.format(

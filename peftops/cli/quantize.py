@@ -1,4 +1,4 @@
-"""``peftops quantize``: a dense model into calibrated NF4, in files; and what other commands take of it."""
+"""``peftops quantize``: a dense model becomes files in calibrated NF4. Other commands share its functions."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def some_rows(examples: list[Example], tokens: int = _TOKENS) -> list[list[int]]:
-    """Token ids of examples by chance, always the same, until there are so many tokens."""
+    """Token ids of random examples, always the same ones, until they have this number of tokens."""
     order, rows, count = list(examples), [], 0
     random.Random(0).shuffle(order)
     for example in order:
@@ -99,7 +99,7 @@ def calibrated(
 
 
 def _plot(path: Path, report: CalibrationReport) -> None:
-    """Each layer's output error, as PNG: of plain NF4 and of what was found."""
+    """Each layer's output error, as PNG: of plain NF4 and of the calibrated codes."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(args: argparse.Namespace) -> socket.socket:
-    """Whatever can be found wrong before a model is read."""
+    """Check all options that can be checked before a model is read."""
     missing = [name for name in _NEEDS if find_spec(name) is None]
     if missing:
         raise ImportError(f"serve --port needs {', '.join(missing)}: pip install 'peftops[serve]'")
@@ -87,13 +87,13 @@ def _limits(args: argparse.Namespace, context: int) -> Any:
 
 
 def readable(folder: Path | None) -> dict[str, Path]:
-    """The adapters that are in a watched directory already, as far as they can be read."""
+    """The adapters that are already in a watched directory and can be read."""
     found = {}
     for path in [] if folder is None else sorted(folder.glob(f"*/{CONFIG}")):
         try:
             read_adapter(path.parent)
         except (OSError, TypeError, ValueError):
-            continue  # the watch tells of it
+            continue  # the watch logs it
         found[path.parent.name] = path.parent
     return found
 
