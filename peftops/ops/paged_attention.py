@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 _attend = torch.ops.peftops.paged_attention.default
-_ALL = 2**62  # a window that no sequence fills
+_ALL = 2**62  # a window longer than any sequence
 
 
 @torch.library.register_fake("peftops::paged_attention")
@@ -28,9 +28,9 @@ def paged_attention(
 
     Token j of sequence s is in page ``block_table[s, j // page_size]``, at ``j % page_size``. The rows of a query are
     the last ``rows`` tokens of its sequence, whose own keys and values are in the pages already: one row to decode,
-    several for a prompt or a piece of it. The result of a row has the same bits however a prompt is cut, whatever else
-    is in the batch, wherever the pages lie, and for any number of threads. Nothing of a page is read beyond a
-    sequence's length. There is no gradient, and wanting one is an error. On the CPU alone.
+    several for a prompt or a piece of it. The bits of a row do not depend on the pieces into which a prompt is cut, on
+    the other sequences of the batch, on the places of the pages, or on the number of threads. No page is read beyond a
+    sequence's length. There is no gradient: a tensor that requires one raises an error. The op runs only on the CPU.
 
     Args:
         query: ``[batch, heads, rows, d]``; float32, bfloat16 or float16. A row before its sequence's first token is
@@ -38,8 +38,8 @@ def paged_attention(
         key_pages: ``[pages, kv_heads, page_size, d]`` of any float dtype; dims but the last may have any strides. Each
             head serves ``heads / kv_heads`` query heads, as in grouped-query attention.
         value_pages: ``[pages, kv_heads, page_size, dv]``, of key_pages's dtype.
-        block_table: int32 ``[batch, most]``; behind a sequence's last page it may hold anything.
-        lengths: int32 ``[batch]``, tokens of each sequence, those of the query included.
+        block_table: int32 ``[batch, most]``; entries behind a sequence's last page may have any value.
+        lengths: int32 ``[batch]``, tokens of each sequence, with those of the query.
         scale: of the scores; ``1 / sqrt(d)`` if None.
         window: a token sees itself and ``window - 1`` before it; None for all.
 
@@ -48,7 +48,7 @@ def paged_attention(
 
     Raises:
         RuntimeError: shapes or dtypes do not fit together; a length or a page is out of range; a head has more than
-            512 dims; the query or the pages want a gradient.
+            512 dims; the query or the pages require a gradient.
 
     Examples:
         >>> keys, values = torch.randn(2, 8, 2, 4, 16)  # of 8 pages, 2 heads, 4 tokens a page, d = 16

@@ -89,9 +89,9 @@ def qalora_linear(
         bias: ``[out]`` of any float dtype, or None.
         lora_A: ``[r, in / group_size]``, and lora_B: ``[out, r]``; of any float dtype, float32 for training.
         scaling: factor of the low-rank term.
-        pool: ``"sum"`` as in the paper; ``"mean"`` as in its authors' code, which is sum / group_size; or
-            ``"peft"``, mean * in / group_size, which is what PEFT's ``use_qalora`` computes. A
-            checkpoint is worth nothing under another convention than its own.
+        pool: ``"sum"`` as in the paper; ``"mean"`` as in its authors' code, which is sum / group_size; or ``"peft"`` as
+            in PEFT's ``use_qalora``, which is mean * in / group_size. An adapter works only with the convention with
+            which it was trained.
 
     Returns:
         ``[..., out]`` in x's dtype. Differentiable once in ``x``, ``bias``, ``lora_A`` and ``lora_B``.
