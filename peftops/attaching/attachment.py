@@ -63,10 +63,13 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
         raise TypeError(f"config must be one of {known}, not a {type(config).__name__}")
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise ValueError(
-            f"an adapter needs a plain name without dots, which no attribute of torch's modules has, not {name!r}"
+            f"an adapter's name must be plain, without dots, and no attribute of torch's modules may have it, "
+            f"not {name!r}"
         )
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError("DistributedDataParallel sums the gradients of what it found as it was made: attach first")
+        raise ValueError(
+            "DistributedDataParallel knows only the parameters that existed when it was made: attach first"
+        )
     given, model = model, unwrapped(model)
     state = state_of(model) or Attachment()
     if name in state.configs:
@@ -151,8 +154,8 @@ def _tell_frozen_head(model: nn.Module, adapters: dict[str, Stored]) -> None:
     head = head_of(model)
     if head and not any(is_within(path, [name]) for path in adapters for name in head):
         warnings.warn(
-            f"{', '.join(head)} of {type(model).__name__} will not train; if that is new, and so random, attach with "
-            f"modules_to_save={sorted({name.partition('.')[0] for name in head})}",
+            f"{', '.join(head)} of {type(model).__name__} will not train; if it is new and has random weights, attach "
+            f"with modules_to_save={sorted({name.partition('.')[0] for name in head})}",
             stacklevel=3,
         )
 
@@ -168,7 +171,7 @@ def _keep_vocabulary(model: nn.Module) -> None:
 
 
 def _refuse_to_resize(*args: object, **kwargs: object) -> None:
-    raise ValueError("an adapter stands on the embeddings or the head; resize_token_embeddings before you attach it")
+    raise ValueError("an adapter is on the embeddings or the head; call resize_token_embeddings before you attach it")
 
 
 def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -> nn.Module:
@@ -261,8 +264,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def _check_name(state: Attachment, name: str) -> None:
     if not isinstance(name, str):
         raise TypeError(
-            f"one adapter is active, by its name, not {name!r}; peftops.combine(model, names, weights) makes one of "
-            "several"
+            f"activate takes the name of one adapter, not {name!r}; peftops.combine(model, names, "
+            "weights) makes one adapter of several"
         )
     if name not in state.configs:
         raise ValueError(f"the model has no adapter named {name!r}; it has {', '.join(state.configs)}")

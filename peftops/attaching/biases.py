@@ -39,7 +39,7 @@ class Biased(Adapter):
         kinds = type(self).__mro__
         above = kinds[: next(i for i, kind in enumerate(kinds) if Biased in kind.__bases__)]
         if any(own in vars(kind) for kind in above for own in ("adapt", "stored", "build")):
-            raise ValueError(f"{option}: {type(self).__name__} has no place for biases, LoRA has")
+            raise ValueError(f"{option}: {type(self).__name__} has no biases of its own; LoRA has")
         if kind_of(base) == EXPERTS or (config.lora_bias and kind_of(base) == EMBEDDING):
             raise ValueError(f"{option} is not for {kind_of(base)}; target other layers alone")
         if config.bias != "none" and getattr(base, "bias", None) is not None:

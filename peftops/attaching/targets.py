@@ -66,8 +66,8 @@ def find_targets(model: nn.Module, target: Target, kinds: Sequence[str] = (LINEA
             subclasses = {type(m).__name__ for _, m in layers(model) if isinstance(m, nn.Linear) and not is_linear(m)}
             others = f" ({', '.join(sorted(subclasses))} compute otherwise than nn.Linear)" if subclasses else ""
             raise ValueError(
-                f"target {ALL_LINEAR!r}: the model has no linear layers but its output layer "
-                f"and such as are not called{others}"
+                f"target {ALL_LINEAR!r}: the model has no linear layers except its output layer "
+                f"and layers that are never called{others}"
             )
         return linear
     found = matches(model, target, "target")
@@ -92,8 +92,8 @@ def check_called(model: nn.Module, names: Collection[str], what: str) -> None:
     for name in sorted(read_without_calls(model) & set(names)):
         owner = type(base_of(module_at(model, name.rpartition(".")[0]))).__name__
         raise TypeError(
-            f"{what} matches {name}, whose weights {owner} reads by itself, at least at times: an adapter would do "
-            "nothing then"
+            f"{what} matches {name}, whose weights {owner} reads without a call, at least sometimes: an adapter would "
+            "have no effect then"
         )
 
 
@@ -206,8 +206,8 @@ def sublayers(model: nn.Module) -> list[Sublayers]:
         if not rest or not outer or not all(attention):
             kind = type(model.get_submodule(block)).__name__
             raise TypeError(
-                f"{block}, a {kind}, is no transformer block with linear layers: it needs a submodule whose class is "
-                "named ...Attention... and a feed-forward part"
+                f"{block}, a {kind}, is not a transformer block with linear layers: it needs a submodule whose class "
+                "is named ...Attention... and a feed-forward part"
             )
         result.append(Sublayers([names[-1] for names in attention], (rest[0], rest[-1])))
     return result

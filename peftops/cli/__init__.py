@@ -143,19 +143,19 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gguf-pre",
         metavar="NAME",
-        help="llama.cpp's name of how the tokenizer cuts text, as llama-bpe or qwen2, if the tokenizer does not tell",
+        help="llama.cpp's name for how the tokenizer cuts text (llama-bpe, qwen2), if the tokenizer does not tell it",
     )
     parser.add_argument(
         "--packed",
         action="store_true",
-        help="of QA-LoRA: keep the codes, in GPTQ's layout with "
-        "float32 zeros (read by peftops; GPTQ's own kernels have whole zeros alone)",
+        help="for QA-LoRA: keep the codes, in GPTQ's layout with "
+        "float32 zeros (read by peftops; GPTQ's own kernels need whole zeros)",
     )
     parser.add_argument(
         "--calibrate",
         type=Path,
         metavar="FILE",
-        help="a data file, none of a test set: put what was merged into NF4 with calibration, in bitsandbytes' layout",
+        help="data file for calibration, not of a test set: put the merged model into NF4, in bitsandbytes' layout",
     )
 
 

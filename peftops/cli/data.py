@@ -46,7 +46,7 @@ def read_rows(path: Path, prompt: HardPrompt | None = None) -> list[Row]:
     suffix = path.suffix.lower()
     if suffix not in (*_JSON, *_TABLES, *_PROSE):
         known = ", ".join((*_JSON, *_TABLES, *_PROSE))
-        raise DataError(f"{path}: the suffix tells what a data file holds, and {suffix or 'none'} is not of {known}")
+        raise DataError(f"{path}: the suffix tells the kind of a data file, and {suffix or 'none'} is not of {known}")
     text = read_text(path)
     if suffix in _PROSE:
         if prompt is not None:
@@ -141,7 +141,7 @@ def _row(value: Any, prompt: HardPrompt | None) -> Row:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise DataError("a string has half of a surrogate pair, which is no character") from None
+        raise DataError("a string has half of a surrogate pair, which is not a character") from None
     if prompt is not None:
         return Row(messages=prompt.messages(value), fields=value)
     if value.get("messages") is not None:

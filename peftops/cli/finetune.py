@@ -77,17 +77,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON, JSONL or CSV (instruction and response, messages, or text) or plain text; the suffix tells which",
     )
     arg("--eval", type=Path, help="held-out data; by default a part of the training data")
-    arg("--eval-share", type=float, default=0.05, help="that part (default 0.05; 0: no evaluation)")
+    arg("--eval-share", type=float, default=0.05, help="the size of that part (default 0.05; 0: no evaluation)")
     arg("--eval-every", type=int, help="steps between evaluations (default: at the start and the end)")
     arg("--out", type=Path, required=True, help="directory for the adapter, the report and the plot")
     arg("--overwrite", action="store_true", help="delete what another run left in --out")
     arg("--method", choices=[*sorted(METHOD_NAMES), "none"], default="qlora", help="none: measure the model as it is")
-    arg("--template", help="of each row: text with {field}, and ||| before the answer; or a JSON file of HardPrompt")
+    arg(
+        "--template",
+        help="template of a row: text with {field}, and ||| before the answer; or a JSON file of HardPrompt",
+    )
     arg(
         "--turns",
         choices=TURNS,
         default="last",
-        help="of the assistant's in a conversation that are learnt (default last)",
+        help="the assistant's answers in a conversation that are learnt (default last)",
     )
     arg("--shots", type=int, default=0, help="rows of the training data that every prompt shows first (default 0)")
     arg("--r", type=int, help="rank (default: the method's own, mostly 16)")
@@ -100,14 +103,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg("--steps", type=int, help="optimizer steps (default: as many as --epochs take)")
     arg("--epochs", type=float, default=1.0)
     arg("--batch", type=int, default=8, help="rows computed at once (default 8)")
-    arg("--accumulate", type=int, default=1, help="such batches per step")
+    arg("--accumulate", type=int, default=1, help="batches per step of the optimizer")
     arg("--lr", type=float, default=5e-4, help="peak learning rate (default 5e-4)")
     arg("--warmup", type=int, help="steps (default: a tenth)")
     arg(
         "--optimizer",
         choices=[*OPTIMIZERS],
         default="adamw",
-        help="adamw8bit: 2 bytes of state per parameter, not 8; pagedadamw8bit: and on the host while a GPU is full",
+        help="adamw8bit: 2 bytes of state per parameter, not 8; pagedadamw8bit: on the host if a GPU is full",
     )
     arg("--weight-decay", type=float, default=0.0)
     arg("--clip", type=float, default=1.0, help="largest norm of the gradient (default 1)")
@@ -122,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=True,
         metavar="FILE",
         help="with qlora, loftq, lqlora: choose the codes "
-        "by what the layers are given of this data file, or of the training data",
+        "with the layers' inputs from this data file, or from the training data",
     )
     arg("--ask", help="a prompt to answer before and after (default: the first held-out one)")
     arg("--threads", type=int, help="CPU threads")

@@ -79,7 +79,7 @@ class Job:
         if not math.isfinite(value):
             kept = "; --resume goes on from the last checkpoint" if (self.folder / CHECKPOINT).exists() else ""
             raise ValueError(
-                f"the {what} after step {self.step} is {value}: the model gives no numbers, or --lr "
+                f"the {what} after step {self.step} is {value}: the model's outputs are not finite, or --lr "
                 f"{self.args.lr:g} is too high{kept}"
             )
 

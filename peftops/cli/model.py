@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg(
         "--trust-remote-code",
         action="store_true",
-        help="run the Python code that the model's directory comes with; only for code that you have read",
+        help="run the Python code in the model's directory; use it only for code that you have read",
     )
 
 
@@ -41,8 +41,12 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
 def add_base_arguments(parser: argparse.ArgumentParser) -> None:
     """By default the model has the format of its files, or the format in which the adapter was trained."""
     base = parser.add_mutually_exclusive_group()
-    base.add_argument("--dense", action="store_true", help="leave the model dense, though QLoRA trained in 4 bits")
-    base.add_argument("--quantize", action="store_true", help="4 bits, even if the adapter was trained on dense ones")
+    base.add_argument("--dense", action="store_true", help="leave the model dense, even if QLoRA trained it in 4 bits")
+    base.add_argument(
+        "--quantize",
+        action="store_true",
+        help="read the model in 4 bits, even if the adapter was trained on dense weights",
+    )
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:

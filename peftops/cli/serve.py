@@ -44,11 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg(
         "--requests",
         type=Path,
-        help="JSONL: prompt or messages, and, as wished, adapter (none is the "
+        help="JSONL: prompt or messages, and optionally adapter (without it: the "
         "model itself), max_tokens, temperature, top_k, top_p, seed (without any of these four: greedy)",
     )
-    arg("--out", type=Path, help="JSONL: a line per answer, as it is done, with its row's number")
-    arg("--max-tokens", type=int, default=128, help="of an answer whose request does not say (default 128)")
+    arg("--out", type=Path, help="JSONL: a line per answer, in the order of completion, with its row's number")
+    arg("--max-tokens", type=int, default=128, help="tokens of an answer if the request sets none (default 128)")
     arg("--max-batch", type=int, default=16, help="requests that run at once (default 16)")
     arg("--max-cache", type=int, default=16384, help="tokens whose keys and values are kept at once (default 16384)")
     arg("--resident", type=int, default=16, help="adapters for which there is room at once (default 16)")

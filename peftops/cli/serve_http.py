@@ -30,22 +30,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--watch",
         type=Path,
         metavar="DIR",
-        help="a directory whose adapters are loaded as they come and unloaded as they go",
+        help="a directory whose adapters are loaded when they appear and unloaded when they are removed",
     )
     arg("--loadable", type=Path, metavar="DIR", help="a directory from which clients may load adapters")
     arg(
         "--max-rank",
         type=int,
         default=16,
-        help="of the adapters for which --resident makes room (default 16, and as much as those of --adapters have)",
+        help="rank of the adapters for which --resident makes room (default 16, or the largest of --adapters)",
     )
-    arg("--max-adapters", type=int, default=10_000, help="that may be loaded (default 10000)")
-    arg("--max-prompt", type=int, help="tokens of a prompt (default: as many as leave room for an answer)")
+    arg("--max-adapters", type=int, default=10_000, help="adapters that may be loaded (default 10000)")
+    arg(
+        "--max-prompt",
+        type=int,
+        help="largest number of tokens of a prompt (default: any that leaves room for an answer)",
+    )
     arg("--max-choices", type=int, default=16, help="answers to one request (default 16)")
     arg("--max-queue", type=int, default=256, help="answers that wait (default 256)")
     arg("--max-body", type=int, default=4 << 20, help="bytes of a request (default 4194304)")
     arg("--timeout", type=float, default=600.0, help="seconds for an answer (default 600)")
-    arg("--grace", type=float, default=30.0, help="seconds that answers have left at a signal (default 30)")
+    arg("--grace", type=float, default=30.0, help="seconds for running answers after a signal (default 30)")
 
 
 def prepare(args: argparse.Namespace) -> socket.socket:

@@ -58,9 +58,9 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor]) -> NF4Tensor:
     except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"weight.{_STATE} is damaged: {error!r}") from None
     if not isinstance(dtype, torch.dtype) or offset.dim() or not offset.isfinite():
-        raise ValueError(f"weight.{_STATE} is damaged: its dtype or nested_offset is none")
+        raise ValueError(f"weight.{_STATE} is damaged: its dtype or nested_offset is not valid")
     if -(-math.prod(shape) // 2) != tensors["weight"].nbytes:
-        raise ValueError(f"weight has {tensors['weight'].nbytes} bytes, which are no codes of shape {list(shape)}")
+        raise ValueError(f"weight has {tensors['weight'].nbytes} bytes, which do not fit codes of shape {list(shape)}")
     for name, own in (("quant_map", NF4_CODE), ("nested_quant_map", ABSMAX_MAP)):
         given = tensors.get(f"weight.{name}")
         # bitsandbytes makes its map with torch.linspace, which rounds differently on some CPUs

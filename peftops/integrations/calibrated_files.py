@@ -84,7 +84,7 @@ class Unfinished:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}
                 reports = [kind(**report) for report in json.loads(opened.metadata()["reports"])]
             if sorted(report.name for report in reports) != sorted(layers):
-                raise ValueError("it reports of other layers")
+                raise ValueError("it is a report of other layers")
             codes = {name: self._codes(name, tensors) for name in layers}
             self._check_rest(path, {f"{name}.weight" for name in layers}, tensors)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -119,7 +119,7 @@ class Unfinished:
         own, given = told(own), told(tensors)
         for name in sorted(own.keys() | given.keys()):
             if own.get(name) != given.get(name):
-                raise ValueError(f"{name} is not as the model has it")
+                raise ValueError(f"{name} is not the same as in the model")
 
     def finish(self, count: int, report: Any, tokenizer: Any) -> None:
         """Give all files their final names."""

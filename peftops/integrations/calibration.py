@@ -320,7 +320,7 @@ def _rehearse(model: nn.Module, stack: list[str], batches: list[Tensor]) -> tupl
         for ids in batches:
             body(input_ids=ids.to(next(body.get_input_embeddings().parameters()).device), use_cache=False)
     except (TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise ValueError(f"{type(model).__name__} is no stack of blocks that hand one tensor on: {error}") from error
+        raise ValueError(f"{type(model).__name__} is not a stack of blocks that pass one tensor on: {error}") from error
     finally:
         for block in own:
             vars(block).pop("forward", None)

@@ -131,11 +131,13 @@ def _factors(model: nn.Module, name: str) -> dict[str, Part]:
     fields = config.as_built(parts).to_peft()
     what = f"the adapter {name!r}, of {type(config).__name__},"
     if fields["peft_type"] != "LORA" or fields.get("use_dora"):
-        raise ValueError(f"{what} is no product of two factors in each layer, which alone have weighted sums")
+        raise ValueError(
+            f"{what} is not a product of two factors in each layer, and only such adapters can be combined"
+        )
     for option, none in (("bias", "none"), ("lora_bias", False), ("modules_to_save", ())):
         value = getattr(config, option, none)
         if (tuple(value) if isinstance(value, list) else value) != none:
-            raise ValueError(f"{what} has {option}={value!r}, and a weighted sum has no place for that")
+            raise ValueError(f"{what} has {option}={value!r}, and a weighted sum does not support that")
     plain = LoRAConfig.from_peft({**fields, "target_modules": ["any"], "init_lora_weights": True})
     result = {}
     for path, part in parts.items():

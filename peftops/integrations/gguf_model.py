@@ -30,7 +30,7 @@ def check_gguf(config: Any, tokenizer: Any, pre: str | None = None) -> None:
         raise TypeError(f"a GGUF of {kind} is not known here; {', '.join(sorted(ARCHITECTURES))} are")
     rope = config.rope_parameters["rope_type"]
     if rope not in ("default", "llama3"):
-        raise TypeError(f"rope_type {rope!r} has no place in a GGUF that is written here; 'default' and 'llama3' have")
+        raise TypeError(f"rope_type {rope!r} cannot be written into a GGUF; 'default' and 'llama3' can")
     window = getattr(config, "sliding_window", None)
     if window and window < config.max_position_embeddings and getattr(config, "use_sliding_window", True):
         raise TypeError(f"sliding_window={window}: llama.cpp would let {kind} see all tokens; set it to None for that")

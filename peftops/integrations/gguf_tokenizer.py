@@ -33,9 +33,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, size: int, pre: str | None) -> No
     parts = json.loads(tokenizer.backend_tokenizer.to_str()) if getattr(tokenizer, "is_fast", False) else {}
     steps = _steps(parts.get("pre_tokenizer"))
     if parts.get("model", {}).get("type") != "BPE" or "ByteLevel" not in [step["type"] for step in steps]:
-        raise TypeError(
-            f"a GGUF is written with tokenizers of byte-level BPE alone, and {type(tokenizer).__name__} is none"
-        )
+        raise TypeError(f"a GGUF needs a tokenizer of byte-level BPE, and {type(tokenizer).__name__} is none")
     name = _named(pre) if pre else _told(steps)
     tokens = {i: token for token, i in tokenizer.get_vocab().items()}
     if max(tokens) >= size:
@@ -90,7 +88,7 @@ def _told(steps: list[dict[str, Any]]) -> str:
         name = _EXPRESSIONS.get(before[0]["pattern"].get("Regex"))
     if name is None:
         raise ValueError(
-            "the tokenizer does not tell which of llama.cpp's ways to cut text is its own; give the name of that as "
+            "the tokenizer does not tell which of llama.cpp's ways to cut text it uses; give the name of that as "
             f"--gguf-pre, one of {', '.join(NAMES)}"
         )
     return name

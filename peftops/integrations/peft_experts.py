@@ -79,7 +79,7 @@ def from_peft(tensors: dict[str, Tensor], model: nn.Module, config: Config, file
             if down.dim() != 2 or up.dim() != 2 or down.shape[0] % experts or up.shape[1] % experts:
                 raise ValueError(
                     f"{file} does not fit: {key}.lora_A and lora_B have shapes {list(down.shape)} and "
-                    f"{list(up.shape)}, which are none of {experts} experts"
+                    f"{list(up.shape)}, which do not fit {experts} experts"
                 )
             down, up = down.unflatten(0, (experts, -1)), up.unflatten(1, (-1, experts)).permute(2, 0, 1)
             if _swapped(model, module):

@@ -28,7 +28,7 @@ class CodesLoraLinear(Linear):
         start = str(config.init_lora_weights).lower()
         if start.startswith(_STARTS):
             raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r} is taken off the numbers of the base's "
+                f"init_lora_weights={config.init_lora_weights!r} is subtracted from the numbers of the base's "
                 "weight, and PEFT cannot read them out of codes; start on the dense model"
             )
         for option, ours in _READS_NUMBERS.items():

@@ -96,8 +96,8 @@ def _check_base(path: str, tensor: Tensor, model: nn.Module, file: object) -> No
         raise ValueError(f"{file} holds the weight of {path} itself, {list(tensor.shape)}; the model's is {own}")
     if not torch.equal(weight, tensor.to(weight.device, weight.dtype)):
         raise ValueError(
-            f"{file} holds the weight of {path} itself, and the model has another one (PEFT saves it where the "
-            f"vocabulary was resized, and by save_embedding_layers). The adapter stands on that: "
+            f"{file} holds the weight of {path} itself, and the model has another one (PEFT saves it if the "
+            f"vocabulary was resized, and by save_embedding_layers). The adapter needs that weight: "
             f"copy the file's tensor {PREFIX}{path}{_BASE} into model.get_submodule({path!r}).weight before you load it"
         )
 

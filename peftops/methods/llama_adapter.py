@@ -68,7 +68,7 @@ class LLaMAAdapterConfig(Config):
             if getattr(self, option) is not None:
                 check_range(option, getattr(self, option), 1, whole=True)
         if self.gate == "peft" and (self.v2 or self.image_features):
-            raise ValueError("gate='peft' has neither images nor v2: PEFT's files have no place for them")
+            raise ValueError("gate='peft' has no images and no v2: PEFT's files cannot hold them")
         super().__post_init__()
 
     def as_built(self, adapters: dict[str, Any]) -> LLaMAAdapterConfig:

@@ -94,7 +94,7 @@ class LongLoRA(LoRA):
                 raise TypeError(f"LongLoRA splits heads into halves, and {heads} is {getattr(model.config, heads)}")
         if config.length is not None and stretches(model, config.length) and state_of(model) is not None:
             raise ValueError(
-                "length would change the positions under adapters that are there; attach this one before them"
+                "length would change the positions of adapters that are already attached; attach this one before them"
             )
         if config.target is None:
             inside = lambda path: any(path.startswith(f"{attention}.") for attention in found)

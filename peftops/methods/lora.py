@@ -122,8 +122,8 @@ class LoRAConfig(Config):
         if start_of(fields) not in STARTS:
             raise ValueError(
                 f"this adapter needs init_lora_weights={fields['init_lora_weights']!r}, a start that HF PEFT may have "
-                "taken off the base's weights, and peftops cannot make again; let PEFT convert it to plain LoRA "
-                "(save_pretrained with path_initial_model_for_weight_conversion)"
+                "subtracted from the base's weights, and peftops cannot compute it again; let PEFT convert it to plain "
+                "LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
             )
         return cls(
             r=fields["r"],
@@ -161,8 +161,8 @@ class LoRA(Biased):
         self.dropout = config.dropout
         if kind_of(base) == EXPERTS and self.dropout:
             raise ValueError(
-                f"dropout is {self.dropout}, and experts are adapted without, as in HF PEFT; set it to 0, "
-                "or target to names of other layers alone"
+                f"dropout is {self.dropout}, and adapters of experts have none, as in HF PEFT; set it to 0, "
+                "or target to names of other layers"
             )
         device = base.weight.device
         A, B = (nn.Parameter(torch.zeros(shape, device=device)) for shape in factor_shapes(base, self.rank))

@@ -146,7 +146,7 @@ class LQLoRA(LoRA):
         own = base_tensors(self._base[0])
         if self.given and not all(torch.equal(tensors[name], part) for name, part in own.items()):
             raise ValueError(
-                "this LQ-LoRA adapter stands on other codes than those that the model has; load it onto the dense model"
+                "this LQ-LoRA adapter was trained on other codes than the model has; load it onto the dense model"
             )
         super().restore(tensors)
 

@@ -101,7 +101,9 @@ class PiSSA(LoRA):
         if (tensors["lora_A"].shape, tensors["lora_B"].shape) != alone:
             return tensors
         if self.rounded:
-            raise ValueError("HF PEFT took the start of this adapter off a dense base, and this one is quantised")
+            raise ValueError(
+                "HF PEFT subtracted the start of this adapter from a dense base, and this base is quantised"
+            )
         A, B = tensors["lora_A"].to(self.start_A), tensors["lora_B"].to(self.start_B)
         return dict(zip(("lora_A", "lora_B"), _beside(A, self.start_A, B, self.start_B), strict=True))
 

@@ -85,7 +85,7 @@ class ReLoRA(LoRA):
                 raise ValueError(f"{path} shares its weight with another layer, which a restart would change, too")
             found[path] = ReLoRA(base, config, path)
         if config.restarts and state_of(model):
-            raise ValueError("these restarts changed the base, which this model's other adapters stand on")
+            raise ValueError("these restarts changed the base, but other adapters of this model need the old base")
         # Experts are most of a model: they do not train, and attaching warns about that.
         left = lambda layer, leaf: kind_of(layer) == EXPERTS or is_quantized(getattr(layer, leaf))
         other = lambda path, layer, leaf: path not in found and not left(layer, leaf)

@@ -33,9 +33,9 @@ def is_attention(module: nn.Module) -> bool:
 def check_attention(module: nn.Module, name: str) -> None:
     """Raise a sentence unless the attention module ``name`` can take a prompt."""
     if not is_attention(module):
-        raise TypeError(f"{name}, a {type(module).__name__}, is no attention of transformers that decodes")
+        raise TypeError(f"{name}, a {type(module).__name__}, is not a causal attention of transformers")
     if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values()):
-        raise TypeError(f"{name}, a {type(module).__name__}, hands no arguments on to its attention function")
+        raise TypeError(f"{name}, a {type(module).__name__}, passes no other arguments on to its attention function")
 
 
 # By registry and name of each attention function that is replaced: the registry, and the modules that need the
@@ -154,7 +154,7 @@ class GatedPrompt(nn.Module):
             shape = (1, prompt.shape[1], arguments["position_embeddings"][0].shape[-1])
             still["position_embeddings"] = (prompt.new_ones(shape), prompt.new_zeros(shape))
         elif getattr(attention.config, "rope_parameters", None):
-            raise TypeError(f"{type(attention).__name__} rotates keys itself: a prompt's cannot be left as they are")
+            raise TypeError(f"{type(attention).__name__} rotates keys itself, so a prompt's keys cannot stay unrotated")
         found: list[Tensor] = []
 
         def take(function: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any):

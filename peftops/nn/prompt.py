@@ -27,7 +27,7 @@ class Prompt(Stored):
         return output
 
     def forward(self) -> None:
-        raise RuntimeError(f"{type(self).__name__} is not called; it changes what the model's body is called with")
+        raise RuntimeError(f"{type(self).__name__} is not called; it changes the arguments of the model's body")
 
 
 class Prompted(nn.Module):

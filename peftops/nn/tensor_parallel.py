@@ -195,7 +195,9 @@ class Parts:
         for path, parallel in self._how.items():
             layer, dim = model.get_submodule(path), 0 if parallel == "column" else 1
             if type(layer) is not nn.Linear or is_quantized(layer.weight):
-                raise ValueError(f"{path} is no dense linear layer, and only those are cut for several ranks")
+                raise ValueError(
+                    f"{path} is not a dense linear layer, and only such layers can be cut for several ranks"
+                )
             _cut(path, ("outputs", "inputs")[dim], layer.weight, dim, world)
         for path, parallel in self._how.items():
             self._cut_layer(model, path, parallel)
@@ -233,7 +235,7 @@ def _planned(model: nn.Module, plan: dict[str, str]) -> dict[str, str]:
         if how in ("colwise", "rowwise"):
             found |= dict.fromkeys(paths, {"colwise": "column", "rowwise": "row"}[how])
         elif paths and not how.startswith("replicated"):
-            raise ValueError(f"{type(model).__name__} is cut in a way that is not served: {pattern} is {how}")
+            raise ValueError(f"{type(model).__name__} is cut in a way that is not supported: {pattern} is {how}")
     if not found:
         raise ValueError(f"transformers has no plan to cut a {type(model).__name__} for several ranks")
     return found

@@ -36,8 +36,8 @@ def watch(parameters: dict[str, nn.Parameter]) -> None:
             rest = f" and {len(waiting) - MOST} more" if len(waiting) > MOST else ""
             names = ", ".join(list(waiting)[:MOST]) + rest
             warnings.warn(
-                f"the first backward gave no gradient to {names}: what they are in was not called, or not used. Unless "
-                "other inputs reach them, they do not learn (and merging what they are would change the model)",
+                f"the first backward gave no gradient to {names}: their layers were not called, or the output was "
+                "not used. Unless other inputs reach them, they do not learn (and merging them would change the model)",
                 stacklevel=2,
             )
         waiting.clear()

@@ -128,7 +128,7 @@ class GroupQuantTensor(PackedTensor):
         each = (torch.float32, (*lead, groups))
         cls._check_parts(parts, {"packed": (torch.uint8, (*lead, k // 8 * bits)), "scales": each, "zeros": each}, shape)
         if bits not in (2, 3, 4, 8) or not 8 <= size <= 4096 or size & (size - 1) or size * groups != k:
-            raise ValueError(f"codes of {bits} bits in groups of {size} are none of a weight of shape {list(shape)}")
+            raise ValueError(f"codes of {bits} bits in groups of {size} do not fit a weight of shape {list(shape)}")
         return bits, size
 
     @property

@@ -94,7 +94,7 @@ class NF4Tensor(PackedTensor):
         )
         sizes = [2**i for i in range(5, 13) if -(-count // 2**i) == blocks]
         if not sizes:
-            raise ValueError(f"weight._absmax has {blocks} blocks, which are none of a weight of shape {list(shape)}")
+            raise ValueError(f"weight._absmax has {blocks} blocks, which do not fit a weight of shape {list(shape)}")
         # If several block sizes give the same number of blocks, there is one block, and its numbers do not depend on
         # the size.
         return (64 if 64 in sizes else sizes[0],)

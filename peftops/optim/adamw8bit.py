@@ -178,7 +178,7 @@ def _checked(state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> dict[st
     """A copy of one parameter's loaded state, where the parameter is."""
     is_of = {k: (list(t.shape), t.dtype) for k, t in state.items() if isinstance(t, Tensor)}
     if is_of != _layout(p, group) or not isinstance(state.get("step"), int):
-        raise ValueError(f"AdamW8bit: the state of a parameter of shape {list(p.shape)} is another's: it has {is_of}")
+        raise ValueError(f"AdamW8bit: the state of a parameter of shape {list(p.shape)} does not fit: it has {is_of}")
     with _memory(p, group):
         return {k: t.to(p.device, copy=True) if isinstance(t, Tensor) else t for k, t in state.items()}
 

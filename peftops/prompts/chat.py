@@ -65,7 +65,7 @@ def pieces(tokenizer: Any, messages: Sequence[Message], turns: str = "last") -> 
         asked = render(tokenizer, messages[:i], ask=True)
         if not asked.startswith(done):
             raise ValueError(
-                "the model's chat template renders earlier turns in another way once others follow, so "
+                "the model's chat template renders earlier turns differently when other turns follow, so "
                 "only the last answer can be learnt"
             )
         answer = _answer(tokenizer, messages[: i + 1], asked)
@@ -85,7 +85,7 @@ def _answer(tokenizer: Any, messages: Sequence[Message], asked: str) -> str:
     content = messages[-1]["content"].strip()
     at = whole.rfind(content)
     if at < 0:
-        raise ValueError("the model's chat template leaves out the answer's own text, so that nothing can be learnt")
+        raise ValueError("the model's chat template leaves out the answer's text, so the model can learn nothing")
     return whole[at:]
 
 

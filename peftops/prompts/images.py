@@ -73,7 +73,7 @@ class ImagePrompts(Prompt):
     def __init__(self, model: nn.Module, features: int, prompt: Tensor):
         super().__init__()
         if getattr(model.config, "is_encoder_decoder", False):
-            raise TypeError(f"image_features needs a model that only decodes, not a {type(model).__name__}")
+            raise TypeError(f"image_features needs a decoder, not a {type(model).__name__}")
         (tokens, hidden), device = prompt.shape, prompt.device
         self.tokens = tokens
         self.projection = nn.Linear(features, hidden, device=device, dtype=torch.float32)
@@ -90,7 +90,9 @@ class ImagePrompts(Prompt):
         """The image's value, taken out of a layer's arguments."""
         image = arguments.pop(ARGUMENT, None)
         if image is None and self.features is not None:
-            raise TypeError(f"the model does not hand on to its {type(attention).__name__} what image_prompts puts in")
+            raise TypeError(
+                f"the model does not pass on to its {type(attention).__name__} the argument of image_prompts"
+            )
         return image
 
     def checked(self, features: Tensor | Sequence[Tensor]) -> Tensor:

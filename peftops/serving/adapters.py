@@ -95,7 +95,7 @@ def add_adapter(pool: AdapterPool, name: str, directory: str | os.PathLike, *, p
     config, tensors = read_adapter(directory)
     method = METHODS[type(config)]
     if not issubclass(method, LoRA) or method.adapt is not LoRA.adapt:
-        raise TypeError(f"{directory} is an adapter of {method.__name__}; a pool holds A and B, as LoRA has them")
+        raise TypeError(f"{directory} is an adapter of {method.__name__}; a pool holds only A and B, as in LoRA")
     layers = {key.removeprefix(PREFIX).partition(".lora_")[0].partition(".base_layer")[0] for key in tensors}
     experts = sorted(layer for layer in layers if layer.endswith("experts"))
     if experts:

@@ -189,10 +189,12 @@ class PagedModel:
         except Exception as error:
             raise Unfit(f"a token over pages failed with {type(error).__name__}: {error}") from error
         if sorted(probe.heads) != list(range(layers)) or sorted(probe.windows) != list(range(layers)):
-            raise Unfit("not all of its layers keep keys and values, or attend, as transformers' attention does")
+            raise Unfit(
+                "not all of its layers keep keys and values, or compute attention, as transformers' attention does"
+            )
         seen = [probe.windows[i] for i in range(layers)]
         if seen != windows:
-            raise Unfit("its configuration and its attention differ on the window over which attention slides")
+            raise Unfit("its configuration and its attention have different windows")
         heads = [probe.heads[i] for i in range(layers)]
         if len(probe.dtypes) != 1 or max(d for _, *dims in heads for d in dims) > 512:
             raise Unfit("keys and values differ in dtype, or a head has more than 512 dims")

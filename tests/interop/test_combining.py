@@ -109,7 +109,7 @@ def test_cat_is_several_active_adapters(tmp_path):
     other = theirs((2, 3, 4), use_rslora=True)
     model = ours(other, tmp_path)
     other.base_model.set_adapter(NAMES[:2])
-    with pytest.raises(TypeError, match=r"one adapter is active, by its name, not \['a', 'b'\]; peftops.combine"):
+    with pytest.raises(TypeError, match=r"activate takes the name of one adapter, not \['a', 'b'\]; peftops.combine"):
         peftops.activate(model, NAMES[:2])
     peftops.combine(model, NAMES[:2], [1, 1], how="cat")
     torch.testing.assert_close(model(x), other(x), rtol=1e-4, atol=1e-5)

@@ -194,7 +194,7 @@ def test_another_adapter_leaves_the_projection_alone():
 
 
 def test_models_that_cannot():
-    with pytest.raises(TypeError, match="image_features needs a model that only decodes, not a T5"):
+    with pytest.raises(TypeError, match="image_features needs a decoder, not a T5"):
         peftops.attach(models.t5(), CONFIG)
     model = built()
     attention = model.model.layers[1].self_attn
