@@ -30,9 +30,9 @@ struct AdamWTensor {
   void* parameter;        // [n] of dtype
   const void* grad;       // [n] of grad_dtype
   void* first;            // codes [blocks * block_size], or float32 [n]
-  void* second;           // alike
+  void* second;           // as first
   float* first_absmax;    // [blocks], or null: the moments are float32
-  float* second_absmax;   // alike
+  float* second_absmax;   // as first_absmax
   int64_t n;
   int64_t units_before;   // of kAdamWUnit elements, in the tensors before this one
   DType dtype, grad_dtype;

@@ -57,7 +57,7 @@ struct GatedPromptAdd {
 struct GatedPromptBackward {
   GatedPrompt in;
   const void* g;          // [batch, heads, rows, dv]
-  void* dquery;           // [batch, heads, rows, d], or null if nobody wants it
+  void* dquery;           // [batch, heads, rows, d], or null if it is not needed
   bool add_to_dquery;     // contains the attention's own gradient already
   float* partial;         // [prompts, kv_heads, blocks][partial_stride]
   Strides g_at, dquery_at;

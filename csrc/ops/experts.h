@@ -24,12 +24,12 @@ class Offsets {
     }
 #endif
   }
-  // Of a stack of weights `n` rows that follow one another.
+  // The rows of one expert, in a stack with `n` rows in all.
   int64_t share_of(const char* op, const char* name, int64_t n) const {
     PEFTOPS_CHECK(n % experts == 0, op, ": ", name, " has ", n, " rows, which is no multiple of the ", experts, " experts");
     return n / experts;
   }
-  // What no expert has a row for.
+  // Zeros the rows that belong to no expert.
   void clear_rest(Tensor& result) const {
 #ifdef PEFTOPS_CUDA
     fill_with_zeros(result);

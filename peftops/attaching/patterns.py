@@ -1,4 +1,4 @@
-"""Regular expressions for names of layers, matched in a short time whatever the pattern is.
+"""Regular expressions for names of layers, matched in a short time for any pattern.
 
 Python's own matcher backtracks, so a pattern like ``(.*)*(.*)*x`` can take it years, and an adapter's file may hold
 such a pattern. This matcher does not backtrack: for each part of the pattern, in turn, it computes the set of places in

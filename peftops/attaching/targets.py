@@ -98,7 +98,7 @@ def check_called(model: nn.Module, names: Collection[str], what: str) -> None:
 
 
 def matches(model: nn.Module, target: Target, option: str) -> list[tuple[str, nn.Module]]:
-    """The modules that a regular expression or a list means; a sentence with near names is raised if there are none."""
+    """The modules that a regular expression or a list means; an error with near names is raised if there are none."""
     named = [(name, module) for name, module in layers(model) if name]
     if isinstance(target, str):
         meant = lambda name: matches_whole(target, name)

@@ -74,7 +74,7 @@ def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
 
 def load_base(args: argparse.Namespace, *, quantize: bool, **options: Any) -> nn.Module:
     device, dtype = device_and_dtype(args.dtype)
-    model_config(args.model, trust_remote_code=args.trust_remote_code)  # raises if it is no causal language model
+    model_config(args.model, trust_remote_code=args.trust_remote_code)  # raises if it is not a causal language model
     return load_model(
         args.model, dtype=dtype, quantize=quantize, trust_remote_code=args.trust_remote_code, **options
     ).to(device)

@@ -68,7 +68,7 @@ def prepare(args: argparse.Namespace) -> socket.socket:
     for name in ("watch", "loadable"):
         folder = getattr(args, name)
         if folder is not None and not folder.is_dir():
-            raise ValueError(f"--{name} must be a directory, and {folder} is none")
+            raise ValueError(f"--{name} must be a directory, and {folder} is not")
     if os.environ.get("PEFTOPS_API_KEY") == "":
         raise ValueError("PEFTOPS_API_KEY is set and empty; unset it for a server without a key")
     _limits(args, 2)

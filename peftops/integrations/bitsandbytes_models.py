@@ -24,8 +24,8 @@ def from_bitsandbytes(model: nn.Module) -> nn.Module:
         model: any module, with adapters of PEFT or without; changed and returned.
 
     Raises:
-        ValueError: there is no such layer, one is in FP4, not quantised yet, or has blocks that NF4Tensor has not;
-            nothing has changed then.
+        ValueError: there is no such layer, one is in FP4, not quantised yet, or has blocks that NF4Tensor does not
+            support; nothing has changed then.
 
     Examples:
         >>> import bitsandbytes as bnb

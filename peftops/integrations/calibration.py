@@ -141,7 +141,8 @@ def quantize_model(
     Raises:
         FileNotFoundError: there is no model at ``model``.
         ValueError: the rows are empty or hold a token that the model does not know; the model is quantised already, has
-            adapters, or is no stack of blocks that hand one tensor on; an unfinished result of other settings is there.
+            adapters, or is not a stack of blocks that pass one tensor on; an unfinished result of other settings
+            is there.
         OSError: ``out`` holds files already, or cannot be written.
 
     Examples:

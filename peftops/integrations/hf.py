@@ -50,7 +50,7 @@ def _config(path: str | os.PathLike, trust_remote_code: bool) -> Any:
     where, how = (file.parent, {"gguf_file": file.name}) if file else (folder, {})
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **how)
-    except Exception as error:  # whatever a reader stumbles over in a damaged file
+    except Exception as error:  # any error that a reader raises for a damaged file
         name = file or folder / "config.json"
         check_own_code(path, error)
         raise ValueError(f"{name} is damaged or not supported: {_first_line(error)}") from error
@@ -178,8 +178,8 @@ def _class_of(path: object, config: Any, trust_remote_code: bool) -> Any:
     found = getattr(transformers, str(made), None) if made or type(config) not in causal else causal[type(config)]
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise ValueError(
-            f"{path} holds a {made or config.model_type}, which is no model that transformers "
-            f"{transformers.__version__} has"
+            f"{path} holds a {made or config.model_type}, which is not a model of transformers "
+            f"{transformers.__version__}"
         )
     return found
 

@@ -90,7 +90,7 @@ class _Read(ConversionOps):
         return nn.Parameter(codes.to(own.dtype), requires_grad=False)
 
     def _stored(self, layer: nn.Module, tensors: dict[str, Tensor], name: str, model: nn.Module) -> Tensor:
-        if tensors.keys() == {"weight"}:  # dense; of whatever layer
+        if tensors.keys() == {"weight"}:  # dense, of any layer
             dense = tensors["weight"]
             if dense.is_floating_point() and not (dense.dtype == torch.float32 and _is_in(name, _wide(model))):
                 dense = dense.to(layer.weight.dtype)
@@ -258,7 +258,7 @@ class CodesQuantizer(HfQuantizer):
             layer, _, leaf = name.rpartition(".")
             if is_quantized(value):
                 if value.dim() != config.stored_dims:
-                    kind = "of experts" if layer in stacks else "of a layer that is no stack of experts"
+                    kind = "of experts" if layer in stacks else "of a layer other than experts"
                     raise ValueError(
                         f"{name} is {kind}, of which layout={config.layout!r} has no codes; save the "
                         "model with layout='peftops'"

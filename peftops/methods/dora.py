@@ -71,7 +71,7 @@ class DoRA(LoRA):
         self.magnitude = nn.Parameter(lengths.float().view(shape))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoRA:
-        """(Lengths keep their digits, whatever the model is cast to.)"""
+        """(A cast of the model does not change the dtype of lengths.)"""
         squares = self.squares
         super()._apply(fn, recurse)
         if not squares.is_meta:

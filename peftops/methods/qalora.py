@@ -123,7 +123,7 @@ class QALoRA(Adapter):
                 f"is for {'any' if config.bits is None else config.bits} bits in groups of {group}"
             )
         if in_ % group:
-            raise ValueError(f"{layer} has {in_} inputs, which is no multiple of group_size={group}")
+            raise ValueError(f"{layer} has {in_} inputs, which is not a multiple of group_size={group}")
         self.rank = config.r
         if experts and config.pool == "peft":
             raise ValueError(f"pool='peft' is for files of HF PEFT, which has no QA-LoRA for experts like {layer}")

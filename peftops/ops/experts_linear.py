@@ -78,7 +78,7 @@ def _format(x: Tensor, weight: Tensor) -> ExpertsFormat:
     if form is DENSE and weight.dtype != x.dtype:
         raise TypeError(f"experts_linear: x is {x.dtype}, weight {weight.dtype}; they must be the same")
     if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("experts_linear: weight requires a gradient, but none is made of it; freeze it")
+        raise ValueError("experts_linear: weight requires a gradient, but this op makes none for it; freeze it")
     return form
 
 
@@ -145,7 +145,7 @@ def experts_linear(
     Raises:
         TypeError: weight is packed in a format without a product here, or dense in another dtype than x.
         ValueError: weight requires a gradient; compute is unknown; shapes, devices or the dtype of offsets do not fit.
-        RuntimeError: offsets decrease or exceed the rows (on the CPU), or a dtype is none of the three.
+        RuntimeError: offsets decrease or exceed the rows (on the CPU), or a dtype is not one of the three.
 
     Examples:
         >>> weight = peftops.nf4_quantize(torch.randn(4, 32, 64))

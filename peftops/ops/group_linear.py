@@ -67,7 +67,7 @@ def group_linear(
         TypeError: weight is not a GroupQuantTensor.
         ValueError: it requires a gradient, which codes cannot have; is on another device than x; compute is
             unknown; or shapes of the factors do not fit together.
-        RuntimeError: shapes do not fit, or a dtype is none of the three.
+        RuntimeError: shapes do not fit, or a dtype is not one of the three.
 
     Examples:
         >>> weight = peftops.group_quantize(torch.randn(32, 64))

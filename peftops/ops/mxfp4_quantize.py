@@ -30,7 +30,7 @@ def mxfp4_quantize(weight: Tensor) -> MXFP4Tensor:
 
     Raises:
         ValueError: the weight is empty or holds a NaN or an infinity.
-        RuntimeError: the weight's shape or dtype is none of those above.
+        RuntimeError: the weight's shape or dtype is not one of those above.
 
     Examples:
         >>> peftops.mxfp4_quantize(torch.randn(32, 64)).nbytes  # codes and scales: 4.25 bits a weight

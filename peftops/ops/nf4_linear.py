@@ -80,7 +80,7 @@ def nf4_linear(
         TypeError: weight is not an NF4Tensor.
         ValueError: it requires a gradient, which codes cannot have; compute is unknown; shapes or devices do not fit
             together.
-        RuntimeError: x or a factor has a dtype that is none of the three.
+        RuntimeError: x or a factor has another dtype than the three.
 
     Examples:
         >>> weight = peftops.nf4_quantize(torch.randn(32, 64))

@@ -60,7 +60,7 @@ def paged_attention(
     for name, t in (("query", query), ("key_pages", key_pages), ("value_pages", value_pages)):
         if t.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
-                f"paged_attention: {name} requires a gradient, and there is none; call it under torch.no_grad()"
+                f"paged_attention: {name} requires a gradient, but this op has none; call it under torch.no_grad()"
             )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     window = _ALL if window is None else window

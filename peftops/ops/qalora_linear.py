@@ -30,7 +30,7 @@ def _(x, lora_A, group_size):
 
 
 def pool_factor(op: str, pool: Pool, weight: GroupQuantTensor) -> float:
-    """The factor that a convention of pooling puts on the sum of a group; ValueError if there is no such convention."""
+    """The factor that a convention of pooling puts on the sum of a group; ValueError if the convention is unknown."""
     groups = weight.scales.shape[1]
     factors = {"sum": 1.0, "mean": 1 / weight.group_size, "peft": groups / weight.group_size}
     if pool not in factors:
@@ -100,7 +100,7 @@ def qalora_linear(
         TypeError: weight is not a GroupQuantTensor.
         ValueError: it requires a gradient, which codes cannot have; pool is unknown; shapes of the factors or
             devices do not fit together.
-        RuntimeError: x or bias has another shape, or a dtype is none of the three.
+        RuntimeError: x or bias has another shape, or a dtype is not one of the three.
 
     Examples:
         >>> weight = peftops.group_quantize(torch.randn(32, 64), group_size=32)

@@ -63,7 +63,7 @@ def skeleton(
     """The model at ``path`` on the meta device: shapes, and no weights.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no model at ``path``.
         ValueError: transformers cannot build a causal language model from it.
 
     Examples:
@@ -92,7 +92,7 @@ def skeleton(
     if getattr(model, "_can_set_experts_implementation", bool)():  # torch's own has no meta kernel in float32
         model.set_experts_implementation("peftops")
     model.tie_weights()
-    model.config.pad_token_id = None  # for its sake, some models look at ids, of which there are none
+    model.config.pad_token_id = None  # with it, some models would read ids, which do not exist here
     return model
 
 

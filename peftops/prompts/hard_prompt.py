@@ -80,7 +80,7 @@ class HardPrompt:
             raise ValueError(f"a template's fields are plain names in braces, and {self.template!r} has others")
         names = {name for _, name, _, _ in parts}
         if self.shorten is not None and f"{{{self.shorten}}}" not in self.template.split(SPLIT)[0]:
-            raise ValueError(f"shorten={self.shorten!r} is no field of the prompt; the template has {sorted(names)}")
+            raise ValueError(f"shorten={self.shorten!r} is not a field of the prompt; the template has {sorted(names)}")
         for row in self.demonstrations:
             self.text(row)
 

@@ -87,7 +87,7 @@ class AdapterPool:
         pages: how many pages the working set has.
         page_size: elements per page, a power of two from 64.
         slots: how many adapters may be resident at once.
-        dtype: float32, bfloat16 or float16, of the factors in the pool, whatever the dtype of x. A decoding step
+        dtype: float32, bfloat16 or float16, of the factors in the pool, for any dtype of x. A decoding step
             reads every factor once, so 16 bits take about half the time of 32.
         device: the device of the working set, on which x must be, too; by default torch's default device. On a GPU,
             load and compute on one stream, as threads do by default: a load may overwrite the pages of an adapter whose

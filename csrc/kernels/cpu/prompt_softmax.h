@@ -12,7 +12,7 @@
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
-constexpr int64_t kQueries = 16;   // a tile: a cache line of scores for each token, whatever the vector width
+constexpr int64_t kQueries = 16;   // a tile: a cache line of scores for each token, for any vector width
 constexpr int64_t kHeads = 8;      // prompt heads of a unit: transformers' queries lie next to each other
 constexpr int64_t kPromptFloats = 48 << 10;   // of prompts in scratch, 192 KB of L2
 constexpr float kLog2e = 1.44269504088896f;

@@ -27,7 +27,7 @@ struct GpuRates {
 };
 constexpr GpuRates kGpuRates[] = {
     {80, 260, {1506, 2410}, 768, 48, 11.4},     // A100
-    {86, 520, {4818, 9636}, 192, 96, 2.7},      // Ampere's and Ada's consumer chips: tensor cores limit both ways alike
+    {86, 520, {4818, 9636}, 192, 96, 2.7},      // Ampere's and Ada's consumer chips: tensor cores limit both ways in the same way
     {90, 260, {1546, 2410}, 1536, 96, 11.8},    // H100: mma.sync reaches 62% of what wgmma does
     {100, 260, {1546, 2410}, 3072, 96, 24.8},   // B200: mma.sync taken to be Hopper's
     {120, 520, {4818, 9636}, 192, 96, 3.7},     // consumer Blackwell, which has no tcgen05
@@ -54,7 +54,7 @@ inline const GpuRates& rates_of(const Gpu& gpu) {
 
 inline double waves_of(int64_t blocks, const Gpu& gpu) { return double(ceil_div(blocks, gpu.multiprocessors)); }
 
-// Of tiles of fp32, whatever the format.
+// Of tiles of fp32, for any format.
 template <class Weight> double any_clocks(const Linear<Weight>& a, const Gpu& gpu) {
   return waves_of(ceil_div(a.m, kTile) * ceil_div(a.weight.rows, kTile), gpu) * double(a.weight.cols) * kAnyStep;
 }

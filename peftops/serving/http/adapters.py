@@ -60,7 +60,7 @@ class Adapters:
         """Read an adapter and serve it under its name. With ``replace``, it may take the name of another adapter.
 
         Raises:
-            ApiError: 400, the name is taken or unfit, there are too many, or the files are no adapter of this base.
+            ApiError: 400, the name is taken or unfit, there are too many, or the files are not an adapter of this base.
                 Nothing has changed then.
         """
         if not _NAME.fullmatch(name):

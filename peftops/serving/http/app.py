@@ -144,7 +144,7 @@ class App:
         try:
             path = (root / asked.lora_path).resolve()
         except (OSError, ValueError, RuntimeError):  # a NUL; links in a circle
-            raise bad("lora_path is no path", param="lora_path") from None
+            raise bad("lora_path is not a path", param="lora_path") from None
         if root not in path.parents:
             raise ApiError(403, "lora_path is not in the directory of --loadable", "not_allowed", "lora_path")
         await asyncio.to_thread(self._adapters.load, asked.lora_name, path, replace=asked.load_inplace)

@@ -67,7 +67,7 @@ class Job:
 
         Raises:
             ApiError: an answer failed, or the time is up; the others are given up.
-            ClientLeft: nobody waits for them.
+            ClientLeft: the client has closed its connection.
         """
         try:
             while self._left:
