@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-rank",
         type=int,
         default=16,
-        help="rank of the adapters for which --resident makes room (default 16, or the largest of --adapters)",
+        help="rank of the adapters for which --resident makes room (default: the largest of --adapters, at least 16)",
     )
     arg("--max-adapters", type=int, default=10_000, help="adapters that may be loaded (default 10000)")
     arg(

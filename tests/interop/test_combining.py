@@ -151,10 +151,10 @@ def test_pissa_counts_as_what_it_adds():
 @pytest.mark.parametrize(
     "config, message",
     [
-        (peftops.DoRAConfig(r=2), "of DoRAConfig, is no product of two factors"),
-        (peftops.VeRAConfig(r=2), "of VeRAConfig, is no product of two factors"),
-        (peftops.PromptTuningConfig(tokens=2), "of PromptTuningConfig, is no product"),
-        (peftops.LoRAConfig(r=2, lora_bias=True), "has lora_bias=True, and a weighted sum has no place"),
+        (peftops.DoRAConfig(r=2), "of DoRAConfig, is not a product of two factors"),
+        (peftops.VeRAConfig(r=2), "of VeRAConfig, is not a product of two factors"),
+        (peftops.PromptTuningConfig(tokens=2), "of PromptTuningConfig, is not a product"),
+        (peftops.LoRAConfig(r=2, lora_bias=True), "has lora_bias=True, and a weighted sum does not support"),
         (peftops.LoRAConfig(r=2, modules_to_save=["lm_head"]), r"has modules_to_save=\['lm_head'\]"),
     ],
     ids=lambda value: type(value).__name__,

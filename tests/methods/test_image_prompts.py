@@ -198,5 +198,5 @@ def test_models_that_cannot():
         peftops.attach(models.t5(), CONFIG)
     model = built()
     attention = model.model.layers[1].self_attn
-    with peftops.image_prompts(model, images), pytest.raises(TypeError, match="does not hand on to its LlamaAttention"):
+    with peftops.image_prompts(model, images), pytest.raises(TypeError, match="does not pass on to its LlamaAttention"):
         attention(torch.zeros(2, 7, 64), position_embeddings=None, attention_mask=None)
