@@ -4,17 +4,19 @@
 //   p = decay p - (size m) / (sqrt(v) + floor)
 //   decay = 1 - lr weight_decay     size = lr c / (1 - beta1^step)     floor = eps c     c = sqrt(1 - beta2^step)
 //
-// Every operation is rounded to float32 by itself, in the order written, so the bits are the same on every device. Moments are float32, or codes of the dynamic map in blocks of `block_size`:
+// Every operation is rounded to float32 by itself, in the order written, so the bits are the same on every device.
+// Moments are float32, or codes of the dynamic map in blocks of `block_size`:
 //
 //   m = sign * value(|first - 127|) * first_absmax[block]       v = value(second) * |second_absmax[block]|
 //
-// The map splits [0.1, 1] times 10^(e - 6), for e of 0 to 6, into 2^e equal intervals (2^(e + 1) for v). A code says in
-// which of them a number divided by its block's absmax lies; its value is the middle. 0 and 1 are codes of their own, and
-// v > 0 never becomes 0.
+// The map splits [0.1, 1] times 10^(e - 6), for e of 0 to 6, into 2^e equal intervals (2^(e + 1) for v). A code is the
+// index of the interval in which a number divided by its block's absmax lies; the value of the code is the middle of
+// the interval. 0 and 1 have codes of their own, and v > 0 never becomes 0.
 //
-// What is no number, or has v > 2^63, does not enter its block's absmax. Its second code is 0, its first the exponent of
-// v rounded up to a power of two, no less than 191, and m is 0; the block has second_absmax of negative sign. So the
-// block's other elements keep their moments. In such a block a v of 0 whose first code would be 191 or more is code 1.
+// An element that is not finite, or has v > 2^63, is left out of its block's absmax, so the block's other elements keep
+// their moments. Its second code is 0. Its first code is the exponent of v rounded up to a power of two, at least 191,
+// and its m is 0. The second_absmax of such a block has a negative sign. If an element of such a block has v = 0 and a
+// first code of 191 or more, its second code is 1.
 #pragma once
 #include "kernels/cpu/kernel.h"
 #ifdef PEFTOPS_CUDA
@@ -28,9 +30,9 @@ struct AdamWTensor {
   void* parameter;        // [n] of dtype
   const void* grad;       // [n] of grad_dtype
   void* first;            // codes [blocks * block_size], or float32 [n]
-  void* second;           // alike
+  void* second;           // as first
   float* first_absmax;    // [blocks], or null: the moments are float32
-  float* second_absmax;   // alike
+  float* second_absmax;   // as first_absmax
   int64_t n;
   int64_t units_before;   // of kAdamWUnit elements, in the tensors before this one
   DType dtype, grad_dtype;
@@ -44,9 +46,10 @@ struct AdamW8bit {
 
 constexpr int64_t kAdamWUnit = 4096;   // elements: the largest block
 
-// The number of the interval in which x of [0, 1] lies is the whole part of slope[e] * x + offset[e], where e is how many
-// of the bounds lie below x. The middle of interval k is a line in k + 0.5, or k + 1.5 for v, whose exponent tells the
-// decade; its low three bits are the index here, and that of zero is that of one, which one line joins.
+// For x in [0, 1] let e be the number of bounds below x. Then the index of the interval of x is the whole part of
+// slope[e] * x + offset[e]. The middle of interval k is a linear function of k + 0.5, or of k + 1.5 for v, and the
+// exponent of that number gives the decade. The low three bits of the exponent are the index here. Zero and one have
+// the same index, and one line fits both.
 struct DynamicCode { float bound[8], slope[8], offset[8], value_slope[8], value_offset[8]; };
 
 constexpr DynamicCode make_dynamic_code(bool is_signed) {
@@ -56,7 +59,7 @@ constexpr DynamicCode make_dynamic_code(bool is_signed) {
     const double n = is_signed ? 1 << e : 2 << e;
     c.bound[e] = e < 6 ? float(ten) : __builtin_inff();
     c.slope[e] = float(n / (0.9 * ten));
-    // A reciprocal may put the largest number itself just below 1, so all is moved up by a hair.
+    // A reciprocal may put the largest number itself just below 1, so all numbers are moved up a little.
     c.offset[e] = float(n * (8. / 9.) - (is_signed ? 0.5 : 1.) + 0x1p-16);
     const int at = (is_signed ? e + 7 : e) & 7;
     c.value_slope[at] = float(0.9 * ten / n);

@@ -1,16 +1,16 @@
-// Dropout from a seed: which elements stay is a function of (seed, row, column) alone, so a backward
-// pass, another device or another number of threads draws the same mask, and none is ever stored.
+// Dropout from a seed: whether an element stays depends only on (seed, row, column). So a backward pass, another device
+// or another number of threads draws the same mask, and no mask is stored.
 //
 // Element (row, col) of the [m, k] input takes word (col >> 4) & 3 of
 //   Philox4x32-10(key = seed, counter = (16 * (col >> 6) + (col & 15), row, row >> 32, 0))
-// (Salmon et al., SC 2011) and stays if that word is at least p * 2^32. What stays is divided by 1 - p.
+// (Salmon et al., SC 2011) and stays if that word is at least p * 2^32. An element that stays is divided by 1 - p.
 #pragma once
 #include <cstdint>
 
 namespace peftops {
 
 struct Dropout {
-  const int64_t* seed;   // on the device of the kernel, which reads it: nobody waits for a copy
+  const int64_t* seed;   // on the device of the kernel, which reads it there: no copy to the host is needed
   double p;              // 0 <= p < 1; with 0 nothing is drawn, and seed may be null
 };
 

@@ -7,9 +7,9 @@
 //   experts_shrink             u  = x A_e^T,  v = scaling * g B_e             see kernels/lora_linear.h
 //   experts_gradient           dA_e = v^T x,  dB_e^T = scaling * u^T g, zeros for an expert without rows
 //
-// An expert's rows have the bits that the layer of its weight alone gives them. Rows from the last offset on are not
-// touched. Of `all`, pointers are to the rows of all experts and to stacks, expert after expert; sizes are one expert's,
-// but for m, the number of all rows.
+// An expert's rows have the same bits as in a layer with only that expert's weight. Rows from the last offset on are
+// not written. In `all`, pointers are to the rows of all experts and to stacks, expert after expert. Sizes are those of
+// one expert, except m, the number of all rows.
 #pragma once
 #include "kernels/cpu/kernel.h"
 #ifdef PEFTOPS_CUDA
@@ -56,7 +56,7 @@ PEFTOPS_CPU_KERNELS(
     Kernel<ExpertsShrink> experts_shrink; Kernel<ExpertsGradient> experts_gradient;)
 
 #ifdef PEFTOPS_CUDA
-namespace cuda {   // offsets lie on the device, and nobody has checked them
+namespace cuda {   // offsets lie on the device and are not checked
 Kernel<ExpertsNf4> experts_nf4; Kernel<ExpertsNf4Backward> experts_nf4_backward;
 Kernel<ExpertsGroup> experts_group; Kernel<ExpertsGroupBackward> experts_group_backward;
 Kernel<ExpertsMxfp4> experts_mxfp4; Kernel<ExpertsMxfp4Backward> experts_mxfp4_backward;

@@ -4,7 +4,7 @@
 //   gated_prompt_add       p[j] = softmax over j of scale * q . key[j]
 //                          y    = out + gate[head] * sum over j of p[j] value[j]
 //
-// for each query q [d] with its rows of out and y [dv]. Prompts are neither masked nor rotated. A head whose
+// for each query q [d] with its rows of out and y [dv]. Prompts are not masked and not rotated. A head whose
 // gate is 0 gets `out` itself, bit for bit. With g the gradient of y, t[j] = g . value[j], mean = sum of p[j] t[j]:
 //
 //   gated_prompt_backward  e[j]      = scale * gate[head] * p[j] * (t[j] - mean)
@@ -12,7 +12,7 @@
 //                          dkey[j]   = sum of e[j] q                     over the queries that see this prompt
 //                          dvalue[j] = sum of gate[head] * p[j] * g      over the same
 //                          dgate[h]  = sum of mean                       over the queries of the head
-//   gated_prompt_reduce    adds up the last three, of which the units of backward leave partial sums
+//   gated_prompt_reduce    adds up the last three; the units of backward write partial sums of them
 //
 // p is computed again in the backward pass; nothing of the size S x K is ever in memory. All sums are fp32, in
 // an order that depends on the shapes alone.
@@ -57,8 +57,8 @@ struct GatedPromptAdd {
 struct GatedPromptBackward {
   GatedPrompt in;
   const void* g;          // [batch, heads, rows, dv]
-  void* dquery;           // [batch, heads, rows, d], or null if nobody wants it
-  bool add_to_dquery;     // the attention's own gradient is in there already
+  void* dquery;           // [batch, heads, rows, d], or null if it is not needed
+  bool add_to_dquery;     // contains the attention's own gradient already
   float* partial;         // [prompts, kv_heads, blocks][partial_stride]
   Strides g_at, dquery_at;
   int64_t blocks, partial_stride;

@@ -5,8 +5,8 @@
 //
 //   packed  each row is one string of bits, the first code in the lowest bits of the first byte: eight codes
 //           take `bits` bytes. Cut into little-endian int32 words and transposed, it is GPTQ's qweight.
-//   zeros   any real number, in units of a code. That is what lets QA-LoRA merge exactly: a change that is
-//           constant in each group moves the zero and nothing else.
+//   zeros   any real number, in units of a code. So QA-LoRA merges exactly: a change of the weight that is constant in
+// each group changes only the zero.
 #pragma once
 #include <cstdint>
 

@@ -4,14 +4,14 @@
 //   symmetric    scale = 2 max(|max|, |min|) / (2^bits - 1)      zero = 2^(bits - 1)
 //   code = round(w * (1 / scale) + zero), to even at a tie, clamped to [0, 2^bits - 1]
 //
-// With `narrower` > 0 as many further ranges are tried: 1 - i / 64 as wide for i = 1, 2, ..., about the same
-// middle (symmetric: the same zero), so that what lies outside is clipped and the rest is finer. The one
-// with the least squared error wins, the widest of equals.
+// With `narrower` > 0, that number of further ranges is tried: 1 - i / 64 times the width for i = 1, 2, ..., about the
+// same middle (symmetric: the same zero). Numbers outside of a range are clipped, and those inside have finer steps.
+// The range with the least squared error is taken, or the widest of equal ones.
 //
-// All in fp32, operation by operation, so that the codes are the same everywhere. A group whose scale would
-// be under 1e-30 is constant: asymmetric, it is scale |min|, zero -sign(min) and code 0, which is exact; a zero
-// group has scale 1, so that a zero can move whatever the group. A group with a NaN or an infinity, or
-// wider than fp32 reaches, gets scale NaN, and dequantises to NaN and never to a plausible number.
+// Every operation is rounded to fp32, so that the codes are the same on every device. A group whose scale would
+// be under 1e-30 is constant: asymmetric, it is scale |min|, zero -sign(min) and code 0, which is exact; a zero group
+// has scale 1, so that its zero can change, too. A group with a NaN or an infinity, or with a width beyond the range of
+// fp32, gets scale NaN: it dequantises to NaN, not to a wrong number.
 #pragma once
 #include "kernels/cpu/kernel.h"
 #ifdef PEFTOPS_CUDA

@@ -1,14 +1,14 @@
-// A linear layer over a packed weight W [n, k], low-rank term included: what the contracts of every format share
-// (nf4_linear.h, group_linear.h).
+// A linear layer over a packed weight W [n, k], with its low-rank term: the common part of the contracts of all formats
+// (nf4_linear.h, group_linear.h, mxfp4_linear.h).
 //
 //   forward   y  = x W^T + bias + scaling * u B^T      u from lora_shrink or qalora_shrink
 //   backward  dx = g W + v A                           v likewise
 //
-// W is decoded in registers or a panel at a time; nothing of its size is ever written. Sums are fp32, in an
+// W is decoded in registers or a panel at a time; the whole dense W is never written. Sums are fp32, in an
 // order that depends on the shapes alone.
 //
-// Where a matrix library is the faster, CUDA has kernels for its operands (LibraryOperands): those hold W, rounded to the
-// type of x, in memory.
+// If a matrix library is faster, CUDA has kernels that write its operands (LibraryOperands). These do hold W, rounded
+// to the type of x, in memory.
 #pragma once
 #include <cstdint>
 
@@ -42,8 +42,9 @@ template <class Weight> struct LinearBackward {
 };
 
 #ifdef PEFTOPS_CUDA
-// y = left right^T: [x | scaling u | 1] [W | lora_B | bias]^T, numbers that the type cannot hold in parts, and zeros up to
-// a depth of whole units of 16 bytes. For some rows of W, the first of which are there for `left` as well.
+// y = left right^T: [x | scaling u | 1] [W | lora_B | bias]^T, a number that the type cannot hold is split into parts,
+// and zeros fill the depth up to whole units of 16 bytes. For some rows of W at a time; `left` is written with the
+// first of them.
 template <class Weight> struct LibraryOperands {
   Linear<Weight> of;     // its y is not touched
   void* left;            // [m, depth] of of.dtype; null where depth is k, and x will do

@@ -7,7 +7,7 @@
 //   lora_gradient  dA = v^T dropout(x)           dB^T = scaling * u^T g
 //
 // All sums are fp32, in an order that depends on the shapes alone. A factor `f` is given as f[r][k]
-// (`by_rank`, like A) or as f[k][r] (like B): both are read as they lie.
+// (`by_rank`, like A) or as f[k][r] (like B): both are read without a transposition.
 #pragma once
 #include "kernels/cpu/kernel.h"
 #ifdef PEFTOPS_CUDA

@@ -11,12 +11,12 @@
 //
 // Where factors lie. Both factors of an adapter are stored by rank, A as [r, in] and B as its transpose
 // [r, out], so that one kernel reads both and a row of x needs each byte once. An adapter is one flat run of
-// elements (all its layers, A before B^T), cut into pages that lie anywhere in the pool. The indirection is
-// the kernel's: a segment points to its adapter's page list, and element e is at
-// storage[pages[e >> page_shift] << page_shift | e & mask]. Pointers per row would need pages as wide as the
-// widest layer; gathering the pages first would read and write every factor once more, and reading factors
-// is what a decoding step is limited by. A look-up costs a few instructions for every line of kLoraLine
-// elements: factor rows are padded with zeros to whole lines and pages are whole lines, so none is split.
+// elements (all its layers, A before B^T), cut into pages that lie anywhere in the pool. The kernel itself follows the
+// pages: a segment points to its adapter's page list, and element e is at storage[pages[e >> page_shift] << page_shift
+// | e & mask]. Pointers per row would need pages as wide as the widest layer; gathering the pages first would read and
+// write every factor once more, and the time of a decoding step is the time to read factors. A look-up costs a few
+// instructions for every line of kLoraLine elements. Factor rows are padded with zeros to whole lines, and pages are
+// whole lines, so no line is split.
 #pragma once
 #include "kernels/cpu/kernel.h"
 #ifdef PEFTOPS_CUDA
@@ -73,8 +73,8 @@ struct MultiLoraGradient {
 PEFTOPS_CPU_KERNELS(Kernel<MultiLoraAdd> multi_lora_add; Kernel<MultiLoraGradient> multi_lora_gradient;)
 
 #ifdef PEFTOPS_CUDA
-// Everything that a LoraSegments points to lies on the device, too. multi_lora_add wants segments of no more than
-// kLoraPiece rows, a tile of the tensor cores: an adapter may have several.
+// All arrays of a LoraSegments lie on the device, too. A segment of multi_lora_add has at most kLoraPiece rows, a tile
+// of the tensor cores. An adapter with more rows has several segments.
 constexpr int64_t kLoraPiece = 16;
 namespace cuda { Kernel<MultiLoraAdd> multi_lora_add; Kernel<MultiLoraGradient> multi_lora_gradient; }
 #endif

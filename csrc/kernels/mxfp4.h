@@ -1,11 +1,11 @@
-// The MXFP4 format of OCP's microscaling specification 1.0, as checkpoints of gpt-oss have it.
+// The MXFP4 format of OCP's microscaling specification 1.0, as in checkpoints of gpt-oss.
 //
 //   weight[o, j] ~ kE2m1[code] * 2^(scale[o, j / 32] - 127)
 //
 //   packed  FP4 codes (E2M1: a sign, two bits of exponent, one of mantissa), two a byte, the first in the low nibble
 //   scales  a byte for each 32 columns (E8M0: an exponent); 255 is NaN
 //
-// Products of a code and a scale are exact in fp32, up to those beyond its range, which are infinite.
+// Products of a code and a scale are exact in fp32, except those beyond its range, which become infinite.
 #pragma once
 #include <cstdint>
 

@@ -3,8 +3,8 @@
 //   scale = 127 + floor(log2(largest magnitude of the block)) - 2, and 0 at least
 //   code  = the number of E2M1 nearest to w / 2^(scale - 127), the one with an even code at a tie; 6 where that is less
 //
-// A zero keeps its sign. A block with a NaN or an infinity gets scale 255, and dequantises to NaN and never to a
-// plausible number.
+// A zero keeps its sign. A block with a NaN or an infinity gets scale 255: it dequantises to NaN, not to a wrong
+// number.
 #pragma once
 #include "kernels/cpu/kernel.h"
 #ifdef PEFTOPS_CUDA
@@ -15,8 +15,8 @@
 
 namespace peftops {
 
-// What decides between the codes i and i + 1: magnitudes above it are the larger one's. Where the larger one is even, a
-// tie is its own: the number below the middle decides.
+// The bounds between the codes i and i + 1: a magnitude above the bound gets the larger code. A tie goes to the even
+// code. If that is the larger one, the bound is the number just below the middle.
 constexpr float kE2m1Below[7] = {0.25f,           0x1.7ffffep-1f, 1.25f, 0x1.bffffep0f, 2.5f,
                                  0x1.bffffep1f,   5.f};
 

@@ -49,7 +49,7 @@ constexpr DynamicMap make_dynamic_map() {
 
 constexpr DynamicMap kDynamicMap = make_dynamic_map();
 
-// What decides between neighbouring codes: below[i] lies halfway between the codes i and i + 1.
+// The bounds between neighbouring codes: below[i] lies halfway between the codes i and i + 1.
 struct Nf4Midpoints { float below[16]; };
 struct DynamicMidpoints { float below[256]; };
 
@@ -68,16 +68,16 @@ constexpr DynamicMidpoints make_dynamic_midpoints() {
 constexpr Nf4Midpoints kNf4Midpoints = make_nf4_midpoints();
 constexpr DynamicMidpoints kDynamicMidpoints = make_dynamic_midpoints();
 
-// The cubic kBucket[0] + v * (kBucket[1] + kBucket[2] * v^2) follows the normal quantiles closely enough that its
-// whole part at midpoint i is i, and it rises in between: v is in bucket i only if it lies near midpoint i, and one
-// exact comparison with that midpoint decides.
+// The cubic kBucket[0] + v * (kBucket[1] + kBucket[2] * v^2) is close to the normal quantiles: its whole part at
+// midpoint i is i, and it rises in between. So v is in bucket i only if it lies near midpoint i, and one exact
+// comparison with that midpoint decides.
 constexpr float kBucket[3] = {7.25f, 11.4f, -4.4f};
 
 constexpr bool each_midpoint_has_its_bucket() {
   const auto bucket = [](float v) { return kBucket[0] + v * (kBucket[1] + kBucket[2] * v * v); };
   for (int i = 0; i < 15; ++i) {
     const float b = bucket(kNf4Midpoints.below[i]);
-    if (b < i + 0.2f || b > i + 0.8f) return false;   // a fifth of a bucket is no matter of rounding
+    if (b < i + 0.2f || b > i + 0.8f) return false;   // a fifth of a bucket is more than rounding can change
   }
   return bucket(-1.f) > 0.1f && bucket(1.f) < 15.f;
 }
@@ -94,7 +94,7 @@ struct Nf4Weight {
   const float* absmax_offset;   // [1], or null
   int64_t rows, cols;
   int64_t block_size;
-  int64_t first;                // flat index of its first element; 0 but for a part of a stack of weights
+  int64_t first;                // flat index of its first element; 0 except for a part of a stack of weights
 };
 
 }  // namespace peftops

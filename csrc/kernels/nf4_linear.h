@@ -30,7 +30,8 @@ Kernel<Nf4Linear> nf4_linear;
 Kernel<Nf4LinearBackward> nf4_linear_backward;
 Kernel<LibraryOperands<Nf4Weight>> nf4_operands;
 int64_t operands_depth(const Nf4Linear&);
-// Whether to go by the library, on the current device. Whatever `wanted`, not for what its operands cannot hold.
+// Whether to multiply with the library, on the current device. Never, even if `wanted`, for values that its operands
+// cannot hold.
 cudaError_t by_library(const Nf4Linear&, Way wanted, bool* result);
 cudaError_t by_library(const Nf4LinearBackward&, Way wanted, bool* result);
 }  // namespace cuda

@@ -4,12 +4,12 @@
 //                        code[i]   = how many of the 15 midpoints between neighbouring codes lie below
 //                                    w[i] * (1 / max(absmax[b], 1e-38))
 //   nf4_quantize_absmax  the same for the absmax values themselves: v = absmax - offset in blocks of 256,
-//                        codes of the dynamic map by its 255 midpoints; if that is decoded beyond the largest
-//                        float32, the largest code that is not
+//                        codes of the dynamic map by its 255 midpoints; if the code's value overflows float32, the
+// largest code whose value does not
 //
 // The product with the reciprocal and the strict comparison are bitsandbytes' own, so the codes are too.
-// An all-zero block has absmax 0 and code 7, which is zero. A block with a NaN or an infinity gets
-// absmax NaN, so that it dequantises to NaN and never to a plausible number.
+// An all-zero block has absmax 0 and code 7, which is zero. A block with a NaN or an infinity gets absmax NaN: it
+// dequantises to NaN, not to a wrong number.
 #pragma once
 #include "kernels/cpu/kernel.h"
 #ifdef PEFTOPS_CUDA

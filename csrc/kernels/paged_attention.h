@@ -5,8 +5,8 @@
 //
 // Sequence s has lengths[s] tokens; token j lies in page table[s][j / page_size], at j % page_size. Its `rows` queries
 // are those of its last tokens: query i stands at position lengths[s] - rows + i, and sees the tokens up to its own,
-// or the last `window` of these. A query before position 0 is padding, and its y is 0. Nothing of a page is read
-// beyond a sequence's length.
+// or the last `window` of these. A query before position 0 is padding, and its y is 0. No page is read beyond a
+// sequence's length.
 //
 // All sums are fp32, over 32 or 64 tokens at a time from position 0 on: the bits of y depend on the tokens of the tiles
 // that the query sees, and not on the other queries, the pages, or the threads.
@@ -39,7 +39,7 @@ struct PagedAttention {
   int64_t query_batch, query_head, query_row;   // strides
   PageStrides key_at, value_at;
   int64_t batch, heads, rows, d, dv, kv_heads, page_size, most_pages;
-  int64_t window;          // tokens; as many as there can be if attention does not slide
+  int64_t window;          // tokens; the largest number if attention has no window
   float scale;
   DType dtype;             // of query and y
   DType page_dtype;

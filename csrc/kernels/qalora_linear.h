@@ -3,10 +3,9 @@
 //   p[i, l] = sum of x[i, j] over the columns j of group l        the pooled activations
 //   u       = p A^T                                               A = lora_A [r, k / group]
 //
-// and y += scaling * u B^T, which group_linear adds to the base product (kernels/group_linear.h). p is written
-// as it is made: it is all of x that the gradient of A needs, and a `group`-th of its size. The gradients
-// are those of LoRA with p in the place of x (kernels/lora_linear.h). Sums are fp32, in an order that depends
-// on the shapes alone.
+// and y += scaling * u B^T, which group_linear adds to the base product (kernels/group_linear.h). p is written to
+// memory, because the gradient of A needs p and not x; p has a `group`-th of the size of x. The gradients are those of
+// LoRA with p in the place of x (kernels/lora_linear.h). Sums are fp32, in an order that depends on the shapes alone.
 #pragma once
 #include "kernels/cpu/kernel.h"
 #ifdef PEFTOPS_CUDA

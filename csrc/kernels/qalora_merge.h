@@ -3,7 +3,7 @@
 //
 //   out[o, l] = zeros[o, l] - factor * (B A)[o, l] / scales[o, l]
 //
-// since scale * (code - out) = scale * (code - zeros) + factor * (B A), whatever the code. Sums are fp32.
+// since scale * (code - out) = scale * (code - zeros) + factor * (B A), for any code. Sums are fp32.
 #pragma once
 #include "kernels/cpu/kernel.h"
 #ifdef PEFTOPS_CUDA

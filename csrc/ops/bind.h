@@ -1,8 +1,9 @@
-// What every binding needs from torch, and nothing else of torch. LibTorch stable ABI only.
+// The parts of torch that bindings need. Only LibTorch's stable ABI.
 //
 // A binding is compiled for the CPU into peftops._C and, if its kernels exist for CUDA, with PEFTOPS_CUDA into
-// peftops._C_cuda: one text, so the checks and their sentences are the same. What differs is in this file: which
-// kernel PEFTOPS_PICK names, how run() calls it, and where PEFTOPS_IMPLEMENTATIONS registers it.
+// peftops._C_cuda: one source, so the checks and their sentences are the same. The differences are in this file: the
+// kernel that PEFTOPS_PICK names, the way in which run() calls it, and the place where PEFTOPS_IMPLEMENTATIONS
+// registers it.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -32,8 +33,8 @@ namespace peftops::ops {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Raises RuntimeError with one sentence, made of the parts. STD_TORCH_CHECK would put the path of this file before it;
-// and as a function would, the parts be made at every call.
+// Raises RuntimeError with one sentence, made of the parts. STD_TORCH_CHECK would put the path of this file before it.
+// A function would evaluate the parts at every call, so PEFTOPS_CHECK is a macro.
 template <class... Parts> [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream sentence;
   (sentence << ... << parts);
@@ -44,7 +45,7 @@ template <class... Parts> [[noreturn]] void fail(const Parts&... parts) {
   } else                              \
     peftops::ops::fail(__VA_ARGS__)
 
-// What torch itself was asked for; why it could not, it has said.
+// Raises if a call of torch failed; `what` names the task. torch has printed the reason.
 inline void check_torch(AOTITorchError status, const char* what) {
   PEFTOPS_CHECK(status == AOTI_TORCH_SUCCESS, "peftops: torch could not ", what);
 }
@@ -90,14 +91,14 @@ inline void check_last_dim(const char* op, const char* name, const Tensor& t, in
 
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-inline int64_t rows_of(const Tensor& t) {   // all dims but the last, as one
+inline int64_t rows_of(const Tensor& t) {   // the product of all dims except the last
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
   return rows;
 }
 
-// Fresh memory of this size comes from the system, a page at a time; touching 4 KB pages first takes several
-// times as long as writing them, so ask for 2 MB ones. No more than a hint.
+// The system hands out new memory a page at a time, and the first access to pages of 4 KB takes several times as long
+// as writing them. So this asks for pages of 2 MB. The system may ignore the hint.
 inline void prefer_huge_pages(void* p, int64_t bytes) {
 #if defined(__linux__)
   constexpr int64_t kWorthIt = 8 << 20, kPage = 4096;
@@ -108,7 +109,7 @@ inline void prefer_huge_pages(void* p, int64_t bytes) {
 #endif
 }
 
-// A tensor by the name of the argument that it is; no tensor if none was given.
+// An argument: its name and its tensor, or null if it was not given.
 struct Named {
   const char* name;
   const Tensor* tensor;
@@ -121,7 +122,7 @@ inline std::string device_of(const Tensor& t) {
   return t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
 }
 
-// A kernel does not check addresses: with one of another device, the GPU's context would be lost.
+// A kernel does not check addresses: an address of another device would destroy the GPU's context.
 inline void check_one_device(const char* op, Arguments arguments) {
   const Named& first = *arguments.begin();
   const auto device = first.tensor->device();
@@ -130,14 +131,14 @@ inline void check_one_device(const char* op, Arguments arguments) {
                     device_of(*other.tensor), ", but ", first.name, " on ", device_of(*first.tensor));
 }
 
-// What the host reads itself, wherever the kernel runs.
+// Raises unless the arguments are on the CPU: the host reads them itself, also for a kernel on a GPU.
 inline void check_on_host(const char* op, Arguments arguments) {
   for (const Named& one : arguments)
     PEFTOPS_CHECK(one.tensor->is_cpu(), op, ": ", one.name, " must be on the CPU, not on ", device_of(*one.tensor));
 }
 
-// An uninitialised contiguous tensor on the device of `like`. Straight through the C shim: the dispatcher
-// would take a microsecond more, and a product of one row may take twenty in all.
+// An uninitialised contiguous tensor on the device of `like`. It calls the C shim directly: the dispatcher would take a
+// microsecond more, and a whole product of one row may take only twenty.
 inline Tensor empty(const Tensor& like, const int64_t* shape, int64_t dims, ScalarType dtype) {
   constexpr int64_t kMaxDims = 64;   // torch's own limit
   int64_t strides[kMaxDims], stride = 1;
@@ -157,7 +158,7 @@ inline Tensor empty(const Tensor& like, const int64_t* shape, int64_t dims, Scal
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   return empty(like, shape.begin(), int64_t(shape.size()), dtype);
 }
-// The same with the dims and dtype of `like`, but for the last dim.
+// The same with the dtype of `like` and its dims, except the last one.
 inline Tensor empty_with_last_dim(const Tensor& like, int64_t last) {
   std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
   shape.back() = last;
@@ -184,7 +185,7 @@ template <class T> const T* integers_of(const char* op, const char* name, const 
   return t.const_data_ptr<T>();
 }
 
-// Dropout as it crosses the operators: a probability, and one int64 that is read when p > 0.
+// Dropout as an argument of the operators: a probability, and one int64 that is read if p > 0.
 inline Dropout dropout_of(const char* op, double p, const std::optional<Tensor>& seed) {
   PEFTOPS_CHECK(p >= 0 && p < 1, op, ": dropout_p must be in [0, 1), not ", p);
   if (p == 0) return {nullptr, 0};
@@ -197,7 +198,7 @@ inline Dropout dropout_of(const char* op, double p, const std::optional<Tensor>&
 #undef PEFTOPS_PICK
 #define PEFTOPS_PICK(kernel) (ops::CudaKernel(#kernel, &peftops::cuda::kernel))
 
-// The first line of every binding: what follows happens on the device where all its tensors are.
+// The first line of every binding: the code after it runs on the device of all its tensors.
 class OnDevice {
  public:
   OnDevice(const char* op, Arguments arguments) {
@@ -240,8 +241,8 @@ inline void* scratch() {
   return memory.get();
 }
 
-// Runs a CPU kernel on torch's own threads. `work` estimates multiply-adds or elements: a thread gets
-// no less than what takes it as long as it takes to wake another.
+// Runs a CPU kernel on torch's own threads. `work` estimates multiply-adds or elements: a thread gets at least as much
+// work as it takes time to wake another thread.
 template <class Args> void run(cpu::Kernel<Args>* kernel, const Args& args, int64_t work) {
   constexpr int64_t kWorkPerThread = 1 << 17;
   const int64_t units = kernel(args, 0, 0, nullptr);

@@ -1,6 +1,6 @@
-// The other way to a linear layer over a packed weight on CUDA: W decoded into memory, and a product of the library that
-// torch calls. It is taken where it is the faster (kernels/cuda/crossover.cuh); PEFTOPS_NF4_LIBRARY=always or never in the
-// environment decides otherwise. The temporary comes from torch's allocator and goes back at once.
+// The second implementation of a linear layer over a packed weight on CUDA: W is decoded into memory, and the library
+// that torch calls multiplies. It is used if it is faster (kernels/cuda/crossover.cuh); PEFTOPS_NF4_LIBRARY=always or
+// never in the environment overrides that. The temporary comes from torch's allocator and is returned at once.
 #pragma once
 #include <array>
 #include <cstdlib>
@@ -42,16 +42,16 @@ inline bool takes_library(const char* op, cudaError_t status, bool wanted) {
   return wanted;
 }
 
-// Rows of W that are decoded at a time: no more than 256 MiB, which a layer seldom has and a head often. Smaller slabs,
-// that an L2 cache holds, gain less than products of fewer rows lose (measured: an H100).
+// Rows of W that are decoded at a time: at most 256 MiB. A layer seldom has more, a head often. Slabs that fit an L2
+// cache would gain less than the products of fewer rows lose (measured on an H100).
 inline int64_t slab_of(int64_t rows, int64_t row_bytes) {
   constexpr int64_t kSlab = 256 << 20, kUnit = 256;
   const int64_t most = kSlab / (row_bytes > 0 ? row_bytes : 1) / kUnit * kUnit, slab = most > kUnit ? most : kUnit;
   return rows < slab ? rows : slab;
 }
 
-// y = x W^T and all that belongs to it, if this way is taken. `operands`: the kernel that makes the format's, and
-// `dequantize` the one that W alone takes.
+// y = x W^T with its other terms, if this implementation is chosen. `operands`: the format's kernel for the operands;
+// `dequantize`: its kernel if only W is needed.
 template <class Weight, class Dequantize>
 bool linear_by_library(const char* op, const Linear<Weight>& args, const Tensor& x, const Tensor& y,
                        CudaKernel<LibraryOperands<Weight>> operands, CudaKernel<Dequantize> dequantize) {
@@ -73,8 +73,8 @@ bool linear_by_library(const char* op, const Linear<Weight>& args, const Tensor&
   return true;
 }
 
-// dx = g W, and the low-rank term's part added to it, if this way is taken. `dequantize`: the format's kernel; `a`: lora_A,
-// a column of which stands for `pool` of W's.
+// dx = g W plus the low-rank term's part, if this implementation is chosen. `dequantize`: the format's kernel; `a`:
+// lora_A, of which one column counts for `pool` columns of W.
 template <class Backward, class Dequantize>
 bool backward_by_library(const char* op, const Backward& args, const Tensor& g, const Tensor& dx, const Tensor& a,
                          int64_t pool, Dropout dropout, CudaKernel<Dequantize> dequantize) {

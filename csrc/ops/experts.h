@@ -1,11 +1,11 @@
-// The rows of experts, and a stack of dense weights, as they cross the operators.
+// The rows of experts, and a stack of dense weights, as arguments of the operators.
 #pragma once
 #include "kernels/experts_linear.h"
 #include "ops/bind.h"
 
 namespace peftops::ops {
 
-// Where the rows of each of the experts end. The CPU reads it here; CUDA's kernels read it on the device.
+// The end of each expert's rows. The CPU reads it here; CUDA's kernels read it on the device.
 class Offsets {
  public:
   const int64_t* at;
@@ -24,12 +24,12 @@ class Offsets {
     }
 #endif
   }
-  // Of a stack of weights `n` rows that follow one another.
+  // The rows of one expert, in a stack with `n` rows in all.
   int64_t share_of(const char* op, const char* name, int64_t n) const {
     PEFTOPS_CHECK(n % experts == 0, op, ": ", name, " has ", n, " rows, which is no multiple of the ", experts, " experts");
     return n / experts;
   }
-  // What no expert has a row for.
+  // Zeros the rows that belong to no expert.
   void clear_rest(Tensor& result) const {
 #ifdef PEFTOPS_CUDA
     fill_with_zeros(result);
@@ -45,7 +45,7 @@ class Offsets {
   Tensor kept_;
 };
 
-// A stack [experts, n, k], each contiguous or the transpose of what is.
+// A stack [experts, n, k] of matrices that are contiguous, or transposes of contiguous ones.
 struct DenseParts {
   Tensor kept;
   DenseWeight weight;

@@ -6,7 +6,8 @@
 namespace peftops::ops {
 namespace {
 
-// Heads and rows may lie anywhere, as in transformers' [B, H, S, d] views of [B, S, H, d]; a row may not.
+// Heads and rows may have any strides, as in transformers' [B, H, S, d] views of [B, S, H, d]; the elements of a row
+// are contiguous.
 bool has_whole_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1; }
 Tensor with_whole_rows(const Tensor& t) { return has_whole_rows(t) ? t : torch::stable::contiguous(t); }
 

@@ -1,4 +1,4 @@
-// A group-quantised weight as it crosses the operators: packed codes, scales, zeros, and two numbers.
+// A group-quantised weight as an argument of the operators: packed codes, scales, zeros, and two numbers.
 #pragma once
 #include "kernels/group.h"
 #include "ops/bind.h"

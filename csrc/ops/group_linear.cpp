@@ -24,7 +24,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
   return o.y;
 }
 
-// dx = g W + v lora_A, each column of lora_A as often as the columns of W need
+// dx = g W + v lora_A, with each column of lora_A repeated to the columns of W
 Tensor linear_backward(const Tensor& g, const Tensor& packed, const Tensor& scales, const Tensor& zeros, int64_t bits,
                        int64_t group, const std::optional<Tensor>& v, const std::optional<Tensor>& a) {
   constexpr const char* kOp = "group_linear_backward";

@@ -1,6 +1,6 @@
-// Every operator of the package, in one list, and the module peftops._C. What an operator computes is
-// said in kernels/<stem>.h; the implementations are in ops/<stem>.cpp. They are private: the public
-// functions, with gradients and fakes, are in peftops/ops/<stem>.py.
+// The list of all operators of the package, and the module peftops._C. kernels/<stem>.h says what an operator computes;
+// its implementation is in ops/<stem>.cpp. They are private: the public functions, with gradients and fakes, are in
+// peftops/ops/<stem>.py.
 #include <pybind11/pybind11.h>
 
 #include "kernels/multi_lora_linear.h"
@@ -17,8 +17,8 @@
 // Four arguments that are the adapters of one layer, by slot; their factors lie in the pages of a storage.
 #define LORA_SLOTS "Tensor handles, Tensor pages, Tensor where, Tensor scaling"
 
-// Stacks are flat: weights [experts * out, in] (but a dense one), bias [experts * out], lora_B [experts * out, r], lora_A
-// [experts * r, in]. offsets is int64.
+// Stacks are flat: weights [experts * out, in] (except dense ones), bias [experts * out], lora_B [experts * out, r],
+// lora_A [experts * r, in]. offsets is int64.
 #define EXPERTS_FORWARD "Tensor offsets, Tensor? bias, Tensor? u, Tensor? lora_B, float scaling"
 #define EXPERTS_BACKWARD "Tensor offsets, Tensor? v, Tensor? lora_A"
 

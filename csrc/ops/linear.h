@@ -6,8 +6,8 @@
 
 namespace peftops::ops {
 
-// y = x W^T + bias + scaling * u lora_B^T. Args: Linear of some weight. Of a stack of `experts` layers, weight is of the
-// size of one; bias and lora_B are all of them, one after the other.
+// y = x W^T + bias + scaling * u lora_B^T. Args: Linear of some weight. For a stack of `experts` layers, `weight` has
+// the size of one layer; bias and lora_B have all layers, one after the other.
 template <class Args> struct LinearOperands {
   Tensor x, y, bias, u, b;
   Args args = {};
@@ -42,7 +42,7 @@ template <class Args> struct LinearOperands {
   int64_t work() const { return args.m * args.weight.rows * args.weight.cols; }
 };
 
-// dx = g W + v lora_A, where the shape of lora_A is left to check. Args: LinearBackward of some weight, or more.
+// dx = g W + v lora_A, where the caller checks the shape of lora_A. Args: LinearBackward of some weight, or more.
 template <class Args> struct LinearBackwardOperands {
   Tensor g, dx, v, a;
   Args args = {};

@@ -11,7 +11,7 @@ int64_t rank_of(const char* op, const Tensor& f, int64_t k, bool by_rank) {
   return f.size(by_rank ? 0 : 1);
 }
 
-// Working memory for sums that blocks of threads share. It is torch's again when the kernels are enqueued.
+// Working memory for sums that blocks of threads share. It is returned to torch when the kernels are enqueued.
 template <class Args>
 std::optional<Tensor> share_sums([[maybe_unused]] const Tensor& like, [[maybe_unused]] Args& args,
                                  [[maybe_unused]] int64_t results) {

@@ -1,6 +1,6 @@
-// Where the kernels of multi_lora_linear find a batch's rows and segments: as they are for the CPU; for CUDA copied to
-// the device, page lists included, in one piece. The host knows it all without asking the device, so nobody waits. A
-// CUDA graph of such a call replays the batch it was captured with.
+// The rows and segments of a batch for the kernels of multi_lora_linear. For CUDA they are copied to the device in one
+// piece, with the page lists. The host has all the data, so it need not wait for the device. A CUDA graph of such a
+// call replays the batch of its capture.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -22,7 +22,7 @@ class LoraPlan {
     for (const LoraSegment& s : segments) {
       const auto elements = [&](int64_t columns) { return s.r * ((columns + kLoraLine - 1) / kLoraLine * kLoraLine); };
       const int64_t at = int64_t(pages.size()), page = pool ? std::min(s.first, s.second) >> pool->page_shift : 0;
-      if (pool) {   // pages before the factors' first are never asked for
+      if (pool) {   // pages before the first one of the factors are not read
         const int64_t end = std::max(s.first + elements(k), s.second + elements(n));
         pages.insert(pages.end(), s.pages + page, s.pages + ((end - 1) >> pool->page_shift) + 1);
       }

@@ -10,8 +10,8 @@ namespace {
 
 constexpr const char* kOp = "multi_lora_linear";
 
-// The resident adapters of one layer, slot by slot. Slots that a batch names stay as they are while it runs;
-// another thread may fill others meanwhile.
+// The resident adapters of one layer, slot by slot. The slots that a batch names do not change while it runs; another
+// thread may fill other slots meanwhile.
 struct Slots {
   const int64_t* handles;   // [slots], -1 where none is loaded
   const int32_t* pages;     // [slots, most]

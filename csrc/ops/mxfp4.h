@@ -1,4 +1,4 @@
-// An MXFP4 weight as it crosses the operators: blocks of codes and their scales.
+// An MXFP4 weight as an argument of the operators: blocks of codes and their scales.
 #pragma once
 #include "kernels/mxfp4.h"
 #include "ops/bind.h"

@@ -1,4 +1,4 @@
-// An NF4 weight as it crosses the operators: packed codes, absmax in one or three tensors, block size.
+// An NF4 weight as an argument of the operators: packed codes, absmax in one or three tensors, block size.
 #pragma once
 #include "kernels/nf4.h"
 #include "ops/bind.h"

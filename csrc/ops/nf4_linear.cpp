@@ -11,8 +11,8 @@ namespace peftops::ops {
 namespace {
 
 #ifdef PEFTOPS_CUDA
-// Whether y is made by the kernel for an H100 that no GPU has measured yet: where PEFTOPS_NF4_WGMMA=on asks for it, and
-// x and W are such as it takes.
+// Whether to use the kernel for an H100, which no GPU has run yet: PEFTOPS_NF4_WGMMA=on asks for it, and x and W have a
+// supported shape and dtype.
 bool linear_by_wgmma(const char* op, const Nf4Linear& args) {
   const char* text = std::getenv("PEFTOPS_NF4_WGMMA");
   const std::string way = text ? text : "off";

@@ -9,14 +9,14 @@ namespace {
 
 constexpr const char* kOp = "paged_attention";
 
-// Pages may lie in a larger storage, and tokens and heads in any order; a row may not.
+// Pages may lie in a larger storage, with tokens and heads in any order; the elements of a row are contiguous.
 PageStrides strides_of(const char* name, const Tensor& pages) {
   PEFTOPS_CHECK(pages.size(-1) == 1 || pages.stride(-1) == 1, kOp, ": the last dim of ", name, " must be contiguous");
   return {pages.stride(0), pages.stride(1), pages.stride(2)};
 }
 
 #ifndef PEFTOPS_CUDA
-// Every page that a sequence needs is there: the kernel takes the table at its word.
+// Checks that every page of a sequence exists, because the kernel does not check the table.
 void check_table(const PagedAttention& a, int64_t pages) {
   for (int64_t s = 0; s < a.batch; ++s) {
     const int64_t length = a.lengths[s];

@@ -47,10 +47,10 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
         TypeError: no method has this config; a target is not supported.
         ValueError: the name is taken or not a plain one; nothing matches ``config.target``; the model is in
             DistributedDataParallel already.
-        RuntimeError: an operator cannot do with a weight what the method needs; the message names the layer.
+        RuntimeError: an operator that the method needs does not support a weight; the message names the layer.
 
-    Whatever is raised, an interrupt too, the model is then as it was. (So a method that quantises needs memory for the
-    dense model and its codes: :func:`peftops.load_model` quantises one tensor after the other.)
+    After any error or interrupt the model is as it was before. (So a method that quantises needs memory for the dense
+    model and its codes. :func:`peftops.load_model` needs less: it quantises one tensor after the other.)
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2))
@@ -63,10 +63,13 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
         raise TypeError(f"config must be one of {known}, not a {type(config).__name__}")
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise ValueError(
-            f"an adapter needs a plain name without dots, which no attribute of torch's modules has, not {name!r}"
+            f"an adapter's name must be plain, without dots, and no attribute of torch's modules may have it, "
+            f"not {name!r}"
         )
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError("DistributedDataParallel sums the gradients of what it found as it was made: attach first")
+        raise ValueError(
+            "DistributedDataParallel knows only the parameters that existed when it was made: attach first"
+        )
     given, model = model, unwrapped(model)
     state = state_of(model) or Attachment()
     if name in state.configs:
@@ -74,7 +77,7 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     if any(host.is_merged for _, host in hosts(model)):
         raise ValueError("an adapter is merged into the model; unmerge it first: peftops.unmerge(model)")
     with opened(model):
-        # Whatever can be wrong with the config shows here, before anything has changed.
+        # All mistakes of the config show here, before anything has changed.
         adapters = build(adapter_class, model, config)
         _tell_large_ranks(model, adapters)
         _tell_frozen_head(model, adapters)
@@ -114,7 +117,7 @@ def _put(model: nn.Module, state: Attachment, name: str, config: object, adapter
 
 def _switch(model: nn.Module, state: Attachment, name: str | None) -> None:
     """Make an adapter the active one, and the only one that trains: DistributedDataParallel waits for a gradient of
-    every parameter that does, and one that is not used never gets any."""
+    every parameter that trains, and the parameters of an inactive adapter never get one."""
     state.switch.active = name
     adapters = [(path, other, adapter) for path, host in hosts(model) for other, adapter in host.adapters.items()]
     for path, other, adapter in adapters:
@@ -128,8 +131,8 @@ def _switch(model: nn.Module, state: Attachment, name: str | None) -> None:
 
 
 def _ignore_codes(model: nn.Module, state: Attachment) -> None:
-    """DistributedDataParallel makes all ranks alike by sending every parameter as one flat tensor, which codes are not.
-    They come from the same file by the same arithmetic on every rank: tell it to leave them alone."""
+    """DistributedDataParallel sends every parameter as one flat tensor to make all ranks equal, and codes are not such
+    tensors. Each rank computes the same codes from the same file, so DistributedDataParallel may ignore them."""
     setattr(model, _IGNORED, state.ignored_before + [n for n, p in model.named_parameters() if is_quantized(p)])
 
 
@@ -144,21 +147,22 @@ def _tell_large_ranks(model: nn.Module, adapters: dict[str, Stored]) -> None:
 
 
 def _tell_frozen_head(model: nn.Module, adapters: dict[str, Stored]) -> None:
-    """A model for a task, made of one that was trained on text, has a head of random numbers."""
+    """Warn if a head will not train: a model for a task, made of a model that was trained on text, has a head of random
+    numbers."""
     if not re.search("For.*(Classification|Answering|Choice)$", type(model).__name__) or not body_of(model):
         return
     head = head_of(model)
     if head and not any(is_within(path, [name]) for path in adapters for name in head):
         warnings.warn(
-            f"{', '.join(head)} of {type(model).__name__} will not train; if that is new, and so random, attach with "
-            f"modules_to_save={sorted({name.partition('.')[0] for name in head})}",
+            f"{', '.join(head)} of {type(model).__name__} will not train; if it is new and has random weights, attach "
+            f"with modules_to_save={sorted({name.partition('.')[0] for name in head})}",
             stacklevel=3,
         )
 
 
 def _keep_vocabulary(model: nn.Module) -> None:
-    """Let transformers' ``resize_token_embeddings`` say that it cannot where embeddings or the head are adapted: the
-    adapter is of the old size, and one of two layers would be resized before that shows."""
+    """Make transformers' ``resize_token_embeddings`` raise an error if embeddings or the head are adapted: the adapter
+    has the old size, and otherwise one of the two layers would be resized before the error."""
     vars(model).pop("resize_token_embeddings", None)
     for get in ("get_input_embeddings", "get_output_embeddings"):
         with contextlib.suppress(AttributeError, NotImplementedError):
@@ -167,17 +171,17 @@ def _keep_vocabulary(model: nn.Module) -> None:
 
 
 def _refuse_to_resize(*args: object, **kwargs: object) -> None:
-    raise ValueError("an adapter stands on the embeddings or the head; resize_token_embeddings before you attach it")
+    raise ValueError("an adapter is on the embeddings or the head; call resize_token_embeddings before you attach it")
 
 
 def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -> nn.Module:
-    """Take an adapter off, or all of them: with the last one, the model is as it was before :func:`attach`.
+    """Take an adapter off, or all of them. Without the last one, the model is as it was before :func:`attach`.
 
     (A base that QLoRA quantised stays quantised: its dense weights are gone.)
 
     Args:
         name: which adapter; None for all.
-        merged: leave behind the weights that :func:`merge` made, in plain layers, for good.
+        merged: keep the weights that :func:`merge` made, in plain layers; this cannot be undone.
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2))
@@ -216,7 +220,7 @@ def detach(model: nn.Module, name: str | None = None, *, merged: bool = False) -
         if merged:
             forget_broken_ties(model)
     else:
-        _ignore_codes(model, state)  # layers that are no adapted ones any more have other names
+        _ignore_codes(model, state)  # layers that are no longer adapted have other names
     close_experts(model)
     return given
 
@@ -260,8 +264,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def _check_name(state: Attachment, name: str) -> None:
     if not isinstance(name, str):
         raise TypeError(
-            f"one adapter is active, by its name, not {name!r}; peftops.combine(model, names, weights) makes one of "
-            "several"
+            f"activate takes the name of one adapter, not {name!r}; peftops.combine(model, names, "
+            "weights) makes one adapter of several"
         )
     if name not in state.configs:
         raise ValueError(f"the model has no adapter named {name!r}; it has {', '.join(state.configs)}")

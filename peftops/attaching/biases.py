@@ -19,15 +19,15 @@ BIASES = ("none", "lora_only", "all")
 
 
 def other_biases(model: nn.Module, adapted: Collection[str], config: Any) -> dict[str, Select]:
-    """Copies of the biases of all layers that are not adapted. As PEFT has it, whatever has the word in its name is a
-    bias."""
+    """Copies of the biases of all layers that are not adapted. As in PEFT, a bias is any parameter with "bias" in its
+    name."""
     left = lambda path: path in adapted or is_within(path, config.modules_to_save)
     return copies(Select, model, lambda path, layer, leaf: "bias" in f"{path}.{leaf}" and not left(path), None)
 
 
 class Biased(Adapter):
-    """An adapter with a ``scaling`` that may have biases. A method with a product, a file or a choice of layers of its
-    own has no place for them."""
+    """An adapter with a ``scaling`` that may have biases. A method that overrides the product, the file or the choice
+    of layers has no biases."""
 
     peft_keys: ClassVar = {"own_bias": "base_layer.bias", "lora_B_bias": "lora_B.bias"}
 
@@ -39,7 +39,7 @@ class Biased(Adapter):
         kinds = type(self).__mro__
         above = kinds[: next(i for i, kind in enumerate(kinds) if Biased in kind.__bases__)]
         if any(own in vars(kind) for kind in above for own in ("adapt", "stored", "build")):
-            raise ValueError(f"{option}: {type(self).__name__} has no place for biases, LoRA has")
+            raise ValueError(f"{option}: {type(self).__name__} has no biases of its own; LoRA has")
         if kind_of(base) == EXPERTS or (config.lora_bias and kind_of(base) == EMBEDDING):
             raise ValueError(f"{option} is not for {kind_of(base)}; target other layers alone")
         if config.bias != "none" and getattr(base, "bias", None) is not None:

@@ -15,7 +15,7 @@ from ..nn import PREFIX
 from .patterns import matches_whole
 from .targets import Target
 
-MOST_ITERATIONS = 1000  # that a file may ask for: without a limit, reading a file could take years
+MOST_ITERATIONS = 1000  # the most that a file may ask for: without a limit, reading a file could take years
 _LARGEST = {int: 2**63 - 1, float: sys.float_info.max}
 
 
@@ -28,20 +28,20 @@ class Config:
             head does; they are in the adapter's file. (The name is HF PEFT's, and so is the meaning: "norm" is
             "input_norm", too.)
 
-    By default the fields are written as they are, under a ``peft_type`` that PEFT does not know and refuses. A
-    method that PEFT has, translates. Several methods may share PEFT's type (all that are LoRA once trained); the
-    one that sets ``peft_type`` itself reads the files that PEFT wrote.
+    By default the fields are written under their own names, with a ``peft_type`` that PEFT does not know and refuses. A
+    method that PEFT also has translates them. Several methods may share a type of PEFT (all whose trained adapter is a
+    LoRA); the method that sets ``peft_type`` itself reads the files that PEFT wrote.
     """
 
     peft_type: ClassVar[str]
     quantizes: ClassVar[bool] = False  # whether the method puts the base into 4 bits itself
-    target_field: ClassVar[str | None] = "target"  # the option that a file's tensors tell best; None: they do not
+    target_field: ClassVar[str | None] = "target"  # the option that the file's tensors tell; None if there is none
     peft_prefix: ClassVar[str] = PREFIX  # of PEFT's keys of parameters that the model had before
 
     modules_to_save: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        """Raise unless each option is of the kind that it is declared to be; a method checks its own limits first."""
+        """Raise unless each option has its declared type; a method checks its own limits first."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not _is_a(value, _kinds(type(self))[field.name]):
@@ -49,7 +49,7 @@ class Config:
 
     @classmethod
     def claims(cls, fields: dict[str, Any]) -> bool:
-        """Whether fields that PEFT wrote mean this method, and not the main one of their type."""
+        """Whether fields that PEFT wrote are for this method, and not for the main method of their type."""
         return False
 
     def to_peft(self) -> dict[str, Any]:
@@ -58,7 +58,8 @@ class Config:
         return {"peft_type": self.peft_type, **own}
 
     def as_built(self, adapters: dict[str, Any]) -> Config:
-        """The options for a file, which make layers again that are like those of ``adapters``; usually these."""
+        """The options for a file, from which layers like those of ``adapters`` can be made again; usually these
+        options."""
         return self
 
     @classmethod
@@ -120,15 +121,15 @@ def check_range(name: str, value: Any, low: float, high: float | None = None, *,
 
 
 def check_scaling(alpha: Any, patterns: dict[str, Any] | None = None) -> None:
-    """Raise unless ``alpha`` is None or a number that a scaling can be made of, and the patterns are expressions with
-    such numbers."""
+    """Raise unless ``alpha`` is None or a number that can be a numerator of the scaling, and each pattern maps a
+    regular expression to such a number."""
     for value in (alpha, *(patterns or {}).values()):
         if value is not None:
             check_range("alpha", value, -1e9, 1e9)
 
 
 def needs_scaling(method: str, scaling: float, layer: str) -> None:
-    """Raise unless a method that divides by the scaling, or takes its root, can."""
+    """Raise if the scaling is 0 or below: this method divides by it, or takes its root."""
     if not scaling > 0:
         raise ValueError(f"{method} needs a scaling above 0, and alpha makes that of {layer} {scaling:g}")
 

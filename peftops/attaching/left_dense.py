@@ -1,4 +1,5 @@
-"""How much of a model a method leaves as it was: what is neither in codes nor adapted, by name and size."""
+"""How much of a model a method leaves as it was: the parameters that are neither in codes nor adapted, by name and
+size."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ TELLING = 0.05  # the share of a model from which a warning is due: a table of p
 
 
 def left_dense(model: nn.Module) -> dict[str, int]:
-    """How many parameters of matrices, and of tensors with more dims, are in no codes, by their names; a "*" stands
-    for the number of a layer. Largest first."""
+    """The dense tensors with two or more dims and their numbers of parameters, largest first. In a name, "*" stands for
+    the number of a layer."""
     found: dict[str, int] = {}
     for name, parameter, _ in _dense(model):
         found[name] = found.get(name, 0) + parameter.numel()
@@ -24,8 +25,8 @@ def left_dense(model: nn.Module) -> dict[str, int]:
 
 
 def tell_left_dense(model: nn.Module, config: object) -> None:
-    """Warn if a large part of the model is 3-D tensors, as experts of most models are, that a method for all linear
-    layers has passed over: nobody would notice before memory ends."""
+    """Warn if a method for all linear layers has left a large part of the model dense, in 3-D tensors as experts of
+    most models are: otherwise the user would notice only when memory runs out."""
     if getattr(config, "target", None) != ALL_LINEAR and not config.quantizes:
         return
     stacks: dict[str, int] = {}

@@ -43,15 +43,15 @@ class MergeReport:
 
 
 def merge(model: nn.Module, *, dense: bool = False) -> MergeReport:
-    """Fold the active adapter into the weights, so that it costs nothing; :func:`unmerge` takes it out exactly.
+    """Fold the active adapter into the weights, so that it costs no time; :func:`unmerge` takes it out exactly.
 
-    Into an NF4 base, the sum has to be quantised again, which usually errs by more than what the adapter
-    changed; the report says by how much, and so does a warning. ``dense=True`` merges into dense weights
-    of the base's dtype instead.
+    Over an NF4 base, the sum has to be quantised again. That error is usually larger than the adapter's change; the
+    report and a warning tell its size. ``dense=True`` merges into dense weights of the base's dtype instead.
 
     Raises:
         TypeError: the method cannot be merged.
-        ValueError: there is no adapter, or it is merged already, or the sum is not finite; nothing has changed then.
+        ValueError: there is no adapter, or it is merged already, or the sum is not finite. The model has not changed
+            then.
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2))
@@ -79,7 +79,7 @@ def merge(model: nn.Module, *, dense: bool = False) -> MergeReport:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Put the layers back that :func:`merge` replaced: the same bits.
+    """Put back the layers that :func:`merge` replaced: the same bits.
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2))

@@ -1,8 +1,8 @@
-"""Regular expressions for names of layers, matched in a time that no pattern can make long.
+"""Regular expressions for names of layers, matched in a short time for any pattern.
 
-Python's own matcher goes back and tries again, and ``(.*)*(.*)*x`` takes it longer than anyone waits; an adapter's file
-may hold such a pattern. Whether a whole name matches needs no going back: of each part of a pattern, in turn, it is
-known at which places of the name it may end. References to groups and flags are refused.
+Python's own matcher backtracks, so a pattern like ``(.*)*(.*)*x`` can take it years, and an adapter's file may hold
+such a pattern. This matcher does not backtrack: for each part of the pattern, in turn, it computes the set of places in
+the name where the part may end. References to groups, and flags, are refused.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ except ImportError:  # Python 3.10
     import sre_constants as sre
     import sre_parse as parser
 
-Ends = Callable[[str, frozenset[int]], frozenset[int]]  # where a part may end, of a name and where it may begin
+Ends = Callable[[str, frozenset[int]], frozenset[int]]  # name, where a part may begin -> where it may end
 
 
 def matches_whole(pattern: str, name: str) -> bool:
     """``re.fullmatch(pattern, name) is not None``.
 
     Raises:
-        ValueError: it is no regular expression, or one with something that names of layers do not need.
+        ValueError: it is not a regular expression, or it has an element that is not supported here.
     """
     return len(name) in _compiled(pattern)(name, frozenset([0]))
 

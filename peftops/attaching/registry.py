@@ -20,8 +20,8 @@ def register(config_class: type) -> Callable[[type[Stored]], type[Stored]]:
     An adapter of a layer is made by ``Class(base, config, name of the layer)``, for all layers of
     ``config.target``. The class may have static hooks:
 
-    * ``build(model, config) -> {name: adapter}`` makes all adapters instead; it changes nothing of the model and
-      raises whatever is wrong. (The name of a prompt is that of the body that it stands before.)
+    * ``build(model, config) -> {name: adapter}`` makes all adapters instead. It does not change the model, and it
+      raises an error if anything is wrong. (The name of a prompt is the name of the body in front of which it stands.)
     * ``prepare(model, config)`` runs next.
     """
 
@@ -33,7 +33,7 @@ def register(config_class: type) -> Callable[[type[Stored]], type[Stored]]:
 
 
 def each_target(adapter_class: type[Adapter], model: nn.Module, config: object) -> dict[str, nn.Module]:
-    """The layers that ``config.target`` means, by name, but for those that train whole."""
+    """The layers that ``config.target`` means, by name, without the layers that train whole."""
     paths = find_targets(model, config.target, adapter_class.layers)
     left = [path for path in paths if not is_within(path, config.modules_to_save)]
     if not left:
@@ -51,7 +51,8 @@ def each_adapter(adapter_class: type[Adapter], model: nn.Module, config: object)
 
 
 def build(adapter_class: type[Stored], model: nn.Module, config: object) -> dict[str, Stored]:
-    """The adapters of a method for a model, not yet in it; and copies of what trains whole, in place of theirs."""
+    """The adapters of a method for a model, not yet put into it. A module that trains whole has a copy in place of an
+    adapter."""
     copied = whole(model, config.modules_to_save)
     if hasattr(adapter_class, "build"):
         return adapter_class.build(model, config) | copied

@@ -16,8 +16,9 @@ def copies(
     """A ``select_class`` for each layer that has chosen parameters, and is called.
 
     Args:
-        chosen: tells of a layer's name, the layer and a parameter's name in it whether that trains.
-        what: is chosen, for the error; None if it may be nothing.
+        chosen: a function of a layer's name, the layer and the name of a parameter in it; tells whether the parameter
+            trains.
+        what: words for the chosen parameters, for the error; None if it is no error to choose nothing.
 
     Raises:
         ValueError: nothing is chosen.

@@ -18,8 +18,8 @@ Target = str | Sequence[str]
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module by the dotted name that it has while nothing is adapted; an adapted layer counts as the layer that
-    it was, with what that contains, and what prompts contain does not count. Wrappers of torch have no part in it."""
+    """Every module by the dotted name that it has in the model without adapters. An adapted layer counts as its base,
+    with the modules in it; the modules of prompts do not count. Names leave out torch's wrappers."""
     stack = [("", model)]
     while stack:
         name, module = stack.pop()
@@ -35,7 +35,8 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def output_layers(model: nn.Module) -> list[str]:
-    """The model's head, which "all-linear" leaves out: it is large and often tied, or tiny, and a task's own."""
+    """The model's head. "all-linear" leaves it out, because it is either large and often tied, or small and specific to
+    a task."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
         return [name for name, module in model.named_modules() if module is head]
@@ -48,12 +49,14 @@ def find_targets(model: nn.Module, target: Target, kinds: Sequence[str] = (LINEA
     Args:
         target: "all-linear" for every linear layer but the output layer; any other string is a regular
             expression for whole names; a list holds names or their last parts (``"q_proj"`` matches
-            ``"model.layers.0.self_attn.q_proj"``). Layers whose weights are read without calling them are left out.
-        kinds: of layers that are supported; "all-linear" means linear ones anyway, and experts' if they are.
+            ``"model.layers.0.self_attn.q_proj"``). Layers whose weights are read without a call of the layer are left
+            out.
+        kinds: the supported kinds of layers. "all-linear" always means linear ones, and experts' if these are
+            supported.
 
     Raises:
         ValueError: nothing matches; the sentence lists near names.
-        TypeError: a match is of no such kind, or is not called.
+        TypeError: a matching layer is of another kind, or is never called.
     """
     if target == ALL_LINEAR:
         left_out = {*output_layers(model), *read_without_calls(model)}
@@ -63,8 +66,8 @@ def find_targets(model: nn.Module, target: Target, kinds: Sequence[str] = (LINEA
             subclasses = {type(m).__name__ for _, m in layers(model) if isinstance(m, nn.Linear) and not is_linear(m)}
             others = f" ({', '.join(sorted(subclasses))} compute otherwise than nn.Linear)" if subclasses else ""
             raise ValueError(
-                f"target {ALL_LINEAR!r}: the model has no linear layers but its output layer "
-                f"and such as are not called{others}"
+                f"target {ALL_LINEAR!r}: the model has no linear layers except its output layer "
+                f"and layers that are never called{others}"
             )
         return linear
     found = matches(model, target, "target")
@@ -79,7 +82,8 @@ def find_targets(model: nn.Module, target: Target, kinds: Sequence[str] = (LINEA
 
 
 def read_without_calls(model: nn.Module) -> set[str]:
-    """The names of the layers that some module reads the weights of: what is in their place would do nothing."""
+    """The names of the layers whose weights another module reads without a call: an adapter in place of such a layer
+    would do nothing."""
     return uncalled((name, base_of(module)) for name, module in layers(model))
 
 
@@ -88,13 +92,13 @@ def check_called(model: nn.Module, names: Collection[str], what: str) -> None:
     for name in sorted(read_without_calls(model) & set(names)):
         owner = type(base_of(module_at(model, name.rpartition(".")[0]))).__name__
         raise TypeError(
-            f"{what} matches {name}, whose weights {owner} reads by itself, at least at times: an adapter would do "
-            "nothing then"
+            f"{what} matches {name}, whose weights {owner} reads without a call, at least sometimes: an adapter would "
+            "have no effect then"
         )
 
 
 def matches(model: nn.Module, target: Target, option: str) -> list[tuple[str, nn.Module]]:
-    """The modules that a regular expression or a list means; a sentence with near names is raised if there are none."""
+    """The modules that a regular expression or a list means; an error with near names is raised if there are none."""
     named = [(name, module) for name, module in layers(model) if name]
     if isinstance(target, str):
         meant = lambda name: matches_whole(target, name)
@@ -110,8 +114,8 @@ def matches(model: nn.Module, target: Target, option: str) -> list[tuple[str, nn
 
 
 def is_within(path: str, names: Sequence[str]) -> bool:
-    """Whether a layer is in a module whose name ends in one of these, or is that module. As in HF PEFT, "norm" is the
-    end of "input_norm", too."""
+    """Whether a layer is in a module whose name ends in one of these, or is that module. As in HF PEFT, "norm" also
+    matches the end of "input_norm"."""
     return any(f"{name}." in f"{path}." for name in names)
 
 
@@ -124,8 +128,8 @@ def _near(named: list[tuple[str, nn.Module]], target: Target) -> str:
 
 
 def exact_target(model: nn.Module, names: Collection[str]) -> Target:
-    """The shortest target that means exactly these layers: last parts of names, or names, or, where a name is the end
-    of another one, an expression."""
+    """The shortest target that matches exactly these layers: last parts of names, or whole names, or an expression if a
+    name is the end of another name."""
     for target in ({name.rpartition(".")[2] for name in names}, set(names)):
         if {name for name, _ in layers(model) if any(f".{name}".endswith(f".{t}") for t in target)} == set(names):
             return sorted(target)
@@ -159,13 +163,14 @@ def blocks(model: nn.Module) -> list[str]:
 
 
 def body_of(model: nn.Module) -> str:
-    """The name of the part under the head, as transformers' models tell it; "" if it is the model itself."""
+    """The name of the part under the head, which transformers' models declare; "" if it is the model itself."""
     body = getattr(model, "base_model", model)
     return next(name for name, module in model.named_modules() if module is body)
 
 
 def head_of(model: nn.Module) -> list[str]:
-    """The names of the layers above the body; for a model that has no body, of the last one with parameters."""
+    """The names of the layers above the body; for a model without a body, the name of the last layer with
+    parameters."""
     body = body_of(model)
     leaves = [name for name, module in layers(model) if name and has_parameters(base_of(module), recurse=False)]
     output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -201,8 +206,8 @@ def sublayers(model: nn.Module) -> list[Sublayers]:
         if not rest or not outer or not all(attention):
             kind = type(model.get_submodule(block)).__name__
             raise TypeError(
-                f"{block}, a {kind}, is no transformer block with linear layers: it needs a submodule whose class is "
-                "named ...Attention... and a feed-forward part"
+                f"{block}, a {kind}, is not a transformer block with linear layers: it needs a submodule whose class "
+                "is named ...Attention... and a feed-forward part"
             )
         result.append(Sublayers([names[-1] for names in attention], (rest[0], rest[-1])))
     return result

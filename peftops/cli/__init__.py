@@ -18,7 +18,7 @@ _MOST = 1000  # characters of a sentence
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit status. Whatever goes wrong is one sentence on stderr and status 2."""
+    """Run a command; returns the exit status. Any error is one sentence on stderr, with status 2."""
     parser = argparse.ArgumentParser(prog="peftops", description="Parameter-efficient fine-tuning of language models.")
     parser.add_argument("--version", action="version", version=f"peftops {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> int:
 def give_blocks_back() -> None:
     """Let glibc return every large block to the system as it is freed.
 
-    By itself it raises the size from which it does so, up to 32 MiB, and then keeps what training frees: a third of
-    the peak is memory that nothing uses. What that costs in time is in docs/memory.md; who has set
-    MALLOC_MMAP_THRESHOLD_ has chosen otherwise.
+    By default glibc raises the size from which it returns blocks, up to 32 MiB, and then keeps the memory that training
+    frees: a third of the peak is unused. docs/memory.md has the cost in time. If MALLOC_MMAP_THRESHOLD_ is set, nothing
+    changes.
     """
     if sys.platform.startswith("linux") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -143,19 +143,19 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gguf-pre",
         metavar="NAME",
-        help="llama.cpp's name of how the tokenizer cuts text, as llama-bpe or qwen2, if the tokenizer does not tell",
+        help="llama.cpp's name for how the tokenizer cuts text (llama-bpe, qwen2), if the tokenizer does not tell it",
     )
     parser.add_argument(
         "--packed",
         action="store_true",
-        help="of QA-LoRA: keep the codes, in GPTQ's layout with "
-        "float32 zeros (read by peftops; GPTQ's own kernels have whole zeros alone)",
+        help="for QA-LoRA: keep the codes, in GPTQ's layout with "
+        "float32 zeros (read by peftops; GPTQ's own kernels need whole zeros)",
     )
     parser.add_argument(
         "--calibrate",
         type=Path,
         metavar="FILE",
-        help="a data file, none of a test set: put what was merged into NF4 with calibration, in bitsandbytes' layout",
+        help="data file for calibration, not of a test set: put the merged model into NF4, in bitsandbytes' layout",
     )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of ``peftops finetune``: what a run needs to go on, and whether a file is that."""
+"""Checkpoints of ``peftops finetune``: the state that a run needs to go on, and the checks of a file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, settings: dict[str, Any], steps: int) -> dict[str, Any]:
-    """A checkpoint of a run of so many steps that was written with the same settings.
+    """Read a checkpoint of a run with this number of steps and the same settings.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no checkpoint.
         ValueError: it is damaged, or a setting differs; the sentence says which.
     """
     if not path.exists():
@@ -49,9 +49,9 @@ def check_tensors(path: Path, have: Any, want: dict[str, Tensor]) -> None:
 
 
 def check_moments(path: Path, saved: Any, parameters: dict[str, nn.Parameter]) -> dict[int, dict[str, Any]]:
-    """AdamW's memory of the parameters, each by its number. Its kernel trusts shapes: they are looked at before.
+    """Check AdamW's state of the parameters, each by its number. AdamW's kernel does not check shapes, so this does.
 
-    (Memory in codes is looked at by the optimizer that has it.)
+    (AdamW8bit checks its own state, in codes.)
     """
     states = saved.get("state") if isinstance(saved, dict) else None
     if not isinstance(states, dict) or not all(isinstance(s, dict) for s in states.values()):
@@ -70,7 +70,7 @@ def check_moments(path: Path, saved: Any, parameters: dict[str, nn.Parameter]) -
 
 
 def _check_progress(path: Path, state: dict[str, Any], steps: int) -> None:
-    """Raise unless the counts and records of a checkpoint are such."""
+    """Raise unless the counts and records of a checkpoint are valid."""
     number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
     pair = lambda value: isinstance(value, tuple | list) and len(value) == 2 and all(map(number, value))
     message = lambda value: isinstance(value, dict) and all(isinstance(value.get(k), str) for k in ("role", "content"))

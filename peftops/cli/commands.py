@@ -29,8 +29,8 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def merge(args: argparse.Namespace) -> int:
-    """Into the weights that the adapter was trained on, so that the merged model is what was trained: dense ones, or,
-    with QA-LoRA, the codes themselves."""
+    """Merge into the weights on which the adapter was trained, so that the merged model is the trained one: into dense
+    weights, or, with QA-LoRA, into the codes themselves."""
     if not args.adapter:
         raise ValueError("merge needs --adapter")
     if args.packed and not isinstance(config := read_adapter(args.adapter)[0], QALoRAConfig):
@@ -44,7 +44,7 @@ def merge(args: argparse.Namespace) -> int:
         raise ValueError("--to gguf writes dense weights; --packed and --calibrate write codes")
     folder = check_new_directory(args.out)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    if args.to == "gguf":  # (merging takes long; what cannot be written shows before)
+    if args.to == "gguf":  # (merging takes long, so a file that cannot be written is an error before it)
         check_gguf(model_config(args.model, trust_remote_code=args.trust_remote_code), tokenizer, args.gguf_pre)
     rows = some_rows(encode(read_rows(args.calibrate), tokenizer, 512)) if args.calibrate else []
     model = load_adapted(args)

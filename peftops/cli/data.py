@@ -30,7 +30,7 @@ class DataError(ValueError):
 
 @dataclass
 class Row:
-    """One line of data: chat messages, the assistant's of which are to be learnt; or text, all of it to be learnt."""
+    """One line of data: chat messages, of which the model learns the assistant's; or text, of which it learns all."""
 
     messages: list[dict[str, str]] | None = None
     text: str | None = None
@@ -38,15 +38,15 @@ class Row:
 
 
 def read_rows(path: Path, prompt: HardPrompt | None = None) -> list[Row]:
-    """The rows of a file: JSON (an object a line, or one array of them), a table with a header, or plain text (one
-    row, cut up later). The suffix tells which, in upper or lower case.
+    """The rows of a file: JSON (an object a line, or one array of objects), a table with a header, or plain text (one
+    row, cut up later). The suffix, in upper or lower case, tells the kind.
 
-    With a ``prompt``, a row may have any fields that its template needs.
+    With a ``prompt``, a row has the fields that the template needs.
     """
     suffix = path.suffix.lower()
     if suffix not in (*_JSON, *_TABLES, *_PROSE):
         known = ", ".join((*_JSON, *_TABLES, *_PROSE))
-        raise DataError(f"{path}: the suffix tells what a data file holds, and {suffix or 'none'} is not of {known}")
+        raise DataError(f"{path}: the suffix tells the kind of a data file, and {suffix or 'none'} is not of {known}")
     text = read_text(path)
     if suffix in _PROSE:
         if prompt is not None:
@@ -67,7 +67,7 @@ def read_rows(path: Path, prompt: HardPrompt | None = None) -> list[Row]:
 
 
 def read_text(path: Path, what: str = "data file") -> str:
-    """The text of a file that has any, without a byte-order mark."""
+    """The text of a file, without a byte-order mark; an empty file is an error."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
@@ -82,8 +82,8 @@ def read_text(path: Path, what: str = "data file") -> str:
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:
-    """The lines of JSONL that hold something, by number. Only a line feed ends one: a string may hold U+2028 and the
-    like as they are."""
+    """The lines of JSONL that are not empty, by number. Only a line feed ends a line, because a JSON string may contain
+    other separators such as U+2028."""
     return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
@@ -99,7 +99,7 @@ def _values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def parsed(text: str, problem: str) -> Any:
-    """The value of a JSON text, or a sentence that begins with the problem."""
+    """The value of a JSON text. An error's sentence begins with ``problem``."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -120,7 +120,7 @@ def _is_json(text: str) -> bool:
 
 
 def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
-    """The lines of a table by the names in its first."""
+    """The lines of a table, as dicts with the names in its first line."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = next(reader)
@@ -141,7 +141,7 @@ def _row(value: Any, prompt: HardPrompt | None) -> Row:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise DataError("a string has half of a surrogate pair, which is no character") from None
+        raise DataError("a string has half of a surrogate pair, which is not a character") from None
     if prompt is not None:
         return Row(messages=prompt.messages(value), fields=value)
     if value.get("messages") is not None:
@@ -167,11 +167,12 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
 def encode(
     rows: list[Row], tokenizer: Any, max_length: int, prompt: HardPrompt | None = None, turns: str = "last"
 ) -> list[Example]:
-    """Token ids of the rows, with the answers as targets; longer ones lose their end, text is cut into pieces. With
-    a ``prompt``, they lose demonstrations and what it may shorten, and must fit then.
+    """Token ids of the rows, with the answers as targets. A row that is too long loses its end; text is cut into
+    pieces. With a ``prompt``, a row loses demonstrations and a part of the field that may be shortened, and must then
+    fit.
 
     Args:
-        turns: of a conversation that are learnt: the "last" answer, or "all" of the assistant's.
+        turns: the answers of a conversation that are learnt: only the "last" one, or "all" of the assistant's.
 
     Raises:
         DataError: no row leaves room for an answer within ``max_length``; the chat template fails.
@@ -198,7 +199,7 @@ def encode(
 
 
 def _parts(messages: list[dict[str, str]], tokenizer: Any, end: list[int], turns: str) -> list[tuple[list[int], bool]]:
-    """A conversation as stretches of ids, each with whether it is to be learnt."""
+    """A conversation as pieces of ids, each with a flag: whether the model is to learn it."""
     if getattr(tokenizer, "chat_template", None):
         return pieces(tokenizer, messages, turns)
     answer = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"] + end
@@ -206,8 +207,8 @@ def _parts(messages: list[dict[str, str]], tokenizer: Any, end: list[int], turns
 
 
 def batches(examples: list[Example], size: int, seed: int) -> Iterator[list[Example]]:
-    """Batches without end, in an order that depends on the seed alone: every epoch is shuffled, and within
-    stretches of it rows of like length come together, so that there is little padding."""
+    """An endless series of batches, in an order that depends only on the seed. Every epoch is shuffled; within parts of
+    it, rows of similar length come together, so that there is little padding."""
     for epoch in range(2**31):
         shuffle = random.Random(f"{seed}-{epoch}").shuffle
         order = list(examples)
@@ -228,8 +229,8 @@ def in_order(examples: list[Example], size: int) -> Iterator[list[Example]]:
 
 
 def collate(batch: list[Example], pad: int) -> dict[str, Tensor]:
-    """A batch as tensors, padded on the left: all answers end at the last position, so the logits that are
-    needed are those of the last few."""
+    """A batch as tensors, padded on the left. All answers end at the last position, so only the logits of the last
+    positions are needed."""
     length = max(len(e.ids) for e in batch)
     ids = torch.full((len(batch), length), pad)
     labels = torch.full((len(batch), length), IGNORED)

@@ -1,4 +1,4 @@
-"""A model as files that stand alone and are read back as what it was: dense, or in codes as GPTQ lays them out."""
+"""A model as files that need no other files: dense, or in codes in GPTQ's layout."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..nn import ExpertsLinear, GroupLinear
 
 
 def write_dense(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Write a model without adapters as a directory of transformers, all of it or nothing.
+    """Write a model without adapters as a directory of transformers, completely or not at all.
 
     Args:
         folder: is not there yet, or empty.
 
     Raises:
-        TypeError: the model has biases that its kind of configuration has no place for.
+        TypeError: the model has biases, and its configuration has no option for them.
         OSError: the disk is full, or ``folder`` holds something.
     """
     stand_alone(model)
@@ -42,8 +42,8 @@ def write_whole_gguf(model: nn.Module, tokenizer: Any, folder: Path, pre: str | 
 
 
 def stand_alone(model: nn.Module) -> None:
-    """Make a model without adapters one that its own configuration describes, dense; raises what :func:`write_dense`
-    does."""
+    """Change a model without adapters to a dense one that its own configuration describes; raises the errors of
+    :func:`write_dense`."""
     _forget_codes(model)
     _untie(model)
     _give_biases_a_place(model)
@@ -51,8 +51,8 @@ def stand_alone(model: nn.Module) -> None:
 
 
 def write_packed(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Write a model whose layers are group-quantised as it is: codes, scales and zeros in GPTQ's layout, the last two
-    in float32, so that nothing is lost. Raises what :func:`write_dense` does."""
+    """Write a model whose layers are group-quantised, without a loss: codes, scales and zeros in GPTQ's layout, the
+    last two in float32. Raises the errors of :func:`write_dense`."""
     experts = next((path for path, layer in model.named_modules() if isinstance(layer, ExpertsLinear)), None)
     if experts:
         raise TypeError(f"{experts} is of experts, of which GPTQ's layout has no codes; merge without --packed")
@@ -82,7 +82,7 @@ def write_packed(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 
 def _forget_codes(model: nn.Module) -> None:
-    """Layers in codes become dense ones, and the model is one that never had any."""
+    """Layers in codes become dense ones, and the configuration no longer mentions codes."""
     from ..integrations.quantizer import dequantize
 
     dequantize(model)
@@ -91,7 +91,7 @@ def _forget_codes(model: nn.Module) -> None:
 
 
 def _untie(model: nn.Module) -> None:
-    """A head and an embedding that are two tensors now are no longer one for whoever reads the files."""
+    """If head and embedding are two tensors now, the configuration tells readers of the files not to tie them."""
     head = model.get_output_embeddings()
     if head is None or head.weight is model.get_input_embeddings().weight:
         return
@@ -100,7 +100,7 @@ def _untie(model: nn.Module) -> None:
 
 
 def _give_biases_a_place(model: nn.Module) -> None:
-    """Where merging made biases in layers that have none by the configuration, ask for them there."""
+    """If merging made biases in layers that have none by the configuration, set the configuration's option for them."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if not (names - _names(model, model.config)):
         return
@@ -122,7 +122,7 @@ def _give_biases_a_place(model: nn.Module) -> None:
 
 
 def _names(model: nn.Module, config: Any) -> set[str]:
-    """The parameters of such a model by its configuration."""
+    """The names of the parameters that a model of this configuration has."""
     with torch.device("meta"):
         made = type(model)(copy.deepcopy(config))
     return {name for name, _ in made.named_parameters(remove_duplicate=False)}

@@ -35,7 +35,7 @@ from .quantize import calibrated, some_rows
 from .training import OPTIMIZERS
 
 METHOD_NAMES = {adapter.__name__.lower(): config for config, adapter in METHODS.items()}
-# What must be the same for a run to be resumed.
+# The settings that must be the same when a run is resumed.
 _SETTINGS = (
     "method",
     "r",
@@ -63,7 +63,7 @@ _SETTINGS = (
     "eval_share",
     "eval_every",
 )
-BASE = "base"  # of --calibrate with qlora: the model that the adapter is of
+BASE = "base"  # of --calibrate with qlora: the model on which the adapter is trained
 _RESULTS = (CHECKPOINT, report.FILE, report.PLOT, CONFIG, WEIGHTS, OWN)  # files that a run may leave
 
 
@@ -77,17 +77,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON, JSONL or CSV (instruction and response, messages, or text) or plain text; the suffix tells which",
     )
     arg("--eval", type=Path, help="held-out data; by default a part of the training data")
-    arg("--eval-share", type=float, default=0.05, help="that part (default 0.05; 0: no evaluation)")
+    arg("--eval-share", type=float, default=0.05, help="the size of that part (default 0.05; 0: no evaluation)")
     arg("--eval-every", type=int, help="steps between evaluations (default: at the start and the end)")
     arg("--out", type=Path, required=True, help="directory for the adapter, the report and the plot")
     arg("--overwrite", action="store_true", help="delete what another run left in --out")
     arg("--method", choices=[*sorted(METHOD_NAMES), "none"], default="qlora", help="none: measure the model as it is")
-    arg("--template", help="of each row: text with {field}, and ||| before the answer; or a JSON file of HardPrompt")
+    arg(
+        "--template",
+        help="template of a row: text with {field}, and ||| before the answer; or a JSON file of HardPrompt",
+    )
     arg(
         "--turns",
         choices=TURNS,
         default="last",
-        help="of the assistant's in a conversation that are learnt (default last)",
+        help="the assistant's answers in a conversation that are learnt (default last)",
     )
     arg("--shots", type=int, default=0, help="rows of the training data that every prompt shows first (default 0)")
     arg("--r", type=int, help="rank (default: the method's own, mostly 16)")
@@ -100,14 +103,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg("--steps", type=int, help="optimizer steps (default: as many as --epochs take)")
     arg("--epochs", type=float, default=1.0)
     arg("--batch", type=int, default=8, help="rows computed at once (default 8)")
-    arg("--accumulate", type=int, default=1, help="such batches per step")
+    arg("--accumulate", type=int, default=1, help="batches per step of the optimizer")
     arg("--lr", type=float, default=5e-4, help="peak learning rate (default 5e-4)")
     arg("--warmup", type=int, help="steps (default: a tenth)")
     arg(
         "--optimizer",
         choices=[*OPTIMIZERS],
         default="adamw",
-        help="adamw8bit: 2 bytes of state per parameter, not 8; pagedadamw8bit: and on the host while a GPU is full",
+        help="adamw8bit: 2 bytes of state per parameter, not 8; pagedadamw8bit: on the host if a GPU is full",
     )
     arg("--weight-decay", type=float, default=0.0)
     arg("--clip", type=float, default=1.0, help="largest norm of the gradient (default 1)")
@@ -122,14 +125,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=True,
         metavar="FILE",
         help="with qlora, loftq, lqlora: choose the codes "
-        "by what the layers are given of this data file, or of the training data",
+        "with the layers' inputs from this data file, or from the training data",
     )
     arg("--ask", help="a prompt to answer before and after (default: the first held-out one)")
     arg("--threads", type=int, help="CPU threads")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The whole job. Everything that can be wrong with the input shows before the model is loaded."""
+    """The whole job. All mistakes of the input show before the model is loaded."""
     args.target = parse_target(args.target)
     _check(args)
     if args.threads:
@@ -142,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     if prompt is not None:
         shown = demonstrations([row.fields for row in rows], args.shots, seed=args.seed) or prompt.demonstrations
-        rows = [row for row in rows if row.fields not in shown]  # or a row would be asked with its answer in sight
+        rows = [row for row in rows if row.fields not in shown]  # or a prompt could contain its own answer
         chat = bool(getattr(tokenizer, "chat_template", None))
         prompt = dataclasses.replace(prompt, demonstrations=shown, chat=chat)
     examples = encode(rows, tokenizer, args.max_length, prompt, args.turns)
@@ -202,7 +205,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _calibration_rows(args: argparse.Namespace, examples: list[Example], tokenizer: Any) -> list[list[int]]:
-    """Those that --calibrate asks for."""
+    """The rows for --calibrate."""
     if not args.calibrate:
         return []
     if args.calibrate is not True:
@@ -213,7 +216,7 @@ def _calibration_rows(args: argparse.Namespace, examples: list[Example], tokeniz
 def _calibrated_base(
     args: argparse.Namespace, config: QLoRAConfig, rows: list[list[int]], tokenizer: Any
 ) -> torch.nn.Module:
-    """The model in calibrated NF4, in OUT/base: an adapter that is trained on these codes stands on no others."""
+    """The model in calibrated NF4, in OUT/base: an adapter that is trained on these codes does not fit other codes."""
     base = args.out / BASE
     if not args.resume:
         _clear_base(args)
@@ -266,14 +269,14 @@ def _config(args: argparse.Namespace) -> object | None:
 
 
 def _value(text: str) -> Any:
-    """A number, tuple, True or None as Python writes it; anything else is text."""
+    """A number, tuple, True or None in Python's notation; all else is text."""
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
         return text
 
 
-# Options that are numbers: the least, and whether that itself is allowed. All of them are finite.
+# Options that are numbers: the lower bound, and whether the bound itself is allowed. All of them must be finite.
 _NUMBERS = {
     **dict.fromkeys(("batch", "accumulate", "max_length", "save_every", "steps", "eval_every", "every"), (1, True)),
     **dict.fromkeys(("warmup", "weight_decay", "seed", "shots"), (0, True)),
@@ -311,7 +314,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def check_out(args: argparse.Namespace) -> list[Path]:
-    """The files that another run left in --out, for --overwrite to delete once this one begins.
+    """The files that another run left in --out; --overwrite deletes them when this run begins.
 
     Raises:
         ValueError: the directory holds a model, which files of an adapter would make unreadable; or another run's
@@ -329,7 +332,7 @@ def check_out(args: argparse.Namespace) -> list[Path]:
 
 
 def _check_fit(model: torch.nn.Module, examples: list[Example]) -> None:
-    """The model has an embedding for each token, and a position."""
+    """Check that the model has an embedding for each token, and a position."""
     largest, longest = (max(map(of, examples)) for of in (lambda e: max(e.ids), lambda e: len(e.ids)))
     if largest >= vocabulary(model):
         raise ValueError(f"the tokenizer makes a token {largest}, and the model has {vocabulary(model)} of them")
@@ -355,7 +358,8 @@ def _read_data(args: argparse.Namespace, prompt: HardPrompt | None) -> tuple[lis
 
 
 def _question(args: argparse.Namespace, rows: list[Row], prompt: HardPrompt | None, tokenizer: Any) -> list:
-    """The question before and after: --ask, or that of the first row whose prompt has room for an answer."""
+    """The question that is asked before and after training: --ask, or the question of the first row whose prompt leaves
+    room for an answer."""
     if args.ask:
         return [{"role": "user", "content": args.ask}]
     asked = [_asked(row, prompt) for row in rows[:100]]

@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg = parser.add_argument
     arg("--train", type=Path, required=True, help="the data that the adapter was trained on")
     arg("--prompt", required=True, help="the question")
-    arg("--completion", required=True, help="the answer, said or imagined")
+    arg("--completion", required=True, help="the answer, from the model or your own")
     arg("--top", type=int, default=10, help="how many rows to print (default 10)")
-    arg("--fit", type=int, default=1000, help="rows that the curvature is estimated from (default 1000)")
+    arg("--fit", type=int, default=1000, help="rows from which the curvature is estimated (default 1000)")
     arg("--damping", type=float, help="added to every eigenvalue (default: a tenth of each matrix's mean)")
     arg("--batch", type=int, default=8, help="rows computed at once (default 8)")
     arg("--max-length", type=int, default=512, help="tokens per row (default 512)")
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if not args.adapter:
-        raise ValueError("influence needs --adapter: its parameters are what examples have an influence on")
+        raise ValueError("influence needs --adapter: it measures the influence of examples on an adapter's parameters")
     rows = read_rows(args.train)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     numbers, examples = _examples(rows, tokenizer, args)
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         model, damping=args.damping, loss=counted(language.loss), sampled_loss=counted(language.sampled_loss)
     )
     fitted, everything, query = batches([examples[i] for i in sample]), batches(examples), batches(asked)
-    # The curvature needs two passes over its rows, scores one over all, and likeness one more.
+    # The curvature takes two passes over its rows, the scores one pass over all rows, and likeness one more.
     with tqdm(total=2 * (len(fitted) + len(everything) + len(query)), unit="batch") as progress:
         passes.append(progress)
         influence.fit(fitted, seed=args.seed)
@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _examples(rows: list[Row], tokenizer: Any, args: argparse.Namespace) -> tuple[list[int], list[Example]]:
-    """The examples of all rows, and which row each is of (texts are cut up); rows without room are left out."""
+    """The examples of all rows, and the row of each (a text gives several). Rows without room for an answer are left
+    out."""
     numbers, examples, without = [], [], 0
     for number, row in enumerate(rows):
         try:

@@ -1,4 +1,4 @@
-"""One run of ``peftops finetune``: its steps, and what it leaves."""
+"""One run of ``peftops finetune``: its steps and its results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CHECKPOINT = "checkpoint.pt"
 
 
 class Job:
-    """One run of training: what changes from step to step, and what is needed to go on."""
+    """One run of training: the state that changes from step to step, and the state that is needed to go on."""
 
     def __init__(
         self,
@@ -75,16 +75,16 @@ class Job:
             self.evaluations.append((self.step, loss))
 
     def check_finite(self, what: str, value: float) -> None:
-        """A run whose numbers are lost has failed, whatever it goes on to compute."""
+        """Raise if a number is not finite: the run has failed, and further steps cannot repair it."""
         if not math.isfinite(value):
             kept = "; --resume goes on from the last checkpoint" if (self.folder / CHECKPOINT).exists() else ""
             raise ValueError(
-                f"the {what} after step {self.step} is {value}: the model gives no numbers, or --lr "
+                f"the {what} after step {self.step} is {value}: the model's outputs are not finite, or --lr "
                 f"{self.args.lr:g} is too high{kept}"
             )
 
     def train(self) -> bool:
-        """Steps to the end; False if interrupted before."""
+        """Run the steps to the end; returns False if an interrupt ended them."""
         from tqdm import tqdm
 
         args = self.args
@@ -111,7 +111,7 @@ class Job:
         return self.step == args.steps
 
     def one_step(self, parts: list[list[Example]]) -> float:
-        """One update from several batches, each target counted once: the mean is over all of them."""
+        """One update from several batches. The loss is the mean over the targets of all of them."""
         args = self.args
         targets = sum(example.targets for part in parts for example in part)
         total = 0.0
@@ -142,7 +142,8 @@ class Job:
         )
 
     def kept(self) -> dict[str, torch.Tensor]:
-        """The trained parameters, and those of the base that a method changes: the tensors themselves."""
+        """The trained parameters, and the base's parameters that a method changes: the tensors themselves, no
+        copies."""
         base = {
             f"{path}:{name}": tensor
             for path, host in hosts(self.model)
@@ -167,11 +168,11 @@ class Job:
     _PROGRESS = ("step", "tokens", "seconds", "peak", "losses", "evaluations", "question", "answer_before")
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint. All of it is looked at before any of it is used."""
+        """Go on from a checkpoint. The whole checkpoint is checked before a part of it is used."""
         path, kept = self.folder / CHECKPOINT, self.kept()
         check_tensors(path, state.get("adapter"), kept)
         moments = check_moments(path, state.get("optimizer"), self.parameters)
-        groups = self.optimizer.state_dict()["param_groups"]  # these are the options', not the file's
+        groups = self.optimizer.state_dict()["param_groups"]  # the options decide these, not the file
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         with torch.no_grad():
             for name, tensor in kept.items():
@@ -184,7 +185,7 @@ class Job:
         args = self.args
         after = self.answer_before
         if self.parameters:
-            save(self.model, self.folder)  # first: no later error may lose the training
+            save(self.model, self.folder)  # first, so that no later error can lose the training
             self.measure()
             after = answer(self.model, self.tokenizer, self.question, 48)
         has = bool(self.evaluations)

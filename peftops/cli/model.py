@@ -20,29 +20,33 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options about the model, which every command has."""
+    """Add the options about the model, which every command has."""
     arg = parser.add_argument
     arg("--model", type=Path, required=True, help="directory with config.json and safetensors, or a GGUF file")
     arg("--dtype", choices=["auto", *DTYPES], default="auto")
     arg(
         "--trust-remote-code",
         action="store_true",
-        help="run the Python code that the model's directory comes with; only for code that you have read",
+        help="run the Python code in the model's directory; use it only for code that you have read",
     )
 
 
 def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
-    """The same with an adapter, which says itself which base it was trained on."""
+    """The same with an adapter. Its files tell the base on which it was trained."""
     add_arguments(parser)
     parser.add_argument("--adapter", type=Path, help="directory with an adapter")
     add_base_arguments(parser)
 
 
 def add_base_arguments(parser: argparse.ArgumentParser) -> None:
-    """By default the model is what it is in its files, or what it was while the adapter was trained."""
+    """By default the model has the format of its files, or the format in which the adapter was trained."""
     base = parser.add_mutually_exclusive_group()
-    base.add_argument("--dense", action="store_true", help="leave the model dense, though QLoRA trained in 4 bits")
-    base.add_argument("--quantize", action="store_true", help="4 bits, even if the adapter was trained on dense ones")
+    base.add_argument("--dense", action="store_true", help="leave the model dense, even if QLoRA trained it in 4 bits")
+    base.add_argument(
+        "--quantize",
+        action="store_true",
+        help="read the model in 4 bits, even if the adapter was trained on dense weights",
+    )
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
@@ -54,13 +58,14 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     where, how = (path, {}) if file is None else (file.parent, {"gguf_file": file.name})
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **how)
-    except Exception as error:  # whatever a reader stumbles over in a damaged file
+    except Exception as error:  # any error that a reader raises for a damaged file
         check_own_code(path, error)
         raise ValueError(f"the tokenizer of {path} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Where to run, and in what: bfloat16 on a GPU; float32 on a CPU, where the rest of the model is fastest so."""
+    """The device and dtype: bfloat16 on a GPU; float32 on a CPU, because the layers of the model that are not ours are
+    fastest in it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
         return device, torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -69,15 +74,15 @@ def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
 
 def load_base(args: argparse.Namespace, *, quantize: bool, **options: Any) -> nn.Module:
     device, dtype = device_and_dtype(args.dtype)
-    model_config(args.model, trust_remote_code=args.trust_remote_code)  # raises if it is no causal language model
+    model_config(args.model, trust_remote_code=args.trust_remote_code)  # raises if it is not a causal language model
     return load_model(
         args.model, dtype=dtype, quantize=quantize, trust_remote_code=args.trust_remote_code, **options
     ).to(device)
 
 
 def base_options(config: Config) -> dict[str, Any]:
-    """How to read the model that an adapter is put on: dense, of which many methods then make what they need; with
-    QLoRA in its blocks of NF4, so that the dense model is never there."""
+    """How to read the model for an adapter: dense for most methods, which then change it themselves; for QLoRA directly
+    in NF4 with the adapter's block size, so that the dense model never exists."""
     if type(config) is QLoRAConfig and config.format == "nf4":
         return {"quantize": True, "block_size": config.block_size, "double_quant": config.double_quant}
     return {"quantize": False}
@@ -89,18 +94,18 @@ def load_adapted(args: argparse.Namespace) -> nn.Module:
     if not args.dense and not args.quantize:
         return load(load_base(args, **base_options(config)), args.adapter)
     model = load_base(args, quantize=args.quantize)
-    # LoRA's factors mean the same on any base, so QLoRA's may stand on a dense one; those of the methods that choose
-    # codes themselves fit these codes alone.
+    # LoRA's factors have the same meaning on any base, so QLoRA's may be put on a dense one. Factors of methods that
+    # choose codes themselves fit only these codes.
     return load(model, args.adapter, quantize=False if type(config) is QLoRAConfig else None)
 
 
 def vocabulary(model: nn.Module) -> int:
-    """How many tokens the model has embeddings of."""
+    """The number of tokens for which the model has embeddings."""
     return len(model.get_input_embeddings().weight)
 
 
 def pad_id(tokenizer: Any, model: nn.Module) -> int:
-    """An id for padding, which is masked, so any will do that the model has."""
+    """An id for padding. Padding is masked, so it may be any id of the model."""
     known = (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < vocabulary(model))
     return next(known, 0)
 

@@ -1,4 +1,4 @@
-"""``peftops plan``: what each method takes on a model, and which one to choose."""
+"""``peftops plan``: the memory of each method on a model, and which one to choose."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _UNITS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg = parser.add_argument
     add_model_arguments(parser)
-    arg("--memory", required=True, help="the memory that there is: 16GiB, 24GB, 800M")
+    arg("--memory", required=True, help="the available memory: 16GiB, 24GB, 800M")
     arg("--tasks", type=int, default=1, help="how many adapters for the one base (default 1)")
     arg("--want", choices=sorted(WANTS), default="quality", help="the goal (default quality)")
     arg("--batch", type=int, default=8, help="rows computed at once (default 8)")
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"\nchoose: {choice.estimate.method if choice.estimate else 'nothing of these'}")
     print("\n".join(f"  {reason}" for reason in choice.reasons))
     print(
-        "\nNot counted: workspace inside of kernels, what the allocator loses (a tenth is a good reserve), the "
+        "\nNot counted: workspace inside of kernels, memory that the allocator wastes (a tenth is a good reserve), the "
         "libraries' own memory."
     )
     return 0
@@ -71,18 +71,18 @@ def parse_bytes(text: str) -> int:
     """Bytes of a size in words.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a size.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if found and not found[2]:
-        raise ValueError(f"--memory {text} has no unit: {found[1]}GiB, say, or {found[1]}B for bytes")
+        raise ValueError(f"--memory {text} has no unit: {found[1]}GiB, for instance, or {found[1]}B for bytes")
     if not found or found[2].upper() not in _UNITS or not 0 < float(found[1]) < 2**63:
         raise ValueError(f"--memory must be a size such as 16GiB, 24GB or 800M, not {text!r}")
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def table(estimates: list[Estimate], memory: int) -> str:
-    """A line per method in MiB, those that fit first and the least memory before more."""
+    """A line per method in MiB: first the methods that fit, and within both parts the least memory first."""
     cells = "{:14} {:>13} {:>9} {:>9} {:>11} {:>9} {:>5}  {}"
     lines = [
         cells.format(

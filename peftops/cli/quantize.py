@@ -1,4 +1,4 @@
-"""``peftops quantize``: a dense model into calibrated NF4, in files; and what other commands take of it."""
+"""``peftops quantize``: a dense model becomes files in calibrated NF4. Other commands share its functions."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibrate",
         type=Path,
         required=True,
-        help="text of the kind that the model is for, and of no test set: a data file as of finetune --train",
+        help="text of the kind that the model will see, not of a test set: a data file as for finetune --train",
     )
     arg("--out", type=Path, required=True, help="new directory for the model, the report and a plot")
-    arg("--tokens", type=int, default=_TOKENS, help=f"how many of the data, in rows by chance (default {_TOKENS})")
+    arg("--tokens", type=int, default=_TOKENS, help=f"tokens of the data to use, in random rows (default {_TOKENS})")
     arg("--max-length", type=int, default=_LENGTH, help=f"tokens per row (default {_LENGTH})")
     arg("--block-size", type=int, default=64, help="of NF4 (default 64)")
     arg("--no-double-quant", action="store_true", help="keep the blocks' constants in float32: 4.5 bits per weight")
     arg(
         "--damping",
         type=float,
-        help="how little to trust the data (default: for each layer, by trying half of them on the other half)",
+        help="the larger, the less the data count (default: found for each layer with two halves of the data)",
     )
     arg(
         "--layout",
         choices=["bitsandbytes", "peftops"],
         default="bitsandbytes",
-        help="of the files; transformers reads bitsandbytes'",
+        help="layout of the files; transformers reads bitsandbytes'",
     )
     arg("--threads", type=int, help="CPU threads")
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def some_rows(examples: list[Example], tokens: int = _TOKENS) -> list[list[int]]:
-    """Token ids of examples by chance, always the same, until there are so many tokens."""
+    """Token ids of random examples, always the same ones, until they have this number of tokens."""
     order, rows, count = list(examples), [], 0
     random.Random(0).shuffle(order)
     for example in order:
@@ -99,7 +99,7 @@ def calibrated(
 
 
 def _plot(path: Path, report: CalibrationReport) -> None:
-    """Each layer's output error, as PNG: of plain NF4 and of what was found."""
+    """Each layer's output error, as PNG: of plain NF4 and of the calibrated codes."""
     import matplotlib
 
     matplotlib.use("Agg")

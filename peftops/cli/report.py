@@ -1,4 +1,4 @@
-"""The table and the plot that a run leaves."""
+"""The table and the plot of a run."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def write(folder: Path, report: dict[str, Any]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """A run's report, of which at least all that :func:`table` shows is there and is a number.
+    """A run's report. All figures that :func:`table` shows are checked: they are there and are numbers.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no report.
         ValueError: it is damaged.
     """
     path = folder / FILE

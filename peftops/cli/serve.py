@@ -44,11 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg(
         "--requests",
         type=Path,
-        help="JSONL: prompt or messages, and, as wished, adapter (none is the "
+        help="JSONL: prompt or messages, and optionally adapter (without it: the "
         "model itself), max_tokens, temperature, top_k, top_p, seed (without any of these four: greedy)",
     )
-    arg("--out", type=Path, help="JSONL: a line per answer, as it is done, with its row's number")
-    arg("--max-tokens", type=int, default=128, help="of an answer whose request does not say (default 128)")
+    arg("--out", type=Path, help="JSONL: a line per answer, in the order of completion, with its row's number")
+    arg("--max-tokens", type=int, default=128, help="tokens of an answer if the request sets none (default 128)")
     arg("--max-batch", type=int, default=16, help="requests that run at once (default 16)")
     arg("--max-cache", type=int, default=16384, help="tokens whose keys and values are kept at once (default 16384)")
     arg("--resident", type=int, default=16, help="adapters for which there is room at once (default 16)")
@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _ranks() -> Iterator[tuple[int, int]]:
-    """Which process this is, and of how many, if torchrun has started it: each has a part of the model then."""
+    """The number of this process and of all processes, if torchrun has started them: each then has a part of the
+    model."""
     distributed, own = torch.distributed, False
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
         if torch.cuda.is_available():
@@ -116,7 +117,7 @@ def _run_file(args: argparse.Namespace, rank: int, world: int) -> int:
     pool = pool_for(model, adapters=resident, rank=max(ranks, default=1), tokens=args.max_cache)
     for name, folder in adapters.items():
         add_adapter(pool, name, folder, parts=parts)
-    # Processes that go in step agree on tokens, and load adapters at the same points.
+    # Processes that share a model agree on tokens, and load adapters at the same steps.
     step = {} if parts is None else {"agree": of_first_rank, "prefetch": 0}
     stop = stop_ids(tokenizer, model.generation_config)
     numbers = {}
@@ -138,7 +139,7 @@ def _write_answers(
     numbers: dict[int, int],
     tokenizer: Any,
 ) -> int:
-    """Each as it is done, and a line of sums; the command's status."""
+    """Write each answer when it is done, and print a line of totals; returns the command's status."""
     from tqdm import tqdm
 
     generated, failed, start = 0, 0, time.perf_counter()
@@ -170,7 +171,7 @@ def _write_answers(
 
 
 def find_adapters(folders: list[Path]) -> dict[str, Path]:
-    """The directories with an adapter's files among these and their children, by their own names."""
+    """The directories, among these and their children, that have an adapter's files; by their own names."""
     found: dict[str, Path] = {}
     for folder in folders:
         inside = [folder] if (folder / CONFIG).exists() else sorted(p.parent for p in folder.glob(f"*/{CONFIG}"))
@@ -216,7 +217,8 @@ def _checked(row: Any, adapters: dict[str, Path]) -> dict[str, Any]:
 
 
 def _base(args: argparse.Namespace, adapters: dict[str, Path]) -> dict[str, Any]:
-    """How to read the model that all of the adapters stand on: as they were trained, or as the options have it."""
+    """How to read the model for all of the adapters: in the format in which they were trained, or as the options
+    say."""
     wanted = {name: base_options(read_adapter(folder)[0]) for name, folder in adapters.items()}
     if args.dense or args.quantize or not wanted:
         return {"quantize": args.quantize}

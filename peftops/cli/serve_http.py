@@ -30,26 +30,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--watch",
         type=Path,
         metavar="DIR",
-        help="a directory whose adapters are loaded as they come and unloaded as they go",
+        help="a directory whose adapters are loaded when they appear and unloaded when they are removed",
     )
     arg("--loadable", type=Path, metavar="DIR", help="a directory from which clients may load adapters")
     arg(
         "--max-rank",
         type=int,
         default=16,
-        help="of the adapters for which --resident makes room (default 16, and as much as those of --adapters have)",
+        help="rank of the adapters for which --resident makes room (default: the largest of --adapters, at least 16)",
     )
-    arg("--max-adapters", type=int, default=10_000, help="that may be loaded (default 10000)")
-    arg("--max-prompt", type=int, help="tokens of a prompt (default: as many as leave room for an answer)")
+    arg("--max-adapters", type=int, default=10_000, help="adapters that may be loaded (default 10000)")
+    arg(
+        "--max-prompt",
+        type=int,
+        help="largest number of tokens of a prompt (default: any that leaves room for an answer)",
+    )
     arg("--max-choices", type=int, default=16, help="answers to one request (default 16)")
     arg("--max-queue", type=int, default=256, help="answers that wait (default 256)")
     arg("--max-body", type=int, default=4 << 20, help="bytes of a request (default 4194304)")
     arg("--timeout", type=float, default=600.0, help="seconds for an answer (default 600)")
-    arg("--grace", type=float, default=30.0, help="seconds that answers have left at a signal (default 30)")
+    arg("--grace", type=float, default=30.0, help="seconds for running answers after a signal (default 30)")
 
 
 def prepare(args: argparse.Namespace) -> socket.socket:
-    """Whatever can be found wrong before a model is read."""
+    """Check all options that can be checked before a model is read."""
     missing = [name for name in _NEEDS if find_spec(name) is None]
     if missing:
         raise ImportError(f"serve --port needs {', '.join(missing)}: pip install 'peftops[serve]'")
@@ -64,7 +68,7 @@ def prepare(args: argparse.Namespace) -> socket.socket:
     for name in ("watch", "loadable"):
         folder = getattr(args, name)
         if folder is not None and not folder.is_dir():
-            raise ValueError(f"--{name} must be a directory, and {folder} is none")
+            raise ValueError(f"--{name} must be a directory, and {folder} is not")
     if os.environ.get("PEFTOPS_API_KEY") == "":
         raise ValueError("PEFTOPS_API_KEY is set and empty; unset it for a server without a key")
     _limits(args, 2)
@@ -87,13 +91,13 @@ def _limits(args: argparse.Namespace, context: int) -> Any:
 
 
 def readable(folder: Path | None) -> dict[str, Path]:
-    """The adapters that are in a watched directory already, as far as they can be read."""
+    """The adapters that are already in a watched directory and can be read."""
     found = {}
     for path in [] if folder is None else sorted(folder.glob(f"*/{CONFIG}")):
         try:
             read_adapter(path.parent)
         except (OSError, TypeError, ValueError):
-            continue  # the watch tells of it
+            continue  # the watch logs it
         found[path.parent.name] = path.parent
     return found
 

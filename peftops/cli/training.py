@@ -55,8 +55,8 @@ def optimizer_for(name: str, parameters: list[nn.Parameter], weight_decay: float
 
 
 def memory_now() -> int:
-    """Bytes of memory in use: of the GPU if there is one, else this process's own, without the pages of files that it
-    has mapped (the system takes those back when it likes)."""
+    """Bytes of memory in use: of the GPU if there is one, else of this process, without the pages of mapped files (the
+    system can take these back at any time)."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     try:
@@ -66,12 +66,12 @@ def memory_now() -> int:
 
 
 def memory_peak() -> int:
-    """The most such bytes since :func:`reset_memory_peak`, or since the start where the system cannot forget; 0 where
-    it cannot tell."""
+    """The largest number of such bytes since :func:`reset_memory_peak`, or since the start if the system cannot reset
+    it; 0 if the system does not tell."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
-        # The pages of files are those of now: Linux keeps no peak of them.
+        # The present number of file pages is subtracted, because Linux keeps no peak of them.
         return _status("VmHWM") - _status("RssFile")
     except (OSError, LookupError):
         pass
@@ -93,4 +93,4 @@ def reset_memory_peak() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        pass  # not Linux: the peak is then that of the whole process
+        pass  # not Linux: the peak is then the one since the start

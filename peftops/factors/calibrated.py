@@ -1,10 +1,10 @@
-"""Codes and factors that a layer's outputs, not its weights, are closest with.
+"""Codes and factors with the smallest error in a layer's outputs, not in its weights.
 
     minimise || (W - Q - L R) H^1/2 ||    H = V V^T the inputs' moments
 
 L R is best for given Q: the first singular vectors of (W - Q) V, times V^-1 on the right. Q for given L R is GPTQ's of
-W - L R. They are improved in turn, and the best of all is kept: the method's own solution, which does not know H,
-included. So the error is never above the method's.
+W - L R. The two are improved in turn, and the best pair is kept. The method's own solution, which does not use H, is
+among the candidates, so the error is never above the method's.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def gptq_like(codes: PackedTensor, moments: Tensor) -> Callable[[Tensor], Packed
 def calibrated_factors(
     weight: Tensor, r: int, own: Solution, quantize: Callable[[Tensor], PackedTensor], moments: Tensor, iterations: int
 ) -> tuple[PackedTensor, Tensor | None, Tensor | None, list[float]]:
-    """The best of ``own`` and what is found beyond it, and relative output errors: of ``own``, then of each iterate.
+    """The best of ``own`` and all iterates, and the relative output errors: of ``own``, then of each iterate.
 
     Args:
         weight: ``[out, in]``, any float dtype.

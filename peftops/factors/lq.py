@@ -22,7 +22,7 @@ def fisher(
 
     Args:
         model: dense and without adapters.
-        loss: of one sample (of a batch, gradients would cancel before they are squared).
+        loss: of one sample (in a batch, gradients of samples would cancel before they are squared).
         samples: the paper takes 10,000.
         target: the layers, as for :class:`LoRAConfig`.
 
@@ -66,8 +66,9 @@ def fisher(
 
 
 class Weighing:
-    """How much the elements of an error count: each by its own importance where they are summed up, and by the
-    product of a row's and a column's mean where singular vectors are sought, which knows only that.
+    """The weight of each element of an error. A sum of squared errors uses the importance of each element. A search for
+    singular vectors uses the product of the row's and the column's mean importance, because it can only use such
+    products.
 
     Args:
         importance: ``[out, in]``, see :func:`fisher`; None for the same of all.
@@ -77,7 +78,7 @@ class Weighing:
         self.root = self.rows = self.columns = None
         if importance is not None and importance.any():
             self.root = importance.sqrt()
-            # A division by the roots of the means follows: none is less than a thousandth of the largest.
+            # The roots of the means are divisors later, so none may be less than a thousandth of the largest.
             means = (importance.mean(dim, keepdim=True).sqrt() for dim in (1, 0))
             self.rows, self.columns = (mean.clamp(min=1e-3 * mean.max().item()) for mean in means)
 
@@ -99,7 +100,8 @@ def first_errors(
 ) -> list[float]:
     """The squared errors of one step of :func:`lq_decompose`, or of plain codes where these err less.
 
-    The first singular vectors are the same for all ``quantizers``, so this is cheap; more steps can only do better.
+    The first singular vectors are the same for all ``quantizers``, so this is cheap; more steps can only reduce the
+    error.
     """
     weigh, want = Weighing(importance), weight.float()
     left, right = weigh.factors(want, r)
@@ -118,12 +120,13 @@ def lq_decompose(
     iterations: int = 10,
     importance: Tensor | None = None,
 ) -> tuple[PackedTensor, Tensor | None, Tensor | None, list[float]]:
-    """Q, L1 and L2 with ``Q + L1 L2`` close to ``weight``: singular vectors first, then codes of the rest, in turn.
+    """Q, L1 and L2 with ``Q + L1 L2`` close to ``weight``: singular vectors first, then codes of the remainder, in
+    turn.
 
     Args:
         weight: ``[out, in]``, any float dtype, which Q has, too.
-        quantize: what makes Q of a dense weight.
-        iterations: at most; it stops when the error grows. 0 for plain codes.
+        quantize: the function that makes Q of a dense weight.
+        iterations: at most this many; the loop stops when the error grows. 0 for plain codes.
         importance: of each element, see :class:`Weighing`.
 
     Returns:

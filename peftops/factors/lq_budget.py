@@ -1,4 +1,4 @@
-"""LQ-LoRA's mixed precision: which format for which weight, so that errors are least within a budget of bits."""
+"""LQ-LoRA's mixed precision: the format of each weight, so that the sum of errors is least within a budget of bits."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Precision:
         return group_quantize(weight, bits=self.bits, group_size=self.block, clip="mse")
 
     def size(self, count: int) -> float:
-        """Bits that ``count`` weights take: codes, and what their scales and zeros are stored in."""
+        """Bits that ``count`` weights take: their codes, scales and zeros."""
         scales = -(-count // self.block)
         if self.kind == "int":
             return self.bits * count + 64 * scales
@@ -67,7 +67,7 @@ PRECISIONS = (
 
 
 def allocate(costs: list[list[float]], sizes: list[list[float]], budget: float) -> list[int]:
-    """The choice for each weight such that costs add up to the least, and sizes to the budget at most.
+    """The choice for each weight: the sum of costs is least, and the sum of sizes is within the budget.
 
     Args:
         costs, sizes: a list per weight, a number per choice.
@@ -85,7 +85,8 @@ def allocate(costs: list[list[float]], sizes: list[list[float]], budget: float) 
     least = sum(min(of) for of in sizes)
     if least > budget:
         raise ValueError(f"the smallest formats take {least:.0f} bits, which is more than the budget of {budget:.0f}")
-    # A choice that another beats in both is left out: the fewer, the faster. Solvers like numbers around 1.
+    # A choice is left out if another one has a smaller cost and size: fewer choices are faster. Solvers need numbers
+    # around 1.
     best = lambda i, j: (
         not any(
             (costs[i][k], sizes[i][k], k) < (costs[i][j], sizes[i][j], j) and sizes[i][k] <= sizes[i][j]
@@ -117,11 +118,11 @@ def allocate(costs: list[list[float]], sizes: list[list[float]], budget: float) 
 def choose(
     layers: dict[str, nn.Module], ranks: dict[str, int], bits: float, fisher: dict[str, Tensor] | None
 ) -> dict[str, Precision]:
-    """The precision of each dense layer such that their errors add up to the least within ``bits`` a weight.
+    """The precision of each dense layer: the sum of errors is least with ``bits`` a weight on average.
 
     Args:
         ranks: r of each.
-        fisher: how much each weight matters; None if all alike.
+        fisher: the importance of each weight; None if all are equal.
     """
     choices, costs, sizes = [], [], []
     for path, layer in layers.items():
@@ -129,7 +130,7 @@ def choose(
         importance = None if fisher is None else fisher[path].to(weight.device, torch.float32)
         choices.append([precision for precision in PRECISIONS if precision.fits(weight)])
         sizes.append([p.size(weight.numel()) for p in choices[-1]])
-        if weight.is_meta:  # a model without numbers, in a plan: a bit halves the error
+        if weight.is_meta:  # a plan has a model without numbers: assume that a bit more halves the error
             costs.append([4.0 ** -(size / weight.numel()) * weight.numel() for size in sizes[-1]])
         else:
             with about(path):

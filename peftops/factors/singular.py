@@ -1,4 +1,4 @@
-"""The first singular vectors of a weight, for methods that start from them or seek them again and again."""
+"""The first singular vectors of a weight, for methods that start from them or compute them in a loop."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 EXTRA = 8  # vectors of a block beyond the wanted ones
-DEPTH = 6  # blocks of a basis: what is captured then is within 2e-4 of the best even where no value stands out
+DEPTH = 6  # blocks of a basis: the result is then within 2e-4 of the best, even if no singular value stands out
 
 
 def leading(matrix: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """``u [m, r]``, ``s [r]`` and ``vt [r, n]`` such that ``u diag(s) vt`` is close to the best approximation of rank
     ``r``: in the block Krylov space of a random start (Musco & Musco 2015, arXiv:1504.05477), the same each time.
 
-    What is left of quantisation is noise, whose singular values lie close together. Power iterations forget one
-    another's vectors and are slow there; a space that keeps them all is not. A matrix so small that its space would
-    be half of everything is solved exactly. A vector whose singular value is 0 may be 0. Either way ``u diag(s) vt``
-    is a projection of the matrix, so what it leaves is never larger than the matrix.
+    The error of quantisation is noise, whose singular values lie close together. Power iterations are slow on such a
+    matrix, because each one forgets the vectors before it; a Krylov space keeps them all. A small matrix, of which the
+    space would be half, is solved exactly. A vector whose singular value is 0 may be 0. In both cases ``u diag(s) vt``
+    is a projection of the matrix, so the remainder is never larger than the matrix.
 
     Args:
         matrix: ``[m, n]``, float32; or ``[E, m, n]`` for E of them, one after the other.

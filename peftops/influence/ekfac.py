@@ -2,15 +2,16 @@
 
     score(q, m) = sum over matrices of < (G + lambda)^-1 grad L_q, grad L_m >
 
-L is the sum of an example's losses, G the Gauss-Newton matrix of each matrix by itself. A positive score says that
-more weight on example m lowers the loss of query q: it is what the damped, proximal response to m does, and not what
-training again without m would. With the eigenvectors Q_A of the inputs' covariance and Q_S of the (pseudo-)gradients',
+L is the sum of an example's losses, G the Gauss-Newton matrix of each matrix by itself. A positive score says that more
+weight on example m lowers the loss of query q. The score is the damped, proximal response to m. It does not predict the
+result of a new training without m. With the eigenvectors Q_A of the inputs' covariance and Q_S of the
+(pseudo-)gradients',
 
     (G + lambda)^-1 V = Q_S [(Q_S^T V Q_A) / (Lambda + lambda)] Q_A^T,  Lambda = mean over examples of (Q_S^T g Q_A)^2
 
 (George et al. 2018, arXiv:1806.03884), where g is an example's gradient with labels drawn from the model. The default
-lambda is 0.1 mean(Lambda), by matrix. Scores depend on how B A is split into B and A; a matrix whose gradients are
-all 0, as A's are while B is 0, adds nothing.
+lambda is 0.1 mean(Lambda), by matrix. Scores depend on the split of B A into B and A. A matrix whose gradients are all
+0, as A's are while B is 0, adds 0.
 """
 
 from __future__ import annotations
@@ -49,19 +50,20 @@ class Factors:
 class Influence:
     """Scores of training examples for queries, over the matrices that train in a model's active adapter.
 
-    Fit it on training data, ask for the :meth:`queries`, then stream any examples past them:
+    Fit it on training data, compute the :meth:`queries`, then score any number of examples for them:
     ``influence = Influence(model); influence.fit(batches); influence.scores(influence.queries(asked), batches)``.
 
     Args:
-        model: with an adapter of LoRA's family, trained (an A says nothing while its B is 0).
-        loss: (model, batch) -> the sum of the losses of the batch's examples. By default, and for all three, that of a
-            causal language model of transformers: batches are dicts of input_ids, attention_mask and labels.
+        model: with a trained adapter of LoRA's family (the gradient of A is 0 while B is 0).
+        loss: (model, batch) -> the sum of the losses of the batch's examples. By default all three functions are those
+            of a causal language model of transformers, with batches that are dicts of input_ids, attention_mask and
+            labels.
         sampled_loss: (model, batch, generator) -> the same for labels drawn from the model's own prediction.
         mask: batch -> ``[n, t]``, which tokens count in covariances, or None for all.
         damping: lambda of every matrix; None for a tenth of its mean eigenvalue.
 
     Raises:
-        TypeError: the adapter has parameters that are no A and B of linear layers.
+        TypeError: the adapter has parameters other than A and B of linear layers.
         ValueError: no adapter is attached, nothing trains, damping is negative.
 
     Examples:
@@ -92,10 +94,10 @@ class Influence:
         self.factors: dict[str, Factors] = {}
 
     def fit(self, batches: Iterable[Any], *, seed: int = 0) -> Influence:
-        """Estimate the curvature from training data, in two passes. A few thousand examples do.
+        """Estimate the curvature from training data, in two passes. A few thousand examples are enough.
 
         Raises:
-            ValueError: there are none, or all of their gradients are 0.
+            ValueError: there are no batches, or all gradients are 0.
         """
         batches, generator = list(batches), torch.Generator().manual_seed(seed)
         if not batches:
@@ -144,8 +146,8 @@ class Influence:
         return {name: f.solve(torch.cat([p[name] for p in parts]), self.damping) for name, f in self.factors.items()}
 
     def scores(self, queries: Gradients, batches: Iterable[Any]) -> Tensor:
-        """``[queries, examples]``. The gradients of a batch are formed and dropped: those of a low-rank matrix are
-        small, so nothing is gained by contracting activations and gradients with the queries one by one."""
+        """``[queries, examples]``. The gradients of a batch are computed, used and freed. Gradients of low-rank
+        matrices are small, so contracting activations and output gradients with the queries would save nothing."""
         self._check_fitted()
         columns = [
             sum(queries[name].flatten(1) @ g.flatten(1).t() for name, g in self._gradients(batch, self.loss).items())
@@ -154,8 +156,9 @@ class Influence:
         return torch.cat(columns, 1) if columns else torch.zeros(len(next(iter(queries.values()))), 0)
 
     def self_influence(self, batches: Iterable[Any]) -> Tensor:
-        """``[examples]``: the score of each example for itself, which is never negative. Divided by the roots of both
-        sides' own, a score lies in [-1, 1], and no example wins by the size of its gradient alone."""
+        """``[examples]``: the score of each example for itself, which is never negative. A score divided by the roots
+        of the self-influences of query and example lies in [-1, 1]. Then no example gets a high score only because its
+        gradient is large."""
         self._check_fitted()
         rows = []
         for batch in batches:
@@ -195,7 +198,7 @@ def _eigenvectors(covariance: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, which would add its noise to every gradient."""
+    """Turns dropout off, which would add noise to every gradient."""
     was_training = model.training
     model.eval()
     try:

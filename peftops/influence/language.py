@@ -1,4 +1,4 @@
-"""Causal language models, as influence functions see them: a batch's loss, and one of the model's own labels.
+"""Causal language models for influence functions: the loss of a batch, and its loss with labels drawn from the model.
 
 A batch is a dict of tensors with ``input_ids``, ``labels`` (-100: no target) and, if padded, ``attention_mask``.
 """
@@ -26,7 +26,7 @@ def _logits_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     targets[0] = False  # nothing predicts the first token
     if not targets.any():
         raise ValueError("a batch has no targets: all of its labels are -100")
-    # With a large vocabulary, logits would be most of the memory: none before the first target's.
+    # With a large vocabulary, logits would take most of the memory, so there are none before the first target.
     keep = labels.shape[1] - int(targets.nonzero()[0]) + 1
     given = {name: tensor for name, tensor in batch.items() if name != "labels"}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -51,5 +51,5 @@ def sampled_loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> 
 
 
 def token_mask(batch: Batch) -> Tensor | None:
-    """``[n, t]``: which tokens there are; None for all of them."""
+    """``[n, t]``: which positions are tokens and not padding; None if all are."""
     return batch.get("attention_mask")

@@ -1,7 +1,7 @@
-"""The matrices of an adapter as linear layers: what goes into each, and the gradient of what comes out of it.
+"""The matrices of an adapter as linear layers: the input of each, and the gradient of its output.
 
 The low-rank term y = s (x A^T) B^T is two linear layers, and neither is a module: one op computes both, together
-with the base. But x and the gradient G of the adapted layer's output tell all there is to know of them:
+with the base. But their inputs and gradients follow from x and from the gradient G of the adapted layer's output:
 
     A: input x,        gradient of its output s G B
     B: input x A^T,    gradient of its output s G
@@ -28,7 +28,7 @@ class Matrix:
     Attributes:
         name: of the parameter, dotted, from the adapted layer's name on.
         adapter: the module whose calls are watched.
-        is_input: whether what goes in is the very input of the adapted layer, which other layers may share.
+        is_input: whether its input is the input of the adapted layer itself, which other layers may share.
         inputs, gradients: from the layer's input ``[n, t, in]`` and output gradient ``[n, t, out]`` to its own.
     """
 
@@ -40,11 +40,11 @@ class Matrix:
 
 
 def matrices(model: nn.Module) -> list[Matrix]:
-    """Those of the active adapter that train.
+    """The trained matrices of the active adapter.
 
     Raises:
-        ValueError: no adapter is attached, or nothing of it trains.
-        TypeError: its method has parameters that are no A and B of linear layers.
+        ValueError: no adapter is attached, or none of its parameters trains.
+        TypeError: its method has parameters other than A and B of linear layers.
     """
     name, found = attachment(model).switch.active, []
     for path, host in hosts(model):
@@ -71,13 +71,13 @@ Take = Callable[[Matrix, str, Tensor, Tensor], None]
 
 @contextmanager
 def watched(found: list[Matrix], size: int, take: Take) -> Iterator[None]:
-    """Inside, each backward pass through an adapted layer hands what its matrices saw to ``take``.
+    """Inside, each backward pass through an adapted layer calls ``take`` with the inputs and gradients of its matrices.
 
     Args:
-        size: n, the examples of the batch, of which every layer's input must have a row each.
+        size: n, the number of examples in the batch; every layer's input must have n rows.
 
     Raises:
-        ValueError: (in the forward pass) a layer's input has other rows.
+        ValueError: (in the forward pass) a layer's input has another number of rows.
     """
     sources: dict[int, tuple[str, Tensor]] = {}  # by id: the tensor itself is kept, so ids stay its own
 

@@ -3,7 +3,7 @@ group-quantised weight.
 
 AWQ packs along the outputs: ``qweight`` int32 ``[in, out / 8]``, ``qzeros`` int32 ``[in / group, out / 8]``, ``scales``
 float16 ``[in / group, out]``. Of eight neighbouring outputs, a word has the even ones in its lower half and the odd
-ones in its upper half. Zeros are stored as they are.
+ones in its upper half. Zeros are stored without an offset.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ def from_awq(parts: Mapping[str, Tensor], dtype: torch.dtype = torch.float16) ->
 
 
 def to_awq(weight: GroupQuantTensor) -> dict[str, Tensor]:
-    """The reverse, exactly: a weight whose zeros are no codes, or whose scales have no float16, is refused.
+    """The reverse, exactly. A weight with zeros that are not codes, or with scales that float16 cannot represent, is
+    refused.
 
     Raises:
-        ValueError: it is such a weight, or of other bits than 4, or its outputs do not fill words.
+        ValueError: it is such a weight, or does not have 4 bits, or its outputs do not fill words.
     """
     n, zeros, scales = len(weight), weight.zeros, weight.scales
     if weight.bits != 4 or n % 8:

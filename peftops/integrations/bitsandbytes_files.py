@@ -13,13 +13,13 @@ from ..ops import NF4Tensor
 from ..ops.nf4_dequantize import ABSMAX_MAP, NF4_CODE
 
 _STATE = "quant_state.bitsandbytes__nf4"
-PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _STATE)  # beside the packed weight itself
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _STATE)  # beside the packed weight
 
 
 def to_bitsandbytes(weight: NF4Tensor) -> dict[str, Tensor]:
-    """The tensors that bitsandbytes stores for this weight, by what follows the layer's name in a state dict:
-    ``weight``, ``weight.absmax``, ``weight.quant_map``, ``weight.quant_state.bitsandbytes__nf4`` and, if it is
-    double-quantised, ``weight.nested_absmax`` and ``weight.nested_quant_map``."""
+    """The tensors that bitsandbytes stores for this weight, by the part of their names after the layer's name in a
+    state dict: ``weight``, ``weight.absmax``, ``weight.quant_map``, ``weight.quant_state.bitsandbytes__nf4`` and, if it
+    is double-quantised, ``weight.nested_absmax`` and ``weight.nested_quant_map``."""
     state = {
         "quant_type": "nf4",
         "blocksize": weight.block_size,
@@ -58,12 +58,12 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor]) -> NF4Tensor:
     except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"weight.{_STATE} is damaged: {error!r}") from None
     if not isinstance(dtype, torch.dtype) or offset.dim() or not offset.isfinite():
-        raise ValueError(f"weight.{_STATE} is damaged: its dtype or nested_offset is none")
+        raise ValueError(f"weight.{_STATE} is damaged: its dtype or nested_offset is not valid")
     if -(-math.prod(shape) // 2) != tensors["weight"].nbytes:
-        raise ValueError(f"weight has {tensors['weight'].nbytes} bytes, which are no codes of shape {list(shape)}")
+        raise ValueError(f"weight has {tensors['weight'].nbytes} bytes, which do not fit codes of shape {list(shape)}")
     for name, own in (("quant_map", NF4_CODE), ("nested_quant_map", ABSMAX_MAP)):
         given = tensors.get(f"weight.{name}")
-        # torch.linspace, of which bitsandbytes makes its map, rounds differently on some CPUs
+        # bitsandbytes makes its map with torch.linspace, which rounds differently on some CPUs
         close = lambda a, b: a.shape == b.shape and torch.allclose(a.float().cpu(), b, rtol=2**-22, atol=0)
         if given is not None and not close(given, own):
             raise ValueError(f"weight.{name} is not the one that bitsandbytes uses for NF4")

@@ -1,4 +1,4 @@
-"""Models whose layers are bitsandbytes' own, in memory."""
+"""Models in memory whose layers are bitsandbytes'."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ..ops import NF4Tensor
 def from_bitsandbytes(model: nn.Module) -> nn.Module:
     """Replace each ``Linear4bit`` of bitsandbytes by an :class:`~peftops.nn.NF4Linear` over the same codes, in place.
 
-    Nothing is copied or rounded. HF PEFT's LoRA adapters around such layers stay, with their parameters as they are,
-    and compute with the fused operator from then on. (Where a CPU has packed a layer for its inference, bitsandbytes
-    has rounded the scales of its blocks to bfloat16; they stay so, and only the order of the codes is undone.)
+    Nothing is copied or rounded. HF PEFT's LoRA adapters on such layers stay, with the same parameters, and then
+    compute with the fused operator. (If bitsandbytes has packed a layer for inference on a CPU, it has rounded the
+    scales of its blocks to bfloat16. These scales stay rounded; only the order of the codes is restored.)
 
     Args:
         model: any module, with adapters of PEFT or without; changed and returned.
 
     Raises:
-        ValueError: there is no such layer, one is in FP4, not quantised yet, or has blocks that NF4Tensor has not;
-            nothing has changed then.
+        ValueError: there is no such layer, one is in FP4, not quantised yet, or has blocks that NF4Tensor does not
+            support; nothing has changed then.
 
     Examples:
         >>> import bitsandbytes as bnb
@@ -54,7 +54,7 @@ def from_bitsandbytes(model: nn.Module) -> nn.Module:
 
 
 def _is_linear4bit(layer: nn.Module) -> bool:
-    """(By their names: this needs no bitsandbytes, and a model without it has none.)"""
+    """(It compares names, so it does not import bitsandbytes.)"""
     kinds = (f"{kind.__module__}.{kind.__name__}" for kind in type(layer).__mro__)
     return "bitsandbytes.nn.modules.Linear4bit" in kinds
 
@@ -85,7 +85,7 @@ def _unpacked(data: Tensor, state: Any) -> Tensor:
 
 
 def _let_peft_know(wrapper: nn.Module) -> None:
-    """A layer of PEFT's that was made for bitsandbytes' becomes one that is made for ours."""
+    """A layer that PEFT made for bitsandbytes' layers becomes one that it makes for ours."""
     if type(wrapper).__module__ == "peft.tuners.lora.bnb":
         from .peft_layers import CodesLoraLinear
 
@@ -97,7 +97,7 @@ def _let_peft_know(wrapper: nn.Module) -> None:
 
 
 def _let_transformers_know(model: Any) -> None:
-    """The files that save_pretrained writes stay bitsandbytes'."""
+    """save_pretrained still writes bitsandbytes' files."""
     from .quantizer import CodesQuantizer, NF4Config
 
     given = model.config.quantization_config

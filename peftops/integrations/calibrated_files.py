@@ -1,4 +1,4 @@
-"""The files of a calibration: one per block as soon as it is done, and a checkpoint of them in the end."""
+"""The files of a calibration: one for each finished block, and a checkpoint of all in the end."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ REPORT, _SETTINGS = "calibration.json", "settings.json"
 
 
 class Unfinished:
-    """A directory beside ``out`` that becomes it once everything is there.
+    """A directory beside ``out`` that is renamed to ``out`` when it is complete.
 
     Args:
-        settings: what must be the same for a run to go on, beside ``config``.
+        settings: the settings, beside ``config``, that must be the same for a run to go on.
 
     Raises:
         OSError: ``out`` holds files already.
@@ -70,7 +70,8 @@ class Unfinished:
         write_atomically(self._block(i), lambda file: save_file(tensors, file, told))
 
     def read(self, i: int, path: str, layers: list[str], kind: type) -> list[Any] | None:
-        """Put a block that was done before into the model; what was reported of its ``layers``. None if it was not.
+        """Put a block that an earlier run finished into the model, and return the report of its ``layers``; None if no
+        run finished it.
 
         Raises:
             ValueError: the file is damaged, or of another block; nothing has changed then.
@@ -83,7 +84,7 @@ class Unfinished:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}
                 reports = [kind(**report) for report in json.loads(opened.metadata()["reports"])]
             if sorted(report.name for report in reports) != sorted(layers):
-                raise ValueError("it reports of other layers")
+                raise ValueError("it is a report of other layers")
             codes = {name: self._codes(name, tensors) for name in layers}
             self._check_rest(path, {f"{name}.weight" for name in layers}, tensors)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -100,13 +101,13 @@ class Unfinished:
         return reports
 
     def _codes(self, name: str, tensors: dict[str, Tensor]) -> NF4Tensor:
-        """A layer's weight out of a block's tensors, which lose what it is made of."""
+        """A layer's weight from a block's tensors; its parts are removed from them."""
         of, layer = f"{name}.weight", self.model.get_submodule(name)
         own = {key[len(name) + 1 :]: tensors.pop(key) for key in list(tensors) if key == of or key.startswith(f"{of}.")}
         return Layout(self.config.layout).read(own, torch.Size(sizes(layer)[::-1]), layer.weight.dtype)
 
     def _check_rest(self, path: str, coded: set[str], tensors: dict[str, Tensor]) -> None:
-        """Whether the tensors of a block that are not in codes are those that it has."""
+        """Raise unless the other tensors, those that are not in codes, are exactly the block's."""
         block = self.model.get_submodule(path)
         own = dict(block.named_parameters(prefix=path)) | {
             f"{at}.{name}": buffer
@@ -118,10 +119,10 @@ class Unfinished:
         own, given = told(own), told(tensors)
         for name in sorted(own.keys() | given.keys()):
             if own.get(name) != given.get(name):
-                raise ValueError(f"{name} is not as the model has it")
+                raise ValueError(f"{name} is not the same as in the model")
 
     def finish(self, count: int, report: Any, tokenizer: Any) -> None:
-        """Give everything its name."""
+        """Give all files their final names."""
         blocks, held = [self._block(i) for i in range(count)], {}
         for file in blocks:
             with safe_open(file, "pt") as opened:

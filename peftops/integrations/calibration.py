@@ -1,5 +1,5 @@
-"""A whole model into NF4 by calibration: block after block, each with the inputs that the blocks before it, in 4 bits
-by then, give it. Memory holds the 4-bit model, one dense block and what flows between two blocks."""
+"""A whole model becomes NF4 by calibration, block after block. The inputs of a block come from the blocks before it,
+which are in 4 bits by then. Memory holds the 4-bit model, one dense block and the activations between two blocks."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: how many calibration rows it saw; how far its outputs on them are from those of the dense layer,
-    relative, in plain NF4 and now; the damping that served it best; and, where it is plain NF4, why."""
+    """One layer: the number of calibration rows that it saw; the relative error of its outputs on them, in plain NF4
+    and now; the best damping; and, if it is plain NF4, the reason."""
 
     name: str
     rows: int
@@ -77,7 +77,7 @@ class LayerReport:
 
 @dataclass
 class CalibrationReport:
-    """The work of :func:`quantize_model`."""
+    """The results of :func:`quantize_model`."""
 
     tokens: int
     layers: list[LayerReport] = field(default_factory=list)
@@ -120,27 +120,29 @@ def quantize_model(
     trust_remote_code: bool = False,
     on_block: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[nn.Module, CalibrationReport]:
-    """Put a language model's linear layers, but the output layer, into NF4 by :func:`peftops.gptq_quantize`.
+    """Put a language model's linear layers, except the output layer, into NF4 by :func:`peftops.gptq_quantize`.
 
     Args:
-        model: where the files of a dense model are, as :func:`peftops.load_model` reads them, block by block; or such a
-            model, which is changed in place.
-        rows: token ids of calibration text, a sequence per row; some thousand tokens in all, of the kind that the model
-            is for, and of no test set.
-        out: a new directory for the result. What is done of it outlasts a kill: the same call goes on from there.
-        tokenizer: written there, too.
+        model: the path of a dense model, with files as for :func:`peftops.load_model`, which are read block by block;
+            or a dense model, which is changed in place.
+        rows: token ids of calibration text, a sequence per row; a few thousand tokens in all, of the kind that the
+            model will see, and not from a test set.
+        out: a new directory for the result. If the process is killed, the same call goes on after the last finished
+            block.
+        tokenizer: is written to ``out``, too.
         dtype: as for :func:`peftops.load_model`, if ``model`` is a path.
         device: where to compute, and where the model is afterwards; by default where it is, or on the CPU.
-        on_block: told after each block how many are done, of how many.
+        on_block: is called after each block with the number of finished blocks and of all blocks.
 
     Returns:
-        The model, and what became of each layer. A layer that sees too few rows, like an expert that none is routed to,
-        becomes plain NF4, and the report says so.
+        The model, and a report of each layer. A layer that sees too few rows, such as an expert without tokens, becomes
+        plain NF4, and the report says so.
 
     Raises:
         FileNotFoundError: there is no model at ``model``.
         ValueError: the rows are empty or hold a token that the model does not know; the model is quantised already, has
-            adapters, or is no stack of blocks that hand one tensor on; an unfinished result of other settings is there.
+            adapters, or is not a stack of blocks that pass one tensor on; an unfinished result of other settings
+            is there.
         OSError: ``out`` holds files already, or cannot be written.
 
     Examples:
@@ -211,16 +213,16 @@ def input_moments(
     """The mean of x x^T over what each linear layer of a causal language model is given: for
     ``LoftQConfig(moments=...)`` and ``LQLoRAConfig(moments=...)``.
 
-    All of them at once: ``in * in`` numbers a layer, so this is for models of which that fits.
+    It keeps ``in * in`` numbers for each layer at the same time, so this is for models for which that fits into memory.
 
     Args:
-        model: dense, usually; as it is, it is run on the rows.
+        model: usually dense. It is run on the rows without a change.
         rows: token ids, as for :func:`quantize_model`.
         target: the layers, as for :class:`LoRAConfig`.
         batch: tokens that are computed at once.
 
     Returns:
-        Float32 ``[in, in]`` by name of the layer; layers that see nothing are left out.
+        Float32 ``[in, in]`` by name of the layer, without layers that see no row.
 
     Examples:
         >>> moments = peftops.input_moments(llama(), ids)
@@ -258,8 +260,8 @@ def _check_dense(source: Any, model: nn.Module, files: ModelFiles | None) -> Non
 
 
 def _batches(rows: Sequence[Sequence[int] | Tensor], size: int, model: nn.Module) -> list[Tensor]:
-    """Rows of one length together, ``[n, length]``, at most ``size`` tokens: without padding, whose activations would
-    count."""
+    """Batches ``[n, length]`` of rows of one length, with at most ``size`` tokens. There is no padding, because its
+    activations would count."""
     by_length: dict[int, list[Tensor]] = {}
     for row in rows:
         ids = torch.as_tensor(row, dtype=torch.long).flatten().cpu()
@@ -287,16 +289,16 @@ def _batches(rows: Sequence[Sequence[int] | Tensor], size: int, model: nn.Module
 
 
 def _numbers(model: nn.Module) -> list[float]:
-    """Numbers that tell a model in memory from another one."""
+    """Numbers that distinguish a model in memory from another one."""
     return [p.double().sum().item() for p in model.parameters()]
 
 
-Call = tuple[tuple, dict[str, Any]]  # what a block is called with beside the hidden states
+Call = tuple[tuple, dict[str, Any]]  # the arguments of a block beside the hidden states
 
 
 def _rehearse(model: nn.Module, stack: list[str], batches: list[Tensor]) -> tuple[list[Tensor], dict[str, list[Call]]]:
-    """The first block's input for each batch, and all else that each block is given: learnt from the model's own
-    forward, in which every block hands on what it gets."""
+    """The first block's input for each batch, and the other arguments of each block. They are recorded in the model's
+    own forward, with blocks that return their input."""
     hidden: list[Tensor] = []
     calls: dict[str, list[Call]] = {path: [] for path in stack}
 
@@ -319,7 +321,7 @@ def _rehearse(model: nn.Module, stack: list[str], batches: list[Tensor]) -> tupl
         for ids in batches:
             body(input_ids=ids.to(next(body.get_input_embeddings().parameters()).device), use_cache=False)
     except (TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise ValueError(f"{type(model).__name__} is no stack of blocks that hand one tensor on: {error}") from error
+        raise ValueError(f"{type(model).__name__} is not a stack of blocks that pass one tensor on: {error}") from error
     finally:
         for block in own:
             vars(block).pop("forward", None)
@@ -343,7 +345,7 @@ def _calibrate(
     calls: list[Call],
     config: CalibrationConfig,
 ) -> Iterator[LayerReport]:
-    """Quantise the layers of a block, those first that others' inputs come from."""
+    """Quantise the layers of a block, in the order of their calls: the inputs of later ones come from earlier ones."""
     for leader, once in _stages(model, block, names, hidden[0], calls[0]):
         moments: dict[str, Moments] = {}
         for name in dict.fromkeys(leader.values()):
@@ -373,12 +375,13 @@ def _calibrate(
 
 
 class _Enough(Exception):
-    """All that was to be seen has been."""
+    """Raised to end a forward pass when all inputs have been taken."""
 
 
 @contextlib.contextmanager
 def _watched(model: nn.Module, names: list[str], take: Callable[[str, Tensor], None], stop: bool) -> Iterator[None]:
-    """Inside, the inputs of these layers are taken; with ``stop``, a forward pass ends once each had one."""
+    """Inside, the inputs of these layers are taken. With ``stop``, a forward pass ends as soon as each layer had
+    one."""
     left = set(names)
 
     def hook(name: str) -> Callable:
@@ -402,9 +405,10 @@ def _watched(model: nn.Module, names: list[str], take: Callable[[str, Tensor], N
 def _stages(
     model: nn.Module, block: nn.Module, names: list[str], x: Tensor, call: Call
 ) -> list[tuple[dict[str, str], bool]]:
-    """The layers in the order that they are called in, those together that read one tensor, or are experts' alike: for
-    each the one whose input it shares; and whether each of them is called once in a forward pass. A layer that this
-    batch does not reach goes with those that are called as it is, or with the last."""
+    """The layers in the order of their calls, in groups that read one tensor, or are the same layers of several
+    experts. For each layer: the layer whose input it shares. Also whether each is called exactly once in a forward
+    pass. A layer that this batch does not reach joins the group of the same layer of other experts, or the last
+    group."""
     inputs: dict[str, Tensor] = {}  # (kept, so that no two tensors have one identity)
     calls: dict[str, int] = {}
 

@@ -1,8 +1,8 @@
 """transformers' ``save_pretrained`` and its Trainer's checkpoints, of a model that has adapters of ours.
 
-Both are the adapter's files and nothing else: the base is where it was, and under the names that its layers have while
-they are adapted no loader would find it. Of some methods a file holds what the adapter computes, and not the very
-numbers that train; these are in ``peftops_training.safetensors`` then, beside the optimizer's.
+Both contain only the adapter's files. The base is still where it was read from, and no loader would find its layers
+under the names that adapted layers have. For some methods the adapter's file does not hold the trained numbers
+themselves. These are then in ``peftops_training.safetensors``, beside the optimizer's file.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def saving_adapters(save_pretrained: Callable[..., None]) -> Callable[..., None]
 
 
 def _trained(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The numbers that train, by their names, if the adapter's file has something else in their place."""
+    """The trained numbers, by their names, if the adapter's file has other numbers in their place."""
     parts = adapters_of(model, name)
     written = {id(tensor) for part in parts.values() for tensor in part.stored().values()}
     own = {f"{path}.{leaf}": p for path, part in parts.items() for leaf, p in part.named_parameters()}
@@ -75,7 +75,7 @@ def _trained(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def save_training(model: nn.Module, folder: Path) -> None:
-    """Write beside an adapter's files what they lack to go on with the same bits, if they lack anything."""
+    """Write the numbers that an adapter's files lack for resuming with the same bits, if they lack any."""
     model = unwrapped(model)
     tensors = {key: p.detach().cpu().clone() for key, p in _trained(model, attachment(model).switch.active).items()}
     if tensors:
@@ -84,7 +84,7 @@ def save_training(model: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def load_training(model: nn.Module, folder: Path) -> None:
-    """Give the active adapter the numbers of a checkpoint, those that train; the reverse of both.
+    """Copy a checkpoint's trained numbers into the active adapter; the reverse of both.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or of another method, other options or another
@@ -106,8 +106,8 @@ def load_training(model: nn.Module, folder: Path) -> None:
 
 
 def checkpointing(trainer: type) -> None:
-    """Let transformers' Trainer write and read checkpoints of adapters. It calls ``save_pretrained`` by itself, and
-    looks for the files of a whole model, or of HF PEFT's own models, when it goes on."""
+    """Let transformers' Trainer write and read checkpoints of adapters. Trainer calls ``save_pretrained`` itself. On
+    resuming it would look for the files of a whole model, or of HF PEFT's own models."""
     save_model, load, load_best = trainer.save_model, trainer._load_from_checkpoint, trainer._load_best_model
 
     def ours(self: Any, folder: str | None) -> bool:

@@ -1,4 +1,5 @@
-"""How the weights of a model are or become codes: the configurations that transformers writes into ``config.json``."""
+"""The configurations that transformers writes into ``config.json``: the format of a model's codes, and the layout of
+its files."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ GROUP_SIZES = tuple(2**i for i in range(3, 13))
 
 
 class CodesConfig(QuantizationConfigMixin):
-    """Both configurations share this: which layers stay dense, and how files are laid out."""
+    """The base of the configurations: the layers that stay dense, and the layout of files."""
 
     quant_method: str
     layouts: ClassVar[tuple[str, ...]]
@@ -36,7 +37,7 @@ class CodesConfig(QuantizationConfigMixin):
         vars(self).update(own, skip=sorted(skip or ()), layout=layout)
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry of ``config.json`` for it; in another library's layout, as that library says it."""
+        """The entry of ``config.json`` for it; in another library's layout, that library's entry."""
         own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return self._as_of_layout() if self.layout != "peftops" else {"quant_method": self.quant_method, **own}
 
@@ -44,14 +45,14 @@ class CodesConfig(QuantizationConfigMixin):
         raise NotImplementedError
 
     def file_layout(self) -> Layout:
-        """How the files of a model that is in codes already are read."""
+        """The layout with which the files of a model in codes are read."""
         return Layout(self.layout)
 
     def quantize(self, dense: Tensor) -> Tensor:
         raise NotImplementedError
 
     def stored(self, weight: Tensor) -> dict[str, Tensor]:
-        """The tensors of a weight by what follows the layer's name, in another library's layout."""
+        """The tensors of a weight in another library's layout, by the part of their names after the layer's name."""
         raise NotImplementedError
 
 
@@ -62,10 +63,10 @@ class NF4Config(CodesConfig):
     Args:
         block_size: elements of a weight that share one absmax, a power of two from 32 to 4096.
         double_quant: quantise the absmax values, too: 4.127 instead of 4.5 bits per weight.
-        skip: names, or ends of names, of layers that stay dense. The output layer, and layers that are not called, do
-            anyway.
+        skip: names, or ends of names, of layers that stay dense. The output layer, and layers that are not called,
+            always stay dense.
         layout: how ``save_pretrained`` writes the model: "peftops", or "bitsandbytes" in that library's own files,
-            which whoever has it can read without us.
+            which can be read with it and without peftops.
 
     Raises:
         ValueError: an option is not one of those.
@@ -113,7 +114,7 @@ class GroupConfig(CodesConfig):
         bits, group_size, symmetric, clip: as there.
         skip: as of :class:`NF4Config`.
         layout: "peftops", or "gptq": GPTQ's tensors with scales and zeros in float32, so that nothing is lost, which
-            ``load_model`` reads; or "awq": AWQ's own tensors, of a model that was read from such, code for code.
+            ``load_model`` reads; or "awq": AWQ's own tensors, for a model that was read from such files, code for code.
         checkpoint_format: of files that are read in layout "gptq": "gptq", or "gptq_v2".
 
     Raises:
@@ -184,8 +185,8 @@ class MXFP4Config(CodesConfig):
 
     Args:
         skip: as of :class:`NF4Config`.
-        layout: "peftops", or "mxfp4": transformers' own tensors of experts, which whoever has it can read without us.
-            Other layers in MXFP4 have no place there.
+        layout: "peftops", or "mxfp4": transformers' own tensors of experts, which it reads without peftops. That layout
+            has no other layers in MXFP4.
 
     Raises:
         ValueError: an option is not one of those.

@@ -1,5 +1,4 @@
-"""Weights in codes out of the tensors of a checkpoint, whatever its layout: our own, bitsandbytes', GPTQ's or
-AWQ's."""
+"""Weights in codes from the tensors of a checkpoint in any layout: our own, bitsandbytes', GPTQ's or AWQ's."""
 
 from __future__ import annotations
 
@@ -31,7 +30,8 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How a checkpoint stores its codes; what its tensors do not tell themselves is of GPTQ's."""
+    """How a checkpoint stores its codes. The fields beside the name are settings of GPTQ that the tensors do not
+    tell."""
 
     name: str = "peftops"
     bits: int = 4
@@ -39,14 +39,14 @@ class Layout:
 
     @property
     def names(self) -> list[str]:
-        """All tensors that a weight may have, by what follows the layer's name, and that of a dense one."""
+        """The ends of the names, after the layer's name, of all tensors that a weight may have, packed or dense."""
         return ["weight", *LAYOUTS[self.name]]
 
     def read(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> PackedTensor:
-        """The weight that these tensors hold, and that stands for one of ``dtype``.
+        """The weight that these tensors hold; it stands for a weight of ``dtype``.
 
         Raises:
-            ValueError: they are not those of such a weight.
+            ValueError: the tensors do not make such a weight.
         """
         if self.name == "gptq":
             try:

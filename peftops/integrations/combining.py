@@ -46,11 +46,11 @@ def combine(
                          does with several active adapters.
     svd                  the closest of rank ``rank`` to the sum
     linear               A and B are sums each, with the roots of the weights: cheap, and rough
-    ties                 as linear, of the largest elements where most signs agree (Yadav et al. 2023, 2306.01708)
+    ties                 as linear, of the largest elements that have the sign of most (Yadav et al. 2023, 2306.01708)
     dare_linear          as linear, of random elements (Yu et al. 2023, 2311.03099), by torch's generator
     dare_ties            random elements, then signs as in ties
     magnitude_prune      as linear, of the largest elements
-    ..._svd              the same of the changes and not of A and B, then as svd
+    ..._svd              the same applied to the changes instead of A and B, then as svd
     ===================  ============================================================================================
 
     Args:
@@ -61,11 +61,12 @@ def combine(
         name: of the new adapter.
         rank: of the new adapter, for svd kinds; by default the largest of theirs.
         density: the share of elements that is kept, in (0, 1], for the kinds but cat, svd and linear.
-        signs: how ties tells the sign of most: "total" by the sum, "frequency" by number.
+        signs: how ties finds the sign of most: "total" by the sum, "frequency" by count.
 
     Raises:
-        ValueError: a name, weight or option is wrong or means nothing here; an adapter is more than products of two
-            factors (DoRA, biases, ``modules_to_save``, a method that is not LoRA in HF PEFT's files); ranks differ.
+        ValueError: a name, weight or option is wrong or has no effect with ``how``; an adapter has more than products
+            of two factors (DoRA, biases, ``modules_to_save``, a method that is not LoRA in HF PEFT's files); ranks
+            differ.
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2), name="a")
@@ -124,17 +125,19 @@ def _factors(model: nn.Module, name: str) -> dict[str, Part]:
     """The products of an adapter, by layer.
 
     Raises:
-        ValueError: it is more than such products.
+        ValueError: it has more than such products.
     """
     config, parts = attachment(model).configs[name], adapters_of(unwrapped(model), name)
     fields = config.as_built(parts).to_peft()
     what = f"the adapter {name!r}, of {type(config).__name__},"
     if fields["peft_type"] != "LORA" or fields.get("use_dora"):
-        raise ValueError(f"{what} is no product of two factors in each layer, which alone have weighted sums")
+        raise ValueError(
+            f"{what} is not a product of two factors in each layer, and only such adapters can be combined"
+        )
     for option, none in (("bias", "none"), ("lora_bias", False), ("modules_to_save", ())):
         value = getattr(config, option, none)
         if (tuple(value) if isinstance(value, list) else value) != none:
-            raise ValueError(f"{what} has {option}={value!r}, and a weighted sum has no place for that")
+            raise ValueError(f"{what} has {option}={value!r}, and a weighted sum does not support that")
     plain = LoRAConfig.from_peft({**fields, "target_modules": ["any"], "init_lora_weights": True})
     result = {}
     for path, part in parts.items():

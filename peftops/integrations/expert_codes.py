@@ -1,8 +1,9 @@
-"""Checkpoints of bitsandbytes that hold each matrix of each expert in codes of its own: one stack of codes of them.
+"""Checkpoints of bitsandbytes in which each matrix of each expert has codes of its own: this makes one stack of codes
+of them.
 
-Codes of one matrix after another are those of a stack if no block straddles two, so nothing is decoded. Scales that are
-quantised themselves are not: each matrix has an offset of its own, and a stack has one. They become the float32 numbers
-that they stand for.
+The codes of all matrices, one after another, are the codes of the stack if no block straddles two matrices. So nothing
+is decoded. Quantised scales cannot be joined in this way, because each matrix has its own offset and a stack has one.
+They become the float32 numbers that they stand for.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _PLAIN = [["MergeModulelist"], ["MergeModulelist", "Concatenate"]]  # the ways t
 
 
 def with_codes(way: WeightConverter, quantizer: Any) -> WeightConverter:
-    """A way of transformers from experts' matrices to a stack, for codes as well; any other way as it is."""
+    """A conversion of transformers from experts' matrices to a stack, extended to codes; any other conversion
+    unchanged."""
     sources = way._original_source_patterns
     plain = [type(op).__name__ for op in getattr(way, "operations", [])] in _PLAIN
     if not plain or not all("experts.*." in source and source.endswith(".weight") for source in sources):
@@ -60,7 +62,7 @@ class _Stacked(ConversionOps):
 
 
 def _matrices(tensors: dict[str, list[Tensor]], source: str) -> list[NF4Tensor]:
-    """The matrices of all experts that one pattern of names is of."""
+    """The matrices of all experts that match one pattern of names."""
     parts = {key.removeprefix(source): found for key, found in tensors.items() if key.startswith(source)}
     counts = {len(found) for found in parts.values()}
     if len(counts) != 1:
@@ -72,7 +74,7 @@ def stacked(groups: list[list[NF4Tensor]]) -> NF4Tensor:
     """``[E, out, in]`` of one matrix for each expert, or of several whose rows follow one another.
 
     Raises:
-        ValueError: they differ in width, blocks or dtype; a block would straddle two matrices.
+        ValueError: the matrices differ in width, blocks or dtype; a block would straddle two matrices.
     """
     matrices = [matrix for expert in zip(*groups, strict=True) for matrix in expert]
     kinds = {(m.shape[1], m.block_size, m.dtype) for m in matrices}

@@ -35,7 +35,7 @@ def finish(path: Path) -> None:
 
 
 def durable(path: Path) -> None:
-    """Have a file, or which files a directory has, outlast a power cut."""
+    """Make a file, or a directory's list of files, survive a power cut."""
     try:
         handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     except OSError:
@@ -50,7 +50,7 @@ def durable(path: Path) -> None:
 
 @contextmanager
 def whole_directory(path: str | os.PathLike, need: int = 0) -> Iterator[Path]:
-    """A directory to write to, which is called ``path`` once the block is done, and is gone if the block fails.
+    """A directory to write to. It gets the name ``path`` when the block is done, and is deleted if the block fails.
 
     Raises:
         OSError: ``path`` is there and not empty, cannot be written, or its disk has less room than ``need`` bytes.
@@ -73,7 +73,7 @@ def whole_directory(path: str | os.PathLike, need: int = 0) -> Iterator[Path]:
 
 
 def check_new_directory(path: str | os.PathLike) -> Path:
-    """The whole path of a directory that is not there yet, or empty; an OSError if it holds something."""
+    """The absolute path of a directory that does not exist or is empty; raises an OSError if it has entries."""
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file, not a directory")
@@ -99,7 +99,7 @@ def writable_directory(path: str | os.PathLike, need: int = 0) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot write to directory {folder}: {error.strerror}") from error
-    if not os.access(folder, os.W_OK | os.X_OK):  # a file that tries it would stay if the process were killed
+    if not os.access(folder, os.W_OK | os.X_OK):  # a file written as a test would stay if the process were killed
         raise OSError(f"cannot write to directory {folder}: {os.strerror(errno.EACCES)}")
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize if hasattr(os, "statvfs") else need
     if free < need:
@@ -108,7 +108,7 @@ def writable_directory(path: str | os.PathLike, need: int = 0) -> Path:
 
 
 def fingerprint(path: Path) -> str:
-    """Facts that tell a model from another one: names and sizes of its files, and slices of what is in them."""
+    """Facts that distinguish a model from another one: names and sizes of its files, and slices of their content."""
     files = [path] if path.is_file() else sorted({f for pattern in _MODEL_FILES for f in path.glob(pattern)})
     made = hashlib.sha256()
     for file in files:

@@ -21,15 +21,15 @@ def save_gguf(model: nn.Module, file: str | os.PathLike, *, name: str | None = N
     """Write an attached adapter of LoRA's family as a GGUF file, for llama.cpp's ``--lora`` and Ollama's ``ADAPTER``.
 
     llama.cpp adds ``alpha / r * B A`` to the weights of a GGUF of the same base model; A and B are in float32. All
-    layers share one alpha: where a layer has another scaling, that is in its B.
+    layers share one alpha. If a layer has another scaling, its B includes the quotient.
 
     Args:
-        file: is replaced at once, when the new one is whole.
+        file: is replaced in one step, when the new one is complete.
         name: which adapter; by default the active one.
 
     Raises:
         ImportError: the package gguf is not installed.
-        TypeError: the method, a layer or the kind of model has no place in such a file; the sentence says which.
+        TypeError: such a file cannot hold the method, a layer or the kind of model; the sentence says which.
         ValueError: there is no such adapter, or it is not finite.
         OSError: the file cannot be written.
 
@@ -74,7 +74,7 @@ def save_gguf(model: nn.Module, file: str | os.PathLike, *, name: str | None = N
 
 @torch.no_grad()
 def _factors(path: str, base: nn.Module | None, adapter: nn.Module) -> tuple[Tensor, Tensor, float]:
-    """A, B and the scaling, if these are all that the adapter is."""
+    """A, B and the scaling. Raises an error if the adapter has anything else."""
     biased = isinstance(adapter, LoRA) and adapter.biased
     if not isinstance(adapter, LoRA) or type(adapter).adapt is not LoRA.adapt or biased:
         kind = f"{type(adapter).__name__}{' with biases' if biased else ''}"

@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# llama.cpp permutes the rows of q and k of these, for its own way to rotate; transformers' way needs them back.
+# For these, llama.cpp permutes the rows of q and k, because it rotates in another way; transformers needs the original
+# order.
 PERMUTED = {"llama"}
 FREQUENCIES = "rope_freqs.weight"
 SUPPORTED = {*PERMUTED, "qwen2", "qwen3"}
 
 
 def open_gguf(path: Path, config: Any) -> Any:
-    """A reader of a GGUF file, whose rotary frequencies go into the configuration that transformers made of the rest.
+    """A reader of a GGUF file. Its rotary frequencies go into the configuration that transformers made from the other
+    fields.
 
     Raises:
-        ValueError: the file is damaged, of an architecture that is not supported, or turns positions in a way that
-            is not.
+        ValueError: the file is damaged, or its architecture or its rotary scaling is not supported.
     """
     import gguf
 
@@ -46,8 +47,8 @@ def open_gguf(path: Path, config: Any) -> Any:
 
 
 def _stretch(config: Any, factors: Tensor, path: Path) -> None:
-    """Let a configuration have the rotary frequencies of the base, each divided by one of ``factors``: those that Llama
-    3.1 and 3.2 have are made by a rule, of which the file tells the result alone."""
+    """Put the rule for rotary frequencies into a configuration. The file has only the result of the rule, ``factors``,
+    by which each frequency is divided; the rules of Llama 3.1 and 3.2 are known."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     if factors.eq(1).all():
@@ -71,7 +72,7 @@ def _stretch(config: Any, factors: Tensor, path: Path) -> None:
 
 @dataclass
 class Lazy:
-    """A tensor that is made when it is asked for, as ``tensor[...]``, and not kept."""
+    """A tensor that is made on access, as ``tensor[...]``, and not kept."""
 
     make: Callable[[], Tensor]
 
@@ -88,7 +89,7 @@ def gguf_tensors(path: Path, reader: Any, names: Iterable[str], config: Any) -> 
         config: its configuration; the counts of heads and layers are read.
 
     Raises:
-        ValueError: the file has a tensor that the model has not.
+        ValueError: the file has a tensor that the model lacks.
     """
     import gguf
     import numpy as np
@@ -111,7 +112,7 @@ def gguf_tensors(path: Path, reader: Any, names: Iterable[str], config: Any) -> 
             values = values.reshape(count, shape[0] // count // 2, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
         return torch.from_numpy(np.array(values, dtype=np.float32))
 
-    known = {tensor.name for tensor in reader.tensors} - {FREQUENCIES}  # (those are in the configuration by now)
+    known = {tensor.name for tensor in reader.tensors} - {FREQUENCIES}  # (the configuration has those already)
     if known - wanted.keys():
         raise ValueError(f"{path} has a tensor {min(known - wanted.keys())} that the model has no place for")
     return {wanted[tensor.name]: Lazy(partial(dense, tensor)) for tensor in reader.tensors if tensor.name in wanted}

@@ -15,13 +15,13 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 
 
 def check_gguf(config: Any, tokenizer: Any, pre: str | None = None) -> None:
-    """Raise what :func:`write_gguf` would, as far as a model's configuration and tokenizer tell.
+    """Raise the errors of :func:`write_gguf` that depend only on a model's configuration and tokenizer.
 
     Raises:
         ImportError: the package gguf is not installed.
-        TypeError: the kind of model, an option of it or the tokenizer has no place in a GGUF, or none that is known
-            here; the sentence says which.
-        ValueError: ``pre`` is no name that llama.cpp knows, or is needed.
+        TypeError: a GGUF, or this writer, does not support the kind of model, an option of it or the tokenizer; the
+            sentence says which.
+        ValueError: ``pre`` is not a name that llama.cpp knows, or is missing and needed.
     """
     import gguf  # noqa: F401  (as early as that)
 
@@ -30,7 +30,7 @@ def check_gguf(config: Any, tokenizer: Any, pre: str | None = None) -> None:
         raise TypeError(f"a GGUF of {kind} is not known here; {', '.join(sorted(ARCHITECTURES))} are")
     rope = config.rope_parameters["rope_type"]
     if rope not in ("default", "llama3"):
-        raise TypeError(f"rope_type {rope!r} has no place in a GGUF that is written here; 'default' and 'llama3' have")
+        raise TypeError(f"rope_type {rope!r} cannot be written into a GGUF; 'default' and 'llama3' can")
     window = getattr(config, "sliding_window", None)
     if window and window < config.max_position_embeddings and getattr(config, "use_sliding_window", True):
         raise TypeError(f"sliding_window={window}: llama.cpp would let {kind} see all tokens; set it to None for that")
@@ -43,7 +43,7 @@ def write_gguf(model: nn.Module, tokenizer: Any, file: Path, pre: str | None = N
 
     Args:
         file: a new one.
-        pre: llama.cpp's name of how the tokenizer cuts text before it looks for tokens; by default told from the
+        pre: llama.cpp's name for the tokenizer's way to cut text before it looks for tokens; by default found from the
             tokenizer itself.
 
     Raises:
@@ -83,7 +83,7 @@ def write_gguf(model: nn.Module, tokenizer: Any, file: Path, pre: str | None = N
 
 
 def _tensors(model: nn.Module, architecture: str) -> dict[str, Tensor]:
-    """The weights by their names in a GGUF, in llama.cpp's order of rows; a head that is tied is left out."""
+    """The weights by their names in a GGUF, in llama.cpp's order of rows, without a tied head."""
     import gguf
 
     config = model.config
@@ -93,7 +93,7 @@ def _tensors(model: nn.Module, architecture: str) -> dict[str, Tensor]:
     result = {}
     if config.rope_parameters["rope_type"] == "llama3":
         result[FREQUENCIES] = _stretched(config)
-    for path, tensor in model.named_parameters():  # (which tells a tied one once)
+    for path, tensor in model.named_parameters():  # (it names a tied weight once)
         stem, _, leaf = path.rpartition(".")
         target = names.get_name(stem)
         if target is None or (leaf == "bias" and architecture != "qwen2"):
@@ -106,7 +106,7 @@ def _tensors(model: nn.Module, architecture: str) -> dict[str, Tensor]:
 
 
 def _stretched(config: Any) -> Tensor:
-    """By what the frequencies of Llama 3.1 are divided: no rule in a GGUF says it."""
+    """The divisors of the frequencies of Llama 3.1: a GGUF has no field for their rule."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     made, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))

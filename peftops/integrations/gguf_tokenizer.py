@@ -1,6 +1,6 @@
-"""Tokenizers as GGUF files have them: byte-level BPE, with llama.cpp's name of how text is cut before.
+"""Tokenizers for GGUF files: byte-level BPE, with llama.cpp's name for the way to cut text before.
 
-llama.cpp has the regular expressions of each such name in its code, and a file has the name alone.
+llama.cpp has the regular expressions of each such name in its code. A file has only the name.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-# Names that llama.cpp knows, of byte-level BPE.
+# Names of byte-level BPE that llama.cpp knows.
 NAMES = (
     "bloom chatglm-bpe codeshell command-r dbrx deepseek-coder deepseek-llm deepseek-r1-qwen deepseek-v3 default "
     "exaone exaone4 falcon falcon3 glm4 gpt-2 gpt-4o gpt3-finnish granite-docling hunyuan jais kimi-k2 lfm2 "
@@ -27,15 +27,13 @@ def add_tokenizer(writer: Any, tokenizer: Any, size: int, pre: str | None) -> No
     """Write a fast tokenizer of transformers' for a model of ``size`` tokens; with None for a writer, only check it.
 
     Raises:
-        TypeError: it is no byte-level BPE.
-        ValueError: it has more tokens than the model, or no merges; ``pre`` is unknown, or cannot be told.
+        TypeError: it is not a byte-level BPE.
+        ValueError: it has more tokens than the model, or no merges; ``pre`` is unknown, or cannot be found.
     """
     parts = json.loads(tokenizer.backend_tokenizer.to_str()) if getattr(tokenizer, "is_fast", False) else {}
     steps = _steps(parts.get("pre_tokenizer"))
     if parts.get("model", {}).get("type") != "BPE" or "ByteLevel" not in [step["type"] for step in steps]:
-        raise TypeError(
-            f"a GGUF is written with tokenizers of byte-level BPE alone, and {type(tokenizer).__name__} is none"
-        )
+        raise TypeError(f"a GGUF needs a tokenizer of byte-level BPE, and {type(tokenizer).__name__} is none")
     name = _named(pre) if pre else _told(steps)
     tokens = {i: token for token, i in tokenizer.get_vocab().items()}
     if max(tokens) >= size:
@@ -81,7 +79,7 @@ def _named(pre: str) -> str:
 
 
 def _told(steps: list[dict[str, Any]]) -> str:
-    """llama.cpp's name, of what a tokenizer does before it looks for tokens."""
+    """llama.cpp's name, found from the tokenizer's steps before it looks for tokens."""
     *before, last = steps
     by_bytes = last["type"] == "ByteLevel" and not last.get("add_prefix_space")
     name = None
@@ -92,7 +90,7 @@ def _told(steps: list[dict[str, Any]]) -> str:
         name = _EXPRESSIONS.get(before[0]["pattern"].get("Regex"))
     if name is None:
         raise ValueError(
-            "the tokenizer does not tell which of llama.cpp's ways to cut text is its own; give the name of that as "
+            "the tokenizer does not tell which of llama.cpp's ways to cut text it uses; give the name of that as "
             f"--gguf-pre, one of {', '.join(NAMES)}"
         )
     return name

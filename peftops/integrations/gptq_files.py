@@ -1,10 +1,10 @@
 """The tensors of a GPTQ checkpoint, from and to a group-quantised weight.
 
 GPTQ packs along the inputs: ``qweight`` int32 ``[in * bits / 32, out]``, ``scales`` ``[in / group, out]``,
-``qzeros`` int32 ``[in / group, out * bits / 32]`` holding each zero less one (in format "gptq_v2" as it is; nothing in
-the tensors tells, so the configuration's ``checkpoint_format`` does), and ``g_idx`` int32 ``[in]``. Our own
-form keeps ``scales`` and ``qzeros`` as float32, so that nothing is lost, least of all what QA-LoRA merged
-into the zeros; GPTQ's kernels need whole zeros, and rounding them costs what :class:`ZeroRounding` tells.
+``qzeros`` int32 ``[in / group, out * bits / 32]``, and ``g_idx`` int32 ``[in]``. A stored zero is the zero minus one,
+or in format "gptq_v2" the zero itself. The tensors do not tell which, so the configuration's ``checkpoint_format``
+does. Our own form keeps ``scales`` and ``qzeros`` as float32, so that no change is lost that QA-LoRA has merged into
+the zeros. GPTQ's kernels need whole zeros; :class:`ZeroRounding` tells the error of rounding to them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ZeroRounding:
 
 
 def to_gptq(weight: GroupQuantTensor) -> dict[str, Tensor]:
-    """The weight in GPTQ's layout with float32 ``scales`` and ``qzeros``: our own form, exact.
+    """The weight in GPTQ's layout with float32 ``scales`` and ``qzeros``: our own form, without error.
 
     Raises:
         TypeError: it is not a GroupQuantTensor.
@@ -57,13 +57,13 @@ def to_gptq(weight: GroupQuantTensor) -> dict[str, Tensor]:
 def to_gptq_integers(
     weight: GroupQuantTensor, before: GroupQuantTensor | None = None
 ) -> tuple[dict[str, Tensor], ZeroRounding]:
-    """The weight as GPTQ's own kernels read it, with whole zeros and float16 scales, and what that costs.
+    """The weight as GPTQ's own kernels read it, with whole zeros and float16 scales, and the error of that.
 
-    Zeros are rounded, so this is not exact: a QA-LoRA adapter, whose merge moves zeros by fractions, may be lost
-    altogether. Read the report.
+    Zeros are rounded, so this is not exact. A merged QA-LoRA adapter changes zeros by fractions, and rounding may
+    remove all of its change. Read the report.
 
     Args:
-        weight: to be exported.
+        weight: the weight to export.
         before: the weight before a merge; the report then tells how much of the change is lost.
 
     Raises:
@@ -99,16 +99,16 @@ def from_gptq(
     Args:
         parts: ``qweight``, ``scales``, ``qzeros`` and, if there is one, ``g_idx``.
         bits: 2, 3, 4 or 8.
-        dtype: what the weight stands for.
-        checkpoint_format: "gptq" or "gptq_v2", as the checkpoint's ``quantization_config`` has it (which means "gptq"
-            where it has nothing). With None, the zeros of a symmetric weight tell; others are read as "gptq", and a
-            warning says so.
+        dtype: the dtype of the weight that it stands for.
+        checkpoint_format: "gptq" or "gptq_v2", from the checkpoint's ``quantization_config`` ("gptq" if that has none).
+            With None, the zeros of a symmetric weight tell the format; other weights are read as "gptq", with a
+            warning.
 
     Raises:
         KeyError: a part is missing.
-        TypeError: a part is no dense tensor.
-        ValueError: there is no such format, the shapes or dtypes do not fit, or ``g_idx`` permutes the columns
-            (act-order), which groups of neighbouring columns cannot hold.
+        TypeError: a part is not a dense tensor.
+        ValueError: the format is unknown, the shapes or dtypes do not fit, or ``g_idx`` permutes the columns
+            (act-order): groups here are neighbouring columns.
     """
     if checkpoint_format not in (None, *FORMATS):
         raise ValueError(f"from_gptq: checkpoint_format must be one of {', '.join(FORMATS)}, not {checkpoint_format!r}")
@@ -140,7 +140,8 @@ def from_gptq(
 
 
 def _less(stored: Tensor, bits: int) -> int:
-    """The number subtracted from stored zeros. A symmetric weight tells it: all of its zeros are the middle code."""
+    """The number that was subtracted from stored zeros. A symmetric weight tells it, because all of its zeros are the
+    middle code."""
     middle = 2 ** (bits - 1)
     for less in FORMATS.values():
         if (stored + less == middle).all():
@@ -154,7 +155,7 @@ def _less(stored: Tensor, bits: int) -> int:
 
 
 def _check_parts(parts: dict[str, Tensor], bits: int) -> None:
-    """Raise unless these are the tensors of a layer, as far as their kinds go."""
+    """Raise unless the parts have the types and dtypes of a layer's tensors."""
     if bits not in (2, 3, 4, 8):
         raise ValueError(f"from_gptq: bits must be 2, 3, 4 or 8, not {bits!r}")
     if not isinstance(parts, dict):
@@ -187,5 +188,5 @@ def _bytes(words: Tensor) -> Tensor:
 
 
 def _in_order(rows: Tensor) -> Tensor:
-    """(Rows of a single element are contiguous to torch whatever is between them.)"""
+    """(For torch, rows of a single element are contiguous with any stride.)"""
     return rows.clone(memory_format=torch.contiguous_format)

@@ -17,11 +17,11 @@ from ..nn.ties import forget_broken_ties
 from .gguf_files import gguf_tensors, open_gguf
 from .gptq_files import FORMAT, FORMATS
 
-_DERIVED = re.compile(r".*rotary_emb\.inv_freq")  # in old checkpoints; computed from the configuration, and compared
+_DERIVED = re.compile(r".*rotary_emb\.inv_freq")  # in old checkpoints; computed from the configuration and compared
 
 
 def gguf_file(path: str | os.PathLike) -> Path | None:
-    """``path`` if it is a GGUF file, or the only one in the directory that it is."""
+    """``path`` if it is a GGUF file, or the only GGUF file in the directory ``path``."""
     path = Path(path)
     if path.is_file():
         return path if path.suffix == ".gguf" else None
@@ -34,7 +34,7 @@ def model_config(path: str | os.PathLike, *, trust_remote_code: bool = False) ->
 
     Raises:
         FileNotFoundError: there is no model at ``path``.
-        ValueError: the file is damaged, wants to run code of its own, or the model is none of that kind.
+        ValueError: the file is damaged, needs code of its own, or is not a causal language model.
     """
     config = _config(path, trust_remote_code)
     _check_causal(path, config)
@@ -50,7 +50,7 @@ def _config(path: str | os.PathLike, trust_remote_code: bool) -> Any:
     where, how = (file.parent, {"gguf_file": file.name}) if file else (folder, {})
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **how)
-    except Exception as error:  # whatever a reader stumbles over in a damaged file
+    except Exception as error:  # any error that a reader raises for a damaged file
         name = file or folder / "config.json"
         check_own_code(path, error)
         raise ValueError(f"{name} is damaged or not supported: {_first_line(error)}") from error
@@ -58,7 +58,7 @@ def _config(path: str | os.PathLike, trust_remote_code: bool) -> Any:
 
 
 def check_own_code(path: str | os.PathLike, error: Exception) -> None:
-    """Say what transformers means where it wants to run code out of a model's directory."""
+    """Raise a clear error if transformers would ask to run code from a model's directory."""
     if "trust_remote_code" in str(error):
         raise ValueError(
             f"{path} comes with Python code of its own, which is not run unless you ask for it: read it, "
@@ -67,7 +67,7 @@ def check_own_code(path: str | os.PathLike, error: Exception) -> None:
 
 
 def _check_causal(path: str | os.PathLike, config: Any) -> None:
-    """Raise for an encoder, say: transformers would build a language model of it whose head is new."""
+    """Raise for other models, such as an encoder: transformers would build a language model with a new head from it."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     made = getattr(config, "architectures", None)
@@ -92,21 +92,22 @@ def load_model(
     double_quant: bool = True,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """Read a model of transformers, each linear layer but the output layer straight into NF4.
+    """Read a model of transformers, each linear layer except the output layer directly into NF4.
 
-    This is ``from_pretrained(path, quantization_config=NF4Config(...))`` of the class that the files name, but whatever
-    is not exactly as the model has it is an error, and nothing of it is new or random. One tensor is read, quantised
-    and freed before the next, so memory never holds more than the 4-bit model and one dense tensor. (Pages of the file
-    itself come and go as the system likes.)
+    This is ``from_pretrained(path, quantization_config=NF4Config(...))`` of the class that the files name, with one
+    difference: files that do not fit the model exactly are an error, and no parameter is new or random. One tensor is
+    read, quantised and freed before the next, so memory holds at most the 4-bit model and one dense tensor. (The system
+    may keep pages of the file itself.)
 
     Args:
-        path: a directory with ``config.json`` and safetensors, dense, in codes as ``save_pretrained`` writes ours,
-            quantised to NF4 by bitsandbytes, or in GPTQ's layout, whose codes stay as they are; or a GGUF file (of a
-            llama, qwen2 or qwen3), or a directory with one.
-        dtype: of what is not quantised, and what the 4-bit weights stand for.
-        quantize: False for a model that is as its files are.
+        path: a directory with ``config.json`` and safetensors: dense, in our codes as ``save_pretrained`` writes them,
+            in NF4 of bitsandbytes, or in GPTQ's layout (codes are not changed); or a GGUF file (of a llama, qwen2 or
+            qwen3), or a directory with one.
+        dtype: of the parameters that are not quantised, and of the weights that the codes stand for.
+        quantize: False leaves the model in the format of its files.
         block_size, double_quant: see :func:`peftops.nf4_quantize`.
-        trust_remote_code: run the Python code that the directory comes with; nothing ever asks for that.
+        trust_remote_code: run the Python code in the directory; without it such a model is an error, and no prompt
+            asks.
 
     Returns:
         The model, in evaluation mode, on the CPU, and frozen.
@@ -146,7 +147,7 @@ def load_model(
             _check(path, model, info["missing_keys"], info["mismatched_keys"], info["unexpected_keys"])
         except _Unfit as error:
             raise ValueError(str(error)) from None
-        except Exception as error:  # whatever the numbers of damaged files lead to
+        except Exception as error:  # any error that damaged files cause
             check_own_code(path, error)
             raise ValueError(f"{path}: {error if isinstance(error, ValueError) else _first_line(error)}") from error
     if hasattr(kind, _FINALIZE):
@@ -163,11 +164,11 @@ _FINALIZE = "_finalize_model_loading"  # there transformers fills in parameters 
 
 
 class _Unfit(Exception):
-    """Files are not those of the model."""
+    """Raised if the files do not fit the model."""
 
 
 def _class_of(path: object, config: Any, trust_remote_code: bool) -> Any:
-    """The class that a model is of by its configuration, or the automatic one that finds it in code of its own."""
+    """The class of a model by its configuration, or the automatic class that finds it in the model's own code."""
     import transformers
 
     if trust_remote_code and getattr(config, "auto_map", None):
@@ -177,14 +178,15 @@ def _class_of(path: object, config: Any, trust_remote_code: bool) -> Any:
     found = getattr(transformers, str(made), None) if made or type(config) not in causal else causal[type(config)]
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise ValueError(
-            f"{path} holds a {made or config.model_type}, which is no model that transformers "
-            f"{transformers.__version__} has"
+            f"{path} holds a {made or config.model_type}, which is not a model of transformers "
+            f"{transformers.__version__}"
         )
     return found
 
 
 def _checked(path: object, kind: Any) -> Any:
-    """The class, which raises before it makes anything up that its files lack: that could be larger than they are."""
+    """The class, changed to raise before it makes parameters that its files lack: these could be larger than the
+    files."""
     if not hasattr(kind, _FINALIZE):
         return kind
 
@@ -218,14 +220,15 @@ def _names(path: object, kind: Any, config: Any) -> set[str]:
     try:
         with torch.device("meta"):
             model = kind(config)
-    except Exception as error:  # whatever the numbers of a damaged configuration lead to
+    except Exception as error:  # any error that a damaged configuration causes
         raise ValueError(f"{path}: transformers cannot build this model: {_first_line(error)}") from error
     return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers' warnings are errors here, which say it; and its progress bars are for whoever asks for them."""
+    """Turns off transformers' warnings, because errors say the same here, and its progress bars, unless they are asked
+    for."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -240,7 +243,7 @@ def _quiet() -> Iterator[None]:
 
 
 def safetensors_of(folder: Path) -> list[Path]:
-    """The safetensors that transformers reads of a directory, and not those beside, as consolidated.safetensors."""
+    """The safetensors files of a directory that transformers reads, without others such as consolidated.safetensors."""
     from safetensors import SafetensorError, safe_open
 
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -277,14 +280,14 @@ def _keys(files: list[Path], pattern: str) -> list[tuple[Path, str]]:
 
 
 def _codes_config(folder: Path, given: Any) -> dict[str, Any]:
-    """The codes that a configuration tells of, as one of ours has it; raise unless they are some that are read."""
+    """The format of codes in a configuration, as one of our configurations; raises for a format that cannot be read."""
     from .code_configs import GROUP_SIZES
 
     get = given.get if isinstance(given, dict) else lambda key, default=None: getattr(given, key, default)
     method, form = get("quant_method"), get("checkpoint_format", FORMAT)
     if method in ("peftops_nf4", "peftops_group", "peftops_mxfp4") and isinstance(given, dict):
         return given
-    # (Which size groups have, the tensors tell; this is for files that are written again.)
+    # (The tensors tell the size of groups; this value is for files that are written again.)
     size = {"group_size": get("group_size")} if get("group_size") in GROUP_SIZES else {}
     group = {"quant_method": "peftops_group", **size}
     if method == "gptq" and get("bits") and form in FORMATS:
@@ -311,14 +314,14 @@ def _codes_config(folder: Path, given: Any) -> dict[str, Any]:
 
 
 def _check_frequencies(path: object, files: list[Path], model: nn.Module) -> None:
-    """Rotary frequencies, which old checkpoints hold, are computed from the configuration, and have to be the same."""
+    """Raise unless the rotary frequencies of an old checkpoint are those that the configuration gives."""
     from safetensors import safe_open
 
     for file, name in _keys(files, _DERIVED.pattern):
         with safe_open(file, "pt") as tensors:
             stored = tensors.get_tensor(name)
         own = [value for key, value in model.named_buffers() if _DERIVED.fullmatch(key) and value.shape == stored.shape]
-        # (in as many digits as the file has)
+        # (with the precision of the file)
         close = lambda value, stored=stored: torch.allclose(stored.float(), value.to(stored.dtype).float(), 1e-2, 1e-7)
         if not any(map(close, own)):
             raise ValueError(f"{path}: {name} has other rotary frequencies than those that its configuration gives")

@@ -1,4 +1,4 @@
-"""A dense language model's files, read in parts: for what works on a model block by block."""
+"""A dense language model's files, read in parts, for code that works on a model block by block."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .hf import gguf_file, model_config, safetensors_of
 
 
 class ModelFiles:
-    """A causal language model without its tensors, and the files that these are read from, some or all at a time.
+    """A causal language model without its tensors, and the files from which they are read, some or all at a time.
 
     Attributes:
-        model: on the meta device, but for what :meth:`fill` has read.
+        model: on the meta device, except the tensors that :meth:`fill` has read.
         prequantised: whether the files hold codes already.
 
     Raises:
@@ -43,7 +43,7 @@ class ModelFiles:
         try:
             with init_empty_weights(include_buffers=False):
                 self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        except Exception as error:  # whatever the numbers of a damaged configuration lead to
+        except Exception as error:  # any error that a damaged configuration causes
             line = str(error).strip().partition("\n")[0]
             raise ValueError(f"{path}: transformers cannot build this model: {type(error).__name__}: {line}") from error
         self._names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
@@ -69,7 +69,7 @@ class ModelFiles:
     ) -> None:
         """Read the tensors whose names are ``wanted``, and quantise the layers that ``quantized`` names."""
         path, model = self.path, self.model
-        # A tensor of safetensors is a part of its file, all of which stays in memory for as long as one is used.
+        # A tensor of safetensors is a part of its file, and the whole file stays in memory while one of them is used.
         own = lambda tensor: tensor.to(self.dtype, copy=not self._file)
         for name, tensor in self._tensors(wanted):
             layer, _, leaf = name.rpartition(".")
@@ -97,7 +97,7 @@ class ModelFiles:
             del tensor
 
     def finish(self) -> nn.Module:
-        """The model, once all of it is there."""
+        """The complete model; raises if tensors are missing."""
         from transformers import GenerationConfig
 
         model = self.model
@@ -118,8 +118,8 @@ def _check_shape(path: object, name: str, tensor: Tensor, shape: torch.Size) -> 
 
 
 def _tie(model: nn.Module, held: set[str]) -> None:
-    """Let the weights be one that the configuration ties, but for those that the file holds two different ones of: it
-    is of a model whose head, or embedding, went its own way."""
+    """Tie the weights that the configuration ties, unless the file has two different tensors for them: that file is of
+    a model whose head or embedding was trained separately."""
     for name, source in tied_names(model).items():
         both = name in held and source in held
         one = not both or torch.equal(parameter_at(model, name), parameter_at(model, source))
@@ -131,7 +131,7 @@ def _tie(model: nn.Module, held: set[str]) -> None:
 
 
 def replace(model: nn.Module, name: str, new: NF4Linear) -> None:
-    """Put a layer where the one called ``name`` is, and give it that one's bias."""
+    """Replace the layer ``name`` by this layer, which gets the old one's bias."""
     parent, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent)
     new.bias = getattr(parent, leaf).bias

@@ -13,13 +13,13 @@ MXFP4_PARTS = BLOCKS, SCALES = "_blocks", "_scales"  # after a parameter's name
 
 
 def to_mxfp4(weight: MXFP4Tensor) -> dict[str, Tensor]:
-    """The tensors of a stack ``[experts, out, in]``, by what follows the parameter's name. They are the weight's own
-    memory. (transformers keeps the dense stacks transposed, as ``[experts, in, out]``.)"""
+    """The tensors of a stack ``[experts, out, in]``, by the part of their names after the parameter's. They share the
+    weight's memory. (transformers keeps the dense stacks transposed, as ``[experts, in, out]``.)"""
     return {BLOCKS: weight.blocks.unflatten(-1, (-1, 16)), SCALES: weight.scales}
 
 
 def from_mxfp4(parts: Mapping[str, Tensor], dtype: torch.dtype) -> MXFP4Tensor:
-    """The reverse of :func:`to_mxfp4`, of a weight that stands for one of ``dtype``.
+    """The reverse of :func:`to_mxfp4`; the weight stands for one of ``dtype``.
 
     Raises:
         ValueError: one of the two tensors is missing, or they do not fit together.

@@ -1,9 +1,9 @@
-"""Adapters of experts in HF PEFT's files (``target_parameters``), which name them and lay them out otherwise.
+"""Adapters of experts in HF PEFT's files (``target_parameters``), which have other names and another layout.
 
-PEFT wraps the module that has the parameters, once for each, so the last one's factors are ``experts.lora_A.weight``
-and those of one before ``experts.base_layer.lora_A.weight``. All experts' A are one matrix ``[E r, in]``; of B,
-``[out, r E]``, the expert is the fastest index. Where a module does not say that its weights are transposed, as
-Llama 4's does not, PEFT takes them as they are, so that its A and B change places.
+PEFT wraps the module that has the parameters, once for each parameter. So the last parameter's factors are
+``experts.lora_A.weight``, and those of the one before ``experts.base_layer.lora_A.weight``. All experts' A are one
+matrix ``[E r, in]``; of B, ``[out, r E]``, the expert is the fastest index. If a module does not declare that its
+weights are transposed (Llama 4's does not), PEFT does not transpose them, and its A and B change places.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def from_peft(tensors: dict[str, Tensor], model: nn.Module, config: Config, file
     """The reverse; ``config.target`` tells which parameters they are of.
 
     Raises:
-        ValueError: there are more or fewer of them in a module than that.
+        ValueError: a module has adapters of more or fewer parameters.
     """
     result = dict(tensors)
     for module, names in _experts(model):
@@ -79,7 +79,7 @@ def from_peft(tensors: dict[str, Tensor], model: nn.Module, config: Config, file
             if down.dim() != 2 or up.dim() != 2 or down.shape[0] % experts or up.shape[1] % experts:
                 raise ValueError(
                     f"{file} does not fit: {key}.lora_A and lora_B have shapes {list(down.shape)} and "
-                    f"{list(up.shape)}, which are none of {experts} experts"
+                    f"{list(up.shape)}, which do not fit {experts} experts"
                 )
             down, up = down.unflatten(0, (experts, -1)), up.unflatten(1, (-1, experts)).permute(2, 0, 1)
             if _swapped(model, module):
@@ -89,7 +89,7 @@ def from_peft(tensors: dict[str, Tensor], model: nn.Module, config: Config, file
 
 
 def _experts(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
-    """Each module of experts, and the names of its weights in the order in which PEFT comes upon them."""
+    """Each module of experts, and the names of its weights in the order in which PEFT finds them."""
     for path, module in layers(model):
         names = stacks_of(base_of(module))
         if names:
@@ -97,7 +97,7 @@ def _experts(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
 
 
 def _wrappers(module: str, count: int) -> list[str]:
-    """PEFT's names of its wrappers around a module, that of the first parameter first."""
+    """PEFT's names of its wrappers around a module; the wrapper of the first parameter comes first."""
     return [f"{PREFIX}{module}{'.base_layer' * depth}" for depth in reversed(range(count))]
 
 

@@ -1,7 +1,7 @@
 """Adapters in HF PEFT's own format: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-What PEFT has no field for (which method it was, how its base was quantised) is in ``peftops.json`` beside
-them, which PEFT does not read.
+``peftops.json`` beside them has the facts for which PEFT has no field (the method, and how its base was quantised).
+PEFT does not read it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .peft_whole import with_whole
 from .together import write_together
 
 CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "peftops.json"
-# The end of a model's class: PEFT's name of its task, and the heads of which PEFT expects one in the file then.
+# The end of a model's class: PEFT's name of its task, and names of heads; PEFT expects one of these heads in the file.
 _TASKS = {
     "ForSequenceClassification": ("SEQ_CLS", {"classifier", "score"}),
     "ForTokenClassification": ("TOKEN_CLS", {"classifier", "score"}),
@@ -45,8 +45,8 @@ def save(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
     If FSDP2 has sharded it, all ranks must call this: the shards are gathered, and rank 0 writes.
 
     Args:
-        directory: made if it is not there; files of another adapter in it are replaced, all at once: whenever the
-            process is killed, the old adapter is there or the new one.
+        directory: made if it does not exist. Files of another adapter in it are replaced in one step: if the process is
+            killed, the directory has either the old adapter or the new one.
         name: which adapter; by default the active one.
 
     Raises:
@@ -70,10 +70,10 @@ def write_adapter(
     given: dict[str, Tensor] | None = None,
     here: bool = True,
 ) -> None:
-    """:func:`save`, of what somebody has gathered already, or in one of several processes that does not write.
+    """:func:`save`, from tensors that the caller has gathered, or in a process that does not write.
 
     Args:
-        given: a state dict of the model, perhaps under the names of torch's wrappers, to take the adapter out of.
+        given: a state dict of the model that has the adapter, perhaps with the names of torch's wrappers.
         here: whether this process writes.
 
     Raises:
@@ -126,12 +126,12 @@ def write_adapter(
 
 
 def adapters_of(model: nn.Module, name: str) -> dict[str, Stored]:
-    """The parts of an adapter, by the names of the layers and bodies that they are of."""
+    """The parts of an adapter, by the names of their layers and bodies."""
     return {path: host.adapters[name] for path, host in hosts(model) if name in host.adapters}
 
 
 def _adapters_in(given: dict[str, Tensor], model: nn.Module, name: str) -> dict[str, Stored]:
-    """Copies of the parts of an adapter that have the tensors of a state dict of the model."""
+    """Copies of the parts of an adapter, with the tensors of a state dict of the model."""
     plain = lambda key: ".".join(part for part in key.split(".") if part not in WRAPPERS)
     known = {plain(key): tensor for key, tensor in given.items()}
     known |= {key.removeprefix("module."): tensor for key, tensor in known.items()}  # of DistributedDataParallel
@@ -143,7 +143,7 @@ def _adapters_in(given: dict[str, Tensor], model: nn.Module, name: str) -> dict[
             lacking = [key for key in names if key not in known]
             if lacking:
                 raise ValueError(f"state_dict has no {lacking[0]}, which is of the adapter {name!r}")
-            # Whatever is in the memo is not copied but taken from there: a part may refer to its layer.
+            # Objects in the memo are not copied but taken from there: a part may refer to its layer.
             memo = {id(p): nn.Parameter(known[own[id(p)]], False) for p in host.adapters[name].parameters()}
             memo |= {id(layer): layer for layer in (host, getattr(host, "base", None))}
             result[path] = copy.deepcopy(host.adapters[name], memo)
@@ -159,8 +159,8 @@ def load(
         model: the base that the adapter was trained on; changed and returned.
         directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
         name: what to call the adapter here.
-        quantize: whether to quantise a dense base to NF4 as for training. By default it is if the adapter
-            was made by QLoRA here.
+        quantize: whether to quantise a dense base to NF4 as for training. By default that is done if peftops' QLoRA
+            made the adapter.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -181,7 +181,7 @@ def load(
 
 def _load(model: nn.Module, folder: Path, name: str, config: Any, tensors: dict[str, Tensor]) -> None:
     tensors = _of_model(tensors, model, config, folder / WEIGHTS)
-    # PEFT lists every name that a head may have: one that neither the file nor the model knows means nothing.
+    # PEFT lists every name that a head may have: a name that is neither in the file nor in the model has no meaning.
     owners = [_owner(key) for key in tensors] + [path for path, _ in modules_of(model)]
     whole = tuple(name for name in config.modules_to_save if any(is_within(owner, [name]) for owner in owners))
     if _target_field(config) == "target":
@@ -189,7 +189,7 @@ def _load(model: nn.Module, folder: Path, name: str, config: Any, tensors: dict[
     config = dataclasses.replace(config, modules_to_save=whole)
     field = _target_field(config)
     if field:
-        # The tensors tell best which layers are adapted: PEFT has several more ways to choose them.
+        # The tensors tell the adapted layers: PEFT has several more options to choose them.
         biases = of_biases(tensors, model) if getattr(config, "bias", None) == "all" else set()
         rest = {key: tensor for key, tensor in tensors.items() if key not in biases}
         adapted = adapted_layers_of(METHODS[type(config)], rest, model, whole, folder / WEIGHTS)
@@ -204,7 +204,7 @@ def _load(model: nn.Module, folder: Path, name: str, config: Any, tensors: dict[
 
 
 def _of_model(tensors: dict[str, Tensor], model: nn.Module, config: Any, file: Path) -> dict[str, Tensor]:
-    """The tensors of a file by the names that this model gives them, without those that are no adapter's."""
+    """The tensors of a file by their names in this model, without tensors that do not belong to the adapter."""
     tensors = plain_names(tensors, model, file)
     if hasattr(config, "target"):
         tensors = peft_experts.from_peft(tensors, model, config, file)
@@ -213,10 +213,11 @@ def _of_model(tensors: dict[str, Tensor], model: nn.Module, config: Any, file: P
 
 
 def refill(model: nn.Module, directory: str | os.PathLike) -> None:
-    """Copy an adapter that :func:`save` wrote into the active one, which is like it; nothing else changes.
+    """Copy an adapter that :func:`save` wrote into the active adapter, which has the same method and options; nothing
+    else changes.
 
     Raises:
-        FileNotFoundError, ValueError: what :func:`load` raises; the files are of another method, or other options.
+        FileNotFoundError, ValueError: as :func:`load`; or the files are of another method or have other options.
     """
     folder, state = Path(directory), attachment(model)
     name = state.switch.active
@@ -246,7 +247,7 @@ def _said(config: Any) -> dict[str, Any]:
 
 
 def read_adapter(directory: str | os.PathLike, quantize: bool | None = None) -> tuple[Any, dict[str, Tensor]]:
-    """The options and tensors of an adapter's files, by their keys; raises what :func:`load` does of files alone."""
+    """The options and tensors of an adapter's files, by their keys; raises the errors of :func:`load` about files."""
     folder = Path(directory)
     fields, own = _read_json(folder / CONFIG), {}
     if (folder / OWN).exists():
@@ -260,7 +261,7 @@ def read_adapter(directory: str | os.PathLike, quantize: bool | None = None) -> 
 
 
 def _task(model: nn.Module, config: Any) -> str | None:
-    """PEFT's name of what a model of transformers does; it needs that for prompts."""
+    """PEFT's name of the task of a model of transformers; PEFT needs it for prompts."""
     if not getattr(model, "can_generate", lambda: False)():
         matching = (named for kind, named in _TASKS.items() if type(model).__name__.endswith(kind))
         return next((task for task, heads in matching if heads & set(config.modules_to_save)), None)
@@ -268,7 +269,7 @@ def _task(model: nn.Module, config: Any) -> str | None:
 
 
 def _target_field(config: Any) -> str | None:
-    """The option that says which layers are adapted; None if that follows from others."""
+    """The option that chooses the adapted layers; None if the method has no such option."""
     return config.target_field if hasattr(config, config.target_field or "") else None
 
 
@@ -279,7 +280,7 @@ def _key(config: Any, adapter: Stored, name: str, path: str) -> str:
 
 
 def _owner(key: str) -> str:
-    """The name of the module that a tensor of a file is in, perhaps with a part of PEFT's prefix before it."""
+    """The name of the module of a file's tensor, perhaps after a part of PEFT's prefix."""
     return key.removeprefix(PREFIX).rpartition(".")[0]
 
 
@@ -287,7 +288,7 @@ _SIZES = ("n", "tokens", "width", "image_features")  # options that are a dimens
 
 
 def _check_sizes(config: Any, tensors: dict[str, Tensor], file: Path) -> None:
-    """Raise if an option asks for more than the file holds, before that is allocated and compared with it."""
+    """Raise if an option is larger than every dimension in the file, before memory for it is allocated."""
     most = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     asked = {name: getattr(config, name, None) or 0 for name in _SIZES}
     if hasattr(config, "rank_and_scaling"):
@@ -300,13 +301,14 @@ def _check_sizes(config: Any, tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def _layer(key: str) -> str:
-    """The layer of a tensor of LoRA's family."""
+    """The name of the layer of a tensor of LoRA's family."""
     return key.removeprefix(PREFIX).partition(".lora_")[0]
 
 
 @torch.no_grad()
 def _fill(model: nn.Module, config: Any, name: str, tensors: dict[str, Tensor], file: Path) -> None:
-    """Copy the tensors into the adapters, all of which must be there and fit, before the first is copied."""
+    """Copy the tensors into the adapters. All tensors are checked before the first is copied: they must be complete and
+    fit."""
     wrong, used, filled = [], set(), []
     for path, host in hosts(model):
         if name not in host.adapters:
@@ -335,7 +337,7 @@ def _fill(model: nn.Module, config: Any, name: str, tensors: dict[str, Tensor], 
 
 
 def _config(fields: dict, own: dict, quantize: bool | None) -> Any:
-    """The options that a file was made with."""
+    """The options of the adapter in a file."""
     version = own.get("version", VERSION)
     if version > VERSION:
         raise ValueError(f"{OWN} is of version {version}, made by a newer peftops; this one reads up to {VERSION}")
@@ -381,7 +383,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_finite(tensors: dict[str, Tensor], owner: object) -> None:
-    """Training that went wrong must not be deployed."""
+    """Raise if a tensor is not finite: such an adapter must not be deployed."""
     for key, tensor in tensors.items():
         wide = tensor.float() if tensor.element_size() == 1 else tensor  # bytes have no such test of their own
         if tensor.is_floating_point() and not wide.isfinite().all():

@@ -1,7 +1,7 @@
 """HF PEFT's LoRA on layers in codes: one fused operator instead of three products, and merging that knows codes.
 
-PEFT chooses the class of an adapted layer by a chain of functions, of which ``dispatch_default`` is the last. With
-``import peftops``, that one asks here first.
+PEFT chooses the class of an adapted layer by a chain of functions; the last one is ``dispatch_default``. ``import
+peftops`` makes that function ask this file first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..nn import MergeError, dense_matrix, dequantized, is_quantized, low_rank, quantized_like
 
-_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # that read, or change, the base's numbers
+_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # starts that read, or change, the base's numbers
 _READS_NUMBERS = {"use_dora": "DoRAConfig", "kasa_config": None, "monteclora_config": None}
 
 
@@ -28,7 +28,7 @@ class CodesLoraLinear(Linear):
         start = str(config.init_lora_weights).lower()
         if start.startswith(_STARTS):
             raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r} is taken off the numbers of the base's "
+                f"init_lora_weights={config.init_lora_weights!r} is subtracted from the numbers of the base's "
                 "weight, and PEFT cannot read them out of codes; start on the dense model"
             )
         for option, ours in _READS_NUMBERS.items():
@@ -67,8 +67,8 @@ class CodesLoraLinear(Linear):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters to the numbers that the codes stand for, and quantise those again; a warning says what that
-        costs. :meth:`unmerge` puts the very codes back."""
+        """Add the adapters to the numbers that the codes stand for, and quantise those again; a warning tells the
+        error. :meth:`unmerge` puts the original codes back."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return

@@ -1,4 +1,4 @@
-"""The tensors of an adapter's file: each one is given its place in the model, or refused."""
+"""The tensors of an adapter's file: each one gets its place in the model, or is refused."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _RANK_AT = {"lora_A.weight": 0, "lora_B.weight": 1, "lora_embedding_A": 0, "lora
 
 
 def check_ranks(fields: dict[str, Any], tensors: dict[str, Tensor], file: object) -> None:
-    """Whether A and B of every layer have the rank that ``adapter_config.json`` says. The scaling is a number over that
-    rank, so with another one a reader would compute something else, and no shape need tell.
+    """Raise unless A and B of every layer have the rank of ``adapter_config.json``. The scaling is alpha divided by
+    that rank, so with a wrong rank a reader would compute something else, and no shape would show it.
 
-    In PEFT's files the factors of all experts are one matrix, which only the model can tell apart: these are left out.
-    So is a module that is saved whole, whatever its parts are called.
+    Two kinds are left out. In PEFT's files the factors of all experts are one matrix, which can be split only with the
+    model. And a module that is saved whole has no rank.
 
     Raises:
-        ValueError: they have another one.
+        ValueError: a layer has another rank.
     """
     if "r" not in fields:
         return
@@ -52,7 +52,7 @@ def check_ranks(fields: dict[str, Any], tensors: dict[str, Tensor], file: object
 
 
 def plain_names(tensors: dict[str, Tensor], model: nn.Module, file: object) -> dict[str, Tensor]:
-    """The tensors by the names of the model that torch's wrappers were around as they were saved."""
+    """The tensors by the model's names, without the names of torch's wrappers that it had when it was saved."""
     ddp = "" if any(path == "module" for path, _ in layers(model)) else "module."
     result: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -67,12 +67,12 @@ def plain_names(tensors: dict[str, Tensor], model: nn.Module, file: object) -> d
 
 
 def adapters_own(tensors: dict[str, Tensor], model: nn.Module, file: object) -> dict[str, Tensor]:
-    """Without what HF PEFT adds that is no adapter's: the weight of a layer that is adapted, zeros where GLoRA has
-    nothing, what ``bias="all"`` takes of a module that is saved whole a second time, and that by which VeLoRA makes
-    its inputs small for the backward pass.
+    """The tensors without those that HF PEFT adds and that are not the adapter's: the weight of an adapted layer, zeros
+    for the parts that GLoRA does not use, second copies by ``bias="all"`` of a module that is saved whole, and the
+    projections with which VeLoRA compresses its inputs for the backward pass.
 
     Raises:
-        ValueError: such a weight is not the model's own, or such zeros are none.
+        ValueError: such a weight differs from the model's, or such zeros are not 0.
     """
     result = {}
     for key, tensor in tensors.items():
@@ -96,14 +96,14 @@ def _check_base(path: str, tensor: Tensor, model: nn.Module, file: object) -> No
         raise ValueError(f"{file} holds the weight of {path} itself, {list(tensor.shape)}; the model's is {own}")
     if not torch.equal(weight, tensor.to(weight.device, weight.dtype)):
         raise ValueError(
-            f"{file} holds the weight of {path} itself, and the model has another one (PEFT saves it where the "
-            f"vocabulary was resized, and by save_embedding_layers). The adapter stands on that: "
+            f"{file} holds the weight of {path} itself, and the model has another one (PEFT saves it if the "
+            f"vocabulary was resized, and by save_embedding_layers). The adapter needs that weight: "
             f"copy the file's tensor {PREFIX}{path}{_BASE} into model.get_submodule({path!r}).weight before you load it"
         )
 
 
 def of_biases(tensors: dict[str, Tensor], model: nn.Module) -> set[str]:
-    """The tensors that are biases of the model's own layers, as PEFT knows them: by the word in their names."""
+    """The tensors that are biases of the model's own layers: as in PEFT, those with "bias" in their names."""
     parameters = lambda module: base_of(module).named_parameters(recurse=False)
     own = {f"{PREFIX}{path}.{leaf}" for path, module in layers(model) for leaf, _ in parameters(module)}
     return {key for key in own & tensors.keys() if "bias" in key}
@@ -112,10 +112,10 @@ def of_biases(tensors: dict[str, Tensor], model: nn.Module) -> set[str]:
 def adapted_layers_of(
     adapter_class: type[Stored], tensors: dict[str, Tensor], model: nn.Module, whole: Sequence[str], file: object
 ) -> set[str]:
-    """The names of the layers that the tensors adapt, those that train whole left out.
+    """The names of the layers that the tensors adapt, without those that train whole.
 
     Raises:
-        ValueError: a tensor is of no such layer; the model has no layer of that name.
+        ValueError: a tensor does not belong to such a layer, or the model has no layer of that name.
     """
     suffixes = [f".{key}" for key in adapter_class.peft_keys.values()]
     known = {path for path, _ in layers(model)}

@@ -1,8 +1,8 @@
-"""Embeddings and heads that are in HF PEFT's files as they are, or row by row, beside what its method trains.
+"""Embeddings and heads that HF PEFT's files hold whole, or some rows of them, beside the adapter's own tensors.
 
-PEFT saves them by ``save_embedding_layers``, of itself where a vocabulary was resized, and tied ones together by
-``ensure_weight_tying``; of ``trainable_token_indices`` it saves the new rows alone. All of these are loaded as modules
-that are whole in the file (``modules_to_save``): what the model computes is the same.
+PEFT saves them for ``save_embedding_layers``, automatically if the vocabulary was resized, and saves tied ones together
+for ``ensure_weight_tying``. For ``trainable_token_indices`` it saves only the new rows. All of these are loaded as
+``modules_to_save``, modules that are whole in the file: the model computes the same.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ _ROWS = ".token_adapter.trainable_tokens_delta"
 def with_whole(
     tensors: dict[str, Tensor], fields: dict[str, Any], model: nn.Module, saved: tuple[str, ...], file: object
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors with embeddings and heads whole, and ``saved``, the modules that are whole, with those among them.
+    """The tensors, with embeddings and heads whole, and ``saved``, the list of modules that are whole, with these
+    added.
 
     Args:
         fields: of ``adapter_config.json``.
 
     Raises:
-        ValueError: an embedding or its rows do not fit the model, or cannot be beside another adapter of it.
+        ValueError: an embedding or its rows do not fit the model, or the embedding has another adapter as well.
     """
     tensors, found = dict(tensors), []
     for path, rows, ids in list(_rows(tensors, fields, model, saved, file)):
@@ -60,7 +61,7 @@ def with_whole(
 
 
 def _embeddings(model: nn.Module) -> list[str]:
-    """The names of the model's embedding and output layer, as transformers tells them."""
+    """The names of the model's embedding and output layer, from transformers."""
     gets = (getattr(model, f"get_{which}_embeddings", lambda: None) for which in ("input", "output"))
     own = [base_of(layer) for layer in (get() for get in gets) if hasattr(layer, "weight")]  # (of an image, none has)
     return [path for path, module in layers(model) if any(base_of(module) is layer for layer in own)]
@@ -74,7 +75,7 @@ def _tied(model: nn.Module, weight: Tensor) -> list[str]:
 def _rows(
     tensors: dict[str, Tensor], fields: dict[str, Any], model: nn.Module, saved: tuple[str, ...], file: object
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The layers whose rows a file has, the rows, and which these are."""
+    """The layers of which a file has rows, these rows, and their indices."""
     asked = fields.get("trainable_token_indices")
     if not isinstance(asked, dict):
         asked = dict.fromkeys(_embeddings(model)[:1], asked)

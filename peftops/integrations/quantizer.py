@@ -1,7 +1,7 @@
 """The plug-in that lets transformers' ``from_pretrained`` read models into our formats, one tensor after the other.
 
-transformers makes the model without memory; :class:`CodesQuantizer` puts our layers where linear ones are, and gets
-each tensor of the files once transformers has renamed and converted it as it does for this kind of model.
+transformers makes the model without memory. :class:`CodesQuantizer` replaces linear layers by ours, and gets each
+tensor of the files after transformers has renamed and converted it for this kind of model.
 """
 
 from __future__ import annotations
@@ -44,13 +44,14 @@ from .mxfp4_files import MXFP4_PARTS
 
 
 class _Read(ConversionOps):
-    """The way of the tensors of one parameter, once they are in the model's own order.
+    """The last conversion of the tensors of one parameter, after transformers' own conversions.
 
-    An error would be logged by transformers and end in one that says nothing, so it waits in ``hf_quantizer.faults``.
+    transformers would log an error here and then raise another one without the reason, so the error is kept in
+    ``hf_quantizer.faults``.
     """
 
     def __init__(self, quantizer: CodesQuantizer, prefix: str = ""):
-        self.hf_quantizer = quantizer  # (an operation with this attribute gets tensors that transformers has not cast)
+        self.hf_quantizer = quantizer  # (transformers does not cast the tensors for an operation with this attribute)
         self.prefix = prefix  # of the names that the tensors come under
 
     def __deepcopy__(self, memo: dict) -> _Read:
@@ -89,7 +90,7 @@ class _Read(ConversionOps):
         return nn.Parameter(codes.to(own.dtype), requires_grad=False)
 
     def _stored(self, layer: nn.Module, tensors: dict[str, Tensor], name: str, model: nn.Module) -> Tensor:
-        if tensors.keys() == {"weight"}:  # dense; of whatever layer
+        if tensors.keys() == {"weight"}:  # dense, of any layer
             dense = tensors["weight"]
             if dense.is_floating_point() and not (dense.dtype == torch.float32 and _is_in(name, _wide(model))):
                 dense = dense.to(layer.weight.dtype)
@@ -106,7 +107,7 @@ class _Read(ConversionOps):
 
 
 def _part(module: nn.Module, leaf: str) -> nn.Module:
-    """The layer that a parameter belongs to: experts' are parameters as they are read, and layers afterwards."""
+    """The layer of a parameter. Experts are parameters while they are read, and layers afterwards."""
     return stack_layer(module, leaf) if leaf in stacks_of(module) else module
 
 
@@ -123,12 +124,13 @@ def _fitting(layer: nn.Module, dense: Tensor) -> Tensor:
 
 
 def _own_memory(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy if its memory is that of a file: all of it would stay for as long as this does."""
+    """The tensor itself, or a copy if its memory is a part of a file: otherwise the whole file would stay in memory
+    with it."""
     return tensor if tensor.untyped_storage().resizable() else tensor.clone()
 
 
 def release_files(model: nn.Module) -> None:
-    """Let no parameter be a part of the file that it was read from."""
+    """Copy the parameters that still share memory with the file from which they were read."""
     for tensor in (*model.parameters(), *model.buffers()):
         if not is_quantized(tensor) and tensor.device.type == "cpu":
             tensor.data = _own_memory(tensor.data)
@@ -138,7 +140,7 @@ def release_files(model: nn.Module) -> None:
 @register_quantizer("peftops_group")
 @register_quantizer("peftops_mxfp4")
 class CodesQuantizer(HfQuantizer):
-    """transformers calls this while it reads a model whose configuration is one of those above."""
+    """transformers calls this class while it reads a model with one of the configurations in ``code_configs``."""
 
     is_trainable = True
     is_qat_trainable = True  # our adapters, which transformers does not see, and dense layers
@@ -164,7 +166,8 @@ class CodesQuantizer(HfQuantizer):
         return [WeightConverter(self.layout.names, "weight", [_Read(self)])] if self.pre_quantized else []
 
     def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
-        """Those of experts come first: their codes have the names of layers, which they are not until all is read."""
+        """The conversions of experts come first: their codes have the names of layers, and experts become layers only
+        after reading."""
         ends = {f".{path.rpartition('.')[2]}.{leaf}" for path, module in layers(model) for leaf in stacks_of(module)}
         own = []
         join, parts = {"peftops": (".", OWN_PARTS), "mxfp4": ("", MXFP4_PARTS)}.get(self.layout.name, ("", ()))
@@ -182,7 +185,7 @@ class CodesQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if not self.pre_quantized and _has_codes(checkpoint_files or ()):
-            # A model that was quantised where no configuration says so, as by peftops.attach.
+            # A model that was quantised without a configuration, as by peftops.attach.
             self.pre_quantized, self.layout = True, Layout()
         if self.pre_quantized:  # the files tell which are dense
             names = {name for name, _ in _linears(model)}
@@ -227,8 +230,8 @@ class CodesQuantizer(HfQuantizer):
         return model
 
     def remember(self, model: nn.Module) -> None:
-        """The entry of files of this model, and how transformers may change names in them: not those of
-        tensors that are joined or cut, which codes cannot be."""
+        """Store the configuration for files of this model, and the renamings that transformers may apply to them.
+        Conversions that join or cut tensors are left out, because they do not work for codes."""
         coded = [name for name, layer in layers(model) if is_quantized(getattr(layer, "weight", None))]
         vars(self.quantization_config).update(
             _dense=sorted(name for name, layer in _linears(model)),
@@ -255,7 +258,7 @@ class CodesQuantizer(HfQuantizer):
             layer, _, leaf = name.rpartition(".")
             if is_quantized(value):
                 if value.dim() != config.stored_dims:
-                    kind = "of experts" if layer in stacks else "of a layer that is no stack of experts"
+                    kind = "of experts" if layer in stacks else "of a layer other than experts"
                     raise ValueError(
                         f"{name} is {kind}, of which layout={config.layout!r} has no codes; save the "
                         "model with layout='peftops'"
@@ -275,8 +278,8 @@ class CodesQuantizer(HfQuantizer):
 
 @torch.no_grad()
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Layers in codes become dense ones with the weights that the codes stand for, those that an adapter saw; ``dtype``
-    is by default that which each stands for."""
+    """Layers in codes become dense ones, with the numbers that the codes stand for. The default of ``dtype`` is the
+    dtype that each weight stands for."""
     for module in list(model.modules()):
         for leaf, layer in list(module.named_children()):
             kept = isinstance(layer, ExpertsLinear) or hasattr(layer, "dense_shell")
@@ -304,7 +307,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Wherever the model has the layer."""
+    """Replace the layer in all places where the model has it."""
     new.train(old.training)
     for module in list(model.modules()):
         for leaf, child in list(module._modules.items()):
@@ -313,7 +316,7 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def _of_kind(layer: PackedLinear) -> nn.Module:
-    """The layer for what the file had, which may be dense."""
+    """The layer for the weight of the file, which may be dense."""
     if is_quantized(layer.weight):
         return PackedLinear.over(layer.weight, layer.bias, layer.dense_shell)
     dense = copy.copy(layer.dense_shell)

@@ -1,4 +1,4 @@
-"""Hooks into libraries that nobody may have imported yet: ``import peftops`` alone makes them know our classes."""
+"""Hooks into other libraries, which may be imported later: after ``import peftops`` they know our classes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..nn import experts_forward, is_quantized
 
 
 def when_imported(name: str, call: Callable[[], None]) -> None:
-    """Call right after the module ``name`` is imported for the first time; now, if it has been."""
+    """Call the function right after the first import of the module ``name``, or now if it is imported already."""
     if name in sys.modules:
         call()
     else:
@@ -24,7 +24,7 @@ def when_imported(name: str, call: Callable[[], None]) -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Lets the other finders find one module, and what it is called for happen after that has run."""
+    """Lets the other finders find one module, and calls the function after the module has run."""
 
     def __init__(self, name: str, call: Callable[[], None]):
         self.name, self.call = name, call
@@ -76,8 +76,9 @@ def _register_checkpoints() -> None:
 
 
 def _register_processes() -> None:
-    """DistributedDataParallel sends all parameters as one flat tensor, which codes are not; :func:`peftops.attach` says
-    so of its models, and here it is said of those that others adapt."""
+    """DistributedDataParallel sends all parameters as one flat tensor, which does not work for codes.
+    :func:`peftops.attach` tells it to ignore the codes of its models; this does the same for models that other
+    libraries adapt."""
     from torch.nn.parallel.distributed import DistributedDataParallel
 
     init, ignored = DistributedDataParallel.__init__, "_ddp_params_and_buffers_to_ignore"

@@ -23,8 +23,8 @@ class Summary:
     layers: int  # adapted
     trainable: int  # parameters
     total: int  # parameters of the base and the adapters; four bits count as one
-    frozen_bytes: int  # of the frozen linear weights that are adapted or quantised, as they are
-    dense_bytes: int  # of the same weights, had they stayed in their dtype
+    frozen_bytes: int  # of the frozen linear weights that are adapted or quantised, in their present format
+    dense_bytes: int  # of the same weights in their dense dtype
     packed: int = 0  # parameters that are in codes
     left_dense: dict[str, int] = field(default_factory=dict)  # other parameters of matrices, by name, "*" for layers
 

@@ -1,8 +1,9 @@
-"""Several files of a directory, written as one: whenever the writer is killed, there are the old ones or the new ones.
+"""Several files of a directory, replaced in one step: if the writer is killed, the directory has either all old files
+or all new ones.
 
-No system call replaces several files at once, but one exchanges two directories. So the files are written to a
-directory beside, which gets the old one's other files as hard links and then takes its place. A writer that was killed
-leaves such a directory; the next one removes it.
+No system call replaces several files at once, but one exchanges two directories. So the files are written to a second
+directory, which gets the other files of the first one as hard links, and then the two are exchanged. A killed writer
+leaves such a directory; the next writer removes it.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ _EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
 
 def write_together(folder: Path, files: Mapping[str, Callable[[Path], None]]) -> None:
-    """Let each of ``files`` fill a file of that name in ``folder``, which is there; all of them count, or none.
+    """Let each of ``files`` write the file of that name in ``folder``, which exists; either all of them are replaced or
+    none.
 
-    Where the system cannot exchange directories (it is not Linux, or ``folder`` is a disk of its own), each file is
-    replaced at once, but not all of them together.
+    If the system cannot exchange directories (it is not Linux, or ``folder`` is a disk of its own), each file is
+    replaced in one step, but not all of them together.
     """
     folder = folder.resolve()
     _clear(folder, files)
@@ -47,13 +49,13 @@ def write_together(folder: Path, files: Mapping[str, Callable[[Path], None]]) ->
 
 
 def _places(folder: Path) -> tuple[Path, Path]:
-    """Where a directory beside may be: there, or within where the parent cannot be written to."""
+    """The places for the second directory: beside the first one, or in it if the parent is not writable."""
     return folder.parent, folder
 
 
 @contextlib.contextmanager
 def _beside(folder: Path, files: Mapping[str, object]) -> Iterator[Path]:
-    """A directory that is locked while its writer lives, and gone afterwards."""
+    """A directory that is locked while its writer lives, and is deleted afterwards."""
     place = next((place for place in _places(folder) if os.access(place, os.W_OK | os.X_OK)), folder)
     beside = Path(tempfile.mkdtemp(dir=place, prefix=f".{folder.name}{_MARK}"))
     handle = _locked(beside)
@@ -69,7 +71,8 @@ def _beside(folder: Path, files: Mapping[str, object]) -> Iterator[Path]:
 
 
 def _locked(folder: Path) -> int | None:
-    """A handle that holds the lock of a directory; None if another process has it, or there are no such locks."""
+    """A handle that holds the lock of a directory; None if another process has the lock, or the system has no such
+    locks."""
     try:
         import fcntl
 
@@ -85,7 +88,7 @@ def _locked(folder: Path) -> int | None:
 
 
 def _clear(folder: Path, files: Mapping[str, object]) -> None:
-    """Remove what writers that were killed left; what they had not yet moved over is moved."""
+    """Remove the directories of killed writers, after moving back files that they had not yet moved."""
     for place in _places(folder):
         for beside in place.glob(f".{folder.name}{_MARK}*"):
             handle = _locked(beside)
@@ -103,14 +106,15 @@ def _link_others(folder: Path, beside: Path, files: Mapping[str, object]) -> Non
 
 
 def _move_others(beside: Path, folder: Path, files: Mapping[str, object]) -> None:
-    """The entries that the directory lacks: subdirectories, which cannot have two names, and files made meanwhile."""
+    """Move the entries that the directory lacks: subdirectories, which cannot have two names, and files that were made
+    meanwhile."""
     for path in beside.iterdir():
         if path.name not in files and not os.path.lexists(folder / path.name):
             os.rename(path, folder / path.name)
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Let each have the other's name; False if the system or the disk cannot."""
+    """Exchange the names of two directories; returns False if the system or the disk cannot do that."""
     if not sys.platform.startswith("linux"):
         return False
     rename = getattr(ctypes.CDLL(None), "renameat2", None)

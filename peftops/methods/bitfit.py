@@ -1,8 +1,8 @@
-"""BitFit, Ben Zaken et al. 2021 (arXiv:2106.10199): the biases train and nothing else.
+"""BitFit, Ben Zaken et al. 2021 (arXiv:2106.10199): only the biases train.
 
     y = W x + b    b trains
 
-They start as they are: so does the model.
+Their values do not change at the start, so the model starts as it was.
 """
 
 from __future__ import annotations

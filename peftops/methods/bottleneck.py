@@ -7,10 +7,10 @@ parallel ones of He et al. 2021 (arXiv:2110.04366).
     pfeiffer    y = h + a(h)    h = what the feed-forward part adds
     parallel    y = h + a(x)    h as for pfeiffer, x = what the feed-forward part reads
 
-W1 starts random (Kaiming uniform) and W2, b1, b2 at 0: the model starts as it was. (The libraries' own starts
-are only near that.) Houlsby et al. train the norms and the head, too: ``modules_to_save=["LayerNorm", "classifier"]``
-of a BERT. AdapterHub's Pfeiffer adapter reads its h through the block's norm, which is not done here. f is not linear,
-so nothing can be merged.
+W1 starts random (Kaiming uniform) and W2, b1, b2 at 0: the model starts as it was. (In other libraries it starts only
+close to that.) Houlsby et al. train the norms and the head, too: ``modules_to_save=["LayerNorm", "classifier"]`` of a
+BERT. AdapterHub's Pfeiffer adapter applies the block's norm to its h; this one does not. f is not linear, so the
+adapter cannot be merged.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Bottleneck(Adapter):
     def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
         h = base(x)
         source = h if self.read is None else self.read.pop()
-        # In the model's own dtype: a cast copies the small weights, and not the large activations, which are kept.
+        # In the model's own dtype: a cast then copies the small weights, not the large activations that backward keeps.
         cast = lambda parameter: parameter.to(source.dtype)
         z = self.activation(F.linear(source, cast(self.down_weight), cast(self.down_bias)))
         return h + self.scaling * F.linear(z, cast(self.up_weight), cast(self.up_bias))
@@ -123,7 +123,7 @@ class Bottleneck(Adapter):
 
 
 class Tap(Adapter):
-    """At the first layer of a feed-forward part: hands what that reads on to the adapter at the last one."""
+    """At the first layer of a feed-forward part: passes that layer's input on to the adapter at the last layer."""
 
     def __init__(self, read: list[Tensor]):
         super().__init__()

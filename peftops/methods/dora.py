@@ -1,12 +1,12 @@
 """DoRA, Liu et al. 2024 (arXiv:2402.09353): LoRA for the direction of each row of the weight, and its length m.
 
-    y = m / n * (W x + s B A D(x)) + b    n_i = || W_i + s (B A)_i ||, of which no gradient is taken (section 4.3)
+    y = m / n * (W x + s B A D(x)) + b    n_i = || W_i + s (B A)_i ||, without a gradient (section 4.3)
 
 m in R^out starts as the lengths of W's rows, B at 0: the model starts as it was. W may be the kernel of a convolution,
-a row of it an output channel, or an embedding, whose rows here are its table's columns. n comes without forming B A:
-n^2 = ||W||^2 + 2 s diag(W A^T B^T) + s^2 diag(B A A^T B^T), in float64, as rows may be so short that their squares are
-nothing in float32. A row of zeros has no direction and a length of 0: it stays. HF PEFT differs with dropout alone,
-which it also applies to the x that meets W, and has NaN for such rows.
+a row of it an output channel, or an embedding, whose rows here are its table's columns. n is computed without B A: n^2
+= ||W||^2 + 2 s diag(W A^T B^T) + s^2 diag(B A A^T B^T), in float64, because the squares of very short rows are 0 in
+float32. A row of zeros has no direction and length 0, and it stays zero. HF PEFT differs in two points: it applies
+dropout also to the x of W x, and it has NaN for such rows.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class DoRA(LoRA):
         if getattr(base, "groups", 1) > 1:
             raise ValueError(f"DoRA needs the length of a row of W + s B A, and {layer}, in groups, has no such sum")
         lengths = torch.linalg.vector_norm(dense_matrix(base), dim=1, dtype=torch.float64)
-        # Of the weight alone, so it is not in the state: a file of the adapter fits any base.
+        # It depends only on the weight, so it is not in the state: a file of the adapter fits any base.
         self.register_buffer("squares", lengths.square(), persistent=False)
         shape = (1, -1, *[1] * (base.weight.dim() - 2)) if kind_of(base) == CONVOLUTION else (-1,)  # as in files
         self.magnitude = nn.Parameter(lengths.float().view(shape))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoRA:
-        """(Lengths keep their digits, whatever the model is cast to.)"""
+        """(A cast of the model does not change the dtype of lengths.)"""
         squares = self.squares
         super()._apply(fn, recurse)
         if not squares.is_meta:

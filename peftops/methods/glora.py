@@ -3,10 +3,10 @@
     y = (W + W * A + B) x + b + b * D + E + W C    * elementwise (the paper writes W A, its code multiplies so)
 
 Each of A and B is "lora" (Xd Xu, of rank r), "vector" (a number per output), "constant" or "none"; C is "lora",
-"vector" (a number per input) or "none"; D and E are "vector" (a number per output), "constant" or "none". What Xd,
-and all that is no product, starts at is 0: the model starts as it was. The paper also searches for the kinds of each
-layer by evolution on a network that trains all at once; here they are fixed, as in HF PEFT. With A "lora",
-the whole changed weight is formed, also in backward; without, nothing of its size is.
+"vector" (a number per input) or "none"; D and E are "vector" (a number per output), "constant" or "none". Xd and all
+vectors and constants start at 0: the model starts as it was. The paper also searches for the kinds of each layer, by
+evolution on a network that trains all of them at once; here they are fixed, as in HF PEFT. If A is "lora", the whole
+changed weight is computed, also in backward. Otherwise no tensor of its size is.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class GLoRAConfig(Config):
     """Options of GLoRA.
 
     Args:
-        r: rank of what is "lora".
-        A, B, C, D, E: their kinds. HF PEFT can read those where A and B are the same, and D and E.
+        r: rank of each of A, B and C that is "lora".
+        A, B, C, D, E: their kinds. HF PEFT can read adapters in which A and B have the same kind, and so have D and E.
         new_bias: let a layer that has no bias get one, as in the original; HF PEFT leaves C, D and E out there.
         target: as in :class:`LoRAConfig`.
 
@@ -103,7 +103,7 @@ class GLoRA(Adapter):
         biased = base.bias is not None or config.new_bias
         self.kinds = {name: getattr(config, name) if name in "AB" or biased else "none" for name in "ABCDE"}
         if base.bias is None:
-            self.kinds["D"] = "none"  # b * D of no b
+            self.kinds["D"] = "none"  # b * D, without a b
         if "lora" in self.kinds.values():
             self.rank = r
         for name, kind in self.kinds.items():

@@ -2,7 +2,8 @@
 
     y = W f(x) + b    W and b train, f is frozen
 
-They start as they are: so does the model. A head whose weight is tied to the embedding gets a weight of its own.
+Their values do not change at the start, so the model starts as it was. A head whose weight is tied to the embedding
+gets a weight of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..nn import Select
 
 @dataclass(frozen=True)
 class HeadOnlyConfig(Config):
-    """It has no options.
+    """Head only has no options.
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.HeadOnlyConfig())

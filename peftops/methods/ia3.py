@@ -2,9 +2,9 @@
 
     y = l * (W x + b)    l in R^out,    and where the feed-forward part is read:    y = W (l * x) + b    l in R^in
 
-l starts at 1: the model starts as it was. The paper scales keys, values and what the last feed-forward layer reads;
-``target`` and ``feedforward`` say so for a LLaMA: ["k_proj", "v_proj", "down_proj"] and ["down_proj"]. A convolution
-has a factor for each channel.
+l starts at 1: the model starts as it was. The paper scales keys, values and the input of the last feed-forward layer.
+For a LLaMA, that is ``target=["k_proj", "v_proj", "down_proj"]`` and ``feedforward=["down_proj"]``. A convolution has a
+factor for each channel.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class IA3Config(Config):
 
     Args:
         target: as in :class:`LoRAConfig`.
-        feedforward: which of these layers have their input scaled instead of their output; as target.
+        feedforward: those of these layers whose input is scaled instead of their output; in the same form as target.
 
     Examples:
         >>> model = peftops.attach(nn.Sequential(nn.Linear(8, 4)), peftops.IA3Config())
@@ -46,7 +46,8 @@ class IA3Config(Config):
         super().__post_init__()
 
     def as_built(self, adapters: dict[str, Any]) -> IA3Config:
-        """An expression for whole names: PEFT takes a list for ends of names, and wants its members in the target."""
+        """An expression for whole names: PEFT reads a list as ends of names, and requires that its members are in the
+        target."""
         inputs = [path for path, adapter in adapters.items() if isinstance(adapter, IA3) and adapter.scales_input]
         short = rf"(.*\.)?({'|'.join(sorted({re.escape(path.rpartition('.')[2]) for path in inputs}))})"
         exact = all((re.fullmatch(short, path) is not None) == (path in inputs) for path in adapters)

@@ -2,11 +2,11 @@
 
     y = W_o [softmax(q K^T / sqrt(d)) V + g softmax(q (W_k P)^T / sqrt(d)) (W_v P)]    for each head, of width d
 
-The two softmaxes are apart; q is rotated, W_k P is not, and no mask hides a prompt from a word. g = tanh(z), as
-the authors' training has it, or z itself, as the paper and their inference have it. P in R^(K x hidden) starts
-normal and z at 0: the model starts as it was, bit for bit, and at first the gates alone learn. What softmax makes
-of P depends on the input, so nothing can be merged. HF PEFT's variant, ADAPTION_PROMPT, has one raw gate a layer:
-``gate="peft"`` is that, and reads and writes its files.
+The two softmaxes are separate; q is rotated, W_k P is not, and no mask hides a prompt from a word. g = tanh(z) as in
+the authors' training, or z itself as in the paper and in their inference. P in R^(K x hidden) starts normal and z at 0:
+the model starts as it was, bit for bit, and at first only the gates learn. The softmax over P depends on the input, so
+the adapter cannot be merged. HF PEFT's variant, ADAPTION_PROMPT, has one raw gate a layer: ``gate="peft"`` is that
+variant, and reads and writes PEFT's files.
 
 ``image_features`` adds an image's features to P (:func:`peftops.image_prompts`). V2, Gao et al. 2023
 (arXiv:2304.15010), also trains the norms, and a scale and a bias of each linear layer but the head: ``v2=True``.
@@ -68,7 +68,7 @@ class LLaMAAdapterConfig(Config):
             if getattr(self, option) is not None:
                 check_range(option, getattr(self, option), 1, whole=True)
         if self.gate == "peft" and (self.v2 or self.image_features):
-            raise ValueError("gate='peft' has neither images nor v2: PEFT's files have no place for them")
+            raise ValueError("gate='peft' has no images and no v2: PEFT's files cannot hold them")
         super().__post_init__()
 
     def as_built(self, adapters: dict[str, Any]) -> LLaMAAdapterConfig:
@@ -100,7 +100,7 @@ class LLaMAAdapterConfig(Config):
 @register(LLaMAAdapterConfig)
 class LLaMAAdapter(Adapter):
     peft_keys: ClassVar = {"prompt": "adapter_prompt", "gate": "adapter_gate"}
-    merge_into = Stored.merge_into  # says that it cannot: an attention is no matrix
+    merge_into = Stored.merge_into  # raises an error: an attention is not a matrix
 
     @staticmethod
     def build(model: nn.Module, config: LLaMAAdapterConfig) -> dict[str, Stored]:
@@ -158,7 +158,7 @@ def unlocked(model: nn.Module, position: str) -> dict[str, Stored]:
 
 
 def check_output(attention: nn.Module, name: str) -> None:
-    """Raise a sentence where PEFT's variant is not ours: it adds the output projection's bias twice, and knows no
-    projection of another name than LLaMA's."""
+    """Raise an error if PEFT's variant would compute something else: it adds the output projection's bias twice, and
+    knows only projections with LLaMA's names."""
     if getattr(getattr(attention, "o_proj", None), "bias", 0) is not None:
         raise TypeError(f"gate='peft' needs attentions with an o_proj without bias, which {name} has not")

@@ -1,12 +1,11 @@
-"""LoftQ, Li et al. 2023 (arXiv:2310.08659): QLoRA whose factors start by making good what quantisation lost.
+"""LoftQ, Li et al. 2023 (arXiv:2310.08659): QLoRA whose factors start as a correction of the error of quantisation.
 
     minimise || W - Q - s B A ||    Q_t = nf4(W - s B A),  s B A = the first r singular vectors of W - Q_t,  t = 1 .. T
 
-The last step is the vectors', so the factors fit their Q; they come from :mod:`~peftops.factors.singular`. The error
-need not fall from one iterate to the next: the best is kept. (HF PEFT leaves the division by s out, so that its start
-is right for s = 1 alone.) With the moments of its inputs a layer goes on from there, to what its outputs are closest
-with: :mod:`~peftops.factors.calibrated`. A layer that is in 4 bits already has lost its W, and starts as in
-QLoRA.
+The last step computes the vectors (:mod:`~peftops.factors.singular`), so the factors fit their Q. The error may rise
+from one iterate to the next, so the best iterate is kept. (HF PEFT does not divide by s, so its start is right only for
+s = 1.) With the moments of its inputs, a layer goes on from there to reduce the error of its outputs:
+:mod:`~peftops.factors.calibrated`. For a layer that is already in 4 bits there is no W, and it starts as in QLoRA.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""LongLoRA, Chen et al. 2023 (arXiv:2309.12307): long contexts at the cost of short ones, in training alone.
+"""LongLoRA, Chen et al. 2023 (arXiv:2309.12307): training on long contexts at the cost of short ones.
 
     half of the heads attend, causally, within the groups of tokens [0, g), [g, 2 g), ...
     the other half          within the groups [0, g/2), [g/2, 3 g/2), ...
 
-so that what a group knows reaches the next. LoRA on the attentions' linear layers, embeddings and norms train; rotary
-positions are stretched to the new length. In eval mode, and merged, the model attends in full. It starts as the
-(stretched) base. The authors' roll of the sequence lets its first g/2 tokens see its last; these groups do not wrap,
-leak nothing, and need no length that g divides.
+so information flows from a group to the next. LoRA on the attentions' linear layers, embeddings and norms train; rotary
+positions are stretched to the new length. In eval mode, and after merging, the model uses full attention. It starts as
+the (stretched) base. The authors roll the sequence, so its first g/2 tokens see its last ones. These groups do not
+wrap: no token sees a later one, and g need not divide the length.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LongLoRAConfig(LoRAConfig):
         shift: whether half of the heads has its groups shifted by g/2.
         length: tokens of the new context: rotary positions are divided by ``ceil(length / old length)``. None, or
             no more than the old one, leaves them as they are.
-        extras: whether embeddings and norms train, without which long contexts are not learnt.
+        extras: whether embeddings and norms train. Without them the model does not learn long contexts.
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.LongLoRAConfig(r=2, group=4))
@@ -94,7 +94,7 @@ class LongLoRA(LoRA):
                 raise TypeError(f"LongLoRA splits heads into halves, and {heads} is {getattr(model.config, heads)}")
         if config.length is not None and stretches(model, config.length) and state_of(model) is not None:
             raise ValueError(
-                "length would change the positions under adapters that are there; attach this one before them"
+                "length would change the positions of adapters that are already attached; attach this one before them"
             )
         if config.target is None:
             inside = lambda path: any(path.startswith(f"{attention}.") for attention in found)
@@ -109,13 +109,13 @@ class LongLoRA(LoRA):
 
     @staticmethod
     def prepare(model: nn.Module, config: LongLoRAConfig) -> None:
-        """Stretch the positions, which :func:`peftops.detach` leaves so."""
+        """Stretch the positions. :func:`peftops.detach` does not undo that."""
         if config.length is not None:
             stretch(model, config.length)
 
 
 class Groups(Prompt):
-    """No vectors before the body's input, but its attentions' own way to attend while it trains."""
+    """Not a prompt of vectors: it changes the attention of the body's layers while the model trains."""
 
     def __init__(self, model: nn.Module, config: LongLoRAConfig):
         super().__init__()
@@ -134,7 +134,7 @@ class Groups(Prompt):
         close_registry(self)
 
     def merge_into(self, base: nn.Module, *, dense: bool) -> tuple[nn.Module, MergeError]:
-        return base, MergeError(0.0, 0.0)  # a merged model attends in full
+        return base, MergeError(0.0, 0.0)  # a merged model uses full attention
 
     def extra_repr(self) -> str:
         return f"group={self.attend.group}, shift={self.attend.shift}"

@@ -33,14 +33,14 @@ from ..attaching.registry import each_adapter
 from ..attaching.targets import ALL_LINEAR, Target, joined_target
 from ..nn import CONVOLUTION, EMBEDDING, EXPERTS, LINEAR, Adapter, factor_shapes, kind_of, low_rank, low_rank_change
 
-# PEFT's names of where A and B started, where that left the base as it was. (None: files of old versions.)
+# PEFT's names of the starts of A and B that do not change the base. (None: files of old versions.)
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 # PEFT's options that make something else of LoRA.
 OTHERS = "layer_replication alora_invocation_tokens arrow_config kasa_config monteclora_config use_bdlora".split()
 
 
 def start_of(fields: dict[str, Any]) -> Any:
-    """Where PEFT's A and B started; it reads the names in any case."""
+    """The name of the start of PEFT's A and B, in lower case, because PEFT ignores case."""
     start = fields.get("init_lora_weights")
     return start.lower() if isinstance(start, str) else start
 
@@ -59,7 +59,7 @@ class LoRAConfig(Config):
         rank_pattern: other ranks for layers whose name ends in a match of the key, a regular expression.
         alpha_pattern: the same for alpha.
         bias: which of the model's biases train, too: "none", "lora_only" for those of adapted layers, or "all".
-        lora_bias: whether B has a bias of its own, that is scaled as B A is.
+        lora_bias: whether B has a bias of its own, with the same scaling as B A.
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2, target=["q_proj", "v_proj"]))
@@ -122,8 +122,8 @@ class LoRAConfig(Config):
         if start_of(fields) not in STARTS:
             raise ValueError(
                 f"this adapter needs init_lora_weights={fields['init_lora_weights']!r}, a start that HF PEFT may have "
-                "taken off the base's weights, and peftops cannot make again; let PEFT convert it to plain LoRA "
-                "(save_pretrained with path_initial_model_for_weight_conversion)"
+                "subtracted from the base's weights, and peftops cannot compute it again; let PEFT convert it to plain "
+                "LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
             )
         return cls(
             r=fields["r"],
@@ -161,8 +161,8 @@ class LoRA(Biased):
         self.dropout = config.dropout
         if kind_of(base) == EXPERTS and self.dropout:
             raise ValueError(
-                f"dropout is {self.dropout}, and experts are adapted without, as in HF PEFT; set it to 0, "
-                "or target to names of other layers alone"
+                f"dropout is {self.dropout}, and adapters of experts have none, as in HF PEFT; set it to 0, "
+                "or target to names of other layers"
             )
         device = base.weight.device
         A, B = (nn.Parameter(torch.zeros(shape, device=device)) for shape in factor_shapes(base, self.rank))
@@ -177,7 +177,7 @@ class LoRA(Biased):
         self.add_biases(base, config)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The factors of the product: A and B, or a method's own form of them."""
+        """The factors of the product: A and B, or a method's own form of these two."""
         A, B = self.names
         return getattr(self, A), getattr(self, B)
 

@@ -1,10 +1,10 @@
 """LoRA-FA, Zhang et al. 2023 (arXiv:2308.03303): LoRA whose A stays as it was drawn.
 
-    y = W x + b + s B A D(x)    dB = s G^T (D(x) A^T):  backward needs x A^T, [tokens, r], and x not at all
+    y = W x + b + s B A D(x)    dB = s G^T (D(x) A^T):  backward needs x A^T, [tokens, r], and does not need x
 
 A in R^(r x in) starts random and is frozen, B in R^(out x r) starts at 0: the model starts as it was. With
-``precondition`` the gradient of B is the one for which s B A moves closest to where W would (the method of the
-paper's later versions, which HF PEFT has as an optimizer): dB (A A^T)^-1 / s^2.
+``precondition`` the gradient of B is dB (A A^T)^-1 / s^2: the change of s B A is then closest to the change that W
+would make. (This is the method of the paper's later versions; HF PEFT has it as an optimizer.)
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""LQ-LoRA, Guo et al. 2023 (arXiv:2311.12023): a base in mixed precision, decomposed with what matters in mind.
+"""LQ-LoRA, Guo et al. 2023 (arXiv:2311.12023): a base in mixed precision, decomposed with the importance of each
+weight.
 
     minimise || sqrt(F) o (W - Q - s B A) ||    s B A = SVD_r(W - Q), Q = codes of W - s B A, in turn, from Q = 0
 
-F is the Fisher information of each weight (:func:`peftops.fisher`); singular vectors are sought with the product of
-the means of its rows and columns in its place. Each weight gets NF4 or whole numbers of 2, 3, 4 or 8 bits such that
-all errors together are least within a budget of bits (scipy's integer programming). The best iterate is kept, and
-plain codes where none is better. It does not start as the dense model, but closer to it than codes alone.
+F is the Fisher information of each weight (:func:`peftops.fisher`); the singular vectors use, in its place, the product
+of the means of its rows and columns. Each weight gets NF4 or whole numbers of 2, 3, 4 or 8 bits. The choice makes the
+sum of all errors least within a budget of bits (scipy's integer programming). The best iterate is kept, or plain codes
+if no iterate is better. The start is not exactly the dense model, but closer to it than codes without factors.
 
-The files hold the codes, which no other way of quantising gives. A layer that is quantised already has lost its W,
-and starts as in QLoRA.
+The files hold the codes, because no other quantiser makes the same ones. For a layer that is already quantised there is
+no W, and it starts as in QLoRA.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ class LQLoRAConfig(LoRAConfig):
     """Options of LQ-LoRA: those of :class:`LoRAConfig`, with the paper's defaults, and
 
     Args:
-        bits: a weight, on average over the target, scales and zeros counted, A and B not.
+        bits: bits per weight, on average over the target, with scales and zeros, without A and B.
         iterations: of the decomposition, at most; 0 for plain codes under LoRA.
-        fisher: of :func:`peftops.fisher`, ``[out, in]`` by layer; None if all weights matter alike.
-        moments: of :func:`peftops.input_moments`: go on from the decomposition to what the layers' outputs are closest
-            with (:mod:`~peftops.factors.calibrated`), in the formats that it has chosen.
+        fisher: of :func:`peftops.fisher`, ``[out, in]`` by layer; None if all weights have the same importance.
+        moments: of :func:`peftops.input_moments`: after the decomposition, reduce the error of the layers' outputs
+            (:mod:`~peftops.factors.calibrated`), in the formats that it has chosen.
         precisions: a format for each layer instead of the budget: "nf4-64", "nf4-64-double", "int3-64", ...
 
     Examples:
@@ -145,7 +146,7 @@ class LQLoRA(LoRA):
         own = base_tensors(self._base[0])
         if self.given and not all(torch.equal(tensors[name], part) for name, part in own.items()):
             raise ValueError(
-                "this LQ-LoRA adapter stands on other codes than those that the model has; load it onto the dense model"
+                "this LQ-LoRA adapter was trained on other codes than the model has; load it onto the dense model"
             )
         super().restore(tensors)
 

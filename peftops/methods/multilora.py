@@ -1,11 +1,10 @@
-"""MultiLoRA, Wang et al. 2023 (arXiv:2311.11501): several LoRAs side by side, none of which starts at nothing.
+"""MultiLoRA, Wang et al. 2023 (arXiv:2311.11501): several LoRAs side by side, whose scalings start at 0.
 
     y = W x + b + s sum_i c_i * (B_i A_i D(x))    s = alpha / r,  i = 1 .. n,  c_i in R^out
 
-All A_i and B_i start random (Kaiming uniform) and the scalings c_i at 0: the model starts as it was, and its first
-step moves the c_i alone. It is one LoRA of rank n r with B = [diag(c_1) B_1, ...], is computed so, and is saved so:
-HF PEFT reads it as LoRA. Whether the paper's scaling is a vector per layer or a number could not be verified, so
-``scaling`` chooses.
+All A_i and B_i start random (Kaiming uniform) and the scalings c_i at 0: the model starts as it was, and its first step
+changes only the c_i. It is computed and saved as one LoRA of rank n r with B = [diag(c_1) B_1, ...], so HF PEFT reads
+it as LoRA. We could not verify if the paper's scaling is a vector or a number, so ``scaling`` offers both.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ class MultiLoRA(LoRA):
         return dict(zip(("lora_A", "lora_B"), self.factors(), strict=True))
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """The scalings are in B then, so they become 1."""
+        """A file has the scalings in B, so here they become 1."""
         self.lora_A.copy_(tensors["lora_A"])
         self.lora_B.copy_(tensors["lora_B"].unflatten(1, (len(self.lora_B), -1)).transpose(0, 1))
         self.scalings.fill_(1)

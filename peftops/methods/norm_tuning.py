@@ -2,7 +2,7 @@
 
     y = g * (x - mean) / deviation + h    g and h train (RMSNorm has no mean and no h)
 
-They start as they are: so does the model.
+Their values do not change at the start, so the model starts as it was.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class NormTuningConfig(Config):
     """Options of norm tuning.
 
     Args:
-        norms: "all", or names of layers or their last parts, or a regular expression, as a target: whatever is named
-            is tuned, as in HF PEFT, but for BatchNorm.
+        norms: "all", or names of layers or their last parts, or a regular expression, as a target: all named layers are
+            tuned, as in HF PEFT, except BatchNorm.
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.NormTuningConfig())
@@ -53,12 +53,12 @@ class NormTuningConfig(Config):
 
 
 def is_norm(layer: nn.Module) -> bool:
-    """Whether its class is called a norm, as all of torch's and transformers' are."""
+    """Whether its class has "Norm" in its name, as all norms of torch and transformers have."""
     return "Norm" in type(layer).__name__ and not is_batch_norm(layer) and not any(True for _ in layer.children())
 
 
 def is_batch_norm(layer: nn.Module) -> bool:
-    """Which is left out: what it computes is not its weights' alone."""
+    """BatchNorm is left out: its result depends on more than its weights."""
     return "BatchNorm" in type(layer).__name__
 
 

@@ -2,10 +2,10 @@
 
     y = W x + b + s (B A - B0 A0) D(x)    W = U S V^T,  A0 = sqrt(S_r / s) V_r^T,  B0 = U_r sqrt(S_r / s)
 
-A and B start as A0 and B0, so the model starts as it was. The paper puts W - s B0 A0 in the place of W. Here W
-stays and the frozen A0, B0 are subtracted in the same product, of rank 2 r: an adapter can be switched off, is
-one of several, and its file is LoRA of rank 2 r ([A; A0], [B, -B0]) that HF PEFT reads on the original base. What
-PEFT saves unconverted are A and B alone, of rank r: A0 and B0 are made of the base again.
+A and B start as A0 and B0, so the model starts as it was. The paper replaces W by W - s B0 A0. Here W stays, and the
+frozen A0, B0 are subtracted in the same product, of rank 2 r. So an adapter can be switched off and can be one of
+several. Its file is a LoRA of rank 2 r ([A; A0], [B, -B0]) that HF PEFT reads on the original base. A file that PEFT
+saved without conversion has only A and B, of rank r: A0 and B0 are then computed from the base again.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class PiSSA(LoRA):
         needs_scaling(type(self).__name__, self.scaling, layer)
         A, B = self.start(dense_matrix(base), config)
         with torch.no_grad():
-            # (A small weight has fewer vectors than r: the rest starts as LoRA's.)
+            # (A small weight has fewer than r singular vectors: the other rows of A and columns of B start as LoRA's.)
             self.lora_A[..., : A.shape[-2], :], self.lora_B[..., : B.shape[-1]] = A, B
         self.rounded = is_quantized(base.weight)
         self.start_A = nn.Parameter(self.lora_A.detach().clone(), requires_grad=False)
@@ -101,7 +101,9 @@ class PiSSA(LoRA):
         if (tensors["lora_A"].shape, tensors["lora_B"].shape) != alone:
             return tensors
         if self.rounded:
-            raise ValueError("HF PEFT took the start of this adapter off a dense base, and this one is quantised")
+            raise ValueError(
+                "HF PEFT subtracted the start of this adapter from a dense base, and this base is quantised"
+            )
         A, B = tensors["lora_A"].to(self.start_A), tensors["lora_B"].to(self.start_B)
         return dict(zip(("lora_A", "lora_B"), _beside(A, self.start_A, B, self.start_B), strict=True))
 

@@ -2,10 +2,10 @@
 
     attention(q, [PK_l; K], [PV_l; V])    PK_l, PV_l in R^(Hkv x P x hd), one softmax over all P + S columns
 
-With ``hidden`` they are made, while training, by an MLP: W2 tanh(W1 e_p + b1) + b2 of an embedding e_p per
-position, which trains in their place and is folded as the prefix is saved. They go through transformers' cache; the
-keys are not rotated, the input has the positions from P on. It does not start as the base model: even a prefix of
-zeros takes its share of the softmax.
+With ``hidden``, an MLP makes them during training: W2 tanh(W1 e_p + b1) + b2, with an embedding e_p per position. The
+MLP trains in their place, and is folded into a plain prefix when it is saved. The prefix is in transformers' cache; its
+keys are not rotated, and the input has the positions from P on. The model does not start as it was: even a prefix of
+zeros takes a share of the softmax.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PrefixTuningConfig(Config):
 
     Args:
         tokens: P.
-        hidden: width of the MLP (512 in the paper); None for none, the prefix itself trains.
+        hidden: width of the MLP (512 in the paper); None for no MLP: the prefix itself trains.
         init: where a prefix without MLP starts. "vocab": at the base model's keys and values of P frequent tokens;
             "text": of the first P tokens of ``text``; "random": normal; "zero".
         text, tokenizer: as in :class:`PromptTuningConfig`.
@@ -70,7 +70,7 @@ class PrefixTuningConfig(Config):
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> PrefixTuningConfig:
-        """(A prefix that PEFT made by an MLP is folded in its file as in ours.)"""
+        """(PEFT's file, like ours, has the plain prefix that its MLP made.)"""
         needs(fields, "num_virtual_tokens")
         refuse(fields, num_transformer_submodules=1)
         return cls(tokens=fields["num_virtual_tokens"], init="zero", **own)

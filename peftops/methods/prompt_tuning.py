@@ -2,8 +2,9 @@
 
     model([E; X])    E in R^(P x d) trains, X in R^(S x d) are the embeddings of the input
 
-The prompt has the positions 0 .. P-1 and everything sees it; in an encoder-decoder it stands before the encoder's
-input, and the decoder sees it, too. It does not start as the base model: no P vectors are the same as none.
+The prompt has the positions 0 .. P-1, and all tokens see it. In an encoder-decoder it stands before the encoder's
+input, and the decoder sees it, too. The model does not start as it was: no prompt of P vectors has the effect of an
+empty prompt.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ class PromptTuningConfig(Config):
 
     Args:
         tokens: P.
-        init: where the vectors start. "vocab": embeddings of P of the 5,000 first ids, which are the most frequent
-            ones; "text": those of ``text``, its first P tokens; "labels": a vector per label, the mean of its
-            tokens' embeddings; "random": uniform in [-0.5, 0.5]. What text and labels leave is as "vocab".
+        init: where the vectors start. "vocab": embeddings of P ids among the first 5,000, which are the most frequent
+            ones; "text": those of ``text``, its first P tokens; "labels": a vector per label, the mean of its tokens'
+            embeddings; "random": uniform in [-0.5, 0.5]. If text or labels give fewer than P vectors, the others start
+            as with "vocab".
         text, labels: see ``init``.
         tokenizer: for text and labels; a path, by default that of the model.
 
@@ -108,7 +110,7 @@ class PromptTuning(SoftPrompt):
 
 
 class LongerMemory(Prompt):
-    """Before the decoder of an encoder-decoder: its mask of the encoder's output, longer by the prompt."""
+    """Stands before the decoder of an encoder-decoder: makes the mask of the encoder's output longer by the prompt."""
 
     def __init__(self, tokens: int):
         super().__init__()

@@ -3,11 +3,11 @@
     y = scale (codes - zeros) x + b + s B A p(x)    s = alpha / r;  p adds up x over each group
 
 A in R^(r x in/group) starts random (Kaiming uniform), B in R^(out x r) at 0: the model starts as its quantised
-base. Being constant in a group, the change merges into the zeros: codes and scales stay, and nothing is rounded
-but float32 zeros. The base is quantised as the adapter is attached, the layers of the target alone.
+base. The change is constant in a group, so it merges into the zeros: codes and scales stay, and only the float32 zeros
+are rounded. ``attach`` quantises the base, only the layers of the target.
 
-HF PEFT has it for GPTQ models, without merging, and pools otherwise: ``pool="peft"`` reads and writes its files
-(LoRA's with ``use_qalora``), the paper's sum and its authors' mean are files of our own.
+HF PEFT has QA-LoRA for GPTQ models, without merging and with another pooling. ``pool="peft"`` reads and writes PEFT's
+files (LoRA's with ``use_qalora``). With the paper's sum and its authors' mean, files have our own format.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class QALoRAConfig(Config):
     Args:
         r: rank.
         alpha: numerator of the scaling; by default 2 r.
-        bits: of a code, 2, 3, 4 or 8; None for those of a base that is quantised already, as a file of PEFT's needs it.
+        bits: of a code, 2, 3, 4 or 8. None takes those of a base that is already quantised, as for a file of PEFT's.
         group_size: columns of a weight that share a scale and a zero, a power of two from 8 to 4096.
         pool: "sum" as in the paper, "mean" as in its authors' code, or "peft", see :func:`peftops.qalora_linear`.
         target: as for :class:`LoRAConfig`.
@@ -123,7 +123,7 @@ class QALoRA(Adapter):
                 f"is for {'any' if config.bits is None else config.bits} bits in groups of {group}"
             )
         if in_ % group:
-            raise ValueError(f"{layer} has {in_} inputs, which is no multiple of group_size={group}")
+            raise ValueError(f"{layer} has {in_} inputs, which is not a multiple of group_size={group}")
         self.rank = config.r
         if experts and config.pool == "peft":
             raise ValueError(f"pool='peft' is for files of HF PEFT, which has no QA-LoRA for experts like {layer}")

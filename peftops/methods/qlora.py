@@ -2,7 +2,7 @@
 
     y = dequant(W_nf4) x + b + s B A D(x)
 
-The base is quantised as the adapter is attached, one layer after the other.
+``attach`` quantises the base, one layer after the other.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class QLoRAConfig(LoRAConfig):
         block_size: elements of a weight that share one absmax, a power of two from 32 to 4096.
         double_quant: quantise the absmax values, too: 4.127 instead of 4.5 bits per weight.
         format: ``"nf4"``, to which the two options above belong, or ``"mxfp4"``, the format of gpt-oss: 4.25 bits per
-            weight, with a larger error (see :func:`peftops.mxfp4_quantize`). Layers in codes stay in theirs.
+            weight, with a larger error (see :func:`peftops.mxfp4_quantize`). Layers that are already in codes keep
+            their format.
 
     Examples:
         >>> model = peftops.attach(nn.Sequential(nn.Linear(64, 32)), peftops.QLoRAConfig(r=2))
@@ -64,7 +65,7 @@ def check_nothing_dense_is_adapted(method: str, model: nn.Module) -> None:
 
 
 def quantize_base(model: nn.Module, paths: set[str], config: QLoRAConfig) -> None:
-    """These layers, but for those that train whole."""
+    """These layers, without those that train whole."""
     chosen = {path for path in paths if not is_within(path, config.modules_to_save)}
     quantize_linears(model, chosen.__contains__, **config.codes)
 

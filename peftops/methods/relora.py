@@ -2,14 +2,14 @@
 
     y = W x + b + s B A D(x);  every R steps: W += s B A, then A starts anew (Kaiming uniform) and B at 0
 
-The model starts as it was, a restart leaves its function as it is, and after k of them W has moved by up to rank
-(k + 1) r. Whatever is no matrix of the target (embeddings, norms, head, biases) trains in full, as in the paper. Call
-:func:`relora_step` after each step of the optimizer: it restarts, and prunes the optimizer's memory of A and B. In
-between, :func:`relora_schedule` warms the learning rate up again. (The authors' code zeroes A of a pre-trained model,
-so that nothing learns before the first restart; here A never is 0.)
+The model starts as it was, and a restart does not change its function. After k restarts the rank of the change of W is
+up to (k + 1) r. All other parameters (embeddings, norms, head, biases) train in full, as in the paper. Call
+:func:`relora_step` after each step of the optimizer: it restarts, and prunes the optimizer's memory of A and B. Between
+restarts, :func:`relora_schedule` warms the learning rate up again. (The authors' code zeroes A for a pre-trained model,
+so nothing learns before the first restart. Here A is never 0.)
 
-A restart changes the base for good: :func:`peftops.detach` leaves the sum so far, and a file holds the base's weights
-from then on. A base in 4 bits is quantised again, which loses what is finer than its codes; the report says how much.
+A restart changes the base permanently: :func:`peftops.detach` leaves the changed base, and files hold the base's
+weights after the first restart. A base in 4 bits is quantised again, with an error that the report tells.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class ReLoRAConfig(LoRAConfig):
 
     Args:
         every: R, the steps between restarts.
-        rest: whether embeddings, norms, the head and biases train, too.
+        rest: whether embeddings, norms, head and biases train, too.
         prune: what a restart does to the optimizer's memory of A and B: "reset" zeroes it, "random" zeroes a share,
             "magnitude" the smallest share.
         prune_ratio: that share, in [0, 1).
-        restarts: how many there have been; a file tells.
+        restarts: the number of restarts so far; files store it.
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.ReLoRAConfig(r=2, every=10))
@@ -85,8 +85,8 @@ class ReLoRA(LoRA):
                 raise ValueError(f"{path} shares its weight with another layer, which a restart would change, too")
             found[path] = ReLoRA(base, config, path)
         if config.restarts and state_of(model):
-            raise ValueError("these restarts changed the base, which this model's other adapters stand on")
-        # Experts are most of a model: they are left as they are, which attaching tells.
+            raise ValueError("these restarts changed the base, but other adapters of this model need the old base")
+        # Experts are most of a model: they do not train, and attaching warns about that.
         left = lambda layer, leaf: kind_of(layer) == EXPERTS or is_quantized(getattr(layer, leaf))
         other = lambda path, layer, leaf: path not in found and not left(layer, leaf)
         return found | copies(Select, model, other, None) if config.rest else found
@@ -109,7 +109,7 @@ class ReLoRA(LoRA):
         return super().stored() | (base_tensors(self._base[0]) if self.restarts else {})
 
     def restart(self, base: nn.Module) -> MergeError:
-        """Fold B A into the base's own weight and start anew; what that cost."""
+        """Fold B A into the base's own weight and start anew; returns the error of merging."""
         merged, error = self.merge_into(base, dense=False)
         base.weight.copy_(merged.weight)  # in place: others may hold the same tensor
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -123,14 +123,15 @@ def relora_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -
     """Restart the active ReLoRA adapter if ``step`` steps are a multiple of its ``every``.
 
     Args:
-        optimizer: whose memory of A and B is pruned in place; its count of steps goes on.
-        step: how many steps it has taken.
+        optimizer: its memory of A and B is pruned in place; its count of steps goes on.
+        step: the number of steps that it has taken.
 
     Returns:
-        What merging cost, or None if nothing was due.
+        The error of merging, or None if no restart was due.
 
     Raises:
-        ValueError: the adapter is no ReLoRA, is merged, not finite, or not the only one: nothing has changed then.
+        ValueError: the adapter is not a ReLoRA, is merged, is not finite, or is not the only one. Nothing has changed
+            then.
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.ReLoRAConfig(r=2, every=2))

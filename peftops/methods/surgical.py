@@ -1,8 +1,8 @@
 """Surgical fine-tuning, Lee et al. 2022 (arXiv:2210.11466): one block trains, chosen by the kind of shift.
 
 A change of the input (corruption) asks for the first block, one of features for a middle one, one of the labels
-for the last. The block's parameters start as they are: so does the model. Instead of choosing, learning rates can
-follow the gradients, for whatever trains:
+for the last. The block's parameters do not change at the start, so the model starts as it was. Instead of a choice of a
+block, learning rates can follow the gradients of all trained parameters:
 
     Auto-RGN    w_i = RGN_i / max RGN,  RGN_i = ||g_i|| / ||theta_i||
     Auto-SNR    w_i = 1 if SNR_i, scaled to [0, 1] over all i, is at least a threshold, else 0,
@@ -74,10 +74,11 @@ def auto_rgn(model: nn.Module, loss: Callable[[Any], Tensor], batches: Iterable[
     """The weight in [0, 1] of the learning rate of each trainable parameter, by its relative gradient norm.
 
     Args:
-        loss: the mean loss of one of the ``batches``, of which the paper takes five, again for every epoch.
+        loss: the mean loss of one of the ``batches``. The paper takes five batches, and computes new weights for every
+            epoch.
 
     Returns:
-        Weights by name, of which the largest is 1; a parameter that is all 0 has 0.
+        Weights by name; the largest is 1. A parameter whose elements are all 0 has weight 0.
 
     Examples:
         >>> model = nn.Linear(4, 2)
@@ -129,7 +130,7 @@ def auto_snr(
 
 
 def weighted_groups(model: nn.Module, weights: dict[str, float], lr: float) -> list[dict[str, Any]]:
-    """The parameters as groups for an optimizer, each with its own rate; those of weight 0 are left out.
+    """The parameters as groups for an optimizer, each with its own rate, without the parameters of weight 0.
 
     Examples:
         >>> groups = peftops.weighted_groups(nn.Linear(4, 2), {"weight": 1.0, "bias": 0.0}, lr=0.1)

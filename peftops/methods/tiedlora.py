@@ -2,10 +2,10 @@
 
     y = W x + b + s v * (B (u * (A D(x))))    s = alpha / r;  A, B shared;  u in R^r and v in R^out per layer
 
-A starts random (Kaiming uniform), B at 0, u and v at 1. Where B is frozen it is random and v starts at 0. Either
-way the model starts as it was. Switches say which factors are tied and which train: ``TiedLoRAConfig()`` is the
-paper's TL6 (all train), ``TiedLoRAConfig.tl5()`` trains A and B alone; the paper's TL1 to TL4 freeze others.
-We could not verify which, so they have no names here.
+A starts random (Kaiming uniform), B at 0, u and v at 1. If B is frozen, B is random and v starts at 0. In both cases
+the model starts as it was. Switches choose the factors that are tied and those that train: ``TiedLoRAConfig()`` is the
+paper's TL6 (all train), ``TiedLoRAConfig.tl5()`` trains A and B alone; the paper's TL1 to TL4 freeze other factors. We
+could not verify which ones, so they have no names here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TiedLoRAConfig(Config):
         alpha: numerator of the scaling; by default r, as in the paper.
         dropout, target: as in :class:`LoRAConfig`.
         tie_A, tie_B: share the factor between all layers of a shape.
-        train_A, train_B, train_u, train_v: what trains; B or v must.
+        train_A, train_B, train_u, train_v: whether each trains; B or v must.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
@@ -68,7 +68,7 @@ class TiedLoRAConfig(Config):
 
 
 class ScaledFactors(Adapter):
-    """The product of Tied-LoRA and VeRA. Both vectors are folded into B, so that a frozen A needs no x in backward."""
+    """The product of Tied-LoRA and VeRA. Both vectors are folded into B. So with a frozen A, backward needs no x."""
 
     scaling: float
     dropout: float

@@ -2,8 +2,9 @@
 
     h_l = block_l(h_(l-1)),  l = 1 .. L    the parameters of the blocks l > L - n and of the last norm train
 
-They start as they are: so does the model. Nothing below trains, so autograd keeps nothing of it: the memory of
-activations shrinks with n / L. A head whose weight is tied to the embedding gets a weight of its own.
+Their values do not change at the start, so the model starts as it was. No parameter below them trains, so autograd
+keeps no activations there: their memory shrinks with n / L. A head whose weight is tied to the embedding gets a weight
+of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class TopLayersConfig(Config):
     Args:
         layers: n; 0 for the head alone.
         head: whether the layers above the body train, too.
-        norm: whether the norms of the body that are in no block do.
+        norm: whether the norms of the body outside of the blocks train.
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.TopLayersConfig(layers=1))

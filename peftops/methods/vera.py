@@ -3,7 +3,8 @@
     y = W x + b + lambda_b * (B (lambda_d * (A D(x))))    A in R^(r x max in), B in R^(max out x r), cut to the layer
 
 lambda_b in R^out starts at 0 and lambda_d in R^r at ``d_initial``: the model starts as it was. A and B come from a
-seed, by HF PEFT's recipe, and are saved all the same: no seed is the same everywhere for ever.
+seed, by HF PEFT's recipe. They are saved nevertheless, because a seed may give other numbers on another version or
+machine.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class VeRAConfig(Config):
     """Options of VeRA.
 
     Args:
-        r: rank, large, as it costs one number per layer.
+        r: rank. It may be large: each rank costs one trained number per layer.
         dropout, target: as in :class:`LoRAConfig`.
         d_initial: where lambda_d starts.
         projection_seed: of A and B.

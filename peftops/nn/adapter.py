@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from .layers import LINEAR, dense_matrix, kind_of, sizes, with_matrix
 from .quantized import dequantized, is_quantized, quantized_like
 
-PREFIX = "base_model.model."  # of PEFT's keys, for its wrappers around the model
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # where they keep what they are around
+PREFIX = "base_model.model."  # the start of PEFT's keys, for its wrappers around the model
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # attributes with the inner module
 
 
 class Switch:
-    """Which adapter is active: one object for all layers of a model, so that switching touches no layer."""
+    """Which adapter is active: one object for all layers of a model, so that switching does not change the layers."""
 
     active: str | None = None
 
@@ -31,7 +31,7 @@ class MergeError:
 
     @classmethod
     def between(cls, before: Tensor, after: Tensor, rounded: Tensor, *, quantized: bool = False) -> MergeError:
-        size = lambda t: torch.linalg.vector_norm(t, dtype=torch.float64)  # squares of large weights have no float32
+        size = lambda t: torch.linalg.vector_norm(t, dtype=torch.float64)  # squares of large weights overflow float32
         relative = lambda t: (size(t) / size(before).clamp(min=1e-30)).item()
         return cls(relative(after - before), relative(rounded.float() - after), quantized)
 
@@ -52,7 +52,8 @@ class Stored(nn.Module):
         return {name: value for name, value in values.items() if value is not None}
 
     def complete(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a file that has all of :meth:`stored`, with what it leaves to be made of the base again."""
+        """All tensors of :meth:`stored`, from those of a file: the base supplies the tensors that such files leave
+        out."""
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -62,21 +63,21 @@ class Stored(nn.Module):
             own[name].copy_(value)
 
     def left(self) -> None:
-        """It has been taken off its model."""
+        """Called after the adapter is taken off its model."""
 
     def merge_into(self, base: nn.Module, *, dense: bool) -> tuple[nn.Module, MergeError]:
-        """A plain layer that computes what the adapted one does."""
+        """A plain layer that computes the same as the adapted one."""
         raise TypeError(f"{type(self).__name__} cannot be merged into the weights that it adapts")
 
 
 class Adapter(Stored):
     """A trainable change of one layer. A method writes :meth:`adapt` and, if it can, :meth:`merged`.
 
-    The base layer is passed in and never owned, so an adapter's state dict holds the adapter alone.
+    The base layer is an argument and not a submodule, so an adapter's state dict holds only the adapter.
     """
 
     layers: ClassVar[tuple[str, ...]] = (LINEAR,)  # kinds of layers it can adapt, as nn.layers has them
-    rank: int = 0  # of the product that it adds to a weight, if it does; more than a weight's own is of no use
+    rank: int = 0  # of the product that it adds to a weight, if it adds one; more than the weight's own rank is useless
 
     def adapt(self, base: nn.Module, x: Tensor) -> Tensor:
         """The output of the adapted layer."""
@@ -168,7 +169,7 @@ class AdaptedLayer(nn.Module):
         return sizes(self.base)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """(What ties weights sets them. A layer that is merged stands in for one that they are tied of no longer.)"""
+        """(Code that ties weights sets parameters. A merged layer has a weight of its own and cannot be tied.)"""
         if name not in ("weight", "bias") or "base" not in self._modules:
             super().register_parameter(name, param)
         elif not self.is_merged:
@@ -182,20 +183,21 @@ class AdaptedLayer(nn.Module):
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
-        """Names that transformers leaves out of a file if another name has the same tensor. It refuses all others."""
+        """Names that transformers leaves out of a file if another name has the same tensor. For all other names it
+        raises an error."""
         return {name: name for name, _ in self.named_parameters()}
 
     @torch.no_grad()
     def merge(self, name: str, *, dense: bool) -> MergeError:
-        """Let a plain layer with the adapter's change stand in for the base. An NF4 base is quantised again
-        unless ``dense``."""
+        """Put a plain layer with the adapter's change in place of the base. An NF4 base is quantised again unless
+        ``dense``."""
         merged, error = self.adapters[name].merge_into(self.base, dense=dense)
         self._unmerged = [self.base]
         self.base = merged
         return error
 
     def unmerge(self) -> None:
-        """Put the base back: the very same layer, so exact whatever :meth:`merge` computed."""
+        """Put the base back. It is the same layer as before, so this is exact."""
         if self._unmerged:
             (self.base,) = self._unmerged
             self._unmerged = []
@@ -203,7 +205,7 @@ class AdaptedLayer(nn.Module):
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside torch's wrappers (``torch.compile``, DistributedDataParallel, checkpointing); usually
-    ``module`` itself. Their names are no part of a model's."""
+    ``module`` itself. Names of a model's layers leave out the wrappers."""
     while True:
         leaf = next((leaf for leaf in WRAPPERS if leaf in module._modules), None)
         if leaf is None and isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
@@ -220,8 +222,8 @@ def base_of(module: nn.Module) -> nn.Module:
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """``model.get_submodule(path)``, by the names that modules have while none is adapted: a layer within an adapted
-    attention is where it was."""
+    """``model.get_submodule(path)``, by the names that modules have in the model without adapters. So a layer within an
+    adapted attention keeps its name."""
     module = model
     for leaf in path.split(".") if path else ():
         module = getattr(base_of(module), leaf)
@@ -229,6 +231,6 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds what is at ``path``, and as which attribute."""
+    """The module that holds the module at ``path``, and the name of the attribute."""
     parent, _, leaf = path.rpartition(".")
     return base_of(module_at(model, parent)), leaf

@@ -1,6 +1,6 @@
 """Mixtures of experts whose weights are parameters with three dims, as transformers' models keep them.
 
-Such a parameter is no layer, so nothing could adapt it or put it in codes. :func:`open_experts` puts an
+Such a parameter is not a layer, so no method could adapt it or put it in codes. :func:`open_experts` puts an
 :class:`~peftops.nn.ExpertsLinear` in its place, over the same parameter and under the same name, and lets the module
 compute by :func:`experts_forward`; :func:`close_experts` is the reverse, for what is dense and not adapted.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .experts_linear import ExpertsLinear
 from .quantized import is_quantized
 
-_HOOKED = "_old_forward"  # where accelerate's hooks keep the forward that they stand in for
+_HOOKED = "_old_forward"  # where accelerate's hooks keep the forward that they replace
 
 
 def stacks_of(module: nn.Module) -> tuple[str, ...]:
@@ -38,8 +38,8 @@ def _is_stack(part: object) -> bool:
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward of a module of experts, in transformers' interface (``ALL_EXPERTS_FUNCTIONS["peftops"]``).
 
-    Rows are sorted by expert; what an expert is not asked for costs nothing. An index of E, which stands for an expert
-    of another process, sorts to the end and adds zero. The sum over an input's experts is float32.
+    Rows are sorted by expert, and an expert without rows costs nothing. The index E stands for an expert of another
+    process: its rows sort to the end and add zero. The sum over an input's experts is float32.
 
     Args:
         hidden_states: ``[T, H]``; top_k_index: ``[T, k]``; top_k_weights: ``[T, k]``.
@@ -55,7 +55,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     if self.has_post_expert_norm:
         rows = self.post_expert_norm(rows)
     rows = rows * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    if getattr(self, "_is_expert_parallel", False):  # a norm, or a weight that is no number, may make zero something
+    if getattr(self, "_is_expert_parallel", False):  # so that a norm or a weight cannot make zero something
         rows = rows.masked_fill((ids >= len(experts)).unsqueeze(-1), 0.0)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return rows[back].unflatten(0, top_k_index.shape).sum(1, dtype=torch.float32).to(hidden_states.dtype)
@@ -85,14 +85,14 @@ def _apply(experts: nn.Module, name: str, x: Tensor, offsets: Tensor) -> Tensor:
 
 def stack_layer(experts: nn.Module, name: str) -> ExpertsLinear:
     """A layer over one of the parameters of a module of experts, and over its bias."""
-    transposed = getattr(experts, "is_transposed", True)  # (Llama 4 has no flags, and is)
+    transposed = getattr(experts, "is_transposed", True)  # (Llama 4 has no flags, and its weights are transposed)
     bias = experts._parameters.get(f"{name}_bias")
     return ExpertsLinear(getattr(experts, name), bias, transposed=transposed).train(experts.training)
 
 
 class _Opened:
-    """The forward that is called in the place of a module's own. (It is an object, and no bound function: so it can be
-    pickled, and goes with a copy of the module.)"""
+    """The forward that replaces a module's own. (It is an object and not a bound function, so it can be pickled and
+    copied with the module.)"""
 
     def __init__(self, experts: nn.Module):
         self.experts, self.names = experts, list(experts._parameters)
@@ -103,7 +103,7 @@ class _Opened:
 
 
 def open_experts(model: nn.Module) -> None:
-    """Let every mixture of experts in ``model`` consist of layers; nothing is copied, and what it computes stays."""
+    """Turn every mixture of experts in ``model`` into layers. Nothing is copied, and the results do not change."""
     for module in list(model.modules()):
         for name in stacks_of(module):
             if isinstance(getattr(module, name), nn.Parameter):
@@ -120,7 +120,7 @@ def is_opened(module: nn.Module) -> bool:
 
 
 def close_experts(model: nn.Module) -> None:
-    """Put the parameters back wherever all layers of a mixture are dense and nothing stands on them."""
+    """Put the parameters back in each mixture whose layers are all dense and not adapted."""
     for module in list(model.modules()):
         layers = {name: getattr(module, name) for name in stacks_of(module)} if is_opened(module) else {}
         if not layers or not all(type(p) is ExpertsLinear and not is_quantized(p.weight) for p in layers.values()):
@@ -137,8 +137,8 @@ def close_experts(model: nn.Module) -> None:
 
 
 def keep_names(model: nn.Module) -> None:
-    """Let transformers write experts that are in codes, or adapted, under the names that they have: it would cut their
-    tensors into one for each expert, as files of such models have it, and codes cannot be cut."""
+    """Make transformers write experts that are in codes, or adapted, under their own names. Otherwise it would cut
+    their tensors into one for each expert, as in the files of such models, and codes cannot be cut."""
     names = [name for name, module in model.named_modules() if isinstance(module, ExpertsLinear)]
     if names and hasattr(model, "save_pretrained"):
         ways = getattr(model, "_weight_conversions", None) or []
@@ -148,7 +148,7 @@ def keep_names(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def opened(model: nn.Module) -> Iterator[None]:
-    """Inside, experts are layers; those that nothing has been done to are parameters again afterwards."""
+    """Inside, experts are layers. Afterwards, those that are still dense and not adapted are parameters again."""
     open_experts(model)
     try:
         yield

@@ -57,7 +57,7 @@ class ExpertsLinear(StoredInParts):
         return experts_linear(x, self.matrices, offsets, self.bias, compute=self.compute)
 
     def _trained(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """By torch's own product, which has a gradient in the weight and leaves what no expert has undefined."""
+        """By torch's own product, which has a gradient of the weight, and leaves the rows of no expert undefined."""
         rows = torch.arange(x.shape[0], device=x.device)
         none = (rows >= offsets[-1]).unsqueeze(-1)
         y = F.grouped_mm(x.masked_fill(none, 0), self.matrices.to(x.dtype).mT, offs=offsets.int())

@@ -1,9 +1,8 @@
-"""Zero-init gated attention in transformers' models: a prompt beside what an attention module computes.
+"""Zero-init gated attention in transformers' models: an attention module with a prompt beside it.
 
-Which model it is does not matter, only that its attention goes through transformers' registry of attention
-functions. There it hands over queries, keys and values as they are attended to, normed and rotated. The functions
-in the registry are wrapped once; a call that brings no prompt along passes straight through. When the last who needs
-that leaves, they are as they were.
+It works with every model whose attention goes through transformers' registry of attention functions. An attention
+function gets queries, keys and values that are normed and rotated. The functions in the registry are wrapped once, and
+a call without a prompt passes directly through. When the last user leaves, the original functions are put back.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ..ops import with_gated_prompt
 from ..ops.lora_linear import autocasting
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # its name in the files of transformers' models
-ARGUMENT = "peftops_attention"  # a call's own attention: modules hand on what they do not know
+ARGUMENT = "peftops_attention"  # the call's own attention function: modules pass unknown arguments on
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -34,9 +33,9 @@ def is_attention(module: nn.Module) -> bool:
 def check_attention(module: nn.Module, name: str) -> None:
     """Raise a sentence unless the attention module ``name`` can take a prompt."""
     if not is_attention(module):
-        raise TypeError(f"{name}, a {type(module).__name__}, is no attention of transformers that decodes")
+        raise TypeError(f"{name}, a {type(module).__name__}, is not a causal attention of transformers")
     if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values()):
-        raise TypeError(f"{name}, a {type(module).__name__}, hands no arguments on to its attention function")
+        raise TypeError(f"{name}, a {type(module).__name__}, passes no other arguments on to its attention function")
 
 
 # By registry and name of each attention function that is replaced: the registry, and the modules that need the
@@ -45,7 +44,8 @@ _USERS: dict[tuple[int, str], tuple[Any, WeakSet]] = {}
 
 
 def open_registry(module: nn.Module, user: nn.Module) -> None:
-    """Let the attention function that a module uses give way to :data:`ARGUMENT`, until the user leaves."""
+    """Wrap the attention function that a module uses, so that the argument :data:`ARGUMENT` replaces it; until the user
+    leaves."""
     registry = inspect.unwrap(type(module).forward).__globals__[REGISTRY]
     name = module.config._attn_implementation
     if name not in registry:
@@ -66,7 +66,7 @@ def close_registry(user: nn.Module) -> None:
         if not users:
             del _USERS[key]
             function = registry[key[1]]
-            if hasattr(function, ARGUMENT):  # (somebody may have put another one there)
+            if hasattr(function, ARGUMENT):  # (other code may have put another function there)
                 registry[key[1]] = function.__wrapped__
 
 
@@ -81,7 +81,7 @@ def _giving_way(function: Callable) -> Callable:
 
 
 class Kept:
-    """A result that is kept for as long as the tensors that it was made of are the same, unchanged and frozen."""
+    """A result that is kept while the tensors from which it was computed are the same, unchanged and frozen."""
 
     def __init__(self) -> None:
         self._tensors: tuple = ()
@@ -104,8 +104,8 @@ class Kept:
 class GatedPrompt(nn.Module):
     """A prompt ``[tokens, hidden]`` and a gate per head, or one for all, for one attention module of transformers.
 
-    Keys and values of the prompt are those that the module itself makes of it, unrotated: by the same
-    projections, norms and adapters as those of words. They are kept from call to call while nothing learns.
+    The module itself computes the prompt's keys and values, unrotated, with the same projections, norms and adapters as
+    those of words. They are kept from call to call while no parameter of them trains.
     """
 
     def __init__(self, attention: nn.Module, tokens: int, gate_activation: str, *, gate_per_head: bool = True):
@@ -147,14 +147,14 @@ class GatedPrompt(nn.Module):
     def _project(
         self, attention: nn.Module, dtype: torch.dtype, arguments: dict[str, Any], image: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Run the module on the prompt, turned by an angle of 0, up to where it attends."""
+        """Run the module on the prompt, rotated by an angle of 0, up to its attention function."""
         prompt = (self.prompt[None] if image is None else self.prompt + image).to(dtype)
         still = {}
         if arguments.get("position_embeddings") is not None:
             shape = (1, prompt.shape[1], arguments["position_embeddings"][0].shape[-1])
             still["position_embeddings"] = (prompt.new_ones(shape), prompt.new_zeros(shape))
         elif getattr(attention.config, "rope_parameters", None):
-            raise TypeError(f"{type(attention).__name__} rotates keys itself: a prompt's cannot be left as they are")
+            raise TypeError(f"{type(attention).__name__} rotates keys itself, so a prompt's keys cannot stay unrotated")
         found: list[Tensor] = []
 
         def take(function: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any):
@@ -163,7 +163,7 @@ class GatedPrompt(nn.Module):
 
         attention(prompt, attention_mask=None, **still, **{ARGUMENT: take})
         key, value = found
-        return key.to(value.dtype), value  # (under autocast, turning keys makes them float32 again)
+        return key.to(value.dtype), value  # (under autocast, rotating keys makes them float32 again)
 
     def extra_repr(self) -> str:
         tokens, hidden = self.prompt.shape

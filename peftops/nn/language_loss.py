@@ -1,9 +1,9 @@
 """The loss of a language model, computed in pieces, so that all logits are never there at once.
 
 A vocabulary of 128,000 words makes 512 KiB of logits in float32 for each token, and cross-entropy and its gradient make
-as many again. They are most of what a step of a small model holds, or of a large one in 4 bits. Here a piece of the
-tokens passes the output layer, and its gradient is found before the next one's logits are made. Backward keeps the
-gradient of the hidden states alone.
+as many again. They take most of the memory in a step of a small model, or of a large one in 4 bits. Here one piece of
+the tokens passes the output layer, and its gradient is computed before the logits of the next piece. Backward keeps
+only the gradient of the hidden states.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-IGNORED = -100  # the label of a token that is not to be learnt, as torch and transformers have it
+IGNORED = -100  # the label of a token that the model is not to learn, as in torch and transformers
 PIECE = 16 << 20  # logits at a time: 64 MiB of them in float32
 
 
@@ -54,8 +54,8 @@ class _HeadLoss(torch.autograd.Function):
 def head_loss(head: nn.Module, hidden: Tensor, labels: Tensor, *, vocabulary: int | None = None) -> Tensor:
     """Sum of the negative log-likelihoods of ``labels`` under ``head(hidden)``.
 
-    It equals ``F.cross_entropy(head(hidden).float(), labels, reduction="sum")``, gradients included, but for the order
-    of sums. Some 16 million logits are made at a time.
+    It equals ``F.cross_entropy(head(hidden).float(), labels, reduction="sum")``, with its gradients, apart from the
+    order of sums. Some 16 million logits are made at a time.
 
     Args:
         head: the output layer, dense, quantised or adapted; a module from ``[tokens, width]`` to ``[tokens, words]``.
@@ -95,8 +95,8 @@ _splits: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary(
 
 
 def splits(model: nn.Module) -> bool:
-    """Whether a causal language model of transformers is a body and then an output layer, and nothing is done to the
-    logits after that. Two tokens tell, once for a model."""
+    """Whether a causal language model of transformers is a body and then an output layer, without a change of the
+    logits after that. A pass of two tokens tells it, once for a model."""
     if model not in _splits:
         _splits[model] = _looks_split(model)
     return _splits[model]
@@ -133,14 +133,14 @@ def _looks_split(model: nn.Module) -> bool:
 def language_model_loss(model: nn.Module, input_ids: Tensor, labels: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
     """Sum of the negative log-likelihoods of a causal language model's labels, and how many there are.
 
-    Logits are made for the labelled tokens alone, and in pieces: see :func:`head_loss`. A model that does more to its
-    logits than its output layer does (a cap, a factor) makes them all at once.
+    Logits are made for the labelled tokens alone, and in pieces: see :func:`head_loss`. If a model changes its logits
+    after the output layer (a cap, a factor), all of them are made at once.
 
     Args:
         model: one of transformers' causal language models, with adapters or without.
         input_ids: int64 ``[rows, tokens]``.
-        labels: of the same shape; the label of a token is predicted from those before it, and -100 is none.
-        inputs: what else ``model`` takes, ``attention_mask`` for instance.
+        labels: of the same shape. The label of a token is predicted from the tokens before it; -100 means no label.
+        inputs: other arguments of ``model``, ``attention_mask`` for instance.
 
     Returns:
         The sum, float32, and the number of labels, int64; divide for the mean that ``model(labels=...)`` returns.

@@ -42,7 +42,7 @@ def kind_of(layer: nn.Module) -> str | None:
         return LINEAR
     if isinstance(layer, ExpertsLinear):
         return EXPERTS
-    # A subclass that does more than look up (Gemma's scales what it found) is not linear in its weight alone.
+    # A subclass that does more than a look-up (Gemma's scales the result) does not depend on its weight alone.
     if isinstance(layer, nn.Embedding) and kind.forward is nn.Embedding.forward and layer.max_norm is None:
         return EMBEDDING
     plain = next((conv for conv in CONVOLUTIONS if isinstance(layer, conv)), None)
@@ -72,13 +72,15 @@ def _convolve(layer: nn.Module) -> Callable[..., Tensor]:
 
 
 def over_channels(layer: nn.Module, values: Tensor) -> Tensor:
-    """One value for each output of a layer's matrix (or channel that it reads), to meet what it computes (or reads)."""
+    """One value for each output of a layer's matrix (or input channel), in a shape that broadcasts to its output (or
+    input)."""
     return values.view(-1, *[1] * (layer.weight.dim() - 2)) if is_convolution(layer) else values
 
 
 def is_plain_linear(kind: type[nn.Linear]) -> bool:
-    """Whether a subclass of ``nn.Linear`` computes what that does, by its weight and bias alone. (Routers of experts
-    return more than a product, BitNet's layers round their inputs; Falcon's write the product in another way.)"""
+    """Whether a subclass of ``nn.Linear`` computes the same as ``nn.Linear``, from its weight and bias. (Routers of
+    experts return more than a product, and BitNet's layers round their inputs. Falcon's layers compute the same,
+    written in another way.)"""
     return kind.forward is nn.Linear.forward or _computes_a_product(kind)
 
 
@@ -135,7 +137,7 @@ def with_parameters(layer: nn.Module, parameters: dict[str, Tensor | None]) -> n
 
 
 def with_matrix(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A dense layer that works as ``layer`` does, on the matrix ``weight``, stored as such a layer stores it."""
+    """A dense layer like ``layer`` with the matrix ``weight``, stored as such a layer stores it."""
     layer = getattr(layer, "dense_shell", layer)
     if is_conv1d(layer) or isinstance(layer, nn.Embedding):
         weight = weight.t().contiguous()

@@ -1,4 +1,5 @@
-"""``scaling * B A``, added to any layer that can be seen as a matrix. All of the LoRA family computes with this."""
+"""``scaling * B A``, added to any layer that can be seen as a matrix. All methods of LoRA's family compute with
+this."""
 
 from __future__ import annotations
 
@@ -71,7 +72,7 @@ def low_rank(
             scaling=scaling,
             compute=base.compute,
         )
-    if is_quantized(weight):  # a linear layer, of which a step calls hundreds: on a GPU the host must not be late
+    if is_quantized(weight):  # a step calls hundreds of linear layers: on a GPU the host must be fast enough
         return weight.product(
             x,
             base.bias if bias else None,

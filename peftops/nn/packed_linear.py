@@ -20,8 +20,8 @@ class PackedLinear(StoredInParts, nn.Linear):
     """``nn.Linear`` over a frozen packed weight. Each format has a subclass, which :meth:`over` finds.
 
     ``compute="int8"`` lets it round activations (and the codes of NF4) where that is faster.
-    ``dense_shell`` is the layer it was quantised from, without parameters, if that was no plain ``nn.Linear``:
-    dense again, it has to become such a layer.
+    If it was quantised from a layer other than a plain ``nn.Linear``, ``dense_shell`` is that layer without parameters:
+    dequantising makes such a layer again.
     """
 
     format: ClassVar[type[PackedTensor]]
@@ -56,8 +56,8 @@ class PackedLinear(StoredInParts, nn.Linear):
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, **options: Any) -> PackedLinear:
-        """Quantise ``linear`` (or a Conv1D of transformers) by the function of the format, such as
-        :func:`peftops.nf4_quantize`, whose options these are; the bias is shared, not copied."""
+        """Quantise ``linear`` (or a Conv1D of transformers). The options are those of the format's function, such as
+        :func:`peftops.nf4_quantize`. The bias is shared, not copied."""
         return packed_layer(linear, cls.format.quantize(matrix(linear).contiguous(), **options))
 
     def with_codes(self, weight: PackedTensor, bias: Tensor | None) -> PackedLinear:
@@ -99,11 +99,11 @@ def quantize_linears(
     format: str = "nf4",
     **options: Any,
 ) -> list[str]:
-    """Replace the chosen dense linear layers of ``model`` by packed ones, and experts' by layers over codes, in place
+    """Replace the chosen dense linear layers of ``model`` by packed ones, and experts by layers over codes, in place
     and one by one.
 
-    A dense weight is freed before the next one is quantised (unless something else refers to it), so the
-    dense and the 4-bit model never exist at once.
+    A dense weight is freed before the next one is quantised (unless other code refers to it), so the dense and the
+    4-bit model never exist at once.
 
     Args:
         model: any module. Layers that are quantised already are left alone.

@@ -11,8 +11,8 @@ import torch
 
 
 def paged_memory(device: torch.device) -> AbstractContextManager[None]:
-    """Inside ``with paged_memory(device):`` what this thread allocates on ``device`` is paged memory, for as long as it
-    is in use. The host's own memory is paged already: for the CPU this changes nothing.
+    """Inside ``with paged_memory(device):`` this thread's allocations on ``device`` are paged memory, for as long as
+    they live. On the CPU this has no effect, because the host's own memory is paged already.
 
     Raises:
         RuntimeError: ``device`` is a GPU and this build of peftops has no CUDA kernels.
@@ -23,7 +23,7 @@ def paged_memory(device: torch.device) -> AbstractContextManager[None]:
 @functools.cache
 def _pool(index: int) -> torch.cuda.MemPool:
     allocator = _allocator()
-    with torch.cuda.device(index):  # which a pool belongs to
+    with torch.cuda.device(index):  # the device of a pool
         return torch.cuda.MemPool(allocator.allocator())
 
 

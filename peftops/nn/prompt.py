@@ -1,4 +1,4 @@
-"""Methods that put trainable vectors before what a model reads."""
+"""Methods that put trainable vectors before a model's input."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .adapter import MergeError, Stored, Switch
 class Prompt(Stored):
     """Trainable vectors for a whole model. A method writes :meth:`before` and, if it must, :meth:`after`.
 
-    They run around the call of the model's body, the part under its head, so that a head, its loss and
-    ``generate`` see as many positions as the caller gave.
+    They run around the call of the model's body, the part under its head. So the head, its loss and ``generate`` see
+    the positions of the caller, without those of the prompt.
     """
 
     def before(self, body: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that the body is called with, in place of ``arguments``; a cache is called ``cache`` there."""
+        """The arguments for the body, in place of ``arguments``. A cache has the name ``cache`` in both."""
         raise NotImplementedError
 
     def after(self, body: nn.Module, output: Any) -> Any:
@@ -27,7 +27,7 @@ class Prompt(Stored):
         return output
 
     def forward(self) -> None:
-        raise RuntimeError(f"{type(self).__name__} is not called; it changes what the model's body is called with")
+        raise RuntimeError(f"{type(self).__name__} is not called; it changes the arguments of the model's body")
 
 
 class Prompted(nn.Module):
@@ -39,7 +39,7 @@ class Prompted(nn.Module):
         super().__init__()
         self.adapters = nn.ModuleDict()
         self.switch = switch
-        self.is_merged = False  # whether the layers do without it
+        self.is_merged = False  # whether the layers compute without it
         self.cache_name = cache_name(body)
         self._hooks = [
             body.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -76,7 +76,7 @@ class Prompted(nn.Module):
         prompt = self._active()
         if prompt is None:
             return None
-        if args:  # transformers' bodies take the ids first, and everything else by name
+        if args:  # transformers' bodies take the ids first, and all other arguments by name
             kwargs = {body.main_input_name if hasattr(body, "main_input_name") else "input_ids": args[0], **kwargs}
         if len(args) > 1:
             raise TypeError(f"{type(prompt).__name__} needs the arguments of {type(body).__name__} by their names")
@@ -100,9 +100,9 @@ def cached(arguments: dict[str, Any]) -> int:
 
 
 def check_one_sequence(arguments: dict[str, Any], why: str = "a prompt stands before one") -> None:
-    """Raise a ValueError for rows that several sequences are packed into: a prompt would stand before the first one
-    alone, and a prefix join them all. transformers takes positions for such where they do not go on one by one and
-    there is no mask."""
+    """Raise a ValueError for rows into which several sequences are packed: a prompt would stand before the first one
+    only, and a prefix would connect them all. transformers takes a row as packed if its positions are not consecutive
+    and there is no mask."""
     what = f"several sequences in a row, and {why}; give each sequence a row of its own"
     for name in ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx"):
         if arguments.get(name) is not None:
@@ -121,10 +121,10 @@ def shifted(arguments: dict[str, Any], by: int, *, new: bool) -> dict[str, Any]:
     """The mask and the positions of a call whose tokens have ``by`` more in front of them.
 
     Args:
-        new: whether these are in the call's own sequence, so that they need positions.
+        new: whether these are in the sequence of this call, so that they need positions.
 
     Raises:
-        ValueError: the mask is not one number per token, to which nothing can be put in front.
+        ValueError: the mask has another shape than one number per token, so it cannot be made longer.
     """
     changed = dict(arguments)
     mask = arguments.get("attention_mask")

@@ -1,4 +1,4 @@
-"""Quantised weights in layers and methods, whatever their format: a PackedTensor knows what can be done with it."""
+"""Quantised weights in layers and methods, for all formats: a PackedTensor knows its own operations."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..ops.packed_tensor import PackedTensor
 
 
 class StoredInParts(nn.Module):
-    """A layer whose packed ``weight`` is plain tensors in a state dict: what it is made of, under ``weight.packed``,
-    ``weight.scales``, ... So whatever writes state dicts (safetensors, and with it transformers' ``save_pretrained``
-    and Trainer) can write it. A state dict that has the weight itself, as FSDP's does, is read as well."""
+    """A layer whose state dict has the parts of its packed ``weight`` as plain tensors: ``weight.packed``,
+    ``weight.scales``, ... So every writer of state dicts can write it (safetensors, and with it transformers'
+    ``save_pretrained`` and Trainer). A state dict with the weight itself, as FSDP's, is read as well."""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

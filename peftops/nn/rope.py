@@ -11,7 +11,7 @@ def _rotaries(model: nn.Module) -> list[nn.Module]:
 
 
 def stretches(model: nn.Module, length: int) -> bool:
-    """Whether :func:`stretch` would change the model. Raise a sentence if it should and cannot."""
+    """Whether :func:`stretch` would change the model. Raises an error if a change is needed and not possible."""
     config = model.config
     if length <= getattr(config, "max_position_embeddings", 0):
         return False
@@ -26,7 +26,7 @@ def stretches(model: nn.Module, length: int) -> bool:
 
 @torch.no_grad()
 def stretch(model: nn.Module, length: int) -> None:
-    """Let ``model`` read ``length`` tokens with the angles that it knows, and its config say so to whoever loads it.
+    """Let ``model`` read ``length`` tokens with the angles that it was trained with, and write that into its config.
 
     Does nothing if the model reads so many already.
     """

@@ -2,7 +2,7 @@
 
     y = s * (W x + b)    s in R^out;    or, as in the authors' code of 65B, y = W (s * x) + b    s in R^in
 
-b is added to the bias that a layer has. s starts at 1 and b at 0: the model starts as it was.
+b is added to the layer's own bias. s starts at 1 and b at 0: the model starts as it was.
 """
 
 from __future__ import annotations

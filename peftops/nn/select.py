@@ -16,8 +16,9 @@ from .quantized import is_quantized
 class Select(Adapter):
     """Parameters of a layer, trained: the layer computes with copies in their place.
 
-    The copies start as what they replace, in float32, and the base keeps its own: it can be asked at any time,
-    switching costs nothing and taking the copies off is exact. A copy of a tied weight is tied no longer.
+    The copies start with the values of the originals, in float32, and the base keeps the originals. So the base can be
+    used at any time, switching costs nothing, and removing the copies is exact. A copy of a tied weight is no longer
+    tied.
     """
 
     def __init__(self, base: nn.Module, leaves: list[str], layer: str):

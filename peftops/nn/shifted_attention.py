@@ -16,10 +16,10 @@ def boundaries(tokens: int, group: int, start: int) -> list[tuple[int, int]]:
 
 
 class ShiftedAttention:
-    """How an attention of transformers attends, in place of an attention function of the registry.
+    """The attention function of an attention module of transformers, in place of one from the registry.
 
-    The model's own function runs once a group, on that group's part of the mask: padding stays hidden, and whatever
-    else the function does stays as it is. Scores number ``tokens * group / 2`` a head instead of ``tokens^2 / 2``.
+    The model's own function runs once for each group, with that group's part of the mask: padding stays hidden, and all
+    other work of the function stays the same. Scores number ``tokens * group / 2`` a head instead of ``tokens^2 / 2``.
 
     Args:
         group: tokens of a group, at least 2; None for a quarter of the sequence, rounded up.
@@ -49,7 +49,7 @@ class ShiftedAttention:
         halves = []
         for half, start in enumerate((group, group // 2 if self.shift else group)):
             spans, parts = boundaries(tokens, group, start), []
-            # Split, not sliced: the gradient of many slices would be as many whole tensors, mostly zero.
+            # Split, not sliced: each of many slices would have a gradient of the whole size, mostly zero.
             own = (t.chunk(2, 1)[half].split([b - a for a, b in spans], 2) for t in (query, key, value))
             for (a, b), q, k, v in zip(spans, *own, strict=True):
                 # The last two dimensions are queries and keys; a mask of two, of flash attention, has keys alone.

@@ -11,7 +11,7 @@ BASE_KEYS = {f"base_{name.lstrip('_')}": f"base_{name.lstrip('_')}" for name in 
 
 
 def base_tensors(layer: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a dense or quantised layer's weight: themselves and no copies, so that one can copy into them."""
+    """The tensors of a dense or quantised layer's weight. They are no copies, so a reader can copy into them."""
     weight = layer.weight
     parts = weight.parts() if isinstance(weight, PackedTensor) else {"weight": weight.detach()}
     return {f"base_{name.lstrip('_')}": part for name, part in parts.items()}

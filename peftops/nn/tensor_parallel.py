@@ -4,9 +4,9 @@ A column-parallel layer has a part of the outputs on each rank, a row-parallel o
 its results over the ranks. Two ways to cut the factors with it:
 
 * ``"slora"`` shares out the low-rank work as well: the small ``x A^T`` is gathered (column) or summed (row) between
-  the two products. What that sends, about r values a token, is little beside what the layers themselves send.
-* ``"local"`` sends nothing more than the layer does: one factor is whole on every rank, so there is more to compute
-  and to keep, and each rank has an ordinary adapter of its own, fit for :class:`~peftops.AdapterPool`.
+  the two products. That sends about r values a token, few beside those that the layers themselves send.
+* ``"local"`` sends nothing beside the layer's own sums: one factor is whole on every rank. It takes more computation
+  and memory, and each rank has an ordinary adapter of its own, for its :class:`~peftops.AdapterPool`.
 
 :class:`Parts` cuts a whole model, and adapters by the scheme "local" for the pools of its ranks.
 """
@@ -143,7 +143,7 @@ def row_parallel_lora(
         y: ``[..., out]``, this rank's summand of the layer's outputs.
         x: ``[..., in / world]``, this rank's inputs.
         A, B, scaling: this rank's shard.
-        rank: which one it is.
+        rank: the number of this rank.
         reduce: sums a tensor over all ranks. Gets r values a row. For inference: torch's collectives have no gradient.
     """
     share = scaling * F.linear(reduce(F.linear(x, A)), B)
@@ -152,7 +152,8 @@ def row_parallel_lora(
 
 
 def of_first_rank(values: Sequence[int]) -> list[int]:
-    """The first rank's, for all ranks of torch's default process group; each gives as many."""
+    """The first rank's values, on all ranks of torch's default process group. Each rank passes the same number of
+    values."""
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
     t = torch.tensor(values, dtype=torch.int64, device=device)
     torch.distributed.broadcast(t, 0)
@@ -172,7 +173,7 @@ class Summed(nn.Module):
 
 class Parts:
     """A model of transformers of which each process has a part: its heads of attention, and its share of the MLPs, as
-    the model's own plan (``base_model_tp_plan``) cuts them. The rest is whole everywhere.
+    the model's own plan (``base_model_tp_plan``) cuts them. All other parts are whole on every rank.
 
     Args:
         model: dense, the same on all ranks; it is cut to this rank's part.
@@ -194,7 +195,9 @@ class Parts:
         for path, parallel in self._how.items():
             layer, dim = model.get_submodule(path), 0 if parallel == "column" else 1
             if type(layer) is not nn.Linear or is_quantized(layer.weight):
-                raise ValueError(f"{path} is no dense linear layer, and only those are cut for several ranks")
+                raise ValueError(
+                    f"{path} is not a dense linear layer, and only such layers can be cut for several ranks"
+                )
             _cut(path, ("outputs", "inputs")[dim], layer.weight, dim, world)
         for path, parallel in self._how.items():
             self._cut_layer(model, path, parallel)
@@ -232,7 +235,7 @@ def _planned(model: nn.Module, plan: dict[str, str]) -> dict[str, str]:
         if how in ("colwise", "rowwise"):
             found |= dict.fromkeys(paths, {"colwise": "column", "rowwise": "row"}[how])
         elif paths and not how.startswith("replicated"):
-            raise ValueError(f"{type(model).__name__} is cut in a way that is not served: {pattern} is {how}")
+            raise ValueError(f"{type(model).__name__} is cut in a way that is not supported: {pattern} is {how}")
     if not found:
         raise ValueError(f"transformers has no plan to cut a {type(model).__name__} for several ranks")
     return found

@@ -1,4 +1,5 @@
-"""Weights that transformers ties by their names as it loads a model, and what is due where they have come apart."""
+"""Weights that transformers ties by their names when it loads a model, and the changes that are needed if they are no
+longer tied."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from torch import Tensor, nn
 
 
 def ties(model: nn.Module) -> Iterator[tuple[nn.Module, str, dict[str, str]]]:
-    """Each model of transformers in ``model``, its name, and what its configuration ties: the names, in it, of a
-    parameter and of the one that this is the same as."""
+    """Each model of transformers in ``model``, its name, and the pairs of names that its configuration ties: a
+    parameter and the parameter that it is the same as."""
     for path, module in model.named_modules():
         pairs = getattr(module, "get_expanded_tied_weights_keys", dict)()
         if pairs:
@@ -31,17 +32,18 @@ def parameter_at(model: nn.Module, name: str) -> Tensor | None:
 
 
 def tie(model: nn.Module, name: str, source: str) -> None:
-    """Let the parameter ``name`` be the very one that ``source`` is."""
+    """Make the parameter ``name`` the same object as ``source``."""
     path, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(path), leaf, parameter_at(model, source))
 
 
 def forget_broken_ties(model: nn.Module) -> None:
-    """Let nothing tie again what is tied no longer: neither ``tie_weights()`` nor who reads the files that
-    ``save_pretrained`` writes.
+    """Change the configuration so that weights that are no longer tied are not tied again, neither by ``tie_weights()``
+    nor by a reader of the files that ``save_pretrained`` writes.
 
-    A configuration ties all or nothing, and encoder-decoders scale their outputs by it. There, and where a part is
-    still tied, it stays: transformers compares what a file holds of both names, and leaves what differs.
+    A configuration ties all weights or none, and encoder-decoders scale their outputs by the same option. For these,
+    and if some weights are still tied, the option stays: transformers then compares the two tensors of a file, and does
+    not tie tensors that differ.
     """
     one = lambda module, pair: parameter_at(module, pair[0]) is parameter_at(module, pair[1])
     for module, _, pairs in list(ties(model)):

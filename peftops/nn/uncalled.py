@@ -1,8 +1,9 @@
-"""Layers whose weights a module reads by itself, without calling them: what stands in for such a layer does nothing.
+"""Layers whose weights another module reads without calling the layer: an adapter in place of such a layer would do
+nothing.
 
-``nn.MultiheadAttention`` hands ``self.out_proj.weight`` to a function, ``nn.TransformerEncoderLayer`` in eval mode all
-that it has, and some of transformers' modules (WavLM's attention, Mamba's mixers with their fused kernels) do the like.
-Only the code of their ``forward`` tells, so that is read.
+``nn.MultiheadAttention`` passes ``self.out_proj.weight`` to a function, ``nn.TransformerEncoderLayer`` in eval mode
+passes all its weights, and so do some of transformers' modules (WavLM's attention, Mamba's mixers with their fused
+kernels). Only the code of their ``forward`` shows this, so this file reads that code.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _TESTS = {"isinstance", "hasattr", "getattr"}
 
 
 def uncalled(named: Iterable[tuple[str, nn.Module]]) -> set[str]:
-    """The names of the layers among these modules that another one of them reads the weights of."""
+    """The names of the layers among these modules whose weights another one of them reads."""
     return {f"{path}.{name}".lstrip(".") for path, module in named for name in read_by(type(module))}
 
 
@@ -29,8 +30,8 @@ def uncalled(named: Iterable[tuple[str, nn.Module]]) -> set[str]:
 def read_by(kind: type[nn.Module]) -> frozenset[str]:
     """The layers, as ``self.NAME`` or ``self.NAME.NAME``, of which a class's forward reads a weight.
 
-    One that it also calls counts if the weight is handed on as it is, which is a faster way to do the same. (Parts of
-    a weight that are read beside are for cases of old models that hardly occur.)
+    A layer that the forward also calls counts if the whole weight is passed on, as a faster way to do the same. (Parts
+    of a weight are read only in rare cases of old models, and do not count.)
     """
     read, whole, called, done, to_do = set(), set(), set(), set(), ["forward"]
     while to_do:

@@ -1,4 +1,4 @@
-"""Changes of a model that happen whole or not at all."""
+"""Changes of a model that happen completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 
 @contextlib.contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Inside, modules may be replaced, hooks hung on and parameters frozen: if an error or an interrupt ends that, the
-    model is made of what it was made of before.
+    """Inside, modules may be replaced, hooks added and parameters frozen. If an error or an interrupt ends the block,
+    the model has its old modules, hooks and settings again.
 
-    What is replaced is kept until the end, so a dense model and its codes exist side by side for that long. Numbers
-    that are written in place are not taken back.
+    Replaced modules are kept until the end of the block, so a dense model and its codes exist side by side until then.
+    Numbers that are written in place are not restored.
     """
     own = [(vars(module), dict(vars(module))) for module in model.modules()]
     within = [(part, part.copy()) for _, saved in own for part in saved.values() if isinstance(part, dict)]
@@ -22,7 +22,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for now, before in (*own, *within):  # in place: handles of hooks, and others, refer to these very dicts
+        for now, before in (*own, *within):  # in place: handles of hooks, and other objects, refer to these dicts
             now.clear()
             now.update(before)
         for parameter, flag in trained:

@@ -1,4 +1,4 @@
-"""Notices that what should train got no gradient: its layer was not called, or what it computes was not used."""
+"""Notices parameters that should train and got no gradient: their layer was not called, or its output was not used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST = 3  # names in a sentence
 
 
 def watch(parameters: dict[str, nn.Parameter]) -> None:
-    """After the first backward that reaches one of these, warn of those that it has not reached."""
+    """After the first backward that reaches one of these parameters, warn about those that it did not reach."""
     waiting = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     handles: list[RemovableHandle] = []
     queued: list[bool] = []
@@ -28,7 +28,7 @@ def watch(parameters: dict[str, nn.Parameter]) -> None:
 
     def settle() -> None:
         queued.clear()
-        if _within_a_checkpoint():  # the backward of one block, of which others are to come
+        if _within_a_checkpoint():  # the backward of one block; others follow
             return
         for handle in handles:
             handle.remove()
@@ -36,8 +36,8 @@ def watch(parameters: dict[str, nn.Parameter]) -> None:
             rest = f" and {len(waiting) - MOST} more" if len(waiting) > MOST else ""
             names = ", ".join(list(waiting)[:MOST]) + rest
             warnings.warn(
-                f"the first backward gave no gradient to {names}: what they are in was not called, or not used. Unless "
-                "other inputs reach them, they do not learn (and merging what they are would change the model)",
+                f"the first backward gave no gradient to {names}: their layers were not called, or the output was "
+                "not used. Unless other inputs reach them, they do not learn (and merging them would change the model)",
                 stacklevel=2,
             )
         waiting.clear()

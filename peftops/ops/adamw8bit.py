@@ -34,14 +34,14 @@ def adamw8bit_(
     """AdamW's ``step``-th step (arXiv:1711.05101) in place, of all parameters in one go.
 
     Moments are codes of 8 bits with an absmax for each block of ``block_size`` (arXiv:2110.02861), or float32 if no
-    absmax is given. csrc/kernels/adamw8bit.h has the formula, the codes and what becomes of numbers that are none:
-    such an element is apart from its block, whose other elements get what they would get without it. The same bits
-    for any number of threads, on any device. On CUDA the call waits for nothing and may be captured into a graph,
-    which keeps ``step`` and ``lr`` as they are.
+    absmax is given. csrc/kernels/adamw8bit.h has the formula, the codes and the rule for numbers that are not finite:
+    such an element is treated apart from its block, and does not change the block's other elements. The result has the
+    same bits for any number of threads, on any device. On CUDA the call does not wait for the device and may be
+    captured into a graph, which then keeps the values of ``step`` and ``lr``.
 
     Args:
-        parameters: float32, bfloat16 or float16, contiguous, on one device; grads: as many elements each, of any of
-            these dtypes, contiguous.
+        parameters: float32, bfloat16 or float16, contiguous, on one device; grads: the same number of elements each, of
+            any of these dtypes, contiguous.
         exp_avg, exp_avg_sq: the moments: uint8 in whole blocks, zeros at first, or float32.
         exp_avg_absmax, exp_avg_sq_absmax: float32, one for each block, zeros at first; none for float32 moments.
 

@@ -1,4 +1,4 @@
-"""How a stack of weights is multiplied with, for each format: its operators and what they take."""
+"""The product with a stack of weights, for each format: its operators and their arguments."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def _(g, weight, offsets, v, lora_A):
 
 
 def flat(stack: Tensor | None) -> Tensor | None:
-    """Of all experts, one after the other, as the operators take it."""
+    """The tensor of all experts, one after the other, in the shape that the operators take."""
     return None if stack is None else stack.flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class ExpertsFormat:
-    """How the operators multiply with a stack of weights in one format."""
+    """The operators that multiply with a stack of weights in one format."""
 
     arguments: Callable[[Tensor], Operands]  # the stack as they take it: its tensors, then its numbers
     forward: Callable[..., Tensor]  # (x, weight, offsets, bias, u, lora_B, scaling, int8)

@@ -37,7 +37,7 @@ class _ExpertsLinear(torch.autograd.Function):
     def forward(ctx, x, bias, lora_A, lora_B, offsets, weight, form, scaling, int8):
         u, y = _forward(x, bias, lora_A, lora_B, offsets, weight, form, scaling, int8)
         tensors = [part for part in weight if not isinstance(part, int)]
-        # x is needed for the gradient of lora_A alone.
+        # only the gradient of lora_A needs x
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, u, lora_A, lora_B, offsets, *tensors)
         ctx.numbers, ctx.form, ctx.scaling = weight[len(tensors) :], form, scaling
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -62,7 +62,7 @@ class _ExpertsLinear(torch.autograd.Function):
 
 
 def _format(x: Tensor, weight: Tensor) -> ExpertsFormat:
-    """How the weight's format is multiplied with; a sentence is raised unless it can be, with x."""
+    """The weight's format, with its product. Raises an error unless x can be multiplied with the weight."""
     form = next((form for kind, form in FORMATS.items() if isinstance(weight, kind)), DENSE)
     if form is DENSE and isinstance(weight, PackedTensor):
         kinds = ", ".join(kind.__name__ for kind in FORMATS)
@@ -78,14 +78,14 @@ def _format(x: Tensor, weight: Tensor) -> ExpertsFormat:
     if form is DENSE and weight.dtype != x.dtype:
         raise TypeError(f"experts_linear: x is {x.dtype}, weight {weight.dtype}; they must be the same")
     if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("experts_linear: weight requires a gradient, but none is made of it; freeze it")
+        raise ValueError("experts_linear: weight requires a gradient, but this op makes none for it; freeze it")
     return form
 
 
 def _check_operands(
     shape: torch.Size, offsets: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None
 ) -> None:
-    """Raise a sentence unless they fit a stack of this shape."""
+    """Raise an error unless the operands fit a stack of this shape."""
     experts, n, k = shape
     if offsets.dtype not in (torch.int32, torch.int64) or offsets.shape != (experts,):
         raise ValueError(
@@ -119,13 +119,13 @@ def experts_linear(
     """``x W_e^T + bias_e + scaling * x A_e^T B_e^T`` for rows of x that are sorted by expert ``e``: the linear layers
     of a mixture of experts, over weights in 4 bits or dense ones.
 
-    A row has the bits that :func:`peftops.nf4_linear`, :func:`peftops.group_linear` or :func:`peftops.mxfp4_linear` of
-    its expert's rows and weight gives it on the CPU, for any number of threads. An expert without rows costs nothing
-    and has gradients of zero. Backward keeps ``x`` itself (only if ``lora_A`` needs a gradient) and ``x A_e^T``
-    (float32).
+    On the CPU, and for any number of threads, a row has the same bits as in :func:`peftops.nf4_linear`,
+    :func:`peftops.group_linear` or :func:`peftops.mxfp4_linear` of its expert's rows and weight. An expert without rows
+    costs nothing and has gradients of zero. Backward keeps ``x`` itself (only if ``lora_A`` needs a gradient) and ``x
+    A_e^T`` (float32).
 
-    On CUDA nothing waits for the device: offsets are read there, so a captured graph serves any loads. They are not
-    checked either; rows that decreasing ones leave out are zero.
+    On CUDA the call does not wait for the device: the kernel reads offsets there, so a captured graph works for any
+    numbers of rows. Offsets are not checked there; rows that decreasing offsets leave out are zero.
 
     Args:
         x: float32, bfloat16 or float16, ``[rows, in]``; any strides.
@@ -143,9 +143,9 @@ def experts_linear(
         ``[rows, out]`` in x's dtype. Differentiable once in ``x``, ``bias``, ``lora_A`` and ``lora_B``.
 
     Raises:
-        TypeError: weight is packed in a way that has no product here, or dense in another dtype than x.
+        TypeError: weight is packed in a format without a product here, or dense in another dtype than x.
         ValueError: weight requires a gradient; compute is unknown; shapes, devices or the dtype of offsets do not fit.
-        RuntimeError: offsets decrease or exceed the rows (on the CPU), or a dtype is none of the three.
+        RuntimeError: offsets decrease or exceed the rows (on the CPU), or a dtype is not one of the three.
 
     Examples:
         >>> weight = peftops.nf4_quantize(torch.randn(4, 32, 64))

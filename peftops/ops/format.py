@@ -1,4 +1,5 @@
-"""The formats of packed weights: the one list of them, and what all can do by the functions of their names."""
+"""The formats of packed weights: the only list of them, and the operations that each has through the functions of its
+name."""
 
 from __future__ import annotations
 
@@ -10,15 +11,15 @@ from torch import Tensor
 
 
 class Format:
-    """A format is a subclass of :class:`PackedTensor` with a word for a name. Its functions and operators begin with
+    """A format is a subclass of :class:`PackedTensor` whose name is one word. Its functions and operators begin with
     that word: ``nf4_quantize``, ``nf4_dequantize``, ``nf4_linear``."""
 
-    FORMATS: ClassVar[dict[str, Any]] = {}  # all that there are, by that word
+    FORMATS: ClassVar[dict[str, Any]] = {}  # all formats, by that word
 
     FORMAT: ClassVar[str]  # the word
     _OP: ClassVar[str]  # the name of its product
     PARTS: ClassVar[tuple[str, ...]]
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset()  # parts that are all there or all None
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset()  # parts that are either all tensors or all None
     LAYOUT: ClassVar[tuple[str, ...]]
 
     def __init_subclass__(cls) -> None:
@@ -27,7 +28,7 @@ class Format:
 
     @classmethod
     def quantize(cls, dense: Tensor, **options: Any) -> Any:
-        """A dense weight in this format, by the format's own function, whose options these are."""
+        """A dense weight in this format, by the format's own function with these options."""
         return cls._function("quantize")(dense, **options)
 
     def quantize_like(self, dense: Tensor) -> Any:
@@ -50,10 +51,10 @@ class Format:
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Any:
-        """The weight of that shape, in any format, that these parts make, as a file or a state dict has them.
+        """The weight of that shape, in any format, that consists of these parts of a file or a state dict.
 
         Raises:
-            ValueError: they are not those of such a weight.
+            ValueError: the parts do not make a weight of that shape.
         """
         kind = max(cls.FORMATS.values(), key=lambda kind: len(parts.keys() & {*kind.PARTS}))
         needed = kind.PARTS if parts.keys() & kind.OPTIONAL else [n for n in kind.PARTS if n not in kind.OPTIONAL]

@@ -68,8 +68,8 @@ class _AddGatedPrompt(torch.autograd.Function):
 class _Query(torch.autograd.Function):
     """The query on its way into an attention, whose output goes through :class:`_Prompted`.
 
-    Backward it comes last: the attention's gradient of the query is there by then, and the kernel adds the prompt's
-    to it. So there is no second tensor of this size, and no pass that adds the two.
+    Its backward runs last: the attention's gradient of the query exists by then, and the kernel adds the prompt's
+    gradient to it. So there is no second tensor of this size, and no pass that adds the two.
     """
 
     @staticmethod
@@ -81,7 +81,7 @@ class _Query(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dquery):
-        if not ctx.arrived:  # the loss is of something that the attention keeps beside its output
+        if not ctx.arrived:  # the loss depends on another result of the attention than its output
             return dquery, None, None, None, None, None, None
         query, prompt_key, prompt_value, gate = ctx.saved_tensors
         weight = _weight(gate, ctx.tanh, query.shape[1])
@@ -144,11 +144,11 @@ def add_gated_prompt(
     """``out + gate * softmax(scale * query prompt_key^T) prompt_value``: the prompt's part of zero-init gated
     attention (LLaMA-Adapter, arXiv:2303.16199), added to the output of any attention.
 
-    The query is read once, in whatever order heads and rows lie in memory; no ``[rows, tokens]`` matrix exists,
-    forward or backward. Prompts are neither masked nor rotated. A head whose gate is exactly 0 gets ``out`` bit
-    for bit, whatever its prompt holds. Neither ``out`` nor any other input is written: an attention may have
-    kept ``out`` for its own backward pass. Backward keeps the inputs but ``out``, nothing else, and its result
-    has the same bits for any number of threads.
+    The query is read once, and heads and rows may lie in any order in memory; no ``[rows, tokens]`` matrix exists,
+    forward or backward. Prompts are not masked and not rotated. A head whose gate is exactly 0 gets ``out`` bit for
+    bit, even if its prompt is not finite. No input is written, not even ``out``, because an attention may keep ``out``
+    for its own backward pass. Backward keeps only the inputs other than ``out``. Its result has the same bits for any
+    number of threads.
 
     Args:
         out: the attention output, ``[batch, heads, rows, dv]``; float32, bfloat16 or float16.
@@ -190,11 +190,12 @@ def with_gated_prompt(
     gate_activation: str = "tanh",
     scale: float | None = None,
 ) -> Tensor:
-    """``add_gated_prompt(attend(query), query, ...)``, but the two gradients of the query are made in one place.
+    """``add_gated_prompt(attend(query), query, ...)``, but backward adds the two gradients of the query in place.
 
     Args:
-        attend: an attention of the query ``[batch, heads, rows, d]`` that returns ``[batch, heads, rows, dv]``. Where
-            the query learns, its gradient must be a tensor of its own, as a product's is: the prompt's is added to it.
+        attend: an attention of the query ``[batch, heads, rows, d]`` that returns ``[batch, heads, rows, dv]``. If the
+            query needs a gradient, ``attend`` must return that gradient as a new tensor, as a product does: the
+            prompt's gradient is added to it in place.
         query, prompt_key, prompt_value, gate, gate_activation, scale: see :func:`add_gated_prompt`.
 
     Returns, raises: as :func:`add_gated_prompt`.
@@ -234,7 +235,8 @@ def gated_prompt_attention(
     """Zero-init gated attention (LLaMA-Adapter, arXiv:2303.16199): attention to words, and under a gate to a prompt.
 
     Two softmaxes, independent of each other: torch's ``scaled_dot_product_attention`` for ``key`` and ``value``,
-    and :func:`add_gated_prompt` for the prompt. With all gates at 0 the result is that of the former, bit for bit.
+    and :func:`add_gated_prompt` for the prompt. With all gates at 0 the result is that of the first softmax, bit for
+    bit.
 
     Args:
         query: ``[batch, heads, rows, d]``; float32, bfloat16 or float16.
@@ -269,6 +271,6 @@ def gated_prompt_attention(
     learns = any(t is not None and t.requires_grad for t in (query, key, value, *prompt, attn_mask))
     if torch.is_grad_enabled() and learns:
         return with_gated_prompt(attend, query, *prompt, gate_activation=gate_activation, scale=scale)
-    out = attend(query)  # which no other code holds: the prompt's part is added in place
+    out = attend(query)  # no other code holds it, so the prompt's part is added in place
     _add_(out, query, prompt_key, prompt_value, _weight(gate, tanh, query.shape[1]), prompt_scale)
     return out

@@ -1,4 +1,4 @@
-"""NF4 from calibration data: how strongly to trust the data, and when not to."""
+"""NF4 from calibration data: how much damping the data needs, and when plain NF4 is better."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .nf4_quantize import nf4_quantize
 from .nf4_rounding import round_nf4
 from .nf4_tensor import NF4Tensor
 
-_DAMPING = (0.01, 0.05, 0.25, 1.0)  # the least is GPTQ's own; moments of few rows want more
-_TRIED = 256  # rows of the weight that these are tried on
-_FEW = 8  # inputs of fewer directions than 1/8 of the columns tell nothing of the rest
+_DAMPING = (0.01, 0.05, 0.25, 1.0)  # the least is GPTQ's own; moments of few rows need more
+_TRIED = 256  # rows of the weight on which these are tried
+_FEW = 8  # inputs that span fewer directions than 1/8 of the columns tell too little
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Calibrated:
     """A weight in NF4.
 
     Attributes:
-        plain_error, error: how far outputs on the calibration rows are from the dense ones, relative: of plain NF4,
-            and of this. NaN without rows.
-        why_plain: why it is plain NF4 all the same; None if it is not.
+        plain_error, error: the relative error of outputs on the calibration rows, of plain NF4 and of this weight. NaN
+            without rows.
+        why_plain: the reason if it is plain NF4; None if it is calibrated.
     """
 
     weight: NF4Tensor
@@ -42,7 +42,8 @@ def gptq_nf4(
     """The work of :func:`peftops.gptq_quantize` for NF4, from the moments of the inputs.
 
     Args:
-        damping: None for the one of a few with which what is found from half of the rows serves the other half best.
+        damping: None tries a few: with the best of them, codes from one half of the rows have the least error on the
+            other half.
     """
     plain = nf4_quantize(weight, block_size=block_size, double_quant=double_quant)
     if moments.count == 0:
@@ -78,7 +79,7 @@ def _too_little(moments: Moments, h: Tensor) -> str | None:
 
 
 def _best_damping(weight: Tensor, moments: Moments, plain: NF4Tensor) -> float | None:
-    """Found from one half of the rows, tried on the other; None if plain NF4 is better there."""
+    """The best damping, found with one half of the rows and tested on the other; None if plain NF4 is better there."""
     one, other = moments.halves()
     rows = weight[:: max(1, len(weight) // _TRIED)].contiguous()
     start = nf4_quantize(rows, block_size=plain.block_size, double_quant=plain.double_quant)

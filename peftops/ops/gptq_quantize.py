@@ -17,7 +17,7 @@ from .moments import Moments, output_errors
 from .nf4_tensor import NF4Tensor
 from .packed_tensor import PackedTensor
 
-_BLOCK = 128  # columns whose errors are carried on at once, so that most of the work is one product
+_BLOCK = 128  # the errors of so many columns are carried on together, so that most of the work is one product
 
 Inputs = Tensor | Iterable[Tensor]
 
@@ -45,31 +45,34 @@ def gptq_quantize(
 ) -> NF4Tensor: ...
 @torch.no_grad()
 def gptq_quantize(weight: Tensor, inputs: Inputs, *, format: str = "group", **options: Any) -> PackedTensor:
-    """Quantise a weight so that what a layer computes from ``inputs`` changes least (GPTQ, arXiv:2210.17323).
+    """Quantise a weight so that a layer's outputs for ``inputs`` change least (GPTQ, arXiv:2210.17323).
 
-    Columns are rounded one after the other, and the error of each is made up for in those that follow, as the
-    second moments of the inputs tell.
+    Columns are rounded one after the other. The columns that follow make up for the error of each, as far as the second
+    moments of the inputs allow.
 
     * ``format="group"``: a group gets its scale and zero when its first column's turn comes, by
       :func:`peftops.group_quantize`. Columns stay in order (no act-order), as QA-LoRA's pooling needs.
     * ``format="nf4"``: codes and constants as bitsandbytes might have written them. A block's constant is fixed when
       its first column's turn comes; with double quantisation codes are rounded against the 8-bit constant that is
-      stored. On the calibration rows it is never worse than :func:`peftops.nf4_quantize`; where nothing better is
-      found, or the rows are too few or too alike, it is that, and a warning says why. ``in`` may be anything.
+      stored. On the calibration rows the result is at least as good as :func:`peftops.nf4_quantize`. If nothing better
+      is found, or the rows are too few or too similar, the result is plain NF4, and a warning tells the reason. ``in``
+      may be any number.
 
     Args:
         weight: float32, bfloat16 or float16, ``[out, in]``, finite; ``in`` is a multiple of ``group_size``.
-        inputs: what the layer is given, ``[..., in]``, or several such; any float dtype. A few thousand rows do.
+        inputs: inputs of the layer, ``[..., in]``, or a list of such tensors; any float dtype. A few thousand rows are
+            enough.
         bits, group_size, symmetric, clip: as in :func:`peftops.group_quantize`; clip is "mse" unless given.
         block_size, double_quant: as in :func:`peftops.nf4_quantize`.
-        damping: this share of the mean of the moments' diagonal is added to it, or more if it takes more. 0.01 for
-            groups; for NF4 that of 0.01, 0.05, 0.25 and 1 with which one half of the rows serves the other best.
+        damping: this share of the mean of the moments' diagonal is added to the diagonal, or more if factoring needs
+            more. The default is 0.01 for groups. For NF4 it is the best of 0.01, 0.05, 0.25 and 1: one half of the rows
+            chooses codes, and the other half scores them.
 
     Returns:
         A weight of the dtype of ``weight``.
 
     Raises:
-        TypeError: an option is not of this format.
+        TypeError: the format does not have an option that is given.
         ValueError: the format is unknown; the inputs are not finite, of another width than the weight, or (for groups)
             empty; damping is not positive; or the format's own quantiser rejects the weight.
         RuntimeError: as the format's own quantiser.
@@ -150,10 +153,10 @@ def gptq_from_moments(
 
 
 def _following(moments: Tensor, damping: float) -> Tensor:
-    """Row i: what an error of 1 in column i asks of the columns from i on, times its own entry. The upper Cholesky
-    factor of the inverse of the moments, float32."""
+    """The upper Cholesky factor of the inverse of the moments, float32. Row i, divided by its diagonal entry, is the
+    correction of the columns from i on for an error of 1 in column i."""
     diagonal = moments.diagonal().clone()
-    diagonal[diagonal == 0] = 1.0  # an input that is always 0: its column is rounded, and asks nothing of others
+    diagonal[diagonal == 0] = 1.0  # an input that is always 0: its column is rounded, without a correction of others
     while True:
         damped = moments.clone()
         damped.diagonal().copy_(diagonal + damping * diagonal.mean())
@@ -166,6 +169,6 @@ def _following(moments: Tensor, damping: float) -> Tensor:
 
 
 def output_error(weight: Tensor, quantized: PackedTensor, inputs: Tensor) -> float:
-    """How far the outputs of the quantised weight are from those of the weight, relative, in the Frobenius norm."""
+    """The relative error of the outputs of the quantised weight, in the Frobenius norm."""
     moments = Moments.of(inputs, weight.shape[1], weight.device).mean()
     return output_errors(weight, [quantized.dequantize(dtype=torch.float32)], moments)[0]

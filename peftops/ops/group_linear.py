@@ -36,19 +36,20 @@ def group_linear(
     """``x W^T + bias + scaling * dropout(x) A^T B^T`` over a group-quantised weight: the inference of GPTQ models and
     of merged QA-LoRA, and LoRA on top of them.
 
-    The weight is decoded in registers or cache-sized panels; it never exists densely, forward or backward.
+    The weight is decoded in registers or cache-sized panels; the dense weight never exists, forward or backward.
     Sums are float32; with 16-bit ``x``, AVX-512 multiplies in int16 or bfloat16, with an error of the order
     of the rounding of the result. The result has the same bits for any number of threads. Backward keeps ``x``
     itself (only if ``lora_A`` needs a gradient), ``x A^T`` (float32) and a seed.
 
     ``compute="int8"`` allows ``x`` to be rounded to 8 bits, with a maximum for each row and group (or 128
-    columns of it); codes, scales, zeros and sums stay as they are. Normal activations come out with a relative
-    error of 0.5 % (group 32) to 0.7 % (128 and more), root of the mean square; an outlier costs its own group
-    the precision of the rest. It is done where it is faster, in groups of 32 and more: with AVX-512 and ARM's
-    int8 products from five rows on, with AVX2 up to 12 rows and 4 bits. The gradient is that of ``compute="float"``.
+    columns of it); codes, scales, zeros and sums are not changed. Normal activations come out with a relative
+    error of 0.5 % (group 32) to 0.7 % (128 and more), root of the mean square; an outlier reduces the precision of the
+    other elements of its group. ``x`` is rounded only where that is faster, in groups of 32 and more: with AVX-512 and
+    ARM's int8 products from five rows on, with AVX2 up to 12 rows and 4 bits. The gradient is that of
+    ``compute="float"``.
 
-    CUDA is the exception, as for :func:`peftops.nf4_linear`: many rows, and the gradient, are torch's product with a
-    decoded temporary.
+    On CUDA the dense weight does exist for many rows, and in backward: torch multiplies with a decoded temporary, as
+    for :func:`peftops.nf4_linear`.
 
     Args:
         x: float32, bfloat16 or float16, ``[..., in]``; any strides.
@@ -66,7 +67,7 @@ def group_linear(
         TypeError: weight is not a GroupQuantTensor.
         ValueError: it requires a gradient, which codes cannot have; is on another device than x; compute is
             unknown; or shapes of the factors do not fit together.
-        RuntimeError: shapes do not fit, or a dtype is none of the three.
+        RuntimeError: shapes do not fit, or a dtype is not one of the three.
 
     Examples:
         >>> weight = peftops.group_quantize(torch.randn(32, 64))

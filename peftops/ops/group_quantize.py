@@ -28,13 +28,13 @@ def group_quantize(
     """Quantise a weight to integer codes with a scale and a zero per group: ``scales * (codes - zeros)``.
 
     Every ``group_size`` columns of a row share ``scale = (max - min) / (2**bits - 1)`` and a float
-    ``zero = -min / scale``, so that both extremes are met exactly and the error is half a scale at most
+    ``zero = -min / scale``, so that both extremes are exact and the error is half a scale at most
     (QA-LoRA, arXiv:2309.14717; :func:`peftops.gptq_quantize` finds better codes from calibration data).
     With ``symmetric``, ``scale = 2 max|w| / (2**bits - 1)`` and ``zero = 2**(bits - 1)``, as in GPTQ.
     A constant group is exact.
 
-    With ``clip="mse"`` each group gets the range of least squared error among its own and 31 narrower ones,
-    down to half as wide: the extremes are clipped, and everything between them is finer.
+    With ``clip="mse"`` each group takes the range of least squared error among its own and 31 narrower ones, down to
+    half the width. A narrower range clips the extremes and has finer steps between them.
 
     Args:
         weight: float32, bfloat16 or float16, ``[out, in]`` or ``[experts, out, in]``, not empty; any strides. ``in``

@@ -20,9 +20,9 @@ class GroupQuantTensor(PackedTensor):
     A group is ``group_size`` columns in a row of the weight ``[out, in]``. It is made by
     :func:`peftops.group_quantize` (or :meth:`from_codes`) and used by :func:`peftops.group_linear`,
     :func:`peftops.qalora_linear` and :func:`peftops.group_dequantize`. Like an
-    :class:`~peftops.NF4Tensor` it can be a (frozen) parameter, be copied, moved, pickled and saved, and
-    raises at any other operation. A stack ``[experts, out, in]`` is for :func:`peftops.experts_linear`;
-    ``weight[e]`` is expert ``e``, a view.
+    :class:`~peftops.NF4Tensor` it can be a (frozen) parameter, be copied, moved, pickled and saved, and any other
+    operation raises an error. A stack ``[experts, out, in]`` is for :func:`peftops.experts_linear`; ``weight[e]`` is
+    expert ``e``, a view.
 
     Attributes:
         packed: uint8, ``[..., out, in * bits / 8]``; each row a string of bits, the first code lowest.
@@ -79,7 +79,7 @@ class GroupQuantTensor(PackedTensor):
             codes: integers from 0 to ``2**bits - 1``, ``[out, in]`` or ``[experts, out, in]``.
             scales: ``[..., out, in / group_size]``, and zeros of the same shape; kept as float32.
             bits: 2, 3, 4 or 8.
-            dtype: what the weight stands for.
+            dtype: the dtype of the weight that it stands for.
 
         Raises:
             ValueError: shapes do not fit, a code is out of range, or a scale is 0 or not finite.
@@ -128,7 +128,7 @@ class GroupQuantTensor(PackedTensor):
         each = (torch.float32, (*lead, groups))
         cls._check_parts(parts, {"packed": (torch.uint8, (*lead, k // 8 * bits)), "scales": each, "zeros": each}, shape)
         if bits not in (2, 3, 4, 8) or not 8 <= size <= 4096 or size & (size - 1) or size * groups != k:
-            raise ValueError(f"codes of {bits} bits in groups of {size} are none of a weight of shape {list(shape)}")
+            raise ValueError(f"codes of {bits} bits in groups of {size} do not fit a weight of shape {list(shape)}")
         return bits, size
 
     @property
@@ -137,7 +137,7 @@ class GroupQuantTensor(PackedTensor):
         return unpack_bits(self.packed, self.bits)
 
     def with_zeros(self, zeros: Tensor) -> GroupQuantTensor:
-        """The same codes and scales, which are shared and not copied, under other zeros."""
+        """A weight with the same codes and scales, which are shared and not copied, and other zeros."""
         if zeros.shape != self.scales.shape or zeros.dtype != torch.float32:
             raise ValueError(
                 f"with_zeros: zeros must be float32 {list(self.scales.shape)}, not {zeros.dtype} {list(zeros.shape)}"
@@ -146,7 +146,8 @@ class GroupQuantTensor(PackedTensor):
 
 
 def all_finite(t: Tensor) -> bool:
-    """Whether all elements are: a sum tells, unless it overflows, and is ten times faster than looking at each."""
+    """Whether all elements are finite. A sum tells, unless it overflows, and is ten times faster than a test of each
+    element."""
     return bool(t.sum().isfinite()) or bool(t.isfinite().all())
 
 

@@ -29,7 +29,7 @@ def _(u, x, dtype, by_rank, scale, dropout_p, seed):
 
 
 class LoRATerm:
-    """``scaling * dropout(x) A^T B^T`` and its gradients, with what the backward pass needs of it.
+    """``scaling * dropout(x) A^T B^T`` and its gradients, with the tensors that the backward pass needs.
 
     The intermediate ``u = dropout(x) A^T`` is float32 ``[rows of x, r]``; dropout is a seed.
     """
@@ -47,7 +47,7 @@ class LoRATerm:
         _expand_(y, u, self.B, False, self.scaling, 0.0, None)
 
     def shrink_gradient(self, g: Tensor) -> Tensor:
-        """v, the gradient of u before dropout, from that of the output."""
+        """v, the gradient of u before dropout, from the gradient of the output."""
         return _shrink(g, self.B, False, self.scaling, 0.0, None)
 
     def expand_gradient_(self, dx: Tensor, v: Tensor) -> None:
@@ -62,7 +62,7 @@ class LoRATerm:
 
 
 def check_lora(op: str, n: int, k: int, lora_A: Tensor | None, lora_B: Tensor | None, dropout_p: float) -> None:
-    """Raise a sentence unless the factors of ``op``, over a weight ``[n, k]``, fit together."""
+    """Raise an error unless the factors of ``op``, over a weight ``[n, k]``, fit together."""
     if lora_A is None or lora_B is None:
         raise ValueError(
             f"{op}: lora_A and lora_B belong together, but {'lora_A' if lora_A is None else 'lora_B'} is None"
@@ -88,7 +88,7 @@ def autocasting(x: Tensor) -> bool:
 
 
 def autocast(x: Tensor) -> Tensor:
-    """x as autocast wants the input of a linear layer."""
+    """x in the dtype that autocast gives to the input of a linear layer."""
     return x.to(torch.get_autocast_dtype(x.device.type)) if autocasting(x) else x
 
 
@@ -104,7 +104,7 @@ class _LoRALinear(torch.autograd.Function):
         y = F.linear(x, weight, bias)
         u = term.shrink(x)
         term.expand_(y, u)
-        # A frozen A (LoRA-FA, VeRA) over a frozen weight needs u alone, a fraction of x.
+        # With a frozen A (LoRA-FA, VeRA) over a frozen weight, backward needs only u, a fraction of x.
         need_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         ctx.save_for_backward(x if need_x else None, weight, u, lora_A, lora_B, seed)
         ctx.scaling, ctx.dropout_p = scaling, dropout_p

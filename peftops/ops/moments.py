@@ -1,4 +1,4 @@
-"""Second moments of what a layer is given: all that calibration knows of the inputs."""
+"""Second moments of a layer's inputs: calibration needs nothing else of the inputs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _RIDGE, _DEPENDENT = 1e-4, 5e-4  # shares of a column's own moment
 
 
 class Moments:
-    """The sum of x x^T over rows x, in float32, of each half of the rows by itself: what is found from one half can be
-    tried on the other.
+    """The sum of x x^T over rows x, in float32, separately for each half of the rows: codes from one half can be tested
+    on the other.
 
     Args:
         width: of a row.
@@ -45,10 +45,10 @@ class Moments:
         return sum(self.counts)
 
     def mean(self) -> Tensor:
-        """Of all rows, float32 ``[width, width]``.
+        """The mean of x x^T over all rows, float32 ``[width, width]``.
 
         Raises:
-            ValueError: there are no rows, or what they hold is not finite.
+            ValueError: there are no rows, or a value is not finite.
         """
         if self.count == 0:
             raise ValueError(f"{self.op}: inputs hold no row")
@@ -58,13 +58,13 @@ class Moments:
         return total
 
     def halves(self) -> list[Tensor]:
-        """The means of both."""
+        """The means of both halves."""
         return [total / max(1, count) for total, count in zip(self.sums, self.counts, strict=True)]
 
 
 def damped(moments: Tensor, damping: float, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The upper triangular V with V V^T = the moments, with ``damping`` times the mean of their diagonal added to it,
-    or as much more as it takes."""
+    """The upper triangular V with V V^T = the moments, with ``damping`` times the mean of their diagonal added to the
+    diagonal, or more if the factorisation needs more."""
     diagonal = moments.diagonal().to(dtype, copy=True)
     diagonal[diagonal == 0] = 1.0  # an input that is always 0: its column is rounded alone
     while True:
@@ -78,7 +78,7 @@ def damped(moments: Tensor, damping: float, dtype: torch.dtype = torch.float64) 
 
 
 def rank(moments: Tensor) -> tuple[int, int]:
-    """About how many directions the inputs have, and how many columns are not always 0."""
+    """The approximate number of directions that the inputs span, and the number of columns that are not always 0."""
     live = moments.diagonal() > 0
     size = torch.where(live, moments.diagonal(), 1).rsqrt()
     own = damped(size[:, None] * moments * size, _RIDGE, torch.float32).diagonal().square()
@@ -86,8 +86,8 @@ def rank(moments: Tensor) -> tuple[int, int]:
 
 
 def output_errors(weight: Tensor, approximations: list[Tensor], moments: Tensor) -> list[float]:
-    """How far the outputs of each are from those of ``weight``, relative, in the Frobenius norm over the inputs that
-    the moments are of."""
+    """The relative error of the outputs of each, against those of ``weight``, in the Frobenius norm over the inputs of
+    the moments."""
     sums = [0.0] * (len(approximations) + 1)
     for begin in range(0, len(weight), 1024):
         rows = slice(begin, begin + 1024)

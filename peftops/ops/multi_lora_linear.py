@@ -63,7 +63,7 @@ class PoolLayer:
 
 
 class _Terms(torch.autograd.Function):
-    """Adds to y, the base product, in place: nothing else has seen it yet."""
+    """Adds the terms to y, the base product, in place: no other code has seen y yet."""
 
     @staticmethod
     def forward(ctx, y, x, index, layer, wanted, *factors):
@@ -101,21 +101,21 @@ def multi_lora_linear(
 ) -> Tensor:
     """``x W^T + bias``, and to each row the term ``s_a x A_a^T B_a^T`` of its own adapter (S-LoRA, arXiv:2311.03285).
 
-    The base product is that of all rows together; the terms are added to it, summed in float32. Rows are grouped
-    by adapter inside the op, and factors are read from the pool's pages. Adapters may have any ranks and scalings.
+    One base product serves all rows, and the terms are added to it. Their sums are float32. The op groups rows by
+    adapter, and reads factors from the pool's pages. Adapters may have any ranks and scalings.
 
     On CUDA the host plans a batch: it groups the rows, looks up pages, and copies both to the GPU with each call,
-    without waiting. A CUDA graph keeps that plan, so it replays the adapters it was captured with, whatever
-    ``adapter_index`` holds later; call this op between graphs, or capture one per batch of adapters and drop it once
-    one of them is evicted.
+    without waiting. A CUDA graph keeps that plan: it replays the adapters of its capture, even if ``adapter_index``
+    changes later. So call this op between graphs, or capture one graph per batch of adapters and discard it when one of
+    them is evicted.
 
     Args:
         x: float32, bfloat16 or float16, ``[..., in]``.
         weight: ``[out, in]``, dense of x's dtype, an :class:`~peftops.NF4Tensor` or a
             :class:`~peftops.GroupQuantTensor`.
         pool_layer: ``pool.layer(name)`` of an :class:`~peftops.AdapterPool`.
-        adapter_index: int64, one per row of x, from ``pool.use(names)`` and, as that is, on the CPU; -1 is the base
-            alone, to the bit.
+        adapter_index: int64, one per row of x, from ``pool.use(names)``, on the CPU. A row with -1 has exactly the
+            base's bits.
         bias: ``[out]`` or None.
 
     Returns:
@@ -123,7 +123,7 @@ def multi_lora_linear(
         the batch names.
 
     Raises:
-        TypeError: weight is packed in a way that has no product here.
+        TypeError: weight is packed in a format without a product here.
         ValueError: shapes do not fit.
         RuntimeError: an index names no loaded adapter, or one that was evicted or changed since; the pool is on
             another device than x.

@@ -16,7 +16,7 @@ def _(blocks, scales, dtype):
 def mxfp4_dequantize(weight: MXFP4Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """The numbers that an ``MXFP4Tensor`` stands for: exact in float32 and, unless a scale is extreme, in 16 bits.
 
-    What is beyond the range of float32 (codes of 2 and more under a scale of 254) is infinite, and a block under the
+    A number beyond the range of float32 (a code of 2 or more with the scale 254) becomes infinite, and a block with the
     scale 255 is NaN.
 
     Args:

@@ -35,17 +35,17 @@ def mxfp4_linear(
 ) -> Tensor:
     """``x W^T + bias + scaling * dropout(x) A^T B^T`` over an MXFP4 weight, such as those of gpt-oss.
 
-    The weight is decoded in registers or cache-sized panels; it never exists densely, forward or backward. Codes are
-    exact in every product. Sums are float32; with 16-bit ``x``, AVX-512 multiplies in int16 or bfloat16, as in
-    :func:`peftops.nf4_linear`. A row has the same bits for any number of threads, and whatever the other rows hold.
+    The weight is decoded in registers or cache-sized panels; the dense weight never exists, forward or backward. Codes
+    are exact in every product. Sums are float32; with 16-bit ``x``, AVX-512 multiplies in int16 or bfloat16, as in
+    :func:`peftops.nf4_linear`. A row has the same bits for any number of threads and any values of the other rows.
     Backward keeps ``x`` itself (only if ``lora_A`` needs a gradient), ``x A^T`` (float32) and a seed.
 
     ``compute="int8"`` allows ``x`` to be rounded to 8 bits, with a maximum for each row and block of the weight; codes,
-    scales and sums stay as they are. It is done where it is faster: with AVX-512 and ARM's int8 products from five rows
-    on, with AVX2 up to 12 rows. The gradient is that of ``compute="float"``.
+    scales and sums are not changed. ``x`` is rounded only where that is faster: with AVX-512 and ARM's int8 products
+    from five rows on, with AVX2 up to 12 rows. The gradient is that of ``compute="float"``.
 
-    CUDA is the exception, as for :func:`peftops.nf4_linear`: many rows, and the gradient, are torch's product with a
-    decoded temporary.
+    On CUDA the dense weight does exist for many rows, and in backward: torch multiplies with a decoded temporary, as
+    for :func:`peftops.nf4_linear`.
 
     Args:
         x: float32, bfloat16 or float16, ``[..., in]``; any strides.
@@ -63,7 +63,7 @@ def mxfp4_linear(
         TypeError: weight is not an MXFP4Tensor.
         ValueError: it requires a gradient, which codes cannot have; is on another device than x; compute is
             unknown; or shapes of the factors do not fit together.
-        RuntimeError: shapes do not fit, or a dtype is none of the three.
+        RuntimeError: shapes do not fit, or a dtype is not one of the three.
 
     Examples:
         >>> weight = peftops.mxfp4_quantize(torch.randn(32, 64))

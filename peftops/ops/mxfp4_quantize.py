@@ -19,9 +19,10 @@ def mxfp4_quantize(weight: Tensor) -> MXFP4Tensor:
     """Quantise a weight to MXFP4, by the rule of OCP's specification (microscaling formats 1.0, section 6.3).
 
     The scale of 32 columns is the power of two for which the exponent of their largest magnitude becomes that of 4 and
-    6, the largest codes. An element becomes the nearest number of E2M1, the even one at a tie; what is beyond 6 becomes
-    6. Signs stay, that of a zero, too. The rule is coarse: of a normal weight it leaves 11.5 % in error (root
-    of the mean square), :func:`peftops.nf4_quantize` 9.2 %. It is there for weights that must be in this format.
+    6, the largest codes. An element becomes the nearest number of E2M1, the even one at a tie; a magnitude above 6
+    becomes 6. Signs stay, also the sign of a zero. The rule is coarse: for a normal weight the relative error is 11.5 %
+    (root of the mean square), and 9.2 % with :func:`peftops.nf4_quantize`. Use it for weights that must be in this
+    format.
 
     Args:
         weight: float32, bfloat16 or float16, ``[out, in]`` or ``[experts, out, in]``, not empty; any strides. ``in`` is
@@ -29,7 +30,7 @@ def mxfp4_quantize(weight: Tensor) -> MXFP4Tensor:
 
     Raises:
         ValueError: the weight is empty or holds a NaN or an infinity.
-        RuntimeError: the weight's shape or dtype is none of those above.
+        RuntimeError: the weight's shape or dtype is not one of those above.
 
     Examples:
         >>> peftops.mxfp4_quantize(torch.randn(32, 64)).nbytes  # codes and scales: 4.25 bits a weight

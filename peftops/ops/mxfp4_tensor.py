@@ -16,12 +16,12 @@ _gradient = torch.ops.peftops.mxfp4_linear_backward.default
 
 
 class MXFP4Tensor(PackedTensor):
-    """A weight in MXFP4 (OCP's microscaling formats, specification 1.0), as checkpoints of gpt-oss have it.
+    """A weight in MXFP4 (OCP's microscaling formats, specification 1.0), as in checkpoints of gpt-oss.
 
     An element is ``E2M1[code] * 2**(scale - 127)``: one of 0, 0.5, 1, 1.5, 2, 3, 4 and 6 with a sign, and a scale for
     each 32 columns of a row. It is made by :func:`peftops.mxfp4_quantize` (or :meth:`from_blocks`) and used by
     :func:`peftops.mxfp4_linear` and :func:`peftops.mxfp4_dequantize`. Like an :class:`~peftops.NF4Tensor` it can be a
-    (frozen) parameter, be copied, moved, pickled and saved, and raises at any other operation. A stack
+    (frozen) parameter, be copied, moved, pickled and saved, and any other operation raises an error. A stack
     ``[experts, out, in]`` is kept and dequantised; ``weight[e]`` is expert ``e``, a view, for products.
 
     Attributes:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .nf4_tensor import NF4Tensor
 
-with torch.device("cpu"):  # whatever the default is where this is imported
+with torch.device("cpu"):  # even if the importing code has set another default
     NF4_CODE = torch.ops.peftops.nf4_dequantize(
         torch.arange(16, dtype=torch.uint8) * 17, torch.ones(1), None, None, 32, 1, 32, torch.float32
     )[0, ::2].contiguous()  # the number of each code, to be multiplied by absmax; ascending

@@ -46,29 +46,29 @@ def nf4_linear(
 ) -> Tensor:
     """``x W^T + bias + scaling * dropout(x) A^T B^T`` over an NF4 weight (QLoRA, arXiv:2305.14314).
 
-    The weight is decoded in registers or cache-sized panels; it never exists densely, forward or backward.
-    Sums are float32. With 16-bit ``x``, AVX-512 multiplies in int16: it rounds an element of ``x`` by 2^-12 at most of
-    the mean magnitude of the others in its 32 to 128 columns, outliers or not. A row has the same bits for any number
-    of threads, and whatever the other rows hold. Backward keeps ``x`` itself (only if
-    ``lora_A`` needs a gradient), ``x A^T`` (float32) and a seed.
+    The weight is decoded in registers or cache-sized panels; the dense weight never exists, forward or backward.
+    Sums are float32. With 16-bit ``x``, AVX-512 multiplies in int16: the error of an element of ``x`` is at most 2^-12
+    of the mean magnitude of the others in its 32 to 128 columns, with or without outliers. A row has the same bits for
+    any number of threads and any values of the other rows. Backward keeps ``x`` itself (only if ``lora_A`` needs a
+    gradient), ``x A^T`` (float32) and a seed.
 
-    ``compute="int8"`` allows ``x`` to be rounded to 8 bits, with a maximum for each row and block of the weight (or 128
-    columns of it), and so the sixteen codes; absmax and sums stay as they are. Normal activations and weights come out
-    with a relative error of 0.8 %, root of the mean square; an outlier costs its own block the precision of the rest.
-    It is done where it is faster and in_features is a multiple of 32: with AVX-512 and ARM's int8 products from five
-    rows on, with AVX2 up to 12 rows. The gradient is that of ``compute="float"``.
+    ``compute="int8"`` allows ``x`` and the sixteen codes to be rounded to 8 bits, ``x`` with a maximum for each row and
+    block of the weight (or 128 columns of it); absmax and sums are not changed. Normal activations and weights come out
+    with a relative error of 0.8 %, root of the mean square; an outlier reduces the precision of the other elements of
+    its block. Both are rounded only where that is faster and in_features is a multiple of 32: with AVX-512 and ARM's
+    int8 products from five rows on, with AVX2 up to 12 rows. The gradient is that of ``compute="float"``.
 
-    CUDA is the exception. Up to some 64 rows of a 16-bit ``x`` its kernels are the faster way. Beyond, and backward,
-    the weight is decoded into a temporary of ``x``'s dtype, at most 256 MiB of it at a time forward, and torch
-    multiplies. ``PEFTOPS_NF4_LIBRARY=never`` in the environment keeps to the kernels, ``always`` to torch but for
-    float16 with an adapter; docs/cuda_roofline.md has the measurements.
+    On CUDA the dense weight may exist. For up to some 64 rows of a 16-bit ``x`` the kernels are faster and decode on
+    the way. For more rows, and in backward, the weight is decoded into a temporary of ``x``'s dtype, forward at most
+    256 MiB at a time, and torch multiplies. ``PEFTOPS_NF4_LIBRARY=never`` in the environment always takes the kernels;
+    ``always`` takes torch, except for float16 with an adapter. docs/cuda_roofline.md has the measurements.
 
     Args:
         x: float32, bfloat16 or float16, ``[..., in]``; any strides.
         weight: ``[out, in]``, frozen.
         bias: ``[out]`` of any float dtype, or None.
-        lora_A: ``[r, in]``, and lora_B: ``[out, r]``; of any float dtype, float32 for training. ``x`` is not
-            cast to meet them.
+        lora_A: ``[r, in]``, and lora_B: ``[out, r]``; of any float dtype, float32 for training. ``x`` is not cast to
+            their dtype.
         scaling: factor of the low-rank term.
         dropout_p: probability in [0, 1) of dropping an element of ``x`` on its way to ``lora_A``, in training.
         compute: ``"float"``, or ``"int8"`` to allow rounded activations and codes (never on the way to ``lora_A``).
@@ -80,7 +80,7 @@ def nf4_linear(
         TypeError: weight is not an NF4Tensor.
         ValueError: it requires a gradient, which codes cannot have; compute is unknown; shapes or devices do not fit
             together.
-        RuntimeError: x or a factor has a dtype that is none of the three.
+        RuntimeError: x or a factor has another dtype than the three.
 
     Examples:
         >>> weight = peftops.nf4_quantize(torch.randn(32, 64))

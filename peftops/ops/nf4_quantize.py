@@ -27,7 +27,8 @@ def nf4_quantize(weight: Tensor, *, block_size: int = 64, double_quant: bool = T
     Blocks of ``block_size`` elements of the row-major weight share one absmax. An element becomes the code
     nearest to ``element * (1 / absmax)``, the lower one at a tie. With ``double_quant`` the absmax values,
     less their mean, are quantised to the 8-bit dynamic map in blocks of 256. An all-zero block stays zero. A finite
-    weight stays finite: where bitsandbytes' mean or an absmax of its would overflow, it is the nearest that does not.
+    weight stays finite: if bitsandbytes' mean or one of its absmax values would overflow, this one is the nearest
+    finite value.
 
     Args:
         weight: float32, bfloat16 or float16, any shape, not empty; any strides.
@@ -54,7 +55,7 @@ def nf4_quantize(weight: Tensor, *, block_size: int = 64, double_quant: bool = T
         )
     scale = offset = None
     if double_quant:
-        offset = absmax.mean()  # as bitsandbytes; where its sum overflows, in float64
+        offset = absmax.mean()  # as in bitsandbytes; in float64 if its sum overflows
         offset = torch.where(offset.isfinite(), offset, absmax.double().mean().float())
         absmax, scale = _quantize_absmax(absmax, offset)
     return NF4Tensor(packed, absmax, scale, offset, block_size, weight.shape, weight.dtype)

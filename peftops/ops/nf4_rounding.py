@@ -2,11 +2,11 @@
 
     minimise tr (W - Q) H (W - Q)^T,    H = V V^T the inputs' moments, V upper triangular
 
-What the errors E of the columns before a block b ask of it is E V[before, b] U with U = V[b, b]^-1, and within the
-block the recursion goes on with U. A block's constant is chosen when its turn comes, among a few near its largest
-magnitude, by what the recursion then loses; with double quantisation a candidate is the 8-bit constant that would be
-stored, so that codes are rounded against what dequantising multiplies them with. Blocks go in the order of their
-inputs' size: the later ones have fewer left to make up for them.
+For the errors E of the columns before a block b, the correction of the block is E V[before, b] U with U = V[b, b]^-1.
+Within the block the recursion uses U. A block's constant is chosen when its turn comes, among a few near its largest
+magnitude: the one with the least error in the recursion. With double quantisation a candidate is the 8-bit constant
+that would be stored, so codes are rounded against the constant that dequantising uses. Blocks with large inputs go
+first, because more blocks are then left to make up for their errors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .nf4_dequantize import ABSMAX_MAP, NF4_CODE
 from .nf4_tensor import NF4Tensor
 
 FACTORS = (1.0, 1.05, 0.95, 0.9, 0.85, 0.8)  # of a block's largest magnitude: candidates for its constant
-_LONG = 256  # columns of a block above which one candidate has to do
+_LONG = 256  # blocks with more columns have one candidate
 _ROOM = 1.1  # blocks grow as errors are carried on to them
 
 
@@ -33,7 +33,7 @@ def round_nf4(
     factors: tuple[float, ...] = FACTORS,
     dtype: torch.dtype = torch.float64,
 ) -> NF4Tensor:
-    """``weight`` in the format of ``plain``, which is it in plain NF4.
+    """``weight`` in the format of ``plain``, its plain NF4.
 
     Args:
         weight: ``[out, in]``, finite.
@@ -68,7 +68,7 @@ def round_nf4(
 
 
 def _block(w: Tensor, u: Tensor, constants: _Constants, ids: Tensor, factors: tuple[float, ...]) -> tuple:
-    """Codes and values ``[size, n]`` of a block of columns whose rows each have a constant."""
+    """Codes and values ``[size, n]`` of a block of columns in which each row has its own constant."""
     largest = w.abs().amax(0)
     s = torch.stack([constants.near(ids, factor * largest) for factor in factors])  # [candidates, n]
     codes = torch.empty((len(w), *s.shape), dtype=torch.int32, device=w.device)
@@ -85,8 +85,8 @@ def _block(w: Tensor, u: Tensor, constants: _Constants, ids: Tensor, factors: tu
 
 
 def _ragged(w: Tensor, u: Tensor, constants: _Constants, size: int) -> tuple:
-    """The same of a whole weight, where blocks begin anywhere in a row: one that goes on in the next row keeps the
-    constant of plain NF4."""
+    """The same for a whole weight whose blocks begin anywhere in a row. A block that continues in the next row keeps
+    the constant of plain NF4."""
     k, n = w.shape
     first, codes = torch.arange(n, device=w.device) * k, torch.empty_like(w, dtype=torch.uint8)
     values, errors, grid = torch.empty_like(w), torch.empty_like(w), _Grid(w.device)
@@ -113,8 +113,8 @@ class _Grid:
 class _Constants:
     """The constants of a weight's blocks as they are stored: at first those of plain NF4.
 
-    With double quantisation the offset and the scales of groups of 256 are those of plain NF4, too, but for ``room``
-    in the scales: they must be known before the first code is.
+    With double quantisation the offset and the scales of groups of 256 are those of plain NF4, too, with ``room`` in
+    the scales: they must be known before the first code is chosen.
     """
 
     def __init__(self, plain: NF4Tensor, room: float):
@@ -122,7 +122,7 @@ class _Constants:
         self.scale = None if plain._absmax_scale is None else plain._absmax_scale * room
 
     def near(self, ids: Tensor, wanted: Tensor) -> Tensor:
-        """The nearest to ``wanted`` that these blocks can have."""
+        """The constants nearest to ``wanted`` that can be stored for these blocks."""
         return wanted if self.scale is None else self._expanded(ids, self._codes(ids, wanted))
 
     def keep(self, ids: Tensor, wanted: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""``NF4Tensor``: a frozen weight in 4 bits that passes for the tensor it stands for."""
+"""``NF4Tensor``: a frozen weight in 4 bits with the shape and dtype of the dense weight that it stands for."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ class NF4Tensor(PackedTensor):
     ``shape``, ``dtype`` and ``device`` are those of the weight that it stands for. It is made by
     :func:`peftops.nf4_quantize` and used by :func:`peftops.nf4_linear` and
     :func:`peftops.nf4_dequantize`. It can be a (frozen) parameter, be copied, moved, pickled and saved;
-    ``.to(dtype)`` changes the dtype it stands for and leaves the codes alone. Any other operation
-    raises: nothing dequantises it behind your back. A stack ``[experts, out, in]`` for
-    :func:`peftops.experts_linear` is one flat weight; ``weight[e]`` is expert ``e``, a view, if its codes and absmax
-    values share no block with another's.
+    ``.to(dtype)`` changes only the dtype that it stands for, not the codes. Any other operation raises an error: no
+    operation dequantises it silently. A stack ``[experts, out, in]`` for :func:`peftops.experts_linear` is one flat
+    weight. ``weight[e]`` is expert ``e``, a view, if no block has codes or absmax values of two experts.
 
     Attributes:
         packed: uint8, ``[ceil(numel / 2)]``; two codes a byte, the first element in the high nibble,
@@ -95,8 +94,9 @@ class NF4Tensor(PackedTensor):
         )
         sizes = [2**i for i in range(5, 13) if -(-count // 2**i) == blocks]
         if not sizes:
-            raise ValueError(f"weight._absmax has {blocks} blocks, which are none of a weight of shape {list(shape)}")
-        # Where several block sizes make as many blocks, that is one block, whose numbers are the same for all.
+            raise ValueError(f"weight._absmax has {blocks} blocks, which do not fit a weight of shape {list(shape)}")
+        # If several block sizes give the same number of blocks, there is one block, and its numbers do not depend on
+        # the size.
         return (64 if 64 in sizes else sizes[0],)
 
     @property

@@ -1,4 +1,4 @@
-"""A tensor that is made of others has no memory of its own, and code that takes a tensor's memory must not get any."""
+"""A tensor that consists of others has no memory of its own, so code that asks for its memory must get an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class NoMemory:
     """Stands for a packed weight's storage where torch, numpy and others reach for memory, and raises an error."""
 
     def data_ptr(self) -> int:
-        """0, as of every tensor that has no memory of its own."""
+        """0, as for every tensor without memory of its own."""
         return 0
 
     def _has_no_memory(self, *args: Any, **kwargs: Any) -> Any:
@@ -26,7 +26,7 @@ class NoMemory:
     def untyped_storage(self) -> torch.UntypedStorage:
         if TracingContext.try_get() is None:
             self._has_no_memory()
-        return super().untyped_storage()  # torch.compile asks whose it is, and reads nothing
+        return super().untyped_storage()  # torch.compile compares the address, and reads nothing
 
     def __dlpack_device__(self) -> Any:
         return self._has_no_memory()

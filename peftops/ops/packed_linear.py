@@ -1,4 +1,4 @@
-"""Linear layers over a frozen weight in a packed format: all that does not depend on the format."""
+"""Linear layers over a frozen weight in a packed format: the code that does not depend on the format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Compute = Literal["float", "int8"]
 
-# The tensors of a weight, some of them None, and then the numbers of which the operators want to know.
+# The tensors of a weight, some of them None, and then the numbers that the operators take.
 Operands = tuple[Tensor | int | None, ...]
 
 
@@ -25,7 +25,7 @@ def of_another_kind(op: str, weight: object, kind: type[PackedTensor]) -> TypeEr
 
 
 class PackedProduct:
-    """``x W^T`` of a packed weight, differentiable, for a format that names the two operators of it."""
+    """``x W^T`` of a packed weight, differentiable. A format names its two operators."""
 
     _linear: ClassVar[Any]  # (x, *weight, bias, u, lora_B, scaling, int8): x W^T + bias + scaling * u B^T
     _operands: Operands  # the weight as those operators take it
@@ -33,7 +33,7 @@ class PackedProduct:
     @staticmethod
     def product_gradient(g: Tensor, weight: Operands, term: LoRATerm | None, v: Tensor | None) -> Tensor:
         """``g W`` and, unless they are None, the gradient of x through the low-rank ``term``, given the gradient ``v``
-        of its u. ``weight`` is what a product keeps of it: its operands."""
+        of its u. ``weight`` is the tuple of operands that a product keeps."""
         raise NotImplementedError
 
     def product(
@@ -47,7 +47,7 @@ class PackedProduct:
         training: bool = False,
         compute: Compute = "float",
     ) -> Tensor:
-        """``x W^T + bias + scaling * dropout(x) A^T B^T``, documented by the function of the format's name.
+        """``x W^T + bias + scaling * dropout(x) A^T B^T``; the format's function, such as ``nf4_linear``, documents it.
 
         Backward keeps ``x`` itself (only if ``lora_A`` needs a gradient), ``u = dropout(x) A^T`` (float32) and a seed.
         """
@@ -67,7 +67,7 @@ class PackedProduct:
         return kind._linear(x, *self._operands, bias, u, lora_B, scaling, int8)
 
     def check_operand(self, op: str, x: Tensor) -> None:
-        """Raise a sentence unless it is a weight that ``op`` can multiply x with."""
+        """Raise an error unless ``op`` can multiply x with this weight."""
         if len(self.shape) != 2:
             raise ValueError(f"{op}: weight must have two dims, [out, in], not shape {list(self.shape)}")
         if x.device != self.device:
@@ -81,7 +81,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x, bias, lora_A, lora_B, weight, kind, scaling, dropout_p, seed, int8):
         u = None if lora_A is None else LoRATerm(lora_A, lora_B, scaling, dropout_p, seed).shrink(x)
         tensors = [part for part in weight if not isinstance(part, int)]
-        # x is needed for the gradient of lora_A alone.
+        # only the gradient of lora_A needs x
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, u, lora_A, lora_B, seed, *tensors)
         ctx.numbers, ctx.kind = weight[len(tensors) :], kind
         ctx.scaling, ctx.dropout_p = scaling, dropout_p

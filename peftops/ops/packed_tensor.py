@@ -1,4 +1,5 @@
-"""The base of quantised weights: a tensor made of others, that passes for the dense tensor it stands for."""
+"""The base of quantised weights: a tensor that consists of others, with the shape and dtype of the dense weight that it
+stands for."""
 
 from __future__ import annotations
 
@@ -21,14 +22,14 @@ class PackedTensor(Format, PackedProduct, NoMemory, RowShards, Tensor):
     operators and functions of a format have its name: ``nf4_linear``, ``nf4_quantize``, ``nf4_dequantize``.
 
     ``shape``, ``dtype`` and ``device`` are those of the weight that it stands for. It can be a (frozen)
-    parameter, be copied, moved, pickled and saved; ``.to(dtype)`` changes the dtype it stands for and leaves
-    the parts alone; FSDP2 can shard it. Any other operation raises: nothing dequantises it behind your back.
+    parameter, be copied, moved, pickled and saved; ``.to(dtype)`` changes only the dtype that it stands for, not the
+    parts; FSDP2 can shard it. Any other operation raises an error: no operation dequantises it silently.
     """
 
     PARTS: ClassVar[tuple[str, ...]]  # attributes that hold its tensors, or None where it has no such part
     SETTINGS: ClassVar[tuple[str, ...]]  # attributes that hold plain numbers
-    LAYOUT: ClassVar[tuple[str, ...]]  # two tensors share it if one can be copied to the other: shape and options
-    NAME: ClassVar[str]  # in a sentence, with its article
+    LAYOUT: ClassVar[tuple[str, ...]]  # shape and options: one tensor can be copied to another if both have the same
+    NAME: ClassVar[str]  # for sentences, with an article
     INSTEAD: ClassVar[str]  # the op to use instead of an operation that it does not have
     _arguments: property  # the weight as the operators take it: parts and settings
 
@@ -41,7 +42,7 @@ class PackedTensor(Format, PackedProduct, NoMemory, RowShards, Tensor):
     @classmethod
     def _make(cls, parts: tuple, settings: tuple, shape: torch.Size, dtype: torch.dtype) -> Any:
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=parts[0].device, storage_size=0)
-        torch._C._set_throw_on_mutable_data_ptr(self)  # or C++ code that takes its address reads from 0 on
+        torch._C._set_throw_on_mutable_data_ptr(self)  # otherwise C++ code that takes its address would read from 0 on
         for name, value in zip(cls.PARTS + cls.SETTINGS, (*parts, *settings), strict=True):
             setattr(self, name, value)
         return self
@@ -51,12 +52,12 @@ class PackedTensor(Format, PackedProduct, NoMemory, RowShards, Tensor):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it takes, scales and all."""
+        """Bytes of memory of all parts, with scales."""
         parts = self.parts().values()
         return sum(part.numel() * part.element_size() for part in parts)  # (part.nbytes knows no symbolic sizes)
 
     def element_size(self) -> float:
-        """Bytes to an element, a fraction of one in general: whoever counts memory takes this ``numel()`` times."""
+        """Bytes per element, mostly a fraction: code that counts memory multiplies it with ``numel()``."""
         return self.nbytes / max(self.numel(), 1)
 
     def parts(self) -> dict[str, Tensor]:
@@ -70,7 +71,7 @@ class PackedTensor(Format, PackedProduct, NoMemory, RowShards, Tensor):
         return self._make(parts, settings, self.shape, dtype or self.dtype)
 
     def _expert(self, index: int) -> Any:
-        """Weight ``index`` of a stack of them, whose parts are views of the stack's."""
+        """Weight ``index`` of a stack of weights; its parts are views of the stack's parts."""
         return self.with_parts({name: self._piece(name, index) for name in self.BY_ROW}, self.shape[1:])
 
     def _piece(self, name: str, index: int) -> Tensor:
@@ -87,7 +88,7 @@ class PackedTensor(Format, PackedProduct, NoMemory, RowShards, Tensor):
             f"{layout}nbytes={self.nbytes})"
         )
 
-    # How torch.compile takes it apart and puts it together.
+    # For torch.compile, which takes the tensor apart and puts it together.
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
         settings = tuple(getattr(self, name) for name in self.SETTINGS)
         return list(self.parts()), (type(self), settings, self.shape, self.dtype)

@@ -30,7 +30,7 @@ def _(x, lora_A, group_size):
 
 
 def pool_factor(op: str, pool: Pool, weight: GroupQuantTensor) -> float:
-    """The factor that a convention of pooling puts on the sum of a group; ValueError if there is no such convention."""
+    """The factor that a convention of pooling puts on the sum of a group; ValueError if the convention is unknown."""
     groups = weight.scales.shape[1]
     factors = {"sum": 1.0, "mean": 1 / weight.group_size, "peft": groups / weight.group_size}
     if pool not in factors:
@@ -89,9 +89,9 @@ def qalora_linear(
         bias: ``[out]`` of any float dtype, or None.
         lora_A: ``[r, in / group_size]``, and lora_B: ``[out, r]``; of any float dtype, float32 for training.
         scaling: factor of the low-rank term.
-        pool: ``"sum"`` as in the paper; ``"mean"`` as in its authors' code, which is sum / group_size; or
-            ``"peft"``, mean * in / group_size, which is what PEFT's ``use_qalora`` computes. A
-            checkpoint is worth nothing under another convention than its own.
+        pool: ``"sum"`` as in the paper; ``"mean"`` as in its authors' code, which is sum / group_size; or ``"peft"`` as
+            in PEFT's ``use_qalora``, which is mean * in / group_size. An adapter works only with the convention with
+            which it was trained.
 
     Returns:
         ``[..., out]`` in x's dtype. Differentiable once in ``x``, ``bias``, ``lora_A`` and ``lora_B``.
@@ -100,7 +100,7 @@ def qalora_linear(
         TypeError: weight is not a GroupQuantTensor.
         ValueError: it requires a gradient, which codes cannot have; pool is unknown; shapes of the factors or
             devices do not fit together.
-        RuntimeError: x or bias has another shape, or a dtype is none of the three.
+        RuntimeError: x or bias has another shape, or a dtype is not one of the three.
 
     Examples:
         >>> weight = peftops.group_quantize(torch.randn(32, 64), group_size=32)

@@ -11,14 +11,14 @@ _aten = torch.ops.aten
 
 
 class RowShards:
-    """The rows of a packed weight, which can be cut. A rank keeps an equal share and, around a product, is given
-    the rows of all; in codes, so that what travels is a seventh of a float32 weight.
+    """The rows of a packed weight, which can be cut. Each rank keeps an equal share, and gets the rows of all ranks for
+    a product. Codes are sent, a seventh of the bytes of a float32 weight.
 
-    A part that does not go row by row (the scales of double quantisation, two thousandths of the weight) stays whole
-    on every rank. A share alone is for keeping: where it would mean something else, the operators refuse it.
+    A part that cannot be cut by rows (the scales of double quantisation, two thousandths of the weight) stays whole on
+    every rank. A share can only be stored: operators raise an error for it.
     """
 
-    BY_ROW: ClassVar[tuple[str, ...]]  # parts that hold equally much of every row
+    BY_ROW: ClassVar[tuple[str, ...]]  # parts with the same number of elements for every row
 
     def _place(self, name: str, row: int) -> int:
         """Where a row begins in a part."""
@@ -58,14 +58,14 @@ class RowShards:
     def fsdp_post_all_gather(
         self, gathered: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype, *, out: Any = None
     ) -> tuple[Any, tuple] | None:
-        """The whole weight; or nothing to do, for ``out`` has what is gathered into the same memory."""
+        """The whole weight; or nothing, if the parts were gathered into the memory of ``out``."""
         if out is not None:
             return None
         return self.with_parts(dict(zip(self.BY_ROW, gathered, strict=True)), shape, dtype), ()
 
 
 def on_rows(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The answer to a call of ``fully_shard``, or NotImplemented if ``func`` is another one."""
+    """The result of a function that ``fully_shard`` calls, or NotImplemented for any other ``func``."""
     weight, *rest = args
     if any(value and value != getattr(weight, name, None) for name, value in kwargs.items()):
         return NotImplemented  # another dtype, device or offset

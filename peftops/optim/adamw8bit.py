@@ -22,27 +22,27 @@ class AdamW8bit(torch.optim.Optimizer):
 
     Each step decodes the moments, updates them in float32 and moves the parameter by these before they are encoded
     again, so the first step is AdamW's to float32 rounding; :func:`~peftops.ops.adamw8bit.adamw8bit_` does it, all
-    parameters of a group at once. The codes cost this: an element within a factor ten of its block's largest is kept
-    to 0.7% of that largest (first moment) or 0.35% (second). A second moment above zero is never stored as zero but at
-    least as 3.25e-7 of its block's largest: the step would be divided by ``eps`` alone (here we differ from
-    bitsandbytes). A change of an element that does not leave the interval of its code is lost, step after step, as in
-    every such optimizer.
+    parameters of a group at once. The codes have errors. If an element is at least a tenth of the largest in its block,
+    its error is at most 0.7% of that largest (first moment) or 0.35% (second). A second moment above zero is stored as
+    at least 3.25e-7 of its block's largest, never as zero: otherwise the step would be divided by ``eps`` alone.
+    (bitsandbytes stores zero.) A change that is too small to change an element's code is lost at each step, as in every
+    such optimizer.
 
-    A gradient that is a NaN, infinite or huge touches its own element alone. As in AdamW, a NaN or an infinity makes
-    the parameter's element NaN for good, and after 1e25, whose square is infinite, it moves no more but by weight
-    decay. An element whose second moment is no number or above 2^63 (9e18, a gradient of 1e11 at once) does not count
-    in its block's absmax. It is stored as a power of two, its first moment as zero, and the sign of the block's second
-    absmax says that there is such a one; its neighbours keep their moments.
+    A gradient that is a NaN, infinite or huge affects only its own element. As in AdamW, a NaN or an infinity makes the
+    parameter's element NaN for good. After a gradient of 1e25, whose square is infinite, only weight decay changes the
+    element. A second moment that is NaN or above 2^63 (9e18, from a gradient of 1e11) is left out of its block's
+    absmax. Such an element is stored as a power of two, and its first moment as zero. The sign of the block's second
+    absmax marks a block with such an element. Its neighbours keep their moments.
 
     The state lies where its parameter does; ``paged=True`` lets CUDA move it to the host while the GPU is full. Under
-    ``torch.compile`` a step runs as it is, in eager mode: nothing is compiled again as ``step`` and ``lr`` change.
+    ``torch.compile`` a step runs in eager mode, so changes of ``step`` and ``lr`` cause no new compilation.
 
     Args:
         params: parameters or groups of them (of :func:`loraplus_groups`, say), dense, of float32, bfloat16 or float16.
         lr, betas, eps, weight_decay: as of AdamW; also per group.
         block_size: elements that share an absmax, a power of two from 32 to 4096.
         min_8bit_size: parameters with fewer elements keep float32 moments.
-        paged: keep the state in :func:`~peftops.nn.paged_memory.paged_memory`, which on the CPU is any memory.
+        paged: keep the state in :func:`~peftops.nn.paged_memory.paged_memory`, which on the CPU is ordinary memory.
 
     Raises:
         ValueError: an option is out of range, or a state to be loaded is another optimizer's or another model's.
@@ -126,14 +126,14 @@ class AdamW8bit(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what ``state_dict()`` gave, of the same parameters: training goes on with the same bits.
+        """Load the state that ``state_dict()`` returned for the same parameters: training goes on with the same bits.
 
-        (``Optimizer.load_state_dict`` casts all that it loads to the dtype of the parameter, codes included.)
+        (``Optimizer.load_state_dict`` would cast every tensor, codes too, to the dtype of the parameter.)
         """
         groups = state_dict["param_groups"]
         if any("min_8bit_size" not in group for group in groups):
             raise ValueError("AdamW8bit: this is the state of another optimizer")
-        # Where the state lies is no part of it: that stays as it was asked for here.
+        # A loaded state does not say where it lies: the option of this optimizer stays.
         own = [(p, group["paged"]) for group in self.param_groups for p in group["params"]]
         saved = [(number, group) for group in groups for number in group["params"]]
         loaded = {
@@ -178,7 +178,7 @@ def _checked(state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> dict[st
     """A copy of one parameter's loaded state, where the parameter is."""
     is_of = {k: (list(t.shape), t.dtype) for k, t in state.items() if isinstance(t, Tensor)}
     if is_of != _layout(p, group) or not isinstance(state.get("step"), int):
-        raise ValueError(f"AdamW8bit: the state of a parameter of shape {list(p.shape)} is another's: it has {is_of}")
+        raise ValueError(f"AdamW8bit: the state of a parameter of shape {list(p.shape)} does not fit: it has {is_of}")
     with _memory(p, group):
         return {k: t.to(p.device, copy=True) if isinstance(t, Tensor) else t for k, t in state.items()}
 

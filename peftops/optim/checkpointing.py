@@ -4,9 +4,9 @@ from torch import nn
 
 
 def compute_again(model: nn.Module) -> None:
-    """Have a model of transformers compute the activations of each block again in backward, and keep none.
+    """Make a model of transformers compute the activations of each block again in backward, instead of keeping them.
 
-    Without reentrance, since that loses gradients where no input of the first block needs one.
+    It is not reentrant: reentrant checkpointing loses gradients if no input of the first block needs one.
     """
     # Releases of transformers before 5.2x have the second name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

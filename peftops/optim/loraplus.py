@@ -23,7 +23,7 @@ def loraplus_groups(
     decay.
 
     Args:
-        lr: of A and of whatever else trains.
+        lr: of A and of all other trained parameters.
         ratio: of B's rate to it, at least 1.
         weight_decay: of matrices.
 

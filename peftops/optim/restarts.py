@@ -1,4 +1,5 @@
-"""ReLoRA's way with an optimizer: what it forgets at a restart, and how fast it learns between two."""
+"""ReLoRA's treatment of an optimizer: the state that it forgets at a restart, and the learning rate between two
+restarts."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from ..attaching.config import check_choice, check_range
 def prune_state(
     optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], how: str = "reset", ratio: float = 0.9
 ) -> None:
-    """Zero what an optimizer remembers of ``parameters`` (its averages of gradients), in place; all or a share.
+    """Zero an optimizer's averages of the gradients of ``parameters``, in place; all of them or a share.
 
     Its count of steps goes on, so that Adam's correction of its averages does not start again.
 
@@ -25,7 +26,7 @@ def prune_state(
         ratio: in [0, 1).
 
     Raises:
-        TypeError: the optimizer keeps something that is no float tensor of the parameter's shape.
+        TypeError: the optimizer keeps a state that is not a float tensor of the parameter's shape.
 
     Examples:
         >>> layer = nn.Linear(4, 2)
@@ -69,12 +70,12 @@ def relora_schedule(
 ) -> float:
     """The jagged cosine: the factor of the learning rate for the step after ``step`` ones.
 
-    A linear warm-up, then a cosine from 1 to ``floor``; at each multiple of ``every`` it falls to 0 and is back on
-    the cosine ``restart_warmup`` steps later.
+    It is a linear warm-up, then a cosine from 1 to ``floor``. At each multiple of ``every`` it falls to 0, and returns
+    to the cosine within ``restart_warmup`` steps.
 
     Args:
         total: steps of the whole run, a multiple of ``every``.
-        offset: steps that a run, which this one goes on with, had taken since a restart.
+        offset: if this run continues another one, the steps that the other one took after its last restart.
 
     Raises:
         ValueError: a number is out of range.

@@ -12,7 +12,7 @@ MANY = 1000  # tasks: from this number on, the size of an adapter matters most
 
 @dataclass(frozen=True)
 class Want:
-    """A wish, the methods that fulfil it, best first, and the reason for these."""
+    """A wish, the methods that fulfil it, best first, and the reason for this choice."""
 
     methods: tuple[str, ...]
     why: str
@@ -60,7 +60,7 @@ TASKS = Want(
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen method's estimate, or None if nothing fits, and why, a sentence each."""
+    """The chosen method's estimate, or None if no method fits, and the reasons, one sentence each."""
 
     estimate: Estimate | None
     reasons: list[str] = field(default_factory=list)
@@ -72,10 +72,10 @@ def choose(estimates: list[Estimate], memory: int, *, want: str = "quality", tas
     Args:
         memory: bytes.
         want: what matters most, one of :data:`WANTS`.
-        tasks: how many adapters are to be trained for one base; it speaks where ``want`` is quality.
+        tasks: how many adapters are to be trained for one base; it changes the choice only if ``want`` is "quality".
 
     Raises:
-        ValueError: memory or tasks is below 1, or there is no such want.
+        ValueError: memory or tasks is below 1, or ``want`` is unknown.
 
     Examples:
         >>> from peftops.planner import Estimate, choose

@@ -31,12 +31,13 @@ class Estimate:
     Attributes:
         method: its name, as ``peftops finetune --method`` has it.
         trainable: parameters.
-        weights: of all that is frozen.
-        optimizer: of what trains, in float32, and the two moments of it that the optimizer keeps.
-        activations: the most that a step holds beyond those: what backward needs, logits, gradients. The loss is that
-            of ``peftops finetune``, :func:`peftops.language_model_loss`; ``model(labels=...)`` makes all logits at
-            once.
-        why_not: why the method cannot be used on this model; None if it can, and only then the rest means anything.
+        weights: of all frozen parameters and buffers.
+        optimizer: of the trained parameters, in float32, and of the two moments that the optimizer keeps of each.
+        activations: the most that a step holds beside those: tensors for backward, logits, gradients. The loss is that
+            of ``peftops finetune``, :func:`peftops.language_model_loss`; ``model(labels=...)`` takes more, because it
+            makes all logits at once.
+        why_not: why the method cannot be used on this model, or None if it can. The other attributes are valid only
+            then.
     """
 
     method: str
@@ -52,7 +53,7 @@ class Estimate:
 
     @property
     def adapter(self) -> int:
-        """Of a file, or of one more task on the same base."""
+        """Bytes of the adapter's file, and of one more task on the same base."""
         return 4 * self.trainable
 
 
@@ -62,8 +63,8 @@ def skeleton(
     """The model at ``path`` on the meta device: shapes, and no weights.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is no causal language model that transformers can build.
+        FileNotFoundError: there is no model at ``path``.
+        ValueError: transformers cannot build a causal language model from it.
 
     Examples:
         >>> from peftops.planner import skeleton
@@ -91,7 +92,7 @@ def skeleton(
     if getattr(model, "_can_set_experts_implementation", bool)():  # torch's own has no meta kernel in float32
         model.set_experts_implementation("peftops")
     model.tie_weights()
-    model.config.pad_token_id = None  # for its sake, some models look at ids, of which there are none
+    model.config.pad_token_id = None  # with it, some models would read ids, which do not exist here
     return model
 
 
@@ -114,8 +115,8 @@ def estimate(
         optimizer: one of ``MOMENTS``.
 
     Raises:
-        ValueError: batch or length is below 1, or length is more than the model has positions; there is no such
-            optimizer.
+        ValueError: batch or length is below 1, length is above the model's number of positions, or the optimizer is
+            unknown.
 
     Examples:
         >>> from peftops.planner import estimate, skeleton
@@ -162,6 +163,6 @@ def estimate(
 
 
 def estimate_all(model: nn.Module, *, r: int = 16, **options: Any) -> list[Estimate]:
-    """That of every method, with its defaults and, where it is a kind of LoRA, rank ``r``."""
+    """The estimate of every method, with its default options, and with rank ``r`` if it is of LoRA's family."""
     kinds = sorted(METHODS, key=lambda kind: METHODS[kind].__name__.lower())
     return [estimate(model, kind(r=r) if issubclass(kind, LoRAConfig) else kind(), **options) for kind in kinds]

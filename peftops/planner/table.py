@@ -1,7 +1,7 @@
-"""The comparison table of PEFT techniques: words about a method before it is tried.
+"""The comparison table of PEFT techniques: what is known about a method before it is tried.
 
-The seven rows of the table itself (prompts, prefixes, adapters, LoRA, QLoRA, QA-LoRA, ReLoRA) are as it has them; the
-others, marked ``ours``, follow from the formulas and from HF PEFT's published runs of Llama-3.2-3B.
+Seven rows (prompts, prefixes, adapters, LoRA, QLoRA, QA-LoRA, ReLoRA) are copied from a published table. The other rows
+are marked ``ours``: they follow from the formulas and from HF PEFT's published runs of Llama-3.2-3B.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How much memory a training step takes, counted on the meta device: every tensor that it would allocate, and when it
-would let go of it. No formula knows a method's layers better than their own code.
+"""How much memory a training step takes, counted on the meta device: every tensor that the step would allocate, and
+when it would free it. The layers' own code runs, so no method needs a formula.
 
-It does not see workspace inside of kernels, losses of an allocator, and the libraries' own memory.
+It does not count workspace inside of kernels, memory that an allocator wastes, and the libraries' own memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def parts_of(tensor: Tensor) -> Iterable[Tensor]:
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes of the storages that operations make inside, as long as they live.
+    """Counts the bytes of the storages that operations inside it make, for as long as they live.
 
     Args:
         before: tensors that exist already and are not to be counted.
@@ -59,8 +59,8 @@ class Ledger(TorchDispatchMode):
 
 
 class _Flash(torch.autograd.Function):
-    """The tensors of torch's flash attention. (On the meta device torch takes the plain way, with all products of
-    queries and keys, that no CPU or GPU would.)"""
+    """The tensors of torch's flash attention. (On the meta device torch would compute the matrix of all products of
+    queries and keys, which it avoids on a CPU and on a GPU.)"""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, masked: bool) -> Tensor:
@@ -90,8 +90,8 @@ def register_attention() -> None:
 
 
 def step_peak(model: nn.Module, batch: int, length: int) -> int:
-    """The most bytes that forward and backward of a causal language model hold beyond what is there before: what
-    autograd keeps, logits, gradients.
+    """The largest number of bytes that forward and backward of a causal language model hold beside the tensors from
+    before: tensors that autograd keeps, logits, gradients.
 
     Args:
         model: on the meta device, in training, as a method left it.

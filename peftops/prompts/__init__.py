@@ -1,7 +1,7 @@
-"""Prompts: vectors that methods put before a model's input, and text that nothing trains.
+"""Prompts: trained vectors that methods put before a model's input, and text, which is not trained.
 
-Vectors: where they start from, how they meet a cache, one for each row of a batch, images beside them. Text:
-conversations as token ids, templates with demonstrations, words for classes.
+The files about vectors have their start values, their place in a cache, one prompt for each row of a batch, and images
+beside them. The files about text have conversations as token ids, templates with demonstrations, and words for classes.
 """
 
 from .batch import prompt_per_row

@@ -26,17 +26,17 @@ _NAME = "prompt-of-each-row"
 
 @contextlib.contextmanager
 def prompt_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
-    """Inside ``with prompt_per_row(model, ["a", "b", None]):`` a batch's rows have these prompts, in this order.
+    """Inside ``with prompt_per_row(model, ["a", "b", None]):`` the rows of a batch have these prompts, in this order.
 
     Args:
-        model: of which each name is an attached :class:`PromptTuningConfig` adapter; a decoder or an encoder.
-        names: one for each row; None for the base model. (``generate`` repeats rows for beams itself: a batch of
-            ``n`` times as many rows has each name ``n`` times.)
+        model: a decoder or an encoder; each name is one of its attached :class:`PromptTuningConfig` adapters.
+        names: one for each row; None for the base model. (``generate`` repeats rows for beams: in a batch with ``n``
+            times the rows, each name counts for ``n`` rows.)
 
     Raises:
         ValueError: there are no names, or one is not attached.
-        TypeError: an adapter is no prompt tuning, the model is an encoder-decoder, or a name is None and the model's
-            pooler reads the first position, where that row has nothing.
+        TypeError: an adapter is not of prompt tuning, the model is an encoder-decoder, or a name is None and the
+            model's pooler reads the first position, at which a row without a prompt has no token.
 
     Examples:
         >>> model = llama()
@@ -64,7 +64,7 @@ def prompt_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn
         state.switch.active = None
     else:
         path, host = hosting[0]
-        for name, prompt in prompts.items():  # several train at once: those that rested do so no longer
+        for name, prompt in prompts.items():  # several train at once, also those that were not active
             resting = state.resting.pop(name, ())
             for leaf, parameter in prompt.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad or f"{path}.{leaf}" in resting)

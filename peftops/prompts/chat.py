@@ -1,7 +1,7 @@
-"""Conversations as token ids: what a chat template makes of them, and which part of that is the assistant's.
+"""Conversations as token ids: the output of a chat template, and the part of it that is the assistant's.
 
-An answer ends with what the template ends a turn with, which need not be the tokenizer's end of a text (Gemma's
-``<end_of_turn>``): a model that learns another end does not stop where its own turns do.
+An answer ends with the template's end of a turn (Gemma's ``<end_of_turn>``), which may differ from the tokenizer's end
+of a text. If a model learnt another end, it would not stop at the end of its turns.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from .time_limit import TookTooLong, time_limit
 
 Message = dict[str, str]
 TURNS = ("last", "all")
-SECONDS = 10.0  # that a template may take for a conversation; thousandths are usual
+SECONDS = 10.0  # the most that a template may take for one conversation; some thousandths are usual
 
 
 def render(tokenizer: Any, messages: Sequence[Message], *, ask: bool) -> str:
     """The text of a conversation, with the beginning of an answer if one is asked for.
 
     Raises:
-        ValueError: the template fails, whatever it is that it fails with, or does not come to an end.
+        ValueError: the template fails with any error, or takes too long.
     """
     try:
         with time_limit(SECONDS):
@@ -46,16 +46,16 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 
 
 def pieces(tokenizer: Any, messages: Sequence[Message], turns: str = "last") -> list[tuple[list[int], bool]]:
-    """A conversation as stretches of ids, each with whether it is to be learnt. Together they are the ids of what the
-    template makes of all messages.
+    """A conversation as stretches of ids, each with whether it is to be learnt. Together they are the ids of the
+    template's output for all messages.
 
     Args:
         messages: the last one is the assistant's.
         turns: "last" to learn the last answer, "all" for every one of the assistant's.
 
     Raises:
-        ValueError: the template fails, or what it makes of a conversation does not begin with what it made of its
-            beginning.
+        ValueError: the template fails, or its output for a conversation does not begin with its output for the first
+            turns.
     """
     last = len(messages) - 1
     answers = [i for i, m in enumerate(messages) if i == last or (turns == "all" and m["role"] == "assistant")]
@@ -65,7 +65,7 @@ def pieces(tokenizer: Any, messages: Sequence[Message], turns: str = "last") -> 
         asked = render(tokenizer, messages[:i], ask=True)
         if not asked.startswith(done):
             raise ValueError(
-                "the model's chat template renders earlier turns in another way once others follow, so "
+                "the model's chat template renders earlier turns differently when other turns follow, so "
                 "only the last answer can be learnt"
             )
         answer = _answer(tokenizer, messages[: i + 1], asked)
@@ -81,11 +81,11 @@ def _answer(tokenizer: Any, messages: Sequence[Message], asked: str) -> str:
     whole = render(tokenizer, messages, ask=False)
     if whole.startswith(asked):
         return whole[len(asked) :]
-    # Some templates begin an answer (<think>) in a way that they leave out once it is there.
+    # Some templates begin an answer with a text (<think>) that they leave out of a conversation with the answer in it.
     content = messages[-1]["content"].strip()
     at = whole.rfind(content)
     if at < 0:
-        raise ValueError("the model's chat template leaves out the answer's own text, so that nothing can be learnt")
+        raise ValueError("the model's chat template leaves out the answer's text, so the model can learn nothing")
     return whole[at:]
 
 
@@ -111,7 +111,7 @@ def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
 
 
 def _is_bare(tokenizer: Any, messages: Sequence[Message]) -> bool:
-    """Whether nothing that can be seen ends the last turn: then the end of the text has to."""
+    """Whether no visible text ends the last turn. Then the end of the text must end it."""
     content = messages[-1]["content"].strip()
     if tokenizer.eos_token_id is None:
         return False

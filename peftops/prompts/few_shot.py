@@ -25,12 +25,12 @@ def demonstrations(
     tokenizer: Any = None,
     seed: int = 0,
 ) -> tuple[Row, ...]:
-    """``k`` of ``rows`` to show in a prompt, in an order that the seed decides; both move results by much.
+    """``k`` of ``rows`` to show in a prompt, chosen and ordered by the seed. Both have a large effect on results.
 
     Args:
-        by: a field (the label), each of whose values is shown as often as the others, give or take one.
-        like: choose the rows whose ``field`` shares most tokens of ``tokenizer`` with this text (of all tokens in
-            either), the closest last, where a model looks most.
+        by: a field (the label). Each of its values is shown equally often, with a difference of at most one.
+        like: choose the rows whose ``field`` is most similar to this text: it shares the largest part of all
+            ``tokenizer`` tokens in either. The most similar row comes last, where it has the largest effect.
 
     Raises:
         ValueError: there are fewer rows, or a row lacks a field.
@@ -75,8 +75,8 @@ class Verbalizer:
     classes together.
 
     Args:
-        words: by class. A space goes before each, as tokens in the middle of a text have one, unless it starts with
-            ``"<!>"``, which is left out.
+        words: by class. A space is put before each word, because tokens in the middle of a text begin with one. A word
+            that starts with ``"<!>"`` gets no space, and the mark is removed.
 
     Examples:
         >>> words = peftops.Verbalizer({"good": ["great", "fine"], "bad": ["poor"]})

@@ -1,11 +1,11 @@
-"""Hard prompts: templates with demonstrations (Brown et al. 2020, arXiv:2005.14165), which train nothing.
+"""Hard prompts: templates with demonstrations (Brown et al. 2020, arXiv:2005.14165). They have no trained parameters.
 
     instruction, demonstration 1, ..., demonstration k, query    each a filled template; the query without its target
 
-It is no adapter but what examples are made of, for every method and for none. The same input gives the same ids.
-Context and target are encoded together and then told apart, because a tokenizer may merge across their border; what
-is too long loses whole demonstrations, the oldest first, then the end (or start) of one field of the query, and never
-any of the template.
+A hard prompt is not an adapter: it makes the examples, for any method or for none. The same input gives the same ids.
+Context and target are encoded together and separated afterwards, because a tokenizer may merge characters across their
+border. A prompt that is too long loses whole demonstrations, the oldest first, and then the end (or start) of one field
+of the query. It never loses a part of the template.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ Row = Mapping[str, Any]
 
 
 def joint(tokenizer: Any, context: str, continuation: str) -> Example:
-    """Both together; the ids after the first ``len(ids of context)``, the continuation's, are to be predicted.
+    """Both together. The model is to predict the ids of the continuation, after the first ``len(ids of context)``.
 
-    Spaces at the context's end belong to what follows. Special tokens that the tokenizer ends with are left out.
+    Spaces at the context's end become part of the continuation. Special tokens that the tokenizer puts at the end are
+    left out.
     """
     bare = context.rstrip(" ")
     moved = context[len(bare) :] + continuation if continuation else ""  # a model begins a word with its space
@@ -49,8 +50,8 @@ class HardPrompt:
         demonstrations: rows that are shown with their targets, the oldest first.
         instruction: what comes first.
         separator: between the parts; not used in a chat, where parts are turns.
-        shorten: the field of the query that may be cut if it is too long; None for none.
-        keep: which of its ends stays, "start" or "end".
+        shorten: the field of the query that may be cut if the prompt is too long; None if no field may be cut.
+        keep: the end of that field that stays, "start" or "end".
         chat: whether to render through the tokenizer's chat template.
 
     Examples:
@@ -79,7 +80,7 @@ class HardPrompt:
             raise ValueError(f"a template's fields are plain names in braces, and {self.template!r} has others")
         names = {name for _, name, _, _ in parts}
         if self.shorten is not None and f"{{{self.shorten}}}" not in self.template.split(SPLIT)[0]:
-            raise ValueError(f"shorten={self.shorten!r} is no field of the prompt; the template has {sorted(names)}")
+            raise ValueError(f"shorten={self.shorten!r} is not a field of the prompt; the template has {sorted(names)}")
         for row in self.demonstrations:
             self.text(row)
 
@@ -102,7 +103,7 @@ class HardPrompt:
         return chat
 
     def encode(self, tokenizer: Any, row: Row, max_length: int | None = None, *, target: bool = True) -> Example:
-        """Token ids of a row, at most ``max_length``; without the target if that is to be found.
+        """Token ids of a row, at most ``max_length``; without the target if the model is to generate it.
 
         Raises:
             ValueError: a field is missing, there is no chat template, or the template alone is too long.
@@ -136,7 +137,7 @@ class HardPrompt:
         return joint(tokenizer, context, answer if target else "")
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON, demonstrations in their order and all."""
+        """Write it as JSON, with the demonstrations in their order."""
         Path(path).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod

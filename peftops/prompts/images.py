@@ -1,4 +1,4 @@
-"""Image prompts of LLaMA-Adapter (arXiv:2303.16199, section 3.4): what a sample's image adds to its prompts.
+"""Image prompts of LLaMA-Adapter (arXiv:2303.16199, section 3.4): a sample's image adds a vector to its prompts.
 
     P_l + I    for each layer l, with I = W [f_1; f_2; ...] + b    f_i the image's features at scale i
 
@@ -19,23 +19,25 @@ from ..attaching import attachment, hosts
 from ..nn import PREFIX, Prompt
 from ..nn.gated_prompt import Kept
 
-ARGUMENT = "peftops_image"  # layers hand unknown arguments on, and get them again when they are recomputed
+ARGUMENT = "peftops_image"  # layers pass unknown arguments on, and get them again when they are recomputed
 
 
 @contextlib.contextmanager
 def image_prompts(model: nn.Module, features: Tensor | Sequence[Tensor]) -> Iterator[nn.Module]:
-    """Inside ``with image_prompts(model, features):`` the rows of a batch have these images, in this order; outside,
-    and before it, they have none. A backward pass may come later; blocks that are computed again for it must be so by
-    the checkpointing that is not re-entrant, since they share the projection.
+    """Inside ``with image_prompts(model, features):`` the rows of a batch have these images, in this order; outside of
+    it they have none. A backward pass may come later. If it computes blocks again, checkpointing must not be
+    re-entrant, because the blocks share the projection.
 
     Args:
         model: whose active adapter is :class:`LLaMAAdapterConfig` with ``image_features=D``.
         features: ``[rows, D]``, or ``[rows, tokens, D]`` with one for each row of the prompts, of any float dtype;
-            or several scales of such, together ``D`` wide. Copied; gradients reach them. ``generate`` repeats rows
-            for beams itself: with a cache, a batch of ``n`` times as many rows has each image ``n`` times.
+            or several scales of such, together ``D`` wide. They are copied, and gradients reach them. ``generate``
+            repeats rows for beams: with a cache, in a batch with ``n`` times the rows, each image counts for ``n``
+            rows.
 
     Raises:
-        ValueError: the active adapter reads no images, or not of this shape; a call inside has other rows.
+        ValueError: the active adapter reads no images, or features of another shape; a call inside has another number
+            of rows.
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.LLaMAAdapterConfig(tokens=3, layers=1, image_features=5))
@@ -58,7 +60,7 @@ def image_prompts(model: nn.Module, features: Tensor | Sequence[Tensor]) -> Iter
 
 
 class ImagePrompts(Prompt):
-    """The projection. It stands before the body, to hand what it makes of the features on to the layers.
+    """The projection. It stands before the body, and passes the projected features on to the layers.
 
     Args:
         features: their width.
@@ -71,7 +73,7 @@ class ImagePrompts(Prompt):
     def __init__(self, model: nn.Module, features: int, prompt: Tensor):
         super().__init__()
         if getattr(model.config, "is_encoder_decoder", False):
-            raise TypeError(f"image_features needs a model that only decodes, not a {type(model).__name__}")
+            raise TypeError(f"image_features needs a decoder, not a {type(model).__name__}")
         (tokens, hidden), device = prompt.shape, prompt.device
         self.tokens = tokens
         self.projection = nn.Linear(features, hidden, device=device, dtype=torch.float32)
@@ -88,7 +90,9 @@ class ImagePrompts(Prompt):
         """The image's value, taken out of a layer's arguments."""
         image = arguments.pop(ARGUMENT, None)
         if image is None and self.features is not None:
-            raise TypeError(f"the model does not hand on to its {type(attention).__name__} what image_prompts puts in")
+            raise TypeError(
+                f"the model does not pass on to its {type(attention).__name__} the argument of image_prompts"
+            )
         return image
 
     def checked(self, features: Tensor | Sequence[Tensor]) -> Tensor:
@@ -112,7 +116,7 @@ class ImagePrompts(Prompt):
         times, rest = divmod(rows, len(self.features))
         if rest or (times != 1 and arguments.get("cache") is None):
             raise ValueError(f"image_prompts: a batch of {rows} rows, but features of {len(self.features)} images")
-        # The same tensor for each token that is generated, so that layers can keep what they make of it.
+        # The same tensor for each generated token, so that layers can keep what they compute from it.
         make = lambda: self._project(times)
         return {**arguments, ARGUMENT: self._kept((self.features, *self.projection.parameters()), times, make)}
 

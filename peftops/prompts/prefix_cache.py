@@ -1,4 +1,4 @@
-"""How a prefix meets transformers: as a cache that is not empty."""
+"""A prefix as transformers sees it: a cache that is not empty."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..nn.prompt import cache_name
 
 
 class PrefixCache:
-    """A cache that holds a prefix and forgets what it is given, for calls that nothing continues.
+    """A cache that holds a prefix and does not keep new keys and values, for calls that are not continued.
 
-    It answers what attention and mask code ask of a cache. As it keeps nothing, a block that gradient
-    checkpointing runs a second time sees the same as the first time.
+    It has the methods that the code of attention and masks calls. It keeps no new tokens, so a block that gradient
+    checkpointing runs a second time sees the same cache as the first time.
     """
 
     is_compileable = False
@@ -40,8 +40,8 @@ class PrefixCache:
 
 
 def keeping_the_cache(body: nn.Module, keep: bool) -> None:
-    """Whether checkpointed blocks may see a cache. transformers takes it away from them, for fear of a second update,
-    unless they say that they do not write to it; no layer writes into a :class:`PrefixCache`."""
+    """Whether checkpointed blocks may see a cache. transformers removes the cache from them, because they would update
+    it twice, unless they declare that they do not write to it. No layer writes into a :class:`PrefixCache`."""
     for module in body.modules():
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_can_checkpoint_with_cache"):
             if keep:

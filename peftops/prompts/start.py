@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-POPULATION = 5000  # of Lester et al.: vocabularies are sorted by frequency, so these are the most common ones
+POPULATION = 5000  # of Lester et al.: ids are sorted by frequency, so the first ones are the most common tokens
 
 
 def frequent(model: nn.Module, count: int) -> list[int]:
-    """``count`` of the first 5,000 ids, none twice unless there are too few."""
+    """``count`` of the first 5,000 ids. An id repeats only if there are fewer ids than ``count``."""
     population = min(POPULATION, model.get_input_embeddings().num_embeddings)
     if count <= population:
         return torch.randperm(population)[:count].tolist()

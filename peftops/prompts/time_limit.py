@@ -1,4 +1,4 @@
-"""A bound for the time of Python that comes out of a file, such as a chat template."""
+"""A time limit for Python code that comes from a file, such as a chat template."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class TookTooLong(Exception):
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise :class:`TookTooLong` in the body, between two of its instructions, once it has run that long.
 
-    Unlike a signal this works in every thread and takes no handler from anybody. A single call of C is not cut short.
+    Unlike a signal this works in every thread, and it replaces no signal handler. It cannot interrupt a single call of
+    C code.
     """
     body, lock, over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
     begun = threading.Event()

@@ -25,8 +25,8 @@ def _padded(n: int) -> int:
 
 
 def _zeros(pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On the CPU, memory that the system backs with huge pages, where it has them: with 4 KB ones a decoding step,
-    which reads every factor once, waits for address translation as well. No more than a hint."""
+    """On the CPU, memory for which the system is asked to use huge pages. A decoding step reads every factor once, and
+    with pages of 4 KB it would also wait for address translation. The system may ignore the hint."""
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(pages, page_size, dtype=dtype, device=device)
     memory = mmap.mmap(-1, pages * page_size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -36,7 +36,7 @@ def _zeros(pages: int, page_size: int, dtype: torch.dtype, device: torch.device)
 
 
 class PoolFull(RuntimeError):
-    """There is no room, and nothing that may be evicted would make enough."""
+    """There is no room, and evicting all that may be evicted would not make enough."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class _Host:
     where: Tensor  # int64 [layers, 3], as in PoolLayer
     scaling: Tensor  # float32 [layers]
     leaves: dict[str, tuple[Tensor, Tensor]]  # A and B by layer, if they are trainable
-    serial: int  # that no other adapter has had
+    serial: int  # a number that no other adapter has had
 
     def version(self) -> tuple[int, ...]:
-        """Changes whenever an optimizer, or anything else that autograd sees, writes a leaf."""
+        """A number that changes when an optimizer, or other code that autograd sees, writes a leaf."""
         return tuple(f._version for pair in self.leaves.values() for f in pair)
 
     @torch.no_grad()
@@ -74,24 +74,24 @@ class _Resident:
 class AdapterPool:
     """Adapters for :func:`peftops.multi_lora_linear` (S-LoRA, arXiv:2311.03285, section 5).
 
-    All adapters live in host memory; those in use lie in pages of a working set, and the least recently used that
-    is neither pinned nor in use makes room. Pages may also be had for anything else that should share the memory,
-    such as a KV cache (:meth:`alloc`). Every method may be called from any thread; factors are copied while the
-    others go on.
+    All adapters are in host memory; those in use also lie in pages of a working set. If there is no room, the least
+    recently used adapter that is not pinned and not in use is evicted. :meth:`alloc` gives pages to other users of the
+    memory, such as a KV cache. Every method may be called from any thread; while one thread copies factors, the others
+    go on.
 
-    A batch needs its adapters to stay where they are, so run it inside :meth:`use`, or pin them. An index that
-    outlives its adapter's stay is noticed and is an error.
+    The adapters of a batch must stay in their pages, so run a batch inside :meth:`use`, or pin its adapters. To use an
+    index after its adapter was evicted is an error.
 
     Args:
         layers: name of a layer -> (in_features, out_features).
         pages: how many pages the working set has.
         page_size: elements per page, a power of two from 64.
         slots: how many adapters may be resident at once.
-        dtype: float32, bfloat16 or float16, of the factors in the pool, whatever the dtype of x. A decoding step
+        dtype: float32, bfloat16 or float16, of the factors in the pool, for any dtype of x. A decoding step
             reads every factor once, so 16 bits take about half the time of 32.
-        device: where the working set is, and so where x must be; by default torch's default device. On a GPU, load
-            and compute on one stream, as threads do by default: a load may take the pages of an adapter whose last
-            batch is still on its way.
+        device: the device of the working set, on which x must be, too; by default torch's default device. On a GPU,
+            load and compute on one stream, as threads do by default: a load may overwrite the pages of an adapter whose
+            last batch has not finished.
 
     Raises:
         ValueError: an argument is out of range.
@@ -128,7 +128,7 @@ class AdapterPool:
             raise ValueError(f"AdapterPool: dtype must be float32, bfloat16 or float16, not {dtype}")
         where = torch.get_default_device() if device is None else torch.device(device)
         self.storage = _zeros(pages, page_size, dtype, where)
-        # The tables that the host plans a batch with, wherever the kernel runs.
+        # The host plans batches with these tables, so they are on the CPU also for a GPU.
         self._handles = torch.full((slots,), -1, device="cpu")
         self._table = torch.zeros(slots, pages, dtype=torch.int32, device="cpu")
         self._where = torch.zeros(len(layers), slots, 3, dtype=torch.int64, device="cpu")
@@ -168,13 +168,13 @@ class AdapterPool:
 
     @property
     def fixed_pages(self) -> int:
-        """Pages that nothing can have now: those that :meth:`alloc` handed out, and those of adapters that are pinned
-        or in use."""
+        """Pages that cannot be freed now: those that :meth:`alloc` handed out, and those of adapters that are pinned or
+        in use."""
         with self._lock:
             return len(self._lent) + sum(len(at.pages) for name, at in self._resident.items() if self._holds(name))
 
     def pages_of(self, name: str) -> int:
-        """How many pages an adapter takes; KeyError if there is none of this name."""
+        """The number of pages of an adapter; KeyError if there is no adapter of this name."""
         with self._lock:
             return len(self._find(name).flat)
 
@@ -184,8 +184,8 @@ class AdapterPool:
             return self._holds(name)
 
     def state(self, name: str) -> tuple[int, ...]:
-        """Of an adapter's numbers: equal for as long as they are the same. Nothing that was computed with other ones
-        can be taken for theirs. KeyError if there is no such adapter."""
+        """A key for an adapter's numbers: it changes when they change, so results of old numbers are never taken for
+        results of new ones. KeyError if there is no such adapter."""
         with self._lock:
             host = self._find(name)
             return (host.serial, *host.version())
@@ -261,7 +261,7 @@ class AdapterPool:
             self._max_rank[0] = max(self._max_rank[0], *(r for r, _, _ in sizes.values()), 1)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter altogether."""
+        """Remove an adapter from the working set and from host memory."""
         with self._lock:
             self.evict(name)
             self._hosts.pop(name, None)  # another thread may have come first
@@ -287,10 +287,10 @@ class AdapterPool:
         return self._load(name)
 
     def pin(self, name: str) -> int:
-        """Load an adapter and keep it resident until :meth:`unpin`, as often as it was pinned.
+        """Load an adapter and keep it resident until :meth:`unpin` was called as often as this.
 
-        A pin that raises is none. An earlier one outlives a trainable adapter's failure to be read again: the pages
-        stay its own, there is no index to them, and the next load tries once more.
+        A pin that raises does not count. An earlier pin stays if a changed trainable adapter cannot be loaded again:
+        its pages stay reserved, it has no index, and the next load tries again.
         """
         return self._load(name, self._pins)
 
@@ -316,8 +316,8 @@ class AdapterPool:
     def prefetch(self, names: Collection[str]) -> Future[list[str]]:
         """Load adapters of a coming batch in the background, in order, until no room is left for the next one.
 
-        They are not held: what is loaded in between may evict them again. The future's result names those that
-        got in; that the pool is full is no error here.
+        They are not pinned: other loads may evict them again. The future's result has the names of the adapters that
+        were loaded. A full pool is not an error here.
         """
         with self._lock:
             for name in names:
@@ -349,7 +349,7 @@ class AdapterPool:
 
     def alloc(self, count: int) -> list[int]:
         """Take pages out of the working set, for the caller's own use: ``pool.storage[page]`` is theirs until
-        :meth:`free`. Adapters are evicted as for a load. Contents are whatever was there.
+        :meth:`free`. Adapters are evicted as for a load. The pages keep their old content.
 
         Raises:
             ValueError: count is negative.
@@ -374,9 +374,10 @@ class AdapterPool:
             self._free += pages
 
     def _load(self, name: str, hold: Counter[str] | None = None, spare: Collection[str] = ()) -> int:
-        """The load itself. One thread copies, without the lock; others that want the same adapter wait for it."""
+        """The load itself. One thread copies, without the lock; other threads that need the same adapter wait for
+        it."""
         with self._lock:
-            while True:  # after a wait, all has to be looked up again
+            while True:  # after a wait, everything must be looked up again
                 host, now = self._find(name), self._resident.get(name)
                 if now is None and self._make_room(repr(name), len(host.flat), 1, spare):
                     now = _Resident(self._free_slots.pop(), [self._free.pop() for _ in range(len(host.flat))])
@@ -425,7 +426,7 @@ class AdapterPool:
         return int(self._handles[now.slot])
 
     def _make_room(self, what: str, pages: int, slots: int, spare: Collection[str] = ()) -> bool:
-        """Evicts what it takes, or waits for a load to end and returns False, or raises."""
+        """Evict enough adapters and return True; or wait for a load to end and return False; or raise."""
         idle = [
             other for other, at in self._resident.items() if not (self._holds(other) or at.loading or other in spare)
         ]
@@ -444,7 +445,7 @@ class AdapterPool:
         return True
 
     def _forget(self, now: _Resident) -> None:
-        """From here on, the index that a slot had is out of date."""
+        """Make the present index of a slot invalid."""
         handle = int(self._handles[now.slot])
         self._handles[now.slot] = -1
         for layer in self._layers.values():

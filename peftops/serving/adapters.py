@@ -28,15 +28,15 @@ def pool_for(
     page_size: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> AdapterPool:
-    """A pool whose working set holds this many adapters of this rank, for the layers of a model and where that is. Any
-    number of them, of any ranks, may be added: what is not in use makes room.
+    """A pool for the layers of a model, on the model's device, whose working set holds this number of adapters of this
+    rank. Any number of adapters, of any ranks, may be added: those that are not in use are evicted.
 
     Args:
         target: which layers adapters may adapt, as in :class:`~peftops.LoRAConfig`.
-        tokens: of keys and values for which there is room as well, if :class:`Server` can have them in pages. Memory
-            of the CPU is taken as it is used.
-        page_size: see :class:`~peftops.AdapterPool`; by default the least for keys and values of 16 tokens of a layer,
-            or 16384 where these lie elsewhere.
+        tokens: the number of tokens whose keys and values have room as well, if :class:`Server` can put them in pages.
+            On the CPU, the system hands out memory only when it is used.
+        page_size: see :class:`~peftops.AdapterPool`; by default the smallest for keys and values of 16 tokens of a
+            layer, or 16384 if keys and values are not in pages.
         dtype: see :class:`~peftops.AdapterPool`.
 
     Raises:
@@ -66,7 +66,7 @@ def pool_for(
 
 
 def _layout(model: nn.Module) -> Layout | None:
-    """The sizes of a token in pages; None if a model has none, which :class:`Server` tells of."""
+    """The sizes of a token in pages; None if the model does not fit pages (:class:`Server` then warns)."""
     was_training = model.training
     try:
         return PagedModel(model.eval()).layout
@@ -80,11 +80,11 @@ def add_adapter(pool: AdapterPool, name: str, directory: str | os.PathLike, *, p
     """Read a LoRA adapter that :func:`peftops.save` or HF PEFT wrote into a pool's host memory.
 
     Args:
-        parts: of a model that several processes share, if the pool is for this process's part.
+        parts: if several processes share the model: this process's part, for which the pool is.
 
     Raises:
         FileNotFoundError: a file is missing.
-        TypeError: the method is none whose change is the product of an A and a B of linear layers.
+        TypeError: the method's change is not a product of A and B of linear layers.
         ValueError: a file is damaged, or is for another model; nothing has changed then.
 
     Examples:
@@ -95,7 +95,7 @@ def add_adapter(pool: AdapterPool, name: str, directory: str | os.PathLike, *, p
     config, tensors = read_adapter(directory)
     method = METHODS[type(config)]
     if not issubclass(method, LoRA) or method.adapt is not LoRA.adapt:
-        raise TypeError(f"{directory} is an adapter of {method.__name__}; a pool holds A and B, as LoRA has them")
+        raise TypeError(f"{directory} is an adapter of {method.__name__}; a pool holds only A and B, as in LoRA")
     layers = {key.removeprefix(PREFIX).partition(".lora_")[0].partition(".base_layer")[0] for key in tensors}
     experts = sorted(layer for layer in layers if layer.endswith("experts"))
     if experts:
@@ -111,7 +111,7 @@ def add_adapter(pool: AdapterPool, name: str, directory: str | os.PathLike, *, p
             if other not in tensors:
                 raise ValueError(f"{directory} lacks {other}")
             r = by_pattern(whole["rank_pattern"], layer, whole["r"])
-            if len(tensors[key]) != r:  # PEFT's file of what has started from the base's weights
+            if len(tensors[key]) != r:  # PEFT's file of an adapter that has started from the base's weights
                 raise TypeError(
                     f"{directory} has rank {len(tensors[key])} at {layer}, and a whole change of {method.__name__} has "
                     f"rank {r}; load it into a model and save that, which completes it"

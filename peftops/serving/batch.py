@@ -1,4 +1,4 @@
-"""The requests that run, and the two kinds of passes over them: prompts, and one token further."""
+"""The running requests, and the two kinds of passes over them: a pass of prompts, and a pass of one token each."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class NotFinite(ValueError):
 
 @dataclass(frozen=True)
 class Logprob:
-    """The logarithms of the probabilities that the model gave, before anything was drawn.
+    """The logarithms of the probabilities that the model gave, before sampling options changed them.
 
     Attributes:
-        own: that of the token that was taken.
-        top: those of the likeliest ones, by token, the likeliest first.
+        own: that of the chosen token.
+        top: those of the likeliest tokens, by token, the likeliest first.
 
     Examples:
         >>> from peftops.serving import Logprob
@@ -42,24 +42,24 @@ class Logprob:
 
 @dataclass(eq=False)
 class Request:
-    """A question, and its answer so far."""
+    """A prompt, and its answer so far."""
 
     number: int
     prompt: list[int]
     adapter: str | None
     max_new: int
     draw: Callable[[Tensor], int] | None = None  # None takes the likeliest token
-    logprobs: int | None = None  # how many of the likeliest tokens are told of, beside the one taken
-    watch: Callable[[int, Logprob | None], bool] | None = None  # is told each token; true ends the answer
+    logprobs: int | None = None  # number of the likeliest tokens to report, beside the chosen one
+    watch: Callable[[int, Logprob | None], bool] | None = None  # is called with each token; true ends the answer
     index: int = BASE  # in the pool, while it runs
     ids: list[int] = field(default_factory=list)
     told: list[Logprob] = field(default_factory=list)
     ended: bool = False  # by its watch
-    error: Exception | None = None  # why it cannot go on
-    blocks: list[Block] = field(default_factory=list)  # of its keys and values, if they lie in pages
-    table: Tensor | None = None  # int32 [layers, blocks], their pages, as far as they were asked for
-    reused: int = 0  # of these, those that were there before
-    known: int = 0  # of these, those that others may find
+    error: Exception | None = None  # the reason why it cannot go on
+    blocks: list[Block] = field(default_factory=list)  # of its keys and values, if they are in pages
+    table: Tensor | None = None  # int32 [layers, blocks], their pages, as far as they were looked up
+    reused: int = 0  # of these, the ones that existed before
+    known: int = 0  # of these, the ones that other requests may find
     root: Hashable = None  # the state of its adapter
     parent: Hashable = None  # of the next block to be known
     born: int = 0  # the step in which it joined
@@ -70,12 +70,12 @@ class Request:
 
     @property
     def cached(self) -> int:
-        """Tokens whose keys and values are kept: all but the last one generated."""
+        """Tokens whose keys and values are kept: all except the last generated one."""
         return len(self.prompt) + len(self.ids) - 1
 
 
 class Rows:
-    """The adapter of each row of the pass that runs; None while all rows are the base's."""
+    """The adapter of each row of the present pass; None while no row has an adapter."""
 
     index: Tensor | None = None
 
@@ -106,46 +106,46 @@ class Batch(ABC):
 
     rows: Rows
     running: list[Request]
-    reused_tokens = 0  # of prompts, whose keys and values were there already
-    agree: Callable[[list[int]], list[int]] | None = None  # on a pass's tokens, with processes that go in step
+    reused_tokens = 0  # of prompts, whose keys and values existed already
+    agree: Callable[[list[int]], list[int]] | None = None  # on a pass's tokens, between processes that share the model
 
     @property
     @abstractmethod
     def longest(self) -> tuple[int, str]:
-        """The most tokens of a request, and what sets this bound."""
+        """The largest number of tokens of a request, and the reason for this bound."""
 
     @abstractmethod
     def admits(self, joined: list[Request], request: Request) -> bool:
-        """Whether a request may join those that run and ``joined``, so that each of them can be finished."""
+        """Whether a request may join the running ones and ``joined``, so that each of them can be finished."""
 
     @abstractmethod
     def leave(self, row: int) -> None:
-        """Let ``running[row]`` go."""
+        """Remove ``running[row]``."""
 
     @abstractmethod
     def decode(self) -> None:
-        """One token further, for all."""
+        """Generate one more token for all requests."""
 
     @abstractmethod
     def drop(self, requests: list[Request]) -> None:
-        """Let go of what is kept for requests that do not run."""
+        """Free the memory that is kept for requests that do not run."""
 
     @abstractmethod
     def _groups(self, requests: list[Request]) -> Iterable[list[Request]]:
-        """Those whose prompts go through the model together."""
+        """Groups of requests whose prompts go through the model together."""
 
     @abstractmethod
     def _prompts(self, group: list[Request]) -> None:
         """A pass over prompts."""
 
     def refuses(self, request: Request) -> str | None:
-        """Why a request could never run."""
+        """The reason why a request could never run; None if it can."""
         most, why = self.longest
         new = len(request.prompt), request.max_new
         return f"{new[0]} + {new[1]} tokens are more than {why}, {most}" if sum(new) > most else None
 
     def spare(self) -> bool:
-        """Give up something that is kept in case it is of use; whether there was anything."""
+        """Free something that is kept for later reuse; returns whether there was anything."""
         return False
 
     def close(self) -> None:
@@ -158,7 +158,7 @@ class Batch(ABC):
             self.running += group
             try:
                 self._together_or_each(self._prompts, group)
-            except BaseException:  # an interrupt: as if they had not come yet
+            except BaseException:  # after an interrupt, these requests wait again
                 del self.running[first:]
                 for request in group:
                     request.ids.clear()
@@ -167,9 +167,9 @@ class Batch(ABC):
                 raise
 
     def _together_or_each(self, run: Callable[[list[Request]], None], requests: list[Request]) -> None:
-        """One pass over requests; if it fails, one for each, so that only what cannot go on has an ``error``. A pass
-        writes a request's keys and values where they belong, so doing it again is safe. Processes that go in step do
-        not: the others' passes have gone well, perhaps."""
+        """One pass over requests. If it fails, one pass for each, so that only requests that cannot go on have an
+        ``error``. A pass writes a request's keys and values to their own places, so it can be repeated. Processes that
+        share a model do not repeat it, because the pass may have succeeded in the other processes."""
         try:
             run(requests)
         except Exception as error:
@@ -182,7 +182,8 @@ class Batch(ABC):
                 self._together_or_each(run, [request])
 
     def _adapters(self, requests: list[Request], counts: list[int]) -> Tensor | None:
-        """Of each token of a pass, on the host, which is where a batch is planned; None if none has any."""
+        """The adapter of each token of a pass, on the host, where batches are planned; None if no token has an
+        adapter."""
         index = torch.tensor([r.index for r in requests], device="cpu")
         return index.repeat_interleave(torch.tensor(counts, device="cpu")) if (index != BASE).any() else None
 

@@ -1,11 +1,11 @@
 """Keys and values of a batch whose rows come and go.
 
-Each row is a request, and starts at position 0: no row's place depends on another's length, so a request joins without
-moving anybody. When one leaves, the last row moves into its place, and the rows in use are always the first ones, which
-attention can read as they lie.
+Each row is a request, and starts at position 0. The place of a row does not depend on the lengths of others, so no row
+moves when a request joins. When a request leaves, the last row moves into its place. So the rows in use are always the
+first ones, and attention can read them without a copy.
 
-Beyond a row's end there are zeros, always: attention multiplies what its mask hides by 0, and a NaN that another
-request left there, or that padding made, would show through.
+There are always zeros beyond a row's end. Attention multiplies hidden values by 0, so a NaN that another request or
+padding has left there would reach the result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 class RowCache:
     """The store of a transformers model's keys and values, ``[rows, heads, capacity, width]`` per layer.
 
-    Before a pass, :meth:`begin` says which rows it is for, and how long they are.
+    Before a pass, :meth:`begin` sets its rows and their lengths.
     """
 
     is_compileable = False
@@ -32,22 +32,23 @@ class RowCache:
         self._padding: Tensor | None = None  # [rows, new]
 
     def reserve(self, rows: int, capacity: int, live: int) -> None:
-        """Have room for this many rows of this many tokens; the first ``live`` rows are kept."""
+        """Make room for this number of rows with this number of tokens; the first ``live`` rows are kept."""
         if (rows, capacity) == (self.rows, self.capacity):
             return
         wanted, self.rows, self.capacity = (rows, capacity), min(rows, self.rows), min(capacity, self.capacity)
-        for layer, pair in enumerate(self.pairs):  # if one fails, rows and capacity are the least of all layers
+        for layer, pair in enumerate(self.pairs):  # if one fails, rows and capacity are the smallest of all layers
             if pair is not None:
                 self.pairs[layer] = tuple(_resized(t, rows, capacity, live) for t in pair)
         self.rows, self.capacity = wanted
 
     def begin(self, first: int, lengths: Tensor, new: int, padding: Tensor | None = None) -> None:
         """The next pass is for rows ``first``, ``first + 1``, .. that hold ``lengths`` tokens and get ``new`` each.
-        Rows of a pass with several new tokens are empty; ``padding`` ``[rows, new]`` says which of these are none."""
+        Rows of a pass with several new tokens are empty before; ``padding`` ``[rows, new]`` marks the new positions
+        without a token."""
         self._first, self._lengths, self._longest, self._padding = first, lengths, int(lengths.max()) + new, padding
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep the new keys and values; all those of the rows, up to the longest one."""
+        """Store the new keys and values; returns all those of the rows, up to the longest row."""
         if self.pairs[layer_idx] is None:
             empty = lambda t: t.new_zeros(self.rows, t.shape[1], self.capacity, t.shape[3])
             self.pairs[layer_idx] = empty(keys), empty(values)
@@ -64,7 +65,7 @@ class RowCache:
         return result[0], result[1]
 
     def move(self, source: int, target: int) -> None:
-        """Let row ``target`` be what row ``source`` is, and empty the latter."""
+        """Move row ``source`` to row ``target``, and empty ``source``."""
         for pair in self.pairs:
             for store in pair or ():
                 store[target] = store[source]
@@ -76,8 +77,8 @@ class RowCache:
             for store in pair or ():
                 store[first:] = 0
 
-    # What models and their masks ask. A pass over several new tokens is causal from position 0; one over a single new
-    # token brings its own mask.
+    # The methods that models and the code of masks call. A pass over several new tokens is causal from position 0; one
+    # over a single new token brings its own mask.
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
 

@@ -14,15 +14,15 @@ PASS = 2048  # tokens of prompts in one pass; a single prompt may be longer
 
 
 def peak_tokens(requests: Sequence[tuple[int, int]], page: int = 1) -> int:
-    """How many tokens a batch will hold at its fullest: what decides whether one more request may join.
+    """The largest number of tokens that a batch will hold; it decides whether one more request may join.
 
-    All requests get a token at a time, and each ends when it has all of its own; as one ends, those that are left hold
-    what they have now and as many new tokens. A batch may start if the pages left beside its adapters hold the peak
-    (S-LoRA's admission rule, arXiv:2311.03285).
+    All requests get one token at each step, and each request ends when it has all its tokens. At that step the
+    remaining requests hold their present tokens and as many new ones as there were steps. A batch may start if the
+    pages beside its adapters can hold the peak (S-LoRA's admission rule, arXiv:2311.03285).
 
     Args:
         requests: (tokens so far, tokens to come at most) of each.
-        page: of how many tokens. A request's last page counts as full.
+        page: tokens of a page. A request's last page counts as full.
     """
     ordered = sorted(requests, key=lambda request: -request[1])
     whole = lambda tokens: -(-tokens // page) * page
@@ -35,7 +35,7 @@ class PagedBatch(Batch):
     without padding.
 
     Args:
-        max_tokens: for how many tokens there may be blocks at once; the pool may have room for fewer.
+        max_tokens: the largest number of tokens in blocks at once; the pool may have room for fewer.
     """
 
     def __init__(self, model: PagedModel, rows: Rows, blocks: Blocks, *, max_tokens: int):
@@ -56,8 +56,8 @@ class PagedBatch(Batch):
         return super().refuses(request)
 
     def admits(self, joined: list[Request], request: Request) -> bool:
-        """Blocks that are shared, and those that each request will still have of its own when they are most, must fit
-        beside the adapters that are in use."""
+        """The shared blocks, and the peak of the blocks that each request has for itself, must fit beside the adapters
+        in use."""
         pool, size = self.blocks.pool, self.blocks.size
         if any(r.born + len(r.ids) != self._now for r in self.running):
             return False  # after an interrupt: the bound is for requests that go in step
@@ -93,7 +93,8 @@ class PagedBatch(Batch):
         self.blocks.close()
 
     def decode(self) -> None:
-        """One token further, for those that are furthest behind: for all, but after an interrupt."""
+        """Generate one more token for the requests that are furthest behind. These are all requests, except after an
+        interrupt."""
         behind = min(r.born + len(r.ids) for r in self.running)
         now = [r for r in self.running if r.born + len(r.ids) == behind]
         self._together_or_each(self._tokens, now)
@@ -104,7 +105,7 @@ class PagedBatch(Batch):
         return max((r.born + len(r.ids) for r in self.running), default=0)
 
     def _groups(self, requests: list[Request]) -> Iterator[list[Request]]:
-        """Of prompts that go on alike, one first: the others find its blocks."""
+        """Of prompts with the same next block, one runs first, and the others then find its blocks."""
         left, now = list(requests), max(1, self._now)
         while left:
             group: list[Request] = []
@@ -128,14 +129,15 @@ class PagedBatch(Batch):
             left = later
 
     def _find(self, request: Request) -> None:
-        """Known blocks with which a prompt begins. Its last token is run, for what comes after it."""
+        """Known blocks with which a prompt begins. The prompt's last token is left out: it must run to give the next
+        token."""
         found = self.blocks.find(request.root, request.prompt[:-1])
         self.drop([request])
         request.blocks, request.reused, request.known = found, len(found), len(found)
         request.parent = found[-1].serial if found else request.root
 
     def _tell(self, requests: list[Request]) -> None:
-        """Let the blocks that have become full be known, unless what they hold went wrong."""
+        """Make the blocks that have become full known, unless their pass failed."""
         size = self.blocks.size
         for request in requests:
             if request.error is not None or request.cached // size == request.known:
@@ -174,7 +176,7 @@ class PagedBatch(Batch):
 
     @staticmethod
     def _table(request: Request) -> torch.Tensor:
-        """Pages ``[layers, blocks]``. Only blocks that are new are looked at, one by one."""
+        """Pages ``[layers, blocks]``. Only new blocks are looked up, one by one."""
         have = 0 if request.table is None else request.table.shape[1]
         if have < len(request.blocks):
             new = torch.tensor([block.pages for block in request.blocks[have:]], dtype=torch.int32).t()
@@ -182,10 +184,10 @@ class PagedBatch(Batch):
         return request.table
 
     def _reserve(self, requests: list[Request], lengths: list[int]) -> None:
-        """Blocks for all tokens of a pass. There are enough: that is what admission is for."""
+        """Take blocks for all tokens of a pass. Admission has made sure that there are enough."""
         for request, length in zip(requests, lengths, strict=True):
             request.blocks += self.blocks.take(self._whole(length) - len(request.blocks))
 
     def _whole(self, tokens: int) -> int:
-        """Blocks that this many tokens fill."""
+        """The number of blocks that this number of tokens fills."""
         return -(-tokens // self.blocks.size)

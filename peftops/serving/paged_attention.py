@@ -21,10 +21,11 @@ _HARMLESS = {"position_ids", "use_cache", "cache_position", "dropout", "is_causa
 
 
 class _Cache:
-    """The side of a cache that models and their masks ask. There is no mask: attention knows what a token sees."""
+    """The methods of a cache that models and the code of masks call. There is no mask: paged_attention knows which
+    tokens a token sees."""
 
     is_compileable = False
-    _layer: int | None = None  # whose attention comes next
+    _layer: int | None = None  # the layer whose attention comes next
 
     def __init__(self, layout: Layout | None, layers: int):
         self.layout, self.is_sliding = layout, [False] * layers
@@ -46,7 +47,7 @@ class _Cache:
 
 
 class Probe(_Cache):
-    """A pass of one token that finds out what the layers keep, and what their attention is."""
+    """A pass of one token that finds the sizes of the layers' keys and values, and the kind of their attention."""
 
     def __init__(self, layers: int):
         super().__init__(None, layers)
@@ -94,7 +95,7 @@ class Pass(_Cache):
         return keys, values
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
-        """``[1, tokens, heads, dv]``. A prompt of which nothing was there is quicker in torch's attention."""
+        """``[1, tokens, heads, dv]``. For a prompt without known blocks, torch's attention is faster."""
         layer = self.next_layer()
         (keys, values), table = self.views[layer], self.table[layer]
         if max(self.counts) == 1:
@@ -136,7 +137,7 @@ class PagedModel:
     """A model of transformers, and how to run it over pages.
 
     Raises:
-        Unfit: its attention does not fit.
+        Unfit: its attention does not work with pages.
     """
 
     def __init__(self, model: nn.Module):
@@ -188,10 +189,12 @@ class PagedModel:
         except Exception as error:
             raise Unfit(f"a token over pages failed with {type(error).__name__}: {error}") from error
         if sorted(probe.heads) != list(range(layers)) or sorted(probe.windows) != list(range(layers)):
-            raise Unfit("not all of its layers keep keys and values, or attend, as transformers' attention does")
+            raise Unfit(
+                "not all of its layers keep keys and values, or compute attention, as transformers' attention does"
+            )
         seen = [probe.windows[i] for i in range(layers)]
         if seen != windows:
-            raise Unfit("its configuration and its attention differ on the window over which attention slides")
+            raise Unfit("its configuration and its attention have different windows")
         heads = [probe.heads[i] for i in range(layers)]
         if len(probe.dtypes) != 1 or max(d for _, *dims in heads for d in dims) > 512:
             raise Unfit("keys and values differ in dtype, or a head has more than 512 dims")
@@ -199,7 +202,7 @@ class PagedModel:
 
 
 def _windows(config: Any) -> list[int | None]:
-    """By layer, over how many tokens attention slides."""
+    """The window of each layer's attention, in tokens."""
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if kinds is None:
         return [window if getattr(config, "use_sliding_window", True) else None] * config.num_hidden_layers

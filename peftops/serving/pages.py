@@ -1,8 +1,8 @@
 """Keys and values of running requests in pages of an adapter pool, beside the adapters' factors.
 
-A block is some tokens of one sequence: a page in each layer. Blocks that are full are known by what they hold: the
-adapter, all tokens before them, and their own. A prompt that begins in the same way takes them as they are (prefix
-caching). A known block that nobody uses stays until its room is needed, the least recently used first.
+A block holds some tokens of one sequence, in one page of each layer. A full block is known by the adapter, the tokens
+before it and its own tokens. A prompt with the same beginning shares it (prefix caching). A known block that no request
+uses stays until its room is needed; the least recently used one goes first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .adapter_pool import AdapterPool, PoolFull
 
 
 class Unfit(Exception):
-    """Why a model's keys and values cannot lie in pages."""
+    """Raised with the reason why a model's keys and values cannot be in pages."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Layout:
 
     Attributes:
         heads: by layer, (heads of keys, dims of a key, dims of a value).
-        windows: by layer, over how many tokens its attention slides; None if over all.
+        windows: by layer, the window of its attention in tokens; None without a window.
         dtype: of keys and values.
     """
 
@@ -38,7 +38,7 @@ class Layout:
 
     @property
     def widest(self) -> int:
-        """Bytes that a token needs in the layer that needs most."""
+        """Bytes of a token in the layer with the largest keys and values."""
         return max(heads * (d + dv) for heads, d, dv in self.heads) * self.dtype.itemsize
 
     def pages(self, tokens: int, page_bytes: int) -> int:
@@ -53,17 +53,17 @@ class Block:
     pages: list[int]
     users: int = 1
     serial: int = -1  # of a known block
-    key: tuple[Hashable, ...] | None = None  # by which it is known
+    key: tuple[Hashable, ...] | None = None  # the key by which it is known
 
 
 class Blocks:
     """All blocks of a server.
 
     Args:
-        most: for how many tokens blocks may stay for the sake of prompts to come, those in use included.
+        most: the largest number of tokens in blocks, both those in use and those that are kept for later prompts.
 
     Raises:
-        Unfit: a page holds no token, or the pool no block.
+        Unfit: a page is too small for a token, or the pool for a block.
     """
 
     def __init__(self, pool: AdapterPool, layout: Layout, most: int):
@@ -82,8 +82,8 @@ class Blocks:
         self.views = [_views(pool.storage.view(layout.dtype), self.size, *heads) for heads in layout.heads]
 
     def take(self, count: int) -> list[Block]:
-        """Blocks of nobody; PoolFull if the pool lacks pages. Adapters that are not in use make room before known
-        blocks do: to load one again is quick, and to run a prompt again is not."""
+        """New blocks; PoolFull if the pool lacks pages. Adapters that are not in use are evicted before known blocks,
+        because loading an adapter again is fast and running a prompt again is slow."""
         while self.held + count > self._most and self.forget():
             pass
         while True:
@@ -97,7 +97,7 @@ class Blocks:
         return [Block(pages[at : at + self.layers]) for at in range(0, len(pages), self.layers)]
 
     def forget(self) -> bool:
-        """Give up the known block that nobody has used for longest; whether there was one."""
+        """Free the known block that is unused for the longest time; returns whether there was one."""
         if not self._idle:
             return False
         _, block = self._idle.popitem(last=False)
@@ -119,8 +119,8 @@ class Blocks:
         return found
 
     def tell(self, parent: Hashable, tokens: Sequence[int], block: Block) -> int:
-        """Let a full block be known behind its parent's serial, or its root; the serial of the block that is known with
-        these tokens, which may be an earlier one."""
+        """Make a full block known, after its parent's serial or its root. Returns the serial of the known block with
+        these tokens, which may be an earlier block."""
         key = (parent, *tokens)
         known = self._known.get(key)
         if known is None:
@@ -129,7 +129,7 @@ class Blocks:
         return known.serial
 
     def release(self, blocks: Sequence[Block]) -> None:
-        """Their user has no more need of them. The last ones are the first to be given up."""
+        """Their user no longer needs them. The last ones will be freed first."""
         for block in reversed(blocks):
             block.users -= 1
             if block.users == 0 and block.key is None:
@@ -142,13 +142,13 @@ class Blocks:
             pass
 
     def _free(self, block: Block) -> None:
-        self.pool.storage[torch.tensor(block.pages)] = 0  # the next owner must not find this one's numbers
+        self.pool.storage[torch.tensor(block.pages)] = 0  # the next owner must not read this one's numbers
         self.pool.free(block.pages)
         self.held -= 1
 
 
 def _views(storage: Tensor, size: int, heads: int, d: int, dv: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of a layer, ``[pages, heads, size, d]``, as they lie in pages ``[pages, elements]``."""
+    """Views of the keys and values of a layer, ``[pages, heads, size, d]``, in pages ``[pages, elements]``."""
     keys, values = heads * size * d, heads * size * dv
     return (
         storage[:, :keys].unflatten(1, (heads, size, d)),

@@ -1,4 +1,5 @@
-"""A batch whose keys and values lie in rows, each as wide as the longest: for models that pages do not fit."""
+"""A batch whose keys and values are in rows, each as wide as the longest one: for models that do not work with
+pages."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ class RowBatch(Batch):
         return self.max_tokens, "max_tokens"
 
     def admits(self, joined: list[Request], request: Request) -> bool:
-        """Rows times the longest prompt plus answer must fit."""
+        """The number of rows times the longest prompt with its answer must fit."""
         every = [*self.running, *joined, request]
         return len(every) * max(r.longest for r in every) <= self.max_tokens
 
@@ -78,7 +79,7 @@ class RowBatch(Batch):
         return next(row for row, request in enumerate(self.running) if request is requests[0])
 
     def leave(self, row: int) -> None:
-        """Let the last request have the row of one that is done."""
+        """Move the last request to the row of a finished one."""
         last = self.running.pop()
         if row < len(self.running):
             self.cache.move(len(self.running), row)
@@ -104,7 +105,8 @@ class RowBatch(Batch):
             self.rows.index = None
 
     def _reserve(self, live: int) -> None:
-        """Room for all that run, to their ends; a little more where the budget has it, so that it seldom moves."""
+        """Make room for all running requests to their ends, and for a little more if the budget allows it, so that rows
+        seldom move."""
         longest, count = max(r.longest for r in self.running), len(self.running)
         rows, capacity = min(1 << (count - 1).bit_length(), self.max_rows), -(-longest // 64) * 64
         if rows * capacity > self.max_tokens:
@@ -114,7 +116,7 @@ class RowBatch(Batch):
 
 
 def alike(requests: list[Request]) -> Iterator[list[Request]]:
-    """Groups whose prompts differ by a factor of two at most: so much padding costs less than another pass."""
+    """Groups of prompts whose lengths differ by a factor of two at most: that padding costs less than another pass."""
     group: list[Request] = []
     for request in sorted(requests, key=lambda r: len(r.prompt)):
         if group and len(request.prompt) > 2 * len(group[0].prompt):
@@ -126,7 +128,7 @@ def alike(requests: list[Request]) -> Iterator[list[Request]]:
 
 
 def _window(config: Any) -> int | None:
-    """Over how many tokens attention slides; None if over all."""
+    """The window of the model's attention in tokens; None without a window."""
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     slides = getattr(config, "use_sliding_window", True) if kinds is None else any("sliding" in kind for kind in kinds)
     return window if window and slides else None

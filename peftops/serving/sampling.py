@@ -1,4 +1,4 @@
-"""How the next token of a request is chosen, if not the likeliest one."""
+"""How the next token of a request is drawn, instead of taking the likeliest one."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..attaching.config import check_range
 
 @dataclass(frozen=True)
 class Sampling:
-    """Draw each token, from what the options leave of the distribution; they apply in this order.
+    """Draw each token from the distribution after the options have changed it; they apply in this order.
 
-    A request has random numbers of its own, one a token: whatever else is in the batch, the same seed draws the same
-    (as long as the logits round alike).
+    A request has its own random numbers, one for each token. The same seed gives the same tokens, with any other
+    requests in the batch (if the logits round in the same way).
 
     Args:
-        temperature: what logits are divided by, above 0.
-        top_k: keep this many of the likeliest tokens, and those that are as likely as the last; None for all.
+        temperature: logits are divided by it; above 0.
+        top_k: keep this number of the likeliest tokens, and those that are as likely as the last of them; None for all.
         top_p: keep the likeliest tokens that together have this share, in (0, 1]; None for all.
-        seed: of the request's random numbers; None for another one each time.
+        seed: of the request's random numbers; None for a new seed each time.
 
     Raises:
         ValueError: an option is out of its range.
@@ -51,9 +51,9 @@ class Sampling:
             check_range("seed", self.seed, 0, 2**63, whole=True)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Of each token, float64, from the logits ``[vocabulary]``."""
+        """The probability of each token, float64, from the logits ``[vocabulary]``."""
         scores = logits.double()
-        scores = (scores - scores.max()) / self.temperature  # the likeliest is 0, however low the temperature
+        scores = (scores - scores.max()) / self.temperature  # the likeliest is 0 for any temperature
         if self.top_k is not None and self.top_k < len(scores):
             scores = scores.masked_fill(scores < scores.topk(self.top_k).values[-1], -torch.inf)
         p = scores.softmax(-1)

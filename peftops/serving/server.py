@@ -1,16 +1,17 @@
 """A batch that requests join and leave between steps, each with its own adapter (S-LoRA, arXiv:2311.03285).
 
-A step admits waiting requests, runs their prompts, then takes one token further all that run. The base product is that
-of all rows together, in dense or 4-bit weights; :func:`peftops.multi_lora_linear` adds each row's own term.
+A step admits waiting requests, runs their prompts, and then generates one token for each running request. One base
+product serves all rows, with dense or 4-bit weights; :func:`peftops.multi_lora_linear` adds each row's own term.
 
-Keys and values lie in pages of the adapters' pool, and prompts of one adapter that begin alike share them
-(:mod:`.pages`). Where that cannot be, they lie in rows (:mod:`.rows`), and a warning says why.
+Keys and values are in pages of the adapters' pool, and prompts of one adapter with the same beginning share them
+(:mod:`.pages`). If the model or the pool does not allow that, they are in rows (:mod:`.rows`), and a warning gives the
+reason.
 
-*Admission* is first come, first served, and never takes what could not be finished: the tokens that all running
-requests will hold at most, were none of them to stop early, must fit ``max_tokens`` and the pool, beside the adapters
-of these requests, which are pinned (S-LoRA's bound). *Eviction* is the pool's: the least recently used adapter that no
-running request has; then known beginnings of prompts. *Prefetch*: while a step computes, a thread loads the adapters of
-the next in line.
+*Admission* is first come, first served, and a request starts only if all can be finished. The bound is S-LoRA's:
+suppose that no running request stops early. Then the largest number of tokens that they will hold together must fit
+``max_tokens`` and the pool, beside the adapters of these requests, which are pinned. *Eviction* is the pool's: first
+the least recently used adapter without a running request, then known beginnings of prompts. *Prefetch*: while a step
+computes, a thread loads the adapters of the next requests in the queue.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class Completion:
     Attributes:
         number: of the request, as :meth:`Server.submit` returned it.
         ids: the tokens that were generated, with the one that stopped it.
-        error: why they are not the whole answer: an exception that concerned this request alone, which is over then;
-            None if they are. That it was cancelled is a :class:`Cancelled`.
+        error: the exception that ended this request before its answer was complete; None if the answer is complete. For
+            a cancelled request it is a :class:`Cancelled`.
         logprobs: of each token, if they were asked for.
 
     Examples:
@@ -67,29 +68,31 @@ class Cancelled(Exception):
 
 
 class Server:
-    """Generation for requests of many adapters at once. Use it as a context: leaving it gives the model back.
+    """Generation for requests of many adapters at once. Use it in a ``with`` block: leaving the block restores the
+    model.
 
     Args:
         model: a causal language model of transformers, dense or in 4 bits, with no adapter attached.
         pool: with the layers of the model that adapters may adapt; see :func:`~peftops.serving.pool_for`.
-        max_batch: how many requests run at once.
-        max_tokens: how many tokens of keys and values are kept at once. The pool may have room for fewer; see
+        max_batch: the largest number of requests that run at once.
+        max_tokens: the largest number of tokens with keys and values at once. The pool may have room for fewer; see
             ``tokens`` of :func:`~peftops.serving.pool_for`.
         stop: ids that end an answer; by default those of the model's generation config.
-        prefetch: for how many waiting requests adapters are loaded ahead.
+        prefetch: the number of waiting requests whose adapters are loaded in advance.
         paged: keep keys and values in pages of the pool (True), or in rows beside it, each as wide as the longest
-            (False); by default in pages if the model and the pool can. Pages need a model on the CPU all of whose
-            layers attend as transformers' attention functions do, causally, in a window or without.
-        agree: of several processes that each have a part of the model and get the same requests in the same order,
-            gives all the tokens that one of them chose. A pass that fails raises then, in this process alone.
+            (False); by default in pages if the model and the pool support it. Pages need a model on the CPU whose
+            layers all use transformers' attention functions, causally, with or without a window.
+        agree: for several processes that each have a part of the model and get the same requests in the same order: a
+            function that gives the tokens of one process to all. If a pass fails, it raises an error in this process
+            only.
 
     Raises:
         TypeError: the model takes no positions, or no choice of logits.
         ValueError: a limit is too low; an adapter or another server is attached; the pool has a layer that the model
-            lacks, or is on another device; ``paged`` is True, and they cannot.
+            lacks, or is on another device; ``paged`` is True, and pages are not possible.
 
     Warns:
-        UserWarning: keys and values lie in rows, because pages cannot be had, and why.
+        UserWarning: keys and values are in rows; the warning gives the reason.
 
     Examples:
         >>> from peftops.serving import Server, pool_for
@@ -149,7 +152,7 @@ class Server:
             raise
 
     def close(self) -> None:
-        """Put the model's own layers back, and let go of the adapters. Requests that are not finished are dropped."""
+        """Put the model's own layers back, and release the adapters. Requests that are not finished are dropped."""
         if self._closed:
             return
         self._closed = True
@@ -161,7 +164,7 @@ class Server:
         self._give_back()
 
     def _batch(self, rows: Rows, paged: bool | None) -> Batch:
-        """Over pages if they can be had, and else over rows."""
+        """A batch with pages if they are possible, and with rows otherwise."""
         if paged is not False:
             try:
                 model = PagedModel(self.model)
@@ -200,19 +203,19 @@ class Server:
         Args:
             prompt: token ids, at least one.
             adapter: its name in the pool; None for the base model.
-            max_new: the most tokens to generate.
+            max_new: the largest number of tokens to generate.
             sampling: how to draw them; None for the likeliest one each time.
-            logprobs: keep a :class:`Logprob` of each token, with this many of the likeliest ones.
-            watch: is called with each token, and its Logprob if there is one, as soon as it is there, by the thread
-                that steps. If it returns true, the answer ends with this token; if it raises, with this error.
+            logprobs: keep a :class:`Logprob` of each token, with this number of the likeliest tokens.
+            watch: the thread that steps calls it with each new token, and with the token's Logprob if there is one. If
+                it returns true, the answer ends with this token; if it raises, with this error.
 
         Raises:
             KeyError: the pool has no such adapter.
             RuntimeError: the server is closed.
-            TypeError: the prompt has something that is no whole number.
-            ValueError: max_new is no whole number above 0, or logprobs none from 0; the prompt is empty or no ids of
-                this model; prompt and answer could never fit ``max_tokens``, the pool beside their adapter, or, in
-                rows, the window of a model whose attention slides.
+            TypeError: the prompt has an element that is not a whole number.
+            ValueError: max_new is not a whole number above 0, or logprobs not one from 0; the prompt is empty or has
+                ids that the model lacks; prompt and answer can never fit ``max_tokens``, or the pool beside their
+                adapter, or, in rows, the window of the model's attention.
         """
         self._check_open()
         prompt = [operator.index(i) for i in prompt]
@@ -233,11 +236,11 @@ class Server:
         return request.number
 
     def cancel(self, number: int) -> bool:
-        """Have the next step end a request, whose completion then has what there is of the answer and a
-        :class:`Cancelled`. May be called from any thread.
+        """Make the next step end a request. Its completion then has the answer so far and a :class:`Cancelled`. May be
+        called from any thread.
 
         Returns:
-            Whether it still waited or ran.
+            Whether the request was still waiting or running.
         """
         # In the order in which a request goes from one to the next, so that none slips by.
         known = any(r.number == number for r in [*self._waiting, *self._joining, *self.batch.running])
@@ -247,12 +250,12 @@ class Server:
 
     @property
     def longest(self) -> int:
-        """The most tokens that a prompt and its answer may have together."""
+        """The largest number of tokens that a prompt and its answer may have together."""
         return self.batch.longest[0]
 
     @property
     def waiting(self) -> int:
-        """How many requests do not run yet."""
+        """The number of requests that do not run yet."""
         return len(self._waiting)
 
     @property
@@ -261,15 +264,17 @@ class Server:
         return not self.batch.running and not self._waiting and not self._done
 
     def run(self) -> Iterator[Completion]:
-        """Steps until nothing is left, yielding what is finished as it is."""
+        """Step until no request is left; yields each completion when it is finished."""
         while not self.idle:
             yield from self.step()
 
     @torch.no_grad()
     def step(self) -> list[Completion]:
-        """Admit what fits, run the prompts of those, and take all that run one token further; what is finished.
+        """Admit the requests that fit, run their prompts, and generate one token for each running request; returns the
+        completions.
 
-        A request that fails is finished, and the others go on. An interrupt loses nothing: the next step goes on."""
+        A request that fails is finished with its error, and the others go on. After an interrupt, the next step goes on
+        with all requests."""
         self._check_open()
         self._cancel()
         joined = self._admit()
@@ -336,7 +341,8 @@ class Server:
         self.hits, self.misses = self.hits + there, self.misses + (not there)
 
     def _prefetch(self) -> None:
-        """Load what comes next while this step computes, the nearest last: it is then the last to be evicted."""
+        """Load the adapters of the next requests while this step computes. The first request's adapter is loaded last,
+        so it is evicted last."""
         asked = tuple(dict.fromkeys(r.adapter for r in list(self._waiting)[: self._ahead] if r.adapter is not None))
         if asked == self._asked or (self._loading is not None and not self._loading.done()):
             return
@@ -348,10 +354,10 @@ class Server:
             try:
                 self.pool.load(name)
             except (RuntimeError, KeyError):
-                pass  # no room now, or gone: admission will see
+                pass  # no room now, or the adapter is removed: admission will handle it
 
     def _finish(self) -> None:
-        """Let go of the requests whose answers are whole or can go no further."""
+        """Remove the requests whose answers are complete or cannot go on."""
         done = []
         for row in range(len(self.batch.running) - 1, -1, -1):
             request = self.batch.running[row]
@@ -372,7 +378,8 @@ class Server:
 
 
 def _put(model: nn.Module, pool: AdapterPool, rows: Rows) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Let each layer of the pool be one that adds rows' own adapters; where each was, and what it was."""
+    """Replace each layer of the pool by one that adds the rows' adapters; returns the place and the original of
+    each."""
     known = dict(model.named_modules())
     strangers = [name for name in pool.layers if name not in known]
     if strangers:

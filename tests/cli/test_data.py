@@ -68,7 +68,7 @@ def test_tables_have_a_header(tmp_path):
 @pytest.mark.parametrize(
     "name, data, sentence",
     [
-        ("a.parquet", "PAR1", "the suffix tells what a data file holds, and .parquet is not of .jsonl"),
+        ("a.parquet", "PAR1", "the suffix tells the kind of a data file, and .parquet is not of .jsonl"),
         ("a", "text", "and none is not of .jsonl"),
         ("a.jsonl.txt", json.dumps(ROW) + "\n", "is named as plain text, but holds JSON; give it the suffix .jsonl"),
         ("a.json", '[{"instruction": "a", "response": "b"},\n{"a"]', "begins as an array, but is not JSON"),
@@ -117,7 +117,7 @@ def test_templates_that_fail_or_rewrite_earlier_turns_are_told():
     with pytest.raises(ValueError, match="chat template cannot render these messages: no system"):
         encode([Row(messages=CHAT)], tokenizer, 200)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content if loop.last else '-' }};{% endfor %}"
-    with pytest.raises(ValueError, match="renders earlier turns in another way"):
+    with pytest.raises(ValueError, match="renders earlier turns differently"):
         encode([Row(messages=CHAT)], tokenizer, 200, turns="all")
     # an answer that begins with what is there only while it is asked for
     tokenizer.chat_template = GEMMA.replace("<start>assistant\n{% endif %}", "<start>assistant\n<think>{% endif %}")

@@ -55,7 +55,7 @@ def test_sizes(text, size):
     [
         (["--memory", "much"], "--memory must be a size such as 16GiB, 24GB or 800M, not 'much'"),
         (["--memory", "0G"], "--memory must be a size"),
-        (["--memory", "16"], "--memory 16 has no unit: 16GiB, say, or 16B for bytes"),
+        (["--memory", "16"], "--memory 16 has no unit: 16GiB, for instance, or 16B for bytes"),
         (["--memory", "4 elephants"], "--memory must be a size"),
         (["--memory", "1G", "--batch", 0], "batch and length must be at least 1"),
         (["--memory", "1G", "--max-length", 9999], "length at most 512"),

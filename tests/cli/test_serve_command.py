@@ -95,7 +95,7 @@ def test_wrong_folders_and_limits_get_a_sentence(folder, capsys):
     for more, sentence in (
         (["--adapters", folder / "model"], "no adapter_config.json in"),
         (["--adapters", folder / "adapters", folder / "adapters" / "a"], "are two adapters of one name"),
-        (["--adapters", folder / "other"], "is an adapter of HeadOnly; a pool holds A and B, as LoRA has them"),
+        (["--adapters", folder / "other"], "is an adapter of HeadOnly; a pool holds only A and B, as in LoRA"),
         (["--max-batch", 0], "--max-batch must be at least 1, not 0"),
     ):
         assert serve(folder, row, *more)[0] == 2

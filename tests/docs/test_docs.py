@@ -35,7 +35,8 @@ def test_every_public_name_has_an_entry_in_the_reference():
         thing = pkgutil.resolve_name(path)
         assert not inspect.ismodule(thing), path
         if thing.__module__.endswith(f".{thing.__name__}"):
-            assert path == f"{thing.__module__}.{thing.__name__}"
+            whole = f"{thing.__module__}.{thing.__name__}"
+            assert path == whole, f"write ::: {whole}"
         found[thing.__name__] = thing
     for name in peftops.__all__:
         assert found.get(name) is getattr(peftops, name), f"docs/reference has no entry of peftops.{name}"

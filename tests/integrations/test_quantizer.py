@@ -184,7 +184,7 @@ def test_damaged_codes(tmp_path):
     )
     refused("up_proj.weight: weight._absmax is missing", _absmax=None)
     refused("weight._absmax_scale holds a NaN or an infinity", _absmax_scale=torch.full((1,), float("nan")))
-    refused("weight._absmax has 5 blocks, which are none", _absmax=torch.zeros(5, dtype=torch.uint8))
+    refused("weight._absmax has 5 blocks, which do not fit", _absmax=torch.zeros(5, dtype=torch.uint8))
     save_file(
         load_file(tmp_path / "dense/model.safetensors") | {layer: torch.full((96, 64), float("inf"))},
         file,

@@ -109,7 +109,7 @@ def test_cat_is_several_active_adapters(tmp_path):
     other = theirs((2, 3, 4), use_rslora=True)
     model = ours(other, tmp_path)
     other.base_model.set_adapter(NAMES[:2])
-    with pytest.raises(TypeError, match=r"one adapter is active, by its name, not \['a', 'b'\]; peftops.combine"):
+    with pytest.raises(TypeError, match=r"activate takes the name of one adapter, not \['a', 'b'\]; peftops.combine"):
         peftops.activate(model, NAMES[:2])
     peftops.combine(model, NAMES[:2], [1, 1], how="cat")
     torch.testing.assert_close(model(x), other(x), rtol=1e-4, atol=1e-5)
@@ -151,10 +151,10 @@ def test_pissa_counts_as_what_it_adds():
 @pytest.mark.parametrize(
     "config, message",
     [
-        (peftops.DoRAConfig(r=2), "of DoRAConfig, is no product of two factors"),
-        (peftops.VeRAConfig(r=2), "of VeRAConfig, is no product of two factors"),
-        (peftops.PromptTuningConfig(tokens=2), "of PromptTuningConfig, is no product"),
-        (peftops.LoRAConfig(r=2, lora_bias=True), "has lora_bias=True, and a weighted sum has no place"),
+        (peftops.DoRAConfig(r=2), "of DoRAConfig, is not a product of two factors"),
+        (peftops.VeRAConfig(r=2), "of VeRAConfig, is not a product of two factors"),
+        (peftops.PromptTuningConfig(tokens=2), "of PromptTuningConfig, is not a product"),
+        (peftops.LoRAConfig(r=2, lora_bias=True), "has lora_bias=True, and a weighted sum does not support"),
         (peftops.LoRAConfig(r=2, modules_to_save=["lm_head"]), r"has modules_to_save=\['lm_head'\]"),
     ],
     ids=lambda value: type(value).__name__,

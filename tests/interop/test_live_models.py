@@ -198,8 +198,8 @@ def test_several_adapters_switched_off_mixed_and_merged(tmp_path):
     "options, message",
     [
         ({"use_dora": True}, "use_dora needs the numbers .* peftops.DoRAConfig"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is taken off the numbers"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' is taken off the numbers"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is subtracted from the numbers"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' is subtracted from the numbers"),
     ],
     ids=str,
 )

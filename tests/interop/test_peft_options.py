@@ -117,7 +117,7 @@ def test_rows_beside_another_adapter_are_refused(tmp_path):
 @pytest.mark.parametrize("config", [peftops.DoRAConfig, peftops.PiSSAConfig, peftops.LongLoRAConfig])
 def test_methods_without_a_place_for_biases_say_so(config):
     for options in (dict(bias="all"), dict(lora_bias=True)):
-        with pytest.raises(ValueError, match=f"{next(iter(options))}=.*has no place for biases"):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}=.*has no biases of its own"):
             peftops.attach(models.qwen2(), config(**options))
 
 

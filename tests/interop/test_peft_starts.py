@@ -74,7 +74,7 @@ def test_unknown_starts_are_refused(tmp_path, start):
 def test_a_start_of_a_dense_base_is_refused_on_codes(tmp_path, start):
     trained(models.llama(), init_lora_weights=start).save_pretrained(tmp_path)
     base = peftops.detach(peftops.attach(models.llama(), peftops.QLoRAConfig(r=4)))
-    with pytest.raises(ValueError, match="took the start of this adapter off a dense base"):
+    with pytest.raises(ValueError, match="subtracted the start of this adapter from a dense base"):
         peftops.load(base, tmp_path)
     with pytest.raises(ValueError, match="init_lora_weights"):
         peftops.load(models.llama(), tmp_path, quantize=True)

@@ -134,7 +134,7 @@ def test_detach_leaves_the_parameters_that_were_there(kind):
     assert list(before) == list(after) and all(after[name] is p for name, p in before.items())
     assert list(model.state_dict()) == order and torch.equal(model(ids).logits, logits)
     assert all("forward" not in vars(m) for m in model.modules())
-    with pytest.raises(ValueError, match="dropout is 0.1, and experts are adapted without"):
+    with pytest.raises(ValueError, match="dropout is 0.1, and adapters of experts have none"):
         attach(model, peftops.LoRAConfig(dropout=0.1))
     assert [id(p) for p in model.parameters()] == [id(p) for p in before.values()]
     attach(model, peftops.LoRAConfig(r=2, dropout=0.1, target=["o_proj"]))

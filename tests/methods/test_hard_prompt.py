@@ -167,7 +167,7 @@ def test_choices_score_their_log_probability():
         (lambda: HardPrompt("{}|||x"), "plain names in braces"),
         (lambda: HardPrompt("{a.b}|||x"), "plain names in braces"),
         (lambda: HardPrompt("{a:>3}|||x"), "plain names in braces"),
-        (lambda: HardPrompt("{a}|||{b}", shorten="b"), "shorten='b' is no field of the prompt"),
+        (lambda: HardPrompt("{a}|||{b}", shorten="b"), "shorten='b' is not a field of the prompt"),
         (lambda: HardPrompt("{a}|||{b}", keep="middle"), "keep must be one of 'start', 'end'"),
         (lambda: HardPrompt("{a}|||{b}", ({"a": 1},)), "the template needs b; the row has a"),
         (lambda: PROMPT.encode(plain, {"label": "x"}), "the template needs text; the row has label"),

@@ -194,9 +194,9 @@ def test_another_adapter_leaves_the_projection_alone():
 
 
 def test_models_that_cannot():
-    with pytest.raises(TypeError, match="image_features needs a model that only decodes, not a T5"):
+    with pytest.raises(TypeError, match="image_features needs a decoder, not a T5"):
         peftops.attach(models.t5(), CONFIG)
     model = built()
     attention = model.model.layers[1].self_attn
-    with peftops.image_prompts(model, images), pytest.raises(TypeError, match="does not hand on to its LlamaAttention"):
+    with peftops.image_prompts(model, images), pytest.raises(TypeError, match="does not pass on to its LlamaAttention"):
         attention(torch.zeros(2, 7, 64), position_embeddings=None, attention_mask=None)

@@ -116,7 +116,7 @@ def test_v2_computes_the_definition(position):
 
 def test_pefts_variant_has_neither_images_nor_v2():
     for options in ({"v2": True}, {"image_features": 12}):
-        with pytest.raises(ValueError, match="gate='peft' has neither images nor v2"):
+        with pytest.raises(ValueError, match="gate='peft' has no images and no v2"):
             LLaMAAdapterConfig(gate="peft", **options)
     with pytest.raises(ValueError, match="scale_position must be one of 'output', 'input'"):
         LLaMAAdapterConfig(scale_position="both")

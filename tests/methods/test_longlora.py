@@ -245,7 +245,7 @@ def odd_heads():
             lambda: peftops.attach(
                 peftops.attach(models.llama(), peftops.LoRAConfig(r=2), name="a"), LongLoRAConfig(r=2, length=4096)
             ),
-            "change the positions under adapters that are there",
+            "change the positions of adapters that are already attached",
         ),
         (eager, "needs an attention function of transformers' registry, and 'eager' is not in"),
         (lambda: ShiftedAttention(4, True)(causal, None, *qkv(1)[:1], *qkv(3)[1:]), "1 queries, but 3 keys; call"),

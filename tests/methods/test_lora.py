@@ -145,7 +145,7 @@ def test_a_target_that_matches_nothing_lists_near_names():
         peftops.attach(models.llama(), LoRAConfig(target=["q_porj"]))
     with pytest.raises(ValueError, match="its linear layers are: down_proj, gate_proj"):
         peftops.attach(models.llama(), LoRAConfig(target=["xyz"]))
-    with pytest.raises(ValueError, match="has no linear layers but its output layer"):
+    with pytest.raises(ValueError, match="has no linear layers except its output layer"):
         peftops.attach(nn.Sequential(nn.ReLU()), LoRAConfig())
     with pytest.raises(ValueError, match="is not a regular expression"):
         peftops.attach(models.llama(), LoRAConfig(target="(q_proj"))
@@ -190,7 +190,7 @@ def test_bad_calls():
     with pytest.raises(TypeError, match="config must be one of .*LoRAConfig, .*QLoRAConfig.*, not a dict"):
         peftops.attach(model, {"r": 8})
     for name in ("", "a.b", "keys"):
-        with pytest.raises(ValueError, match="an adapter needs a plain name without dots"):
+        with pytest.raises(ValueError, match="an adapter's name must be plain, without dots"):
             peftops.attach(model, LoRAConfig(), name=name)
     for call in (peftops.detach, peftops.merge, peftops.unmerge, lambda m: peftops.activate(m, "a")):
         if call is not peftops.unmerge:

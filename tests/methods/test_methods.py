@@ -232,7 +232,7 @@ def test_loraplus_groups():
         (lambda: TiedLoRAConfig(train_B=False, train_v=False), "train_B or train_v must be True"),
         (lambda: NormTuningConfig(""), "norms must be 'all', names or a regular expression"),
         (lambda: peftops.attach(models.mlp(), NormTuningConfig()), "Sequential has no norms to train"),
-        (lambda: peftops.attach(models.mlp(), BottleneckConfig()), "is no transformer block"),
+        (lambda: peftops.attach(models.mlp(), BottleneckConfig()), "is not a transformer block"),
         (
             lambda: peftops.attach(models.llama(), VeRAConfig(target=["embed_tokens"])),
             "only linear layers are supported",

@@ -102,7 +102,7 @@ def test_any_attribute_can_be_asked_for(build, config):
 def test_names_that_modules_have_already_are_refused(name):
     model = models.mlp()
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="an adapter needs a plain name"):
+    with pytest.raises(ValueError, match="an adapter's name must be plain"):
         peftops.attach(model, LoRAConfig(r=2), name=name)
     assert not hasattr(model, "_peftops") and model.state_dict().keys() == state.keys()
 

@@ -43,5 +43,5 @@ def test_wrong_options_get_a_sentence(options, sentence):
 
 
 def test_inputs_that_are_no_groups_get_a_sentence():
-    with pytest.raises(ValueError, match="0 has 64 inputs, which is no multiple of group_size=128"):
+    with pytest.raises(ValueError, match="0 has 64 inputs, which is not a multiple of group_size=128"):
         peftops.attach(models.mlp(), QALoRAConfig(group_size=128))

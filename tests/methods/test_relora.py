@@ -119,7 +119,7 @@ def test_a_file_holds_the_base_after_restarts(tmp_path, quantized):
     other = peftops.load(build(), tmp_path)
     assert torch.equal(other(x), model(x))
     assert other._peftops.configs["default"].restarts == 1
-    with pytest.raises(ValueError, match="this model's other adapters stand on"):
+    with pytest.raises(ValueError, match="other adapters of this model need the old base"):
         peftops.load(peftops.attach(build(), peftops.LoRAConfig(r=2), name="a"), tmp_path, name="b")
 
 

@@ -187,7 +187,7 @@ def test_bf16_and_checkpointing():
 
 def test_what_cannot_take_a_prompt_says_so():
     base, model = build("llama")
-    with pytest.raises(TypeError, match="mlp, a LlamaMLP, is no attention of transformers that decodes"):
+    with pytest.raises(TypeError, match="mlp, a LlamaMLP, is not a causal attention of transformers"):
         check_attention(base.model.layers[0].mlp, "mlp")
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match=r"'eager' is not in it; call model.set_attn_implementation\('sdpa'\)"):

@@ -278,7 +278,7 @@ def test_bad_input(device):
 
     for wrong, message in (
         (dict(weight=torch.randn(32, 64)), r"weight must have three dims, \[experts, out, in\], not shape \[32, 64\]"),
-        (dict(weight=torch.nn.Parameter(torch.randn(3, 32, 64))), "weight requires a gradient, but none is made of it"),
+        (dict(weight=torch.nn.Parameter(torch.randn(3, 32, 64))), "weight requires a gradient, but this op makes none"),
         (dict(x=x.to("meta")), "x is on meta, weight on"),
         (dict(x=x[:, 1:]), r"x must have shape \[rows, 64\], not \[5, 63\]"),
         (dict(x=x[0]), r"x must have shape \[rows, 64\], not \[64\]"),

@@ -244,7 +244,7 @@ def test_a_gradient_that_there_is_not_is_an_error(which):
     given = list(inputs([5]))
     given[which].requires_grad_()
     name = ("query", "key_pages", "value_pages")[which]
-    with pytest.raises(RuntimeError, match=f"paged_attention: {name} requires a gradient, and there is none"):
+    with pytest.raises(RuntimeError, match=f"paged_attention: {name} requires a gradient, but this op has none"):
         peftops.paged_attention(*given)
     with torch.no_grad():
         assert peftops.paged_attention(*given).shape == (1, 4, 1, 16)

@@ -71,7 +71,7 @@ def coded():
     [
         (models.llama, 4, "num_key_value_heads=2, which 4 ranks cannot share evenly"),
         (models.gpt2, 2, "no plan to cut a GPT2LMHeadModel"),
-        (coded, 2, "no dense linear layer"),
+        (coded, 2, "not a dense linear layer"),
     ],
     ids=["heads", "plan", "codes"],
 )

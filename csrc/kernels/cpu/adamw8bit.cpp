@@ -1,8 +1,8 @@
 // Compiled once for each of the builds of cpu/kernel.h.
 //
-// Two passes over a block: the first moves the parameter and leaves the moments in float32 in the scratch, the second
-// codes them from there, beside the first pass of the next block. Limit: arithmetic, 95 instructions for each 8 elements
-// on AVX2; reading and writing what there is, 18 bytes an element, takes less.
+// Two passes over a block: the first moves the parameter and writes the moments in float32 to the scratch; the second
+// encodes them, interleaved with the first pass of the next block. Limit: arithmetic, 95 instructions for each 8
+// elements on AVX2. Reading and writing, 18 bytes an element, take less.
 #include "kernels/adamw8bit.h"
 #include "kernels/cpu/simd.h"
 
@@ -30,7 +30,7 @@ template <bool kSigned> struct Encode {
   Table8 bound{code.bound}, slope{code.slope}, offset{code.offset};
 
   Int operator()(Vec number, Vec inverse) const {
-    // Bits as an integer are nearly a logarithm: never more than it, and less by no more than 0.03 decades.
+    // The bits of a float as an integer are nearly a logarithm: at most the logarithm, and at most 0.03 decades less.
     constexpr float kDecade = 0.30103f / (1 << 23);
     const Vec scaled = number * inverse, x = abs(scaled);
     const Int below = truncate(max(fma(to_float(as_int(x)), set(kDecade), set(6.999f - 127 * 0.30103f)), zero()));
@@ -80,7 +80,7 @@ struct Step {
 };
 
 // Moves n elements of a parameter. The moments come from `from`, a vector at a time, and go to m and v. Roots and
-// quotients take the divider alone, so something else is done `beside` them, for each two vectors.
+// quotients use only the divider, so other work is done `beside` them, for each two vectors.
 template <class P, class G, class From, class Beside>
 inline Most move(const Step& step, P* p, const G* g, int64_t n, float* m, float* v, const From& from,
                  const Beside& beside) {
@@ -118,7 +118,7 @@ inline float largest(Int most) {
 
 inline bool is_apart(float m, float v) { return !(v <= kMostSecond) || !(m - m == 0); }
 
-// The largest of a block with such elements, and zeros in their place; their first codes are in `marks`, else zero.
+// The largest of a block, with zeros in place of such elements. `marks` has their first codes, and zero for all others.
 void set_apart(float* m, float* v, int64_t n, uint8_t* marks, float& first, float& second) {
   first = second = 0;
   for (int64_t i = 0; i < n; ++i) {

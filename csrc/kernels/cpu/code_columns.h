@@ -1,6 +1,6 @@
-// Rows of a weight in codes of four bits (codes4.h) as columns of P (product.h), for each of the products: a dword of
-// eight codes is transposed, so that a lane is a row, and a shift and a look-up leave what the product multiplies. See
-// packed_product.h for the view.
+// Rows of a weight in codes of four bits (codes4.h) as columns of P (product.h), for each of the products: dwords of
+// eight codes are transposed, so that a lane is a row; a shift and a look-up then give the numbers that the product
+// multiplies. See packed_product.h for the view.
 #pragma once
 #include "kernels/cpu/code_dot.h"
 #include "kernels/cpu/products.h"
@@ -67,7 +67,7 @@ template <int V, class Weight> struct CodeColumns {
     }
   }
 
-  // The same for any number of columns: rows may start in mid-byte, blocks end anywhere.
+  // The same for any number of columns: rows may start in the middle of a byte, and blocks may end anywhere.
   void pack_ragged(int64_t col, int64_t t, int64_t steps, float* out) const {
     float rows[kLanes * kDepth];
     for (int v = 0; v < V; ++v) {

@@ -1,6 +1,6 @@
 // A few rows of x against a weight in codes of four bits (codes4.h), straight from the packed codes: every row of the
-// weight is read once, in order, and nothing is written but the result. Lanes run along the columns of the weight, in
-// the order in which a strip's codes lie: x is brought into that order once per call.
+// weight is read once, in order, and only the result is written. Lanes run along the columns of the weight, in the
+// order of a strip's codes in memory: x is permuted into that order once per call.
 //
 // Limit: reading the codes; at four rows and more, decoding into a panel (product.h) is faster.
 #pragma once
@@ -16,7 +16,8 @@
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
-// What j-th shift of a dword by four bits brings down: where the high half of a byte comes first, j ^ 1.
+// The column that the j-th shift of a dword by four bits moves to the lowest bits: j ^ 1 if the high half of a byte
+// comes first.
 template <class Weight> constexpr int column_of(int j) { return Codes<Weight>::kHighFirst ? j ^ 1 : j; }
 
 // x as the dot product reads it. Lane l of vector j of a strip holds column 8 l + column_of(j).
@@ -226,8 +227,9 @@ void dot_lanes(const Strips<Weight>& strips, const Dot& dot, int64_t row, float*
   add_lanes(partial, c);
 }
 
-// Rows that end in mid-strip are read two at a time, as one row of twice the columns, so that no lane is idle: the
-// strip in the middle has the end of the first and the start of the second. For one row of x, which is packed twice.
+// Rows that end in the middle of a strip are read two at a time, as one row of twice the columns, so that no lane is
+// idle: the strip in the middle has the end of the first and the start of the second. For one row of x, which is packed
+// twice.
 template <class Weight> bool has_pairs(const Weight& w) {
   return w.cols % kStrip == kStrip / 2 && w.rows % 2 == 0 && 2 * w.cols <= kDotCols;
 }
@@ -276,7 +278,7 @@ void add_dots(const Block& b, int64_t first, int64_t rows, const Strips<Weight>&
   });
 }
 
-// Adds x W^T to a block of C that has kDotRows rows at most.
+// Adds x W^T to a block of C with at most kDotRows rows.
 template <class Weight, class T> void accumulate_dot(const Block& b, const Weight& w, const T* x, const Scratch& s) {
   if constexpr (sizeof(T) == sizeof(float))   // Dot16 has a range per strip: the ends of x have nothing in common
     if (b.rows == 1 && has_pairs(w)) {
@@ -311,7 +313,7 @@ template <class Weight, class T> void accumulate_dot(const Block& b, const Weigh
         run(0, b.rows, Dot16<Weight>{packed, factor});
         continue;
       }
-      if (fits) {   // a row goes its own way, and has the bits that it has among others
+      if (fits) {   // decided for each row by itself, so that its bits do not depend on other rows
         for (int64_t m = 0; m < b.rows; ++m) {
           if (!(fits >> m & 1)) run32(m, 1);
           else if (pack(m, 1)) run(m, 1, Dot16<Weight>{packed, factor});

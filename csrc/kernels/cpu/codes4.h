@@ -1,5 +1,5 @@
 // Formats of four-bit codes that a table of sixteen turns into numbers, times a scale for every block of a row (NF4,
-// MXFP4): what their view (code_columns.h) and dot products (code_dot.h) are told of one.
+// MXFP4): the properties of a format that its view (code_columns.h) and its dot products (code_dot.h) use.
 #pragma once
 #include "kernels/cpu/simd.h"
 

@@ -1,4 +1,4 @@
-// Dot products of a few rows of x with the rows of a quantised weight: what every format shares. Lanes run
+// Dot products of a few rows of x with the rows of a quantised weight: the common part of all formats. Lanes run
 // along the columns of the weight, so that a row's sum is spread over a vector until the end.
 #pragma once
 #include "kernels/cpu/product.h"

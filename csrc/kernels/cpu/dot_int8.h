@@ -1,9 +1,9 @@
-// x in int8, for dot products with the four-bit codes of a weight as they lie (code_dot.h, group_dot.h): what the
-// formats share. x becomes round(127 x / max |x|), with a maximum for every 32 columns of a row.
+// x in int8, for dot products with the four-bit codes of a weight in their order in memory (code_dot.h, group_dot.h):
+// the common part of the formats. x becomes round(127 x / max |x|), with a maximum for every 32 columns of a row.
 //
 // A load of codes is split into its low nibbles and its high ones, 32 bytes each, and x lies in the same order. AVX2
-// multiplies 32 pairs of bytes at once, and needs two instructions more to add them up. In fp32 that is four
-// multiply-adds, and sixteen instructions that decode: few rows gain much, and many do not.
+// multiplies 32 pairs of bytes at once, and needs two instructions more to add them up. In fp32 the same takes four
+// multiply-adds, and sixteen instructions that decode. So few rows gain much, and many rows do not.
 #pragma once
 #include "kernels/cpu/codes4.h"
 #include "kernels/cpu/dot.h"

@@ -1,7 +1,7 @@
-// 2^x for x <= 0, which is all that a softmax asks for once its maximum is subtracted.
+// 2^x for x <= 0: a softmax needs no other x after its maximum is subtracted.
 //
-// x = n + f with n whole and |f| <= 1/2. A polynomial gives 2^f: of degree 6, fitted for the least largest
-// relative error, 2e-9, so that what is left is fp32 rounding, below 2^-22 in all. n goes straight into the exponent.
+// x = n + f with n whole and |f| <= 1/2. A polynomial gives 2^f: of degree 6, with the smallest possible maximum of the
+// relative error, 2e-9. So the error is only fp32 rounding, below 2^-22 in all. n goes straight into the exponent.
 // Below 2^-126 the result is 0; a NaN stays a NaN.
 #pragma once
 #include "kernels/cpu/simd.h"

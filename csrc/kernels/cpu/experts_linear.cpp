@@ -1,8 +1,8 @@
 // Compiled once for each of the builds of cpu/kernel.h.
 //
-// An expert is a layer of its own, done by that layer's kernel, on its part of everything. What is added here is how the
-// work of all experts is handed out: their loads differ, and so does what a unit of their layers takes. So the work is
-// measured in rows that pass over a panel, and a range of it has the units that begin in it.
+// Each expert is a layer: that layer's kernel runs on the expert's part of all arrays. This file divides the work of
+// all experts among threads. Experts have different numbers of rows, and so the units of their layers take different
+// times. So work is measured in rows that pass over a panel, and a range of work contains the units that begin in it.
 #include "kernels/experts_linear.h"
 #include "kernels/cpu/packed_product.h"
 
@@ -38,7 +38,7 @@ inline DenseWeight weight_of(DenseWeight w, int64_t expert, DType dtype) {
   return w;
 }
 
-// What one expert does to its rows, `rows` from `row` on; and the rows that a unit of it has at most.
+// The layer of one expert for `rows` rows from `row` on, and the largest number of rows of its units.
 template <class Weight> Linear<Weight> part_of(Linear<Weight> a, int64_t expert, int64_t row, int64_t rows) {
   const int64_t n = a.weight.rows;
   a.weight = weight_of(a.weight, expert, a.dtype);

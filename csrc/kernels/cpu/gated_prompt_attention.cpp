@@ -38,7 +38,7 @@ struct Forward : PromptSoftmax<Needs::forward> {
         each_vector(in.dv, [&](int64_t c, int64_t n) {
           store_upto(to + c, n, fma(load(weighted.row(i) + c), factor, load_upto(from + c, n)));
         });
-      } else if (to != from) {   // shut: not even the sign of a zero may change
+      } else if (to != from) {   // the gate is 0: not even the sign of a zero may change
         memcpy(to, from, in.dv * sizeof(T));
       }
     }

@@ -42,9 +42,8 @@ template <int B> struct LaneRows {
 };
 
 #if defined(PEFTOPS_INT8)
-// For product_int8.h: codes as they are. Eight of four bits are two quadruples, the even and the odd ones: what a shift
-// and a mask make of them.
-// Dword d of the codes of kLanes rows.
+// For product_int8.h: unchanged codes. Eight codes of four bits become two quadruples, the even and the odd ones, by a
+// shift and a mask. Dword d of the codes of kLanes rows.
 template <int B> Int pack_codes8(const Int* units, int d) {
   constexpr int kWidth = 32 / kPerDword;
   if constexpr (B == 4) return shift_right(units[0], 4 * d) & set_int(0x0f0f0f0f);
@@ -84,7 +83,7 @@ template <int V, int B> struct GroupColumns {
   Unit<B> unit = {};
 
   bool fits_dot() const { return true; }
-  // A row goes its own way, whatever its neighbours hold.
+  // Decided for each row by itself, so that its bits do not depend on its neighbours.
   template <class T> void dot(const Block& b, const T* x, const Scratch& s) const {
     const auto moderate = [&](int64_t i) { return is_moderate(x + (b.row + i) * w.cols, w.cols); };
     for (int64_t first = 0, end; first < b.rows; first = end) {

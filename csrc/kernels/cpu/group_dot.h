@@ -2,8 +2,8 @@
 //
 //   y = sum over groups of scale * (sum of code * x - zero * sum of x)
 //
-// so that a code costs a shift, a conversion and a multiply-add, and everything else a few instructions for
-// each vector of units. Limit: reading the weight.
+// so that a code costs a shift, a conversion and a multiply-add, and all other terms cost a few instructions for each
+// vector of units. Limit: reading the weight.
 #pragma once
 #include "kernels/cpu/dot.h"
 #include "kernels/cpu/group_decode.h"
@@ -165,7 +165,8 @@ template <int B, bool kOne, class X> struct GroupDot {
   }
 };
 
-// Whether code * x - zero * x may be taken apart: an infinity would become a NaN, and so may what is close to one.
+// Whether code * x - zero * x may be split into two sums: for an infinity, or a number close to overflow, the
+// difference could be NaN.
 template <class T> bool is_moderate(const T* x, int64_t n) {
   Vec spoilt = zero();
   each_vector(n, [&](int64_t i, int64_t m) {
@@ -191,8 +192,8 @@ void add_dots(const Block& b, int64_t first, const GroupWeight& w, int64_t k, in
   else add(GroupDot<B, false, X>(w, k, cols, x));
 }
 
-// Adds x W^T to a block of C that has kDotRows rows at most, and is part of one of `all` rows, by which the columns are
-// cut: so a row has the same bits in any part.
+// Adds x W^T to a block of C with at most kDotRows rows, a part of a block of `all` rows. The columns are cut by `all`,
+// so that a row has the same bits in any part.
 template <int B, class T>
 void accumulate_dot(const Block& b, int64_t all, const GroupWeight& w, const T* x, const Scratch& s) {
   const int64_t chunk = kDotCols / all / Unit<B>::kStrip * Unit<B>::kStrip;

@@ -16,7 +16,7 @@ template <class T> inline Vec load_group(const T* w, int64_t n) {
   return load(twice);
 }
 
-// What describes each of kLanes groups. `inverse` is what w is multiplied with: 1 / scale, or 0 for codes 0.
+// Scale and zero of each of kLanes groups. `inverse` is the factor of w: 1 / scale, or 0 for codes 0.
 struct Ranges { float scale[kLanes], zero[kLanes], inverse[kLanes]; };
 
 template <class T> void find_ranges(const T* w, int64_t group, int64_t groups, float levels, bool symmetric, Ranges& r) {

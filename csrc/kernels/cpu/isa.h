@@ -1,6 +1,6 @@
-// Which build of a CPU kernel to call. Included by bindings only, never by a kernel file: those are
-// compiled once per ISA, and an inline function they share would be merged by the linker into ONE copy,
-// perhaps the AVX-512 one (numpy#25274, FBGEMM#46).
+// Which build of a CPU kernel to call. Included by bindings only, never by a kernel file. Kernel files are compiled
+// once per ISA, and the linker would merge an inline function that they share into ONE copy, perhaps the AVX-512 one
+// (numpy#25274, FBGEMM#46).
 #pragma once
 #include <initializer_list>
 #include <string>

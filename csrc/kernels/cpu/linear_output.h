@@ -1,4 +1,4 @@
-// What every linear layer does around its product: the result is cut into units, a product leaves a block of
+// The work of every linear layer around its product: the result is cut into units, a product leaves a block of
 // it in C, and the block is stored, with the bias where there is one.
 #pragma once
 #include "kernels/cpu/product.h"

@@ -1,10 +1,10 @@
 // Compiled once for each of the builds of cpu/kernel.h.
 //
-// A row's u is made and used by the same thread, so a decoding step reads x, both factors and y once and waits for
-// nothing in between. Both products take their factors straight from the pages, with one register tile each: a few
-// rows by four ranks, a few rows by four vectors of columns. One row or many, the loop is the same. Limit: reading
-// the factors, once, for a row or two an adapter; multiply-adds for many. The gradient has rows enough to be a
-// product of product.h.
+// The same thread makes a row's u and uses it, so a decoding step reads x, both factors and y once, without waiting in
+// between. Both products read their factors directly from the pages, with one register tile each: a few rows by four
+// ranks, and a few rows by four vectors of columns. The loop is the same for one row and for many. Limit: reading the
+// factors once, for a row or two per adapter; multiply-adds for many rows. The gradient has enough rows for the product
+// of product.h.
 #include "kernels/multi_lora_linear.h"
 #include "kernels/cpu/product.h"
 
@@ -161,8 +161,8 @@ void expand(const MultiLoraAdd& a, const LoraSegment& s, const Group& g, const f
     });
 }
 
-// A unit is a group of rows and a part of the columns of y. Whoever comes to a group makes u for all parts it does
-// there; two threads that share a group both make it, which costs less than waiting for each other.
+// A unit is a group of rows and a part of the columns of y. A thread makes u of a group for all parts of the group that
+// it does. If two threads share a group, both make u, which takes less time than waiting for each other.
 template <class X, class T> int64_t add(const MultiLoraAdd& a, int64_t begin, int64_t end, float* u) {
   const int64_t parts = ceil_div(a.n, kPartCols);
   const auto count = [&](const LoraSegment& s) { return ceil_div(s.end - s.begin, kGroupRows) * parts; };

@@ -27,7 +27,7 @@ template <class T> uint8_t quantize_block(const T* w, uint8_t* packed) {
   store_int(lane, most);
   for (int32_t bits : lane) largest = bits > largest ? bits : largest;
   const int32_t exponent = largest >> 23, scale = exponent > kE2m1Exponent ? exponent - kE2m1Exponent : 0;
-  if (exponent == 255) {   // no number describes this block
+  if (exponent == 255) {   // the block has no finite scale
     memset(packed, 0, kMxBlock / 2);
     return 255;
   }

@@ -26,7 +26,7 @@ inline void decode_absmax(const Nf4Weight& w, int64_t block, int64_t n, float* o
   }
 }
 
-// out[i] = weight[flat + i] for i < n, whatever the alignment of flat: one run per block.
+// out[i] = weight[flat + i] for i < n, for any alignment of flat: one run per block.
 template <class T> void decode_run(const Nf4Weight& w, int64_t flat, int64_t n, T* out) {
   const Table16 table(kNf4Code);
   while (n > 0) {
@@ -57,8 +57,8 @@ template <> struct Codes<Nf4Weight> {
   static constexpr const float (&at)[16] = kNf4Code;
   static constexpr bool kHighFirst = true;
   static constexpr float kFactor16 = 7854.f;   // brings the codes nearest to whole numbers
-  // Of all factors that keep codes below 256, this one leaves the least error in a normal weight: 0.47 % of it, root of
-  // the mean square, where 127 leaves 0.59 %. 0 stays exact.
+  // Of all factors that keep codes below 256, this one gives the least error in a normal weight: 0.47 % of it, root of
+  // the mean square; 127 gives 0.59 %. 0 stays exact.
   static constexpr float kFactor8 = 124.115f, kZero8 = 128.f;
 
   static bool is_regular(const Nf4Weight& w) { return PEFTOPS_ISA::is_regular(w); }

@@ -1,8 +1,7 @@
 // Compiled once for each of the builds of cpu/kernel.h.
 //
-// A block has sixteen different results. They are computed and rounded once, and an element is then one
-// look-up: its code among them. Limit: writing the result; the packed weight is an eighth (fp32) or a
-// quarter (16 bit) of it.
+// A block has sixteen different results. They are computed and rounded once, and each element is then one look-up of
+// its code. Limit: writing the result; the packed weight is an eighth (fp32) or a quarter (16 bit) of it.
 #include "kernels/nf4_dequantize.h"
 #include "kernels/cpu/nf4_decode.h"
 
@@ -10,7 +9,7 @@ namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
 constexpr int64_t kPerUnit = 4 * kMaxBlock;   // elements: whole blocks of every size
-constexpr int64_t kStreamed = 16 << 20;       // bytes of result from which no cache keeps it: write past them
+constexpr int64_t kStreamed = 16 << 20;       // bytes of a result too large for any cache: write past them
 
 // The results of one block, and the look-up of kAtOnce codes among them.
 template <class T, class = void> struct BlockValues {

@@ -1,5 +1,5 @@
-// The one ladder of products with a packed weight, whatever its format: which of them multiplies, by what this build
-// has, the type of x, and what the weight allows. From the top:
+// The only ladder of products with a packed weight, for all formats. It chooses the product by the instructions of this
+// build, the type of x and the properties of the weight. The first line that applies is taken:
 //
 //   int8 allowed, 12 rows at most, AVX2   dot products of bytes straight from the codes (dot_int8.h)
 //   a few rows, forward               dot products straight from the codes (dot.h), in fp32 or int16
@@ -9,8 +9,8 @@
 //   otherwise                         panels decoded to fp32 (product.h)
 //
 // A format brings two views of a weight as P (product.h): its columns, which are the rows of W, forwards
-// (code_columns.h, group_columns.h), and its rows backwards. Every view packs fp32, and says which other products can
-// have it:
+// (code_columns.h, group_columns.h), and its rows backwards. Every view packs fp32, and tells which other products it
+// supports:
 //
 //   pack(col, t, steps, out)
 //   fits_bf16()   bf16()    packs for accumulate_bf16
@@ -52,8 +52,8 @@ void add_product(const Block& b, int64_t depth, const T* x, const View& view, co
   accumulate<2>(b, depth, Rows<T>{x, depth}, view, s);
 }
 
-// The same for y = x W^T, with what only the columns of W have. `m` is the number of rows in all: a row has the same
-// bits in every block of them.
+// The same for y = x W^T, with the products that only the columns of W support. `m` is the number of all rows, so that
+// a row has the same bits in every block.
 template <class T, class View, class Term>
 void add_product_of_columns(const Block& b, int64_t m, int64_t depth, const T* x, const View& view,
                             [[maybe_unused]] bool int8, const Scratch& s, const Term& term) {

@@ -1,7 +1,7 @@
 // Compiled once for each of the builds of cpu/kernel.h.
 //
 // Up to sixteen queries that share a head of keys go at a time, over 32 tokens at a time, as in flash attention. The
-// tokens lie across the lanes: decoding, which has few queries, wastes none. Limit: reading keys and values.
+// tokens lie across the lanes, so decoding, with few queries, uses all lanes. Limit: reading keys and values.
 #include "kernels/cpu/exp2.h"
 #include "kernels/cpu/tile_product.h"
 #include "kernels/paged_attention.h"
@@ -71,8 +71,8 @@ struct Attention {
   // The first token that a query sees.
   int64_t from(int64_t i) const { return at[i] + 1 > a.window ? at[i] + 1 - a.window : 0; }
 
-  // n tokens from t on. Behind them values are 0, since 0 times what lies there may be NaN; keys are whatever they were,
-  // since their scores are replaced.
+  // n tokens from t on. Behind them values are set to 0, because 0 times the old content may be NaN. Keys keep their
+  // old content, because their scores are replaced.
   template <class P> void load_tokens(int64_t sequence, int64_t kv_head, int64_t t, int64_t n) {
     for (int64_t j = 0; j < n; ++j) {
       const int64_t page = a.table[sequence * a.most_pages + (t + j) / a.page_size], token = (t + j) % a.page_size;
@@ -94,7 +94,7 @@ struct Attention {
     return result;
   }
 
-  // Scores of query i become p = 2^(score - top); what was summed under a lower top is scaled down by `rescale`.
+  // Scores of query i become p = 2^(score - top); `rescale` scales down the sums that were made with a lower top.
   void exponentiate(int64_t i, int64_t t) {
     float* row = p.row(i);
     for (int64_t j = 0; j < kTokens; ++j)

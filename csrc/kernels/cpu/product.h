@@ -1,13 +1,13 @@
-// C[i][j] += sum over t of A[i][t] * P[t][j], in fp32: the one product that every linear kernel is
-// made of. What differs is where A's rows and P's columns come from, and who packs them:
+// C[i][j] += sum over t of A[i][t] * P[t][j], in fp32: every linear kernel uses this product. Kernels differ in the
+// source of A's rows and P's columns, and in the code that packs them:
 //
 //   A (left)   rows of activations or gradients   pack(row, rows, t, steps, out)   out[i * kLeftStride + k]
 //   P (right)  a panel of V vectors of columns    pack(col, t, steps, out)         out[k * V * kLanes + j]
 //
 // A panel is packed once (decoded, for a quantised weight) and stays in L2 while all rows of a block
 // pass over it; a tile of A stays in L1 while it meets the panels; a tile of C stays in registers for
-// kDepth steps. The sum for one element of C runs over t in order, kDepth at a time, whatever the
-// number of threads or of neighbours: same input, same bits.
+// kDepth steps. The sum for one element of C runs over t in order, kDepth at a time. It does not depend on the number
+// of threads or of neighbours: same input, same bits.
 #pragma once
 #include "kernels/cpu/kernel.h"
 #include "kernels/cpu/simd.h"
@@ -27,7 +27,7 @@ constexpr int64_t kLeftStride = kDepth + kLanes;   // rows of A must not fall on
 constexpr int64_t kPanels = 8;                     // side by side, so that A is packed once for all
 constexpr int64_t kRowBlock = 256;                 // rows a panel serves: decoding costs about 4 in 256
 
-// What one task works in. C and the panels share L2: half a megabyte with AVX-512, half of that with AVX2.
+// The scratch of one task. C and the panels share L2: half a megabyte with AVX-512, half of that with AVX2.
 struct Scratch {
   static constexpr int64_t kCols = kPanels * 2 * kLanes;
 
@@ -120,8 +120,8 @@ template <int V> struct Units {
   }
 };
 
-// The rows of a block that a product in narrower numbers could not hold, by another one: redo(rows, scratch) for those
-// that lie together, with a zeroed C.
+// Repeats the rows of a block that a product in narrower numbers could not hold, with another product: redo(rows,
+// scratch) for each run of neighbouring rows, with a zeroed C.
 template <class Redo> void do_over(const Block& b, const bool* fits, const Scratch& s, const Redo& redo) {
   for (int64_t i = 0, end; i < b.rows; i = end) {
     for (end = i + 1; end < b.rows && fits[end] == fits[i];) ++end;

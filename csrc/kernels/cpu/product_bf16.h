@@ -1,6 +1,6 @@
 // The product of product.h for bf16 activations where the CPU multiplies bf16 itself (AVX512-BF16, ARMv8.6): twice
-// the multiply-adds per instruction, nothing to scale, fp32 sums. The decoded weight is rounded to bf16 once,
-// as it would be in a dense bf16 layer; that is the whole difference to fp32.
+// the multiply-adds per instruction, nothing to scale, fp32 sums. The decoded weight is rounded to bf16 once, as in a
+// dense bf16 layer. There is no other difference to fp32.
 //
 // vdpbf16ps and bfdot multiply pairs. Steps are paired i with i + 4 inside each eight, as in product_int16.h.
 #pragma once

@@ -34,7 +34,7 @@ struct Scratch16 {
     static constexpr int64_t kSize = kTileRows16 * (kPairStride + kSegments);
 
     explicit Left(float* p) : at(reinterpret_cast<int32_t*>(p)), scales(p + kTileRows16 * kPairStride) {}
-  } left, rest;        // rest: what the rounding of wide segments left
+  } left, rest;        // rest: the remainders of wide segments after rounding
 
   explicit Scratch16(const Scratch& s)
       : c(s.c), panels(reinterpret_cast<int32_t*>(s.panels)), scales(s.panels + kPairs * Scratch::kCols), left(s.left),
@@ -49,8 +49,8 @@ struct Ranges16 {
   float scale[kMost], inverse[kMost];
   uint64_t wide = 0, unfit = 0;          // a bit for each segment
 
-  // Measures `count` segments, the i-th at at(i). One is unfit if it holds a NaN, an infinity, or magnitudes so small
-  // that the factor would overflow, or so different that 30 bits do not hold them.
+  // Measures `count` segments, the i-th at at(i). A segment does not fit if it holds a NaN or an infinity, if its
+  // magnitudes are so small that the factor would overflow, or if they differ by more than 30 bits can hold.
   template <class T, class At> Ranges16(T, int64_t count, int64_t segment, const At& at) {
     constexpr float kShare = 1.f / 256;   // of a magnitude, so that a segment's largest ones have a sum
     for (int64_t first = 0; first < count; first += kLanes) {
@@ -88,8 +88,8 @@ struct Ranges16 {
   }
 };
 
-// A tile of A: rows of pairs, and a scale per segment. `fits` becomes false for a row that does not. Returns whether a
-// segment is wide: then there is a rest.
+// A tile of A: rows of pairs, and a scale per segment. `fits` becomes false for a row that does not fit. Returns
+// whether a segment is wide, so that `rest` has its remainder.
 template <class T>
 bool pack_tile16(const T* x, int64_t ldx, int64_t rows, int64_t steps, int64_t segment, const Scratch16& to,
                  bool* fits) {

@@ -1,9 +1,10 @@
-// The product of product.h in int8, where 8 bits hold the codes of a weight: those as they are, unsigned, and the
-// activations rounded to round(127 x / max |x|), with a maximum for every row and segment of columns. Of each segment,
+// The product of product.h in int8, where 8 bits hold the codes of a weight: codes are taken unchanged, unsigned, and
+// the activations are rounded to round(127 x / max |x|), with a maximum for every row and segment of columns. Of each
+// segment,
 //
 //   y += x_scale * scale * (sum of code * x - zero * sum of x)
 //
-// with the first sum in int32 and the second exact, too: x is rounded and nothing else. One instruction multiplies and
+// with both sums exact, the first one in int32: only x is rounded. One instruction multiplies and
 // adds four pairs: vpdpbusd of AVX-512 VNNI, usdot of ARMv8.6. AVX2 has none for more than two that could not saturate (vpmaddwd on
 // int16): in groups of 128 it came to 0.9 to 1.1 times the speed of fp32, and plain C++ to a third, so they have no
 // such product. A weight is packed in dwords: dword d of eight columns holds column d + kDwords i at its i-th place.

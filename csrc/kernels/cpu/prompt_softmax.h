@@ -1,9 +1,9 @@
-// What both directions of gated_prompt_attention share: how the queries are cut into work, and the softmax over
-// the prompt tokens.
+// The common part of both directions of gated_prompt_attention: the queries as units of work, and the softmax over the
+// prompt tokens.
 //
-// Sixteen queries go at a time, of whatever heads and samples, as long as they see one prompt. Their scores lie
-// with one query a lane: the softmax runs down the lanes, without a single sum across them, and no number of
-// tokens wastes any.
+// Sixteen queries are done at a time. They may be of several heads and samples, if they see the same prompt. A lane has
+// the scores of one query, and computes its softmax. So no sum runs across lanes, and all lanes are used for any number
+// of tokens.
 #pragma once
 #include "kernels/cpu/exp2.h"
 #include "kernels/cpu/tile_product.h"
@@ -12,7 +12,7 @@
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
-constexpr int64_t kQueries = 16;   // a tile: a cache line of scores for each token, whatever the vector width
+constexpr int64_t kQueries = 16;   // a tile: a cache line of scores for each token, for any vector width
 constexpr int64_t kHeads = 8;      // prompt heads of a unit: transformers' queries lie next to each other
 constexpr int64_t kPromptFloats = 48 << 10;   // of prompts in scratch, 192 KB of L2
 constexpr float kLog2e = 1.44269504088896f;
@@ -77,7 +77,7 @@ struct Queries {
   int64_t offset(int64_t i, const Strides& s) const {
     return at[i].batch * s.batch + at[i].head * s.head + at[i].row * s.row;
   }
-  // Their rows of a tensor; those beyond n are zero, and with them whatever is computed from them.
+  // Their rows of a tensor. Rows beyond n are zero, and so are all results from them.
   template <class T> void gather(const void* p, const Strides& s, int64_t d, const Tile& to) const {
     for (int64_t i = 0; i < n; ++i) widen_row(static_cast<const T*>(p) + offset(i, s), d, to.row(i), to.ld);
     memset(to.row(n), 0, (kQueries - n) * to.ld * sizeof(float));
@@ -87,7 +87,7 @@ struct Queries {
 // Which of a prompt's matrices a task needs by rows, and which by columns.
 enum class Needs { forward, backward };
 
-// What one task works in: the prompts of a unit, a tile of queries, and their softmax.
+// The scratch of one task: the prompts of a unit, a tile of queries, and their softmax.
 template <Needs kNeeds> struct PromptSoftmax {
   const GatedPrompt& in;
   const Plan plan;
@@ -106,7 +106,7 @@ template <Needs kNeeds> struct PromptSoftmax {
     top = take(1, kQueries).p, sum = take(1, kQueries).p, rescale = take(1, kQueries).p;
   }
 
-  // Makes the prompt of the unit's head-th head the one that the rest is about.
+  // Chooses the prompt of the unit's head-th head for the other functions.
   void choose(const Unit& u, int64_t head) {
     const int64_t tokens = plan.whole ? padded(in.tokens) : chunk;
     float* at = prompts + head * tokens * (2 * d + dv);
@@ -137,8 +137,8 @@ template <Needs kNeeds> struct PromptSoftmax {
 
   void scores() const { multiply<false>(n, columns_of(key_t), query_t, in.d, p); }
 
-  // Makes the chunk's scores p = 2^(score - top). Under a larger top than before, `rescale` is what scales
-  // down whatever was summed so far.
+  // Makes the chunk's scores p = 2^(score - top). If top is larger than before, `rescale` is the factor for the earlier
+  // sums.
   void exponentiate() const {
     for (int64_t i = 0; i < kQueries; i += kLanes) {
       const Vec old = load(top + i);

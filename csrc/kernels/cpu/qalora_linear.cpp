@@ -1,5 +1,5 @@
 // Compiled once for each of the builds of cpu/kernel.h.
-// Limit: reading x. What is pooled is still in cache when it meets A.
+// Limit: reading x. The pooled x is still in cache when it is multiplied with A.
 #include "kernels/qalora_linear.h"
 #include "kernels/cpu/product.h"
 

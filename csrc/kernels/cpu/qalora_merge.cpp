@@ -1,5 +1,5 @@
 // Compiled once for each of the builds of cpu/kernel.h.
-// Limit: reading scales and zeros, writing zeros; a rank of 16 costs as much arithmetic as that takes time.
+// Limit: reading scales and zeros, and writing zeros; at a rank of 16 the arithmetic takes about the same time.
 #include "kernels/qalora_merge.h"
 #include "kernels/cpu/product.h"
 

@@ -2,7 +2,10 @@
 //
 //   Vec, Int                     kLanes floats; kLanes 32-bit integers
 //   load, store, load_n, store_n float, bf16 and f16 memory; the conversions round to nearest even
-//   set, zero, fma, max, min, abs, sqrt and + - * / of Vec; to_float, permute
+//   set, zero, fma, max, min, abs, sqrt and + - * / of Vec; max(a, b) and min(a, b) are b where either is a NaN
+//   add_if_greater(a, b, c, step)                  c + (a > b ? step : 0): with step -1 and c 0, a mask for & of Int
+//   set_int, load_int, store_int, load_int_n, max_int, shift_left, shift_right, & and | of Int
+//   to_float, as_float, as_int, truncate, permute  to_float converts; as_float and as_int keep the bits
 //   transpose                    kLanes vectors of kLanes 32-bit lanes
 //   Table8, Table16              eight or sixteen values, looked up by the low three or four bits of each lane
 //   Table256                     256 values, looked up by lanes that are bytes
@@ -10,8 +13,8 @@
 //   dot_signed, dot_unsigned, look_up_bytes, store_by_nibble   for dot_int8.h, where there is PEFTOPS_DOT8
 //   dot_bf16, pair_bf16, interleave_halves         for product_bf16.h, where there is PEFTOPS_BF16
 //
-// Everything is in an unnamed namespace: each ISA build keeps its own copy, whatever the linker sees
-// (numpy#25274, FBGEMM#46). No STL here or in any kernel file, for the same reason.
+// Everything is in an unnamed namespace, so that each ISA build keeps its own copy (numpy#25274, FBGEMM#46). No STL
+// here or in any kernel file, for the same reason.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -26,7 +29,7 @@ struct f16 { uint16_t bits; };
 template <class T> constexpr bool is_bf16 = false;
 template <> constexpr bool is_bf16<bf16> = true;
 
-// TwoBytes<T>::type exists for the two 16-bit types alone, to specialise on them.
+// TwoBytes<T>::type exists only for the two 16-bit types, to specialise on them.
 template <class T> struct TwoBytes {};
 template <> struct TwoBytes<bf16> { using type = void; };
 template <> struct TwoBytes<f16> { using type = void; };

@@ -1,5 +1,5 @@
-// Products of matrices that lie in L1 or L2 as they are, in fp32: where product.h packs panels of something
-// large, this takes the few rows of something small.
+// Products in fp32 of small matrices that lie in L1 or L2. product.h packs panels of a large matrix; here the matrices
+// are used without packing.
 //
 //   c[i][j] = sum over t of a[i][t] * b[t][j]
 //

@@ -1,7 +1,7 @@
 // A block of threads moves a unit, 4096 elements of one tensor; a thread holds two packs of 8 and their moments in
 // registers from the first read to the last write. Blocks of up to 256 elements are lanes of a warp, larger ones several
-// warps. The tensors are a table among the kernel's parameters, so a graph keeps it and nothing is copied. Limit: reading
-// and writing what there is, 18 bytes an element.
+// warps. The tensors are a table among the kernel's parameters, so a graph keeps it and no copy is needed. Limit:
+// reading and writing, 18 bytes an element.
 #include "kernels/adamw8bit.h"
 #include "kernels/cuda/blocks.cuh"
 
@@ -12,7 +12,7 @@ constexpr int kPack = 8, kTile = kWarp * kPack, kTiles = int(kAdamWUnit) / kTile
 constexpr int kTensors = 52;   // of one launch: parameters are 4 KB at most
 
 struct Table {
-  AdamW8bit a;                     // a.tensors is the host's, and of no use here
+  AdamW8bit a;                     // a.tensors is a pointer of the host, and cannot be used here
   int64_t first_unit;
   int count;
   AdamWTensor tensors[kTensors];

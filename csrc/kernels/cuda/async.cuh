@@ -1,5 +1,5 @@
-// What a multi-stage pipeline is made of: copies from global to shared memory that nobody waits for at once, and the loads
-// of matrix fragments from there.
+// The parts of a multi-stage pipeline: asynchronous copies from global to shared memory, and the loads of matrix
+// fragments from there.
 #pragma once
 #include "kernels/cuda/device.cuh"
 

@@ -1,12 +1,13 @@
 // Two ways to y = x W^T: a kernel that decodes W where it is multiplied, or W decoded into memory, once, and a matrix
 // library's product. The library divides its work as it likes and on some GPUs has faster instructions (wgmma, tcgen05);
-// the kernels save the trip through memory and a launch. Which way is the shorter is worked out here, in clocks of a
-// multiprocessor, from what limits each: docs/cuda_roofline.md has the reasons.
+// the kernels save the trip through memory and a launch. This file estimates the time of both, in clocks of a
+// multiprocessor, from the limits of each: docs/cuda_roofline.md has the reasons.
 //
-// Rows alone do not decide: a block of threads takes the same time wherever it runs, so what the kernels need is a
-// number of waves. 1024 outputs are eight blocks for 64 rows, too few for any large GPU; 4096 fill an A100 nine tenths.
+// The number of rows is not enough to decide: each block of threads takes the same time, so the time of the kernels
+// depends on the number of waves. 1024 outputs are eight blocks for 64 rows, too few for any large GPU; 4096 fill an
+// A100 nine tenths.
 //
-// On every GPU few rows, for which the kernels read the codes once, go by them.
+// On every GPU the kernels take few rows, for which they read the codes once.
 #pragma once
 #include "kernels/cuda/group_rows.cuh"
 #include "kernels/cuda/nf4_many.cuh"
@@ -14,8 +15,8 @@
 
 namespace peftops::cuda {
 
-// What a multiprocessor does. Fitted on an H100 (docs/gpu, `python bench/gpu.py`); the others' have what there differed
-// from the vendor's figures, by the same factors, and wait for a run of it.
+// The speed of a multiprocessor, fitted on an H100 (docs/gpu, `python bench/gpu.py`). For other GPUs the vendor's
+// figures are scaled by the factors of the H100; they have not been measured.
 struct GpuRates {
   int from;           // capability
   double rows;        // clocks in which few_rows does 64 columns, 32 rows of W and 32 of x
@@ -26,7 +27,7 @@ struct GpuRates {
 };
 constexpr GpuRates kGpuRates[] = {
     {80, 260, {1506, 2410}, 768, 48, 11.4},     // A100
-    {86, 520, {4818, 9636}, 192, 96, 2.7},      // Ampere's and Ada's consumer chips: tensor cores limit both ways alike
+    {86, 520, {4818, 9636}, 192, 96, 2.7},      // Ampere's and Ada's consumer chips: tensor cores limit both ways in the same way
     {90, 260, {1546, 2410}, 1536, 96, 11.8},    // H100: mma.sync reaches 62% of what wgmma does
     {100, 260, {1546, 2410}, 3072, 96, 24.8},   // B200: mma.sync taken to be Hopper's
     {120, 520, {4818, 9636}, 192, 96, 3.7},     // consumer Blackwell, which has no tcgen05
@@ -53,7 +54,7 @@ inline const GpuRates& rates_of(const Gpu& gpu) {
 
 inline double waves_of(int64_t blocks, const Gpu& gpu) { return double(ceil_div(blocks, gpu.multiprocessors)); }
 
-// Of tiles of fp32, whatever the format.
+// Of tiles of fp32, for any format.
 template <class Weight> double any_clocks(const Linear<Weight>& a, const Gpu& gpu) {
   return waves_of(ceil_div(a.m, kTile) * ceil_div(a.weight.rows, kTile), gpu) * double(a.weight.cols) * kAnyStep;
 }
@@ -93,8 +94,8 @@ template <class Weight> double library_clocks(const Linear<Weight>& a, const Gpu
   return kLaunch + decode + copy + (product > kLeastProduct ? product : kLeastProduct);
 }
 
-// Whether the operands of the library's product hold all that the kernels would. fp16 does not: a factor of the low-rank
-// term may be beyond it, and what is not is cut below 2^-24.
+// Whether the operands of the library's product can hold all values that the kernels can. fp16 cannot: a factor of the
+// low-rank term may be beyond its range, and other values are cut below 2^-24.
 template <class Weight> bool has_operands(const Linear<Weight>& a) {
   const bool exact = a.r == 0 && (!a.bias || a.bias_dtype == a.dtype);
   return a.m > 0 && a.weight.rows > 0 && a.weight.cols > 0 && (a.dtype != DType::f16 || exact);

@@ -35,7 +35,7 @@ __device__ void dequantize_four(const Weight& weight, T* out, int64_t n, int64_t
   }
 }
 
-// All n elements, by blocks of threads as many as dequantize_blocks says.
+// All n elements, by dequantize_blocks blocks of threads.
 template <class T, bool Wide, class Weight> __device__ void dequantize_packs(const Weight& weight, T* out, int64_t n) {
   const int64_t first = int64_t(blockIdx.x) * (kDequantizeThreads * kPacks) + threadIdx.x;
   dequantize_four<T, Wide>(weight, out, n, first, kDequantizeThreads);

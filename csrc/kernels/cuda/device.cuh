@@ -44,7 +44,7 @@ template <class T> struct alignas(16) Pack {
 
 inline bool aligned(const void* p, size_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
 
-// A block of threads gets more than 48 KB of shared memory only of a kernel that was allowed to have it, once on every GPU.
+// A kernel may use more than 48 KB of shared memory only after it was allowed to, once on every GPU.
 template <auto* Kernel> cudaError_t allow_shared(size_t bytes) {
   static std::atomic<uint64_t> allowed{0};   // a bit for a GPU; those beyond the 64th are asked again
   int device = 0;
@@ -60,8 +60,9 @@ template <auto* Kernel> cudaError_t allow_shared(size_t bytes) {
 struct Gpu { int capability, multiprocessors; };   // capability: 10 * major + minor
 
 // Programmatic dependent launch, from Hopper on: a kernel that is launched by launch_early begins while the one before it
-// ends, makes its tables and asks for its weight, and then waits. Before wait_for_inputs it may read constants alone: all
-// else in memory may be what the kernel before is writing, or the one before that. A hint to the L2 cache is no read.
+// ends, makes its tables and asks for its weight, and then waits. Before wait_for_inputs it may read only constants:
+// the kernel before, or the one before that, may still be writing any other memory. A hint to the L2 cache is not a
+// read.
 __device__ inline void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

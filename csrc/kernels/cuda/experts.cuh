@@ -1,5 +1,5 @@
-// Which expert a block of threads works for. The host does not know how many rows each has, so the grid has as many tiles
-// of rows as there may be at most, and a block looks its own up; those beyond the last return.
+// The expert of a block of threads. The host does not know the number of rows of each expert, so the grid has the
+// largest possible number of tiles. A block looks up its own tile, and blocks beyond the last tile return.
 #pragma once
 #include <type_traits>
 
@@ -12,7 +12,7 @@ struct ExpertTile {
   int64_t expert, row, rows;   // its first row, and how many the expert has from there on
 };
 
-// The rows of an expert, whatever its offsets say: none beyond m.
+// The rows of an expert. Offsets are not checked, so rows beyond m are left out.
 struct ExpertRows { int64_t begin, count; };
 __device__ inline ExpertRows rows_of(const int64_t* offsets, int64_t expert, int64_t m) {
   const auto within = [&](int64_t v) { return v < 0 ? 0 : v < m ? v : m; };

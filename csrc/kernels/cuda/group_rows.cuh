@@ -93,8 +93,8 @@ template <class T, int B, int Outs> struct GroupStream {
   }
 };
 
-// A code times an infinity minus a zero times it is no number, though a weight times it is one: where x is not finite,
-// or sums leave the range of fp32, they are made again as plain arithmetic has them.
+// For an infinite x, code * x - zero * x is NaN, but weight * x is not. So if x is not finite, or a sum leaves the
+// range of fp32, the sum is computed again, weight by weight.
 template <class T> struct GroupFinish {
   const GroupLinear& a;
   int log_group;

@@ -1,5 +1,5 @@
-// How a CUDA kernel is called: enqueued on the caller's stream, on the current device. It allocates nothing and waits
-// for nothing, so it may be captured into a CUDA graph; what it returns is the error of the launch alone.
+// How a CUDA kernel is called: enqueued on the caller's stream, on the current device. It does not allocate and does
+// not wait, so it may be captured into a CUDA graph. It returns only the error of the launch.
 #pragma once
 #include <cuda_runtime_api.h>
 

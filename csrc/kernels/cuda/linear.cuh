@@ -1,4 +1,5 @@
-// What linear layers share, whatever their weight: how a sum becomes a result, and the product for any shape.
+// The common part of linear layers, for all formats of a weight: the way from a sum to a result, and the product for
+// any shape.
 #pragma once
 #include "kernels/cuda/tile.cuh"
 
@@ -6,7 +7,8 @@ namespace peftops::cuda {
 
 constexpr int kRanks = 8;
 
-// What becomes of a sum of x W^T, of which `r` ranks of the low-rank term are missing. Args: Nf4Linear or GroupLinear.
+// Turns a sum of x W^T into a result; `r` ranks of the low-rank term are still missing in the sum. Args: Nf4Linear or
+// GroupLinear.
 template <class T, class Args> struct Finish {
   const Args& a;
   int64_t r;

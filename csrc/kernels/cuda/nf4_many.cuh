@@ -32,7 +32,7 @@ template <int Stripes> struct WeightChunk {
   float scale[Stripes][2];
 };
 
-// Reads them, chunk after chunk. In place of rows that do not exist it reads the last: nobody asks for their products.
+// Reads them, chunk after chunk. In place of rows that do not exist it reads the last row: their products are not used.
 template <int Stripes> struct WeightReader {
   const Nf4Weight& w;
   const float* map;

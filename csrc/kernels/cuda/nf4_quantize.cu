@@ -29,8 +29,8 @@ __device__ uint32_t most_of_lanes(uint32_t most, int log_lanes) {
   return over_lanes(most, log_lanes, [](uint32_t a, uint32_t b) { return max(a, b); });
 }
 
-// Nearest codes by look-up: [-1, 1] is cut into bins so narrow that none holds two midpoints of the sixteen codes. Of a
-// bin, the table has the code below its midpoint, and where that is: one comparison is left.
+// Nearest codes by look-up: [-1, 1] is cut into bins so narrow that none holds two midpoints of the sixteen codes. For
+// a bin, the table has the code below its midpoint, and the midpoint. One comparison then decides.
 constexpr int kBins = 32;
 constexpr float kBinsPerUnit = 15.875f;   // so that 1 and what rounding adds to it are in the last
 struct alignas(8) Bin { float midpoint; uint32_t code; };
@@ -82,7 +82,7 @@ template <class T> __device__ uint32_t most_of(const float (&v)[Pack<T>::kSize])
 
 template <int N, bool Wide>
 __device__ void code(float (&v)[N], float inverse, const LaneBins& bins, uint8_t* packed, int64_t i, int64_t n) {
-  if (inverse == 0.f)   // no number describes the block: what is not finite has code 0
+  if (inverse == 0.f)   // the block has no finite absmax: elements that are not finite get code 0
 #pragma unroll
     for (float& x : v) x = magnitude(x) < 0x7f800000u ? 0.f : -1.f;
   const float factor = inverse == 0.f ? 1.f : inverse;

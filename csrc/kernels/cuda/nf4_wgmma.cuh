@@ -49,7 +49,7 @@ struct WholeChunk {
   float scale[2];
 };
 
-// Reads them, chunk after chunk. In place of rows that do not exist it reads the last: nobody asks for their products.
+// Reads them, chunk after chunk. In place of rows that do not exist it reads the last row: their products are not used.
 struct WholeReader {
   const Nf4Weight& w;
   const float* map;

@@ -1,5 +1,5 @@
-// The operands of a library's product, y = left right^T: W decoded and rounded to the type of x, and as more depth what
-// else a sum has, [x | scaling u | 1] [W | lora_B | bias]^T, so that the library rounds once, like the kernels.
+// The operands of a library's product, y = left right^T: W decoded and rounded to the type of x, with the other terms
+// of a sum as more depth, [x | scaling u | 1] [W | lora_B | bias]^T. So the library rounds once, like the kernels.
 //
 // A number that bf16 cannot hold is the sum of two, high and low, to 2^-16 of it. A product of two such is three columns:
 // high high, low high and high low. An infinity or a NaN is its high part alone, and zero replaces it beside the other

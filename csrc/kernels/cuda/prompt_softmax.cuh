@@ -1,7 +1,7 @@
-// What both directions of gated_prompt_attention share: how the queries are cut into work, and the softmax over the
+// The common part of both directions of gated_prompt_attention: the queries as units of work, and the softmax over the
 // prompt tokens.
 //
-// A block of threads takes 64 queries of one prompt head at a time, whatever heads and samples they are of. Four
+// A block of threads takes 64 queries of one prompt head at a time, of any heads and samples. Four
 // threads share a query, one in each pair of warps: a thread makes the scores of every fourth token. What a warp reads
 // of a prompt is thus the same for all its lanes, one pass over the banks. Queries and prompts come through shared
 // memory in slices of 32 columns. A longer prompt goes chunk by chunk, as in flash attention, and its scores are made
@@ -66,7 +66,7 @@ template <class T, int Per> struct PromptTile {
   // Takes queries begin to end, kQueries at most, which two other tensors have at `second` and `third`. Whether any of
   // their gates is open.
   __device__ bool take(int64_t begin, int64_t end, const Strides& second, const Strides& third) {
-    __syncthreads();   // whoever read of the tile before is done
+    __syncthreads();   // all threads have read the tile before
     n = int(end - begin);
     bool open = false;
     if (threadIdx.x < kQueries) {
@@ -167,7 +167,7 @@ template <class T, int Per> struct PromptTile {
 
   __device__ void begin_softmax() { top = -__builtin_inff(), sum = 0.f; }
 
-  // Takes the chunk's scores into top and sum; what scales down whatever was summed under the top before.
+  // Adds the chunk's scores to top and sum; returns the factor for sums that were made with the top before.
   __device__ float add_scores(const float (&s)[Per]) {
     float high = top;
     each_token([&](int i, int) { high = fmaxf(high, s[i]); });

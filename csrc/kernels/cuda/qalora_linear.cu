@@ -1,5 +1,5 @@
-// x is read once, 16 bytes a lane, and the lanes of a group add up what they hold by shuffles. What is pooled is a
-// group-th of x and still in cache when it meets A. Limit: reading x.
+// x is read once, 16 bytes a lane, and the lanes of a group add up what they hold by shuffles. The pooled x has a
+// group-th of the size of x, and is still in cache when it is multiplied with A. Limit: reading x.
 #include "kernels/qalora_linear.h"
 #include "kernels/cuda/blocks.cuh"
 #include "kernels/lora_linear.h"

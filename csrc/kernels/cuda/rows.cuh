@@ -6,16 +6,16 @@
 // every thread. Which column of the chunk a product calls its k-th does not matter as long as both operands agree, so
 // neither goes through shared memory. W is read in whole sectors, x by halves of them, the second of which is in L1.
 //
-// How codes become numbers is the stream's: Nf4Stream (nf4_rows.cuh) or GroupStream (group_rows.cuh). Its kEarlyScales and
+// The stream decodes codes: Nf4Stream (nf4_rows.cuh) or GroupStream (group_rows.cuh). Its kEarlyScales and
 // kHoldsScales say whether a thread has registers for the first scales, and for those of the next stage, ahead of time. Codes are
 // multiplied unscaled, and a chunk's sum by its scale in fp32. The warps of a block of threads share the depth, and their
 // sums are added in order, so the result has the same bits every time.
 //
-// Waiting is what costs: a layer of 4096 x 4096 is 3 us of memory traffic, and one trip to memory takes most of one. So
-// every load is under way before it is needed. The first chunks are on their way to the L2 cache before the tables are
-// made, and both while the kernel before ends; a warp has its next chunks in registers, as many as there is room for; a
-// block of threads that has several tiles of the weight to do, one after another with the same tables, asks for the next
-// before it adds up the last.
+// Most of the time is waiting: a layer of 4096 x 4096 takes 3 us of memory traffic, and the latency of one load is most
+// of a microsecond. So every load starts before its value is needed. The first chunks are on their way to the L2 cache
+// before the tables are made, and both while the kernel before ends; a warp has its next chunks in registers, as many
+// as there is room for; a block of threads that has several tiles of the weight to do, one after another with the same
+// tables, asks for the next before it adds up the last.
 #pragma once
 #include "kernels/cuda/device.cuh"
 
@@ -41,7 +41,7 @@ template <> __device__ inline void multiply<__half>(float (&c)[4], const uint32_
 template <class T> constexpr uint32_t kOnes = 0x3f803f80;   // a pair of them
 template <> constexpr uint32_t kOnes<__half> = 0x3c003c00;
 
-// What a thread holds of a chunk, codes and x, in registers: how many decides how much it asks for ahead of time. The
+// A thread's codes and x of a chunk, in registers. Their number decides how many loads are ahead. The
 // stream's kOuts are the rows of the weight that a block of threads does at a time, 16 or 32.
 template <class Stream, int Tiles, int Warps> struct RowsChunk {
   static constexpr int kStripes = Stream::kOuts / 16;
@@ -77,8 +77,8 @@ __device__ void multiply_rows(const Args& a, const Stream& stream, typename Stre
   const int64_t n = a.weight.rows, k = a.weight.cols, first_row = int64_t(blockIdx.x) * (8 * Tiles);
   const int chunks = int(k / Stream::kColumns), stage = stream.staged();   // chunks whose scales are staged at a time
 
-  // This lane's rows of a matrix, 8 apart: the first one's place, and how far it is to the others. In place of rows that do
-  // not exist it has the last that does: nobody asks for their sums.
+  // This lane's rows of a matrix, 8 apart: the first one's place, and how far it is to the others. In place of rows
+  // that do not exist it has the last row: their sums are not used.
   const auto first_of = [](int64_t row, int64_t rows) { return row < rows ? row : rows - 1; };
   const auto far = [](int64_t row, int64_t rows, int64_t apart) {
     return int(row + apart < rows ? apart : row < rows ? rows - 1 - row : 0);

@@ -1,9 +1,10 @@
 // Products of tensor cores with the precision of fp32, for operands of any dtype.
 //
-// tf32 has the range of fp32 and eleven bits: a 16-bit number is one as it is, and an fp32 number is the sum of three. A
-// product of two fp32 numbers takes six multiplications, of a 16-bit and an fp32 number three; the others are below 2^-33
-// of it. An infinity or a NaN is one part alone, which the other operand's small parts must not multiply: infinity times
-// a part of the other sign would turn an infinite result into NaN. `finite` replaces it in these products.
+// tf32 has the range of fp32 and eleven bits: a 16-bit number is exact in tf32, and an fp32 number is the sum of three
+// tf32 numbers. A product of two fp32 numbers takes six multiplications, of a 16-bit and an fp32 number three; the
+// others are below 2^-33 of it. An infinity or a NaN has only the first part. It must not be multiplied with the other
+// operand's small parts, because infinity times a part of the other sign would turn an infinite result into NaN.
+// `finite` replaces it in these products.
 #pragma once
 #include "kernels/cuda/device.cuh"
 
@@ -13,7 +14,7 @@ namespace peftops::cuda {
 template <int N> struct Parts {
   uint32_t whole[N], finite[N], rest[N], last[N];   // v = whole + rest + last
 
-  // Exact: v is a 16-bit number, which has no rest.
+  // Exact: v is a 16-bit number, and its other parts are 0.
   __device__ void set(int i, float v, bool exact) {
     const auto round = [](float f) { return (__float_as_uint(f) + 0x1000u) & ~0x1fffu; };
     const bool is_finite = fabsf(v) < 0x1.ffep127f;   // the others, or those that would be rounded to infinity
@@ -34,7 +35,7 @@ __device__ inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], cons
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// c += a b over eight steps. An exact operand has no rests, so the products with them are left out.
+// c += a b over eight steps. An exact operand has no other parts, so the products with them are left out.
 __device__ inline void multiply(float (&c)[4], const Left& a, bool a_exact, const Right& b, bool b_exact) {
   multiply_tf32(c, a.whole, b.whole);
   if (!a_exact) multiply_tf32(c, a.rest, b.finite), multiply_tf32(c, a.last, b.finite);

@@ -87,7 +87,7 @@ template <class F> __device__ void with_elements(const void* p, DType dtype, con
 // beyond the rank has none, and the place of one that exists.
 struct FactorLine { int64_t at, columns; };
 
-// What of a sum a block of threads does: share `index` of `count`.
+// The share of a sum that a block of threads does: number `index` of `count`.
 struct Share { int64_t index = 0, count = 1; };
 
 template <class T> constexpr bool kExact = sizeof(T) == 2;
@@ -133,7 +133,7 @@ template <class X, int Tiles, class Row, class Factor, class Result>
 __device__ void shrink_tile(const X* x, int64_t k, bool wide, const Row& row, const Factor& f, int64_t rank,
                             const DropoutMask& mask, ShrinkMemory<Tiles>& memory, const Result& result, Share share = {}) {
   const ThinLane lane;
-  // In place of rows that do not exist it reads the first, which is in L1: nobody asks for their sums.
+  // In place of rows that do not exist it reads the first, which is in L1: their sums are not used.
   const int64_t rows[2] = {row(lane.g), row(lane.g + 8)}, present = row(0);
   const int64_t apart = share.count * (kThinWarps * kThinCols);
   float sum[Tiles][4] = {};

@@ -1,5 +1,5 @@
-// C += L R, a tile of 64 x 64 a block of threads, in fp32: for every shape and dtype. Where the elements come from is
-// the caller's: a weight that is decoded on the way, a factor, a dropped activation. Sums run along the depth in order.
+// C += L R, a tile of 64 x 64 a block of threads, in fp32: for every shape and dtype. The caller supplies the elements:
+// of a weight that is decoded on the way, a factor, or activations after dropout. Sums run along the depth in order.
 #pragma once
 #include "kernels/cuda/device.cuh"
 

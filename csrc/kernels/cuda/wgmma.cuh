@@ -1,7 +1,7 @@
 // Hopper's product of a warpgroup: D [64, N] += A [64, 16] B [16, N], A in registers, B in shared memory.
 //
-// It runs on by itself, so what the compiler does with its registers must stay in front of the fence or behind the wait:
-// hold(..) is where it may not pass. ptxas says C7510 where that failed, and waits after each product.
+// It runs asynchronously, so the compiler must use its registers only before the fence or after the wait: it may not
+// move code across hold(..). If that fails, ptxas warns with C7510 and waits after each product.
 #pragma once
 #include "kernels/cuda/device.cuh"
 
@@ -56,7 +56,7 @@ struct Mbarrier {
 };
 
 template <class T, int N> struct Wgmma;
-// The text of an instruction is no place for a template's arguments: hence a macro.
+// A template's arguments cannot be put into the text of an instruction, so this is a macro.
 #define PEFTOPS_WGMMA(T, type) \
 template <> struct Wgmma<T, 64> { \
   __device__ static void multiply(float (&d)[32], const uint32_t (&a)[4], uint64_t b) { \

@@ -21,25 +21,25 @@ _NAME = re.compile(r"[\w.@/:-]{1,128}")
 
 @dataclass
 class Entry:
-    """An adapter of one name and one state of its files."""
+    """An adapter with one name, read from one state of its files."""
 
     name: str
-    key: str  # its name in the pool, which no other state of the same adapter has
+    key: str  # its name in the pool; another state of the same adapter has another name
     path: Path
     used: int = 0
     retired: bool = False
 
 
 class Adapters:
-    """Names of adapters, and the adapters in the pool that they stand for.
+    """The names of adapters, and the adapters in the pool that they mean.
 
-    An adapter that is unloaded or replaced answers no new request from then on; requests that have it keep it to their
-    ends, and then it leaves the pool.
+    An adapter that is unloaded or replaced gets no new requests. Requests that have it keep it until they end, and then
+    it leaves the pool.
 
     Args:
         pool: of the server.
         base: the name of the model without an adapter.
-        most: how many may be loaded.
+        most: the largest number of loaded adapters.
         check: raises ValueError if the adapter in a directory does not belong on this base.
     """
 
@@ -57,10 +57,10 @@ class Adapters:
             return sorted(self._live)
 
     def load(self, name: str, path: Path, *, replace: bool = False) -> None:
-        """Read an adapter, and answer to its name. With ``replace``, another one may have the name so far.
+        """Read an adapter and serve it under its name. With ``replace``, it may take the name of another adapter.
 
         Raises:
-            ApiError: 400, the name is taken or unfit, there are too many, or the files are no adapter of this base.
+            ApiError: 400, the name is taken or unfit, there are too many, or the files are not an adapter of this base.
                 Nothing has changed then.
         """
         if not _NAME.fullmatch(name):
@@ -78,18 +78,18 @@ class Adapters:
             add_adapter(self._pool, key, path)
         except (OSError, TypeError, ValueError) as error:
             why = " ".join(str(error).split()).replace(repr(key), repr(name))
-            why = why.replace(str(path), path.name)  # where this machine keeps it is not for clients
+            why = why.replace(str(path), path.name)  # clients must not see paths of this machine
             raise bad(f"cannot load {name!r}: {why}", "bad_adapter", "lora_path") from error
         else:
             with self._lock:
                 old, self._live[name] = self._live.get(name), Entry(name, key, path)
-        finally:  # now: until then, another one could take the name
+        finally:  # only now, because another adapter could have taken the name
             with self._lock:
                 self._loading.discard(name)
         self._change(old, retired=True)
 
     def unload(self, name: str) -> None:
-        """Answer to a name no more; 404 if there is none."""
+        """Stop serving a name; 404 if there is no adapter of that name."""
         with self._lock:
             old = self._live.pop(name, None)
         if old is None:
@@ -111,7 +111,7 @@ class Adapters:
         self._change(entry, used=-1)
 
     def _change(self, entry: Entry | None, *, used: int = 0, retired: bool = False) -> None:
-        """An adapter that is retired leaves the pool as its last request gives it back."""
+        """A retired adapter leaves the pool when its last request gives it back."""
         if entry is None:
             return
         with self._lock:
@@ -123,10 +123,11 @@ class Adapters:
 
 
 class Watched:
-    """A directory whose adapters are loaded as they come, again as they change, and unloaded as they go.
+    """A directory whose adapters are loaded when they appear, loaded again when they change, and unloaded when they are
+    removed.
 
-    Files are read once two looks have found them the same, so that none is read while it is written. An adapter that
-    cannot be read is told of once, and tried again when its files change.
+    Files are read when two looks in a row have found them the same, so that no file is read while it is written. An
+    adapter that cannot be read is logged once, and tried again when its files change.
     """
 
     def __init__(self, adapters: Adapters, folder: Path):
@@ -136,10 +137,10 @@ class Watched:
         self._mine: set[str] = set()
 
     def look(self, *, settled: bool = False) -> None:
-        """See what is there. With ``settled``, files are read at the first look."""
+        """Look into the directory. With ``settled``, files are read at the first look."""
         try:
             there = {path.name: _state(path) for path in sorted(self._folder.iterdir()) if (path / CONFIG).is_file()}
-        except OSError as error:  # a mount that is away for a moment: what is loaded stays
+        except OSError as error:  # a mount may be away for a moment: loaded adapters stay
             log.warning("cannot look into the watched directory: %s", error.strerror)
             return
         for name, state in there.items():

@@ -35,12 +35,12 @@ class App:
     """A server over HTTP, as an application of ASGI: ``app.asgi``.
 
     Args:
-        server: which nobody else steps.
+        server: no other code may step it.
         tokenizer: of transformers.
         adapters: that clients may name.
         key: that clients must send; None for none.
-        loadable: directory of which clients may load adapters; None for none at all.
-        watched: directory whose adapters are loaded as they come.
+        loadable: the directory from which clients may load adapters; None if they may not load any.
+        watched: the directory whose adapters are loaded when they appear.
         look: seconds between two looks into it.
     """
 
@@ -101,7 +101,7 @@ class App:
             except Exception as error:
                 log.error("a look into the watched directory failed with %s", type(error).__name__)
 
-    # What operators ask.
+    # Routes for operators.
 
     async def _health(self) -> Response:
         alive = self.engine.alive
@@ -144,7 +144,7 @@ class App:
         try:
             path = (root / asked.lora_path).resolve()
         except (OSError, ValueError, RuntimeError):  # a NUL; links in a circle
-            raise bad("lora_path is no path", param="lora_path") from None
+            raise bad("lora_path is not a path", param="lora_path") from None
         if root not in path.parents:
             raise ApiError(403, "lora_path is not in the directory of --loadable", "not_allowed", "lora_path")
         await asyncio.to_thread(self._adapters.load, asked.lora_name, path, replace=asked.load_inplace)
@@ -186,7 +186,7 @@ class App:
             raise bad("stream_options is for streams", param="stream_options")
         used = sum(map(len, prompts))
         job = self.engine.submit(asked.model, asks, self._limits.seconds)
-        about |= {"model": asked.model, "prompt_tokens": used}  # it is one of ours, so no words of the client's
+        about |= {"model": asked.model, "prompt_tokens": used}  # it is our own sentence, without words of the client
         leaving = asyncio.create_task(_leaving(request, job))
         spell = lambda token: self._speller.decode([token])
         shape = Shape(chat=chat, model=asked.model, prompt_tokens=used, decode=spell)
@@ -194,7 +194,7 @@ class App:
         if not stream:
             return JSONResponse(await shape.whole(pieces, len(asks)))
         usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        first = await anext(pieces)  # an answer that fails at its beginning still has a status of its own
+        first = await anext(pieces)  # an answer that fails before its first token can still have a status of its own
         events = shape.events(_with(first, pieces), len(asks), usage=usage)
         return EventStream(events, seconds=self._limits.seconds)
 
@@ -233,7 +233,7 @@ class App:
 
 
 def _sampling(asked: schema.Generation, choice: int) -> Sampling | None:
-    """With a seed, each of several answers has one of its own."""
+    """With a seed, each of several answers gets a different seed."""
     if asked.temperature == 0:
         return None
     top_k = asked.top_k if asked.top_k and asked.top_k > 0 else None

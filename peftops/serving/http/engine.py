@@ -1,4 +1,4 @@
-"""The thread that steps, and the answers on their way from it to the event loop."""
+"""The thread that steps the server, and the answers that it sends to the event loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ log = logging.getLogger("peftops.serve")
 
 @dataclass
 class Piece:
-    """A token of one of a request's answers, and the text that it made sure. The last one has a reason or an error."""
+    """A token of one of a request's answers, and the text that is final with it. The last piece has a reason or an
+    error."""
 
     choice: int
     text: str
@@ -36,7 +37,7 @@ class Piece:
 
 @dataclass
 class Ask:
-    """One answer that is wanted."""
+    """One requested answer."""
 
     prompt: list[int]
     max_new: int
@@ -46,7 +47,7 @@ class Ask:
 
 
 class Job:
-    """The answers to one request over HTTP. Methods are for the event loop, but where it says otherwise."""
+    """The answers to one request over HTTP. Methods are for the event loop, unless their docstring says otherwise."""
 
     def __init__(self, engine: Engine, count: int, seconds: float):
         self.engine, self.start, self.generated = engine, time.monotonic(), 0
@@ -55,7 +56,7 @@ class Job:
         self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Piece | None]()
 
     def put(self, piece: Piece | None) -> None:
-        """From any thread. None says that the client has left."""
+        """May be called from any thread. None means that the client has left."""
         try:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
         except RuntimeError:
@@ -66,7 +67,7 @@ class Job:
 
         Raises:
             ApiError: an answer failed, or the time is up; the others are given up.
-            ClientLeft: nobody waits for them.
+            ClientLeft: the client has closed its connection.
         """
         try:
             while self._left:
@@ -118,11 +119,11 @@ class _Answer:
 
 
 class Engine:
-    """A thread that steps the server while it has anything to do.
+    """A thread that steps the server while there is work.
 
     Args:
-        server: which nobody else steps.
-        tokenizer: nobody else's: transformers' fast ones cannot be shared by threads.
+        server: no other code may step it.
+        tokenizer: no other thread may use it, because threads cannot share transformers' fast tokenizers.
         queue: how many answers may wait.
     """
 
@@ -147,7 +148,7 @@ class Engine:
         return len(self._answers)
 
     def submit(self, model: str, asks: list[Ask], seconds: float) -> Job:
-        """Queue the answers to one request, all or none.
+        """Queue all answers to one request, or none of them.
 
         Raises:
             ApiError: 400, they do not fit into memory; 404, no such model; 503, the queue is full or the engine has
@@ -187,7 +188,7 @@ class Engine:
         return job
 
     def give_up(self, numbers: list[int]) -> None:
-        """Let these leave the batch before its next step. From any thread."""
+        """Remove these from the batch before its next step. May be called from any thread."""
         with self._change:
             self._given_up.update(numbers)
             self._change.notify()
@@ -220,7 +221,7 @@ class Engine:
                     self._end(completion)
         except BaseException as error:
             self.failed = True
-            # The sentence of an error may repeat a prompt; the places where it was raised do not.
+            # The sentence of an error may repeat a prompt, so only the places where it was raised are logged.
             places = "".join(traceback.format_tb(error.__traceback__))
             log.critical("the engine has failed with %s:\n%s", type(error).__name__, places)
             self._end_all()

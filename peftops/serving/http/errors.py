@@ -15,7 +15,7 @@ class ApiError(Exception):
 
     Args:
         status: of HTTP.
-        message: a sentence for the client; it repeats nothing of the prompt.
+        message: a sentence for the client, without words of the prompt.
         code: a word for programs.
         param: the field at fault.
     """
@@ -43,7 +43,7 @@ def no_model() -> ApiError:
 
 
 def of_request(error: Exception) -> ApiError:
-    """For the error with which a request of the engine ended. Only known sentences are passed on."""
+    """The answer for an error of a request in the engine. Only known sentences are passed on."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, NotFinite):

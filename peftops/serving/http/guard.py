@@ -1,5 +1,5 @@
-"""Everything about a request that does not depend on its route: the key, the size and time of its body, its line in the
-log, and that no error leaves in another shape."""
+"""The checks of a request that do not depend on its route: the key, the size and time of its body, its line in the log,
+and the shape of errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ROUTES = (
     "/ready",
     "/metrics",
 )
-_DRAINED = 16  # times the limit of a body: as much of it is read and dropped, so that the client hears why
+_DRAINED = 16  # times the limit: so much of a long body is read and dropped, so that the client gets the reason
 
 Scope, Message = dict[str, Any], dict[str, Any]
 
@@ -38,7 +38,7 @@ class Guard:
     Args:
         app: the routes.
         key: clients must send it under ``/v1``; None for no key.
-        ready: whether requests under ``/v1`` are taken.
+        ready: whether requests under ``/v1`` are accepted.
     """
 
     def __init__(self, app: Any, *, limits: Limits, metrics: Metrics, key: str | None, ready: Callable[[], bool]):
@@ -61,7 +61,7 @@ class Guard:
         except ClientLeft:
             about["end"] = "client left"
         except Exception as error:
-            # The sentence of an error may repeat a prompt; the places where it was raised do not.
+            # The sentence of an error may repeat a prompt, so only the places where it was raised are logged.
             log.error("%s:\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
             if not status:
                 await ApiError(500, "the server failed", "internal_error").response()(scope, receive, told)

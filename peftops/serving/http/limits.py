@@ -9,18 +9,18 @@ from ...attaching.config import check_range
 
 @dataclass(frozen=True)
 class Limits:
-    """The bounds of a server; each of them has a refusal of its own.
+    """The bounds of a server; each of them has its own error.
 
     Args:
         context: tokens of a prompt and its answer together (400).
         prompt: tokens of a prompt; None for as many as fit (400).
-        answer: tokens of an answer whose request does not say; fewer where less is left.
+        answer: tokens of an answer if the request sets no number; fewer if there is less room.
         choices: answers to one prompt, and prompts in one request (400).
         queue: answers that may wait (503).
         body: bytes of a request (413).
         seconds: from the arrival of a request to the end of its answer (503).
         body_seconds: until a request's body is there (408).
-        adapters: that may be loaded (400).
+        adapters: number of adapters that may be loaded (400).
 
     Raises:
         ValueError: one is out of its range.

@@ -17,7 +17,8 @@ _NEXT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
 
 class Metrics:
-    """Counted as it happens; queue, batch, pages and adapters are looked up when somebody asks."""
+    """Events are counted when they happen; queue, batch, pages and adapters are looked up on each request for the
+    figures."""
 
     def __init__(self, server: Server, adapters: Adapters):
         self._server, self._adapters = server, adapters

@@ -16,10 +16,10 @@ log = logging.getLogger("peftops.serve")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound, so that a port in use is known before a model is read.
+    """A bound socket. So a port that is in use is an error before a model is read.
 
     Raises:
-        ValueError: nothing can be bound there.
+        ValueError: the address or port cannot be bound.
     """
     found = None
     try:
@@ -35,7 +35,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Uvicorn(uvicorn.Server):
-    """At a signal, takes no new requests, and ends those under way with an error after ``grace`` seconds."""
+    """At a signal, accepts no new requests, and ends the running ones with an error after ``grace`` seconds."""
 
     def __init__(self, config: uvicorn.Config, app: App, grace: float):
         super().__init__(config)
@@ -56,7 +56,7 @@ def serve(app: App, sock: socket.socket, *, grace: float = 30.0) -> None:
     """Serve until a signal, then end in order.
 
     Args:
-        grace: seconds that answers under way have left at a signal.
+        grace: seconds for running answers after a signal.
     """
     config = uvicorn.Config(
         app.asgi,

@@ -1,4 +1,4 @@
-"""The requests that clients send. A field that would change the answer and is not served is refused, never ignored."""
+"""The requests that clients send. If a field is not supported and would change the answer, the request is an error."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Generation(_Fields):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Accepted at the values that change nothing.
+    # Accepted only with values that change nothing.
     frequency_penalty: Annotated[Finite, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[Finite, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    # Of no concern to the answer.
+    # Without an effect on the answer.
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -124,7 +124,8 @@ def read(kind: type[Body], body: bytes) -> Body:
     """The request in a body.
 
     Raises:
-        ApiError: it is none; the sentence names the field and the rule, and nothing of the prompt.
+        ApiError: the body is not a valid request; the sentence names the field and the rule, without words of the
+            prompt.
     """
     try:
         return kind.model_validate_json(body)

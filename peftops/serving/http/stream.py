@@ -13,8 +13,8 @@ class EventStream(Response):
     """Sends events as they come.
 
     Args:
-        events: closed at the end, whatever that is.
-        seconds: in which the client must take each of them; one that does not is cut off.
+        events: closed at the end, also after an error.
+        seconds: the time in which the client must take each event; otherwise the connection is closed.
     """
 
     def __init__(self, events: AsyncGenerator[bytes, None], *, seconds: float):

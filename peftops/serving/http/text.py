@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_UNFINISHED = "\ufffd"  # how bytes are decoded that are no whole character yet
-_BYTES = 3  # of a character that is not whole, at most; some tokenizers have a sign for each
+_UNFINISHED = "\ufffd"  # the decoded sign for bytes that are not yet a whole character
+_BYTES = 3  # bytes of an incomplete character, at most; some tokenizers have a sign for each
 _MOST = 16  # tokens that are decoded again with each new one
 
 
 class TextStream:
-    """The text of an answer as far as it is sure. The pieces together are the tokenizer's text of all tokens.
+    """The final part of an answer's text so far. All pieces together are the tokenizer's text of all tokens.
 
-    A character whose bytes are several tokens comes when it is whole, and text that may be the beginning of a stop
-    string when it is clear that it is none. Each token is decoded with those before it that may change its spaces.
+    A character whose bytes are several tokens is held back until it is complete. Text that may be the beginning of a
+    stop string is held back until it cannot be one. Each token is decoded together with those before it that may change
+    its spaces.
 
     Args:
         tokenizer: of transformers.
-        stops: strings that end the answer; what comes from the first of them on is no part of it.
+        stops: strings that end the answer; the first one in the text, and all text after it, are left out.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
@@ -30,7 +31,7 @@ class TextStream:
         self._held = ""
 
     def add(self, token: int) -> str:
-        """The text that a token makes sure."""
+        """The text that becomes final with a token."""
         self._ids.append(token)
         text = self._decode(self._context)
         held = min(len(text) - len(text.rstrip(_UNFINISHED)), _BYTES)
@@ -44,8 +45,8 @@ class TextStream:
         return self._take(new) if new else ""
 
     def _forget(self, text: str, held: int) -> None:
-        """In a long run of what may be unfinished, begin where that makes no difference: whoever asks for such an
-        answer would otherwise have all of it decoded with each token, and others wait meanwhile."""
+        """In a long run of unfinished text, drop tokens that cannot change the result. Otherwise each new token would
+        decode the whole run again, and other requests would wait."""
         for begin in range(len(self._ids) - 1, self._context, -1):
             rest = self._decode(begin)
             if len(rest) >= held and self._decode(self._context, begin) + rest == text:
