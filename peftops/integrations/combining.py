@@ -18,6 +18,7 @@ from ..methods.lora import LoRAConfig
 from ..methods.qlora import QLoRAConfig
 from ..nn import EXPERTS, base_of, factor_shapes, kind_of, low_rank_change, matrix, module_at, opened, unwrapped
 from ..nn.undo import about
+from ..ops.group_tensor import all_finite
 from .peft_files import adapters_of
 
 PLAIN = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # of A and of B, each by itself
@@ -65,7 +66,8 @@ def combine(
 
     Raises:
         ValueError: a name, weight or option is wrong or means nothing here; an adapter is more than products of two
-            factors (DoRA, biases, ``modules_to_save``, a method that is not LoRA in HF PEFT's files); ranks differ.
+            factors (DoRA, biases, ``modules_to_save``, a method that is not LoRA in HF PEFT's files); ranks differ;
+            numbers are not finite, or their sum is not.
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2), name="a")
@@ -97,6 +99,7 @@ def combine(
                     made[path] = _truncated(parts, base, mix, rank or largest)
                 else:
                     made[path] = _each_factor(parts, _mixing(how, density, signs), how)
+                _check_sum(*made[path])
         _put(model, [state.configs[adapter] for adapter in adapters], made, name)
     return model
 
@@ -141,6 +144,8 @@ def _factors(model: nn.Module, name: str) -> dict[str, Part]:
         tensors = part.stored()
         if not any(tensors.keys() == {*names} for names in FACTORS):
             raise ValueError(f"{what} has {', '.join(tensors)} in {path}, and not two factors alone")
+        if not all(all_finite(tensor) for tensor in tensors.values()):
+            raise ValueError(f"{what} is not finite in {path}")
         result[path] = (*(tensor.float() for tensor in tensors.values()), plain.rank_and_scaling(path)[1])
     return result
 
@@ -173,12 +178,19 @@ def _each_factor(parts: list[Weighted], mix: Mix, how: str) -> tuple[Tensor, Ten
 
 def _truncated(parts: list[Weighted], base: nn.Module, mix: Mix, rank: int) -> tuple[Tensor, Tensor]:
     changes = [scaling * low_rank_change(matrix(base), A, B) for A, B, scaling, _ in parts]
-    U, S, V = torch.linalg.svd(mix(changes, [weight for *_, weight in parts]), full_matrices=False)
+    total = mix(changes, [weight for *_, weight in parts])
+    _check_sum(total)
+    U, S, V = torch.linalg.svd(total, full_matrices=False)
     shape_A, shape_B = factor_shapes(base, rank)
     there = min(rank, S.shape[-1])  # of a small layer; the rest is 0
     A, B = V.new_zeros(*V.shape[:-2], rank, V.shape[-1]), U.new_zeros(*U.shape[:-1], rank)
     A[..., :there, :], B[..., :there] = V[..., :there, :], (U * S[..., None, :])[..., :there]
     return A.view(shape_A), B.view(shape_B)
+
+
+def _check_sum(*tensors: Tensor) -> None:
+    if not all(map(all_finite, tensors)):
+        raise ValueError("the weighted sum is beyond float32")
 
 
 def _mixing(how: str, density: float | None, signs: str) -> Mix:

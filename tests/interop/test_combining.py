@@ -9,6 +9,7 @@ from torch import nn
 import models
 import peftops
 from peftops.attaching import adapted_layers
+from peftops.integrations.combining import HOW
 
 peft = pytest.importorskip("peft")
 from peft.tuners.lora import model as pefts  # noqa: E402
@@ -194,6 +195,31 @@ def test_what_means_nothing_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
         peftops.combine(model, **{"adapters": ["a", "b"], "weights": [1.0, 0.5]} | given)
     assert list(model._peftops.configs) == ["a", "b"]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (float("nan"), "'b', of LoRAConfig, is not finite in 0"),
+        (float("inf"), "'b', of LoRAConfig, is not finite in 0"),
+        (3e38, "0: .* beyond float32"),
+    ],
+    ids=str,
+)
+def test_numbers_without_a_sum_are_refused_and_nothing_is_attached(how, bad, message):
+    model = peftops.attach(nn.Sequential(nn.Linear(8, 6)), peftops.LoRAConfig(r=2), name="a")
+    peftops.attach(model, peftops.LoRAConfig(r=2), name="b")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for adapter in model[0].adapters.values():
+            adapter.lora_A.fill_(1.0)
+            adapter.lora_B.fill_(1.0)
+        model[0].adapters["b"].lora_A[1, 2] = bad
+    options = {} if how in ("cat", "svd", "linear") else {"density": 1.0}
+    with pytest.raises(ValueError, match=message):
+        peftops.combine(model, ["a", "b"], [1.0, 4.0], how=how, **options)
+    assert list(model._peftops.configs) == ["a", "b"] == list(model[0].adapters)
 
 
 def test_groups_have_no_cat():
