@@ -117,7 +117,7 @@ def _put(model: nn.Module, state: Attachment, name: str, config: object, adapter
 def _check_start(adapter: Stored) -> None:
     """Numbers that an adapter makes of a weight may be too large for it; then nothing could train."""
     for leaf, parameter in adapter.named_parameters():
-        if not parameter.is_meta and not is_quantized(parameter) and not all_finite(parameter.detach()):
+        if not is_quantized(parameter) and not all_finite(parameter.detach()):
             raise ValueError(
                 f"{leaf} of {type(adapter).__name__} is made of numbers of the model that are not finite, or too large"
             )

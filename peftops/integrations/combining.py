@@ -76,13 +76,15 @@ def combine(
         'both'
     """
     state = attachment(model)
-    if isinstance(adapters, str) or not adapters or len(set(adapters)) != len(adapters):
+    if not isinstance(adapters, list | tuple) or not adapters or any(adapters.count(a) > 1 for a in adapters):
         raise ValueError(f"adapters must be a list of different names, not {adapters!r}")
     for adapter in adapters:
-        if adapter not in state.configs:
+        if not isinstance(adapter, str) or adapter not in state.configs:
             raise ValueError(f"the model has no adapter named {adapter!r}; it has {', '.join(state.configs)}")
-    if len(weights) != len(adapters) or not all(isinstance(w, int | float) and math.isfinite(w) for w in weights):
+    if not isinstance(weights, list | tuple) or len(weights) != len(adapters):
         raise ValueError(f"weights must be a number for each of {list(adapters)}, not {weights!r}")
+    for adapter, weight in zip(adapters, weights, strict=True):
+        check_range(f"the weight of {adapter!r}", weight, -1e9, 1e9)
     _check_options(how, rank, density, signs)
     with opened(model):
         given = {adapter: _factors(model, adapter) for adapter in adapters}
@@ -110,7 +112,7 @@ def _check_options(how: str, rank: int | None, density: float | None, signs: str
     if how in ("cat", "svd", "linear"):
         if density is not None:
             raise ValueError(f"density={density!r} is for kinds that leave elements out, which how={how!r} does not")
-    elif not (isinstance(density, int | float) and 0 < density <= 1):
+    elif isinstance(density, bool) or not (isinstance(density, int | float) and 0 < density <= 1):
         raise ValueError(f"how={how!r} needs density, the share of elements that is kept, in (0, 1], not {density!r}")
     if signs != "total" and "ties" not in how:
         raise ValueError(f"signs={signs!r} is for ties, and not for how={how!r}")
