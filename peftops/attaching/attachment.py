@@ -26,6 +26,7 @@ from ..nn import (
 from ..nn.ties import forget_broken_ties
 from ..nn.undo import about, all_or_nothing
 from ..nn.unreached import watch
+from ..ops.group_tensor import all_finite
 from .left_dense import tell_left_dense
 from .merging import unmerge
 from .registry import METHODS, build
@@ -46,7 +47,7 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     Raises:
         TypeError: no method has this config; a target is not supported.
         ValueError: the name is taken or not a plain one; nothing matches ``config.target``; the model is in
-            DistributedDataParallel already.
+            DistributedDataParallel already; a weight that the adapter starts from, or copies, is not finite.
         RuntimeError: an operator that the method needs does not support a weight; the message names the layer.
 
     After any error or interrupt the model is as it was before. (So a method that quantises needs memory for the dense
@@ -106,6 +107,7 @@ def _put(model: nn.Module, state: Attachment, name: str, config: object, adapter
         adapter.train(module_at(model, path).training)
         with about(path):
             (Prompted if isinstance(adapter, Prompt) else AdaptedLayer).put(model, path, name, adapter, state.switch)
+            _check_start(adapter)
     state.configs[name] = config
     _switch(model, state, name)
     model._peftops = state
@@ -113,6 +115,15 @@ def _put(model: nn.Module, state: Attachment, name: str, config: object, adapter
     _keep_vocabulary(model)
     keep_names(model)
     watch({f"{path}.{n}": p for path, adapter in adapters.items() for n, p in adapter.named_parameters()})
+
+
+def _check_start(adapter: Stored) -> None:
+    """Numbers that an adapter makes of a weight may be too large for it; then nothing could train."""
+    for leaf, parameter in adapter.named_parameters():
+        if not is_quantized(parameter) and not all_finite(parameter.detach()):
+            raise ValueError(
+                f"{leaf} of {type(adapter).__name__} is made of numbers of the model that are not finite, or too large"
+            )
 
 
 def _switch(model: nn.Module, state: Attachment, name: str | None) -> None:

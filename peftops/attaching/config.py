@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,10 @@ from functools import cache
 from types import NoneType
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
-from ..nn import PREFIX
+import torch
+from torch import Tensor
+
+from ..nn import PREFIX, is_quantized
 from .patterns import matches_whole
 from .targets import Target
 
@@ -97,7 +101,8 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 
 def needs(fields: dict[str, Any], *keys: str) -> None:
-    missing = [key for key in keys if key not in fields]
+    """Raise unless a file says these. (Where it has null, HF PEFT asks a table of its own for the kind of model.)"""
+    missing = [key for key in keys if fields.get(key) is None]
     if missing:
         raise ValueError(f"adapter_config.json lacks {', '.join(missing)}")
 
@@ -132,6 +137,17 @@ def needs_scaling(method: str, scaling: float, layer: str) -> None:
     """Raise if the scaling is 0 or below: this method divides by it, or takes its root."""
     if not scaling > 0:
         raise ValueError(f"{method} needs a scaling above 0, and alpha makes that of {layer} {scaling:g}")
+
+
+def needs_finite(method: str, weight: Tensor, layer: str) -> None:
+    """Raise unless a method that decomposes a weight, or measures it, can: no number that it finds is above the norm.
+    (Codes are finite by what reads them.)"""
+    if is_quantized(weight) or weight.is_meta:
+        return
+    norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64).item()
+    if not norm <= torch.finfo(torch.float32).max:
+        how = f"too large for float32: its norm is {norm:.3g}" if norm < math.inf else "not finite"
+        raise ValueError(f"{method} starts from the weight of {layer}, which is {how}")
 
 
 def check_pattern(name: str, pattern: Any) -> None:

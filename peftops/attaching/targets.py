@@ -65,6 +65,7 @@ def find_targets(model: nn.Module, target: Target, kinds: Sequence[str] = (LINEA
         if not linear:
             subclasses = {type(m).__name__ for _, m in layers(model) if isinstance(m, nn.Linear) and not is_linear(m)}
             others = f" ({', '.join(sorted(subclasses))} compute otherwise than nn.Linear)" if subclasses else ""
+            others += _way(subclasses)
             raise ValueError(
                 f"target {ALL_LINEAR!r}: the model has no linear layers except its output layer "
                 f"and layers that are never called{others}"
@@ -77,8 +78,14 @@ def find_targets(model: nn.Module, target: Target, kinds: Sequence[str] = (LINEA
             supported = " and ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
             raise TypeError(
                 f"target {target!r} matches {name}, a {type(module).__name__}; only {supported} layers are supported"
+                f"{_way({type(module).__name__})}"
             )
     return [name for name, _ in found]
+
+
+def _way(kinds: set[str]) -> str:
+    """For an error about layers of other kinds: how they become ours."""
+    return "; peftops.from_bitsandbytes(model) makes ours of its layers" if "Linear4bit" in kinds else ""
 
 
 def read_without_calls(model: nn.Module) -> set[str]:

@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..nn import dequantized
+from ..nn import dequantized, sizes
 from ..ops import NF4Tensor, nf4_quantize
 from ..ops.gptq_quantize import gptq_from_moments
+from ..ops.group_tensor import all_finite
 from ..ops.moments import damped, output_errors
 from ..ops.nf4_rounding import round_nf4
 from ..ops.packed_tensor import PackedTensor
@@ -24,6 +25,23 @@ from .singular import leading, shared
 
 _DAMPING = 0.05
 Solution = tuple[PackedTensor, Tensor | None, Tensor | None]  # Q, and L [out, r] and R [r, in] if it has such
+
+
+def moments_of(moments: dict[str, Tensor] | None, base: nn.Module, layer: str) -> Tensor | None:
+    """Those of the inputs of a layer, if there are any.
+
+    Raises:
+        ValueError: they are no moments of such inputs.
+    """
+    own = (moments or {}).get(layer)
+    if own is None:
+        return None
+    shape = [sizes(base)[0]] * 2
+    if list(own.shape) != shape or own.dtype != torch.float32:
+        raise ValueError(f"moments of {layer} must be float32 {shape}, not {own.dtype} {list(own.shape)}")
+    if not (all_finite(own) and (own.diagonal() >= 0).all()):
+        raise ValueError(f"moments of {layer} must be finite, and those of an input with itself not below 0")
+    return own
 
 
 def gptq_like(codes: PackedTensor, moments: Tensor) -> Callable[[Tensor], PackedTensor]:

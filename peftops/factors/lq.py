@@ -12,7 +12,7 @@ from ..attaching.targets import ALL_LINEAR, Target, find_targets
 from ..nn import module_at
 from ..nn.layers import as_matrix, dequantized
 from ..ops.packed_tensor import PackedTensor
-from .singular import leading, shared
+from .singular import leading, shared, size
 
 
 def fisher(
@@ -84,7 +84,7 @@ class Weighing:
 
     def size(self, error: Tensor) -> float:
         """``||sqrt(F) o error||``."""
-        return (error if self.root is None else self.root * error).norm().item()
+        return size(error if self.root is None else self.root * error).item()
 
     def factors(self, weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
         """``L1 [out, r]`` and ``L2 [r, in]`` whose product is closest to ``weight``."""

@@ -27,6 +27,9 @@ def leading(matrix: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     if matrix.shape[0] < matrix.shape[1]:
         u, s, vt = leading(matrix.t(), r)
         return vt.t(), s, u.t()
+    # By a power of two, which changes no digit: what lies beyond 1e19 has a square that float32 has not.
+    scale = torch.ldexp(torch.ones_like(largest := matrix.abs().amax()), torch.frexp(largest).exponent - 1)
+    matrix = matrix / scale
     n, width = matrix.shape[1], r + EXTRA
     if DEPTH * width >= n // 2:
         basis, inside = None, matrix
@@ -44,7 +47,12 @@ def leading(matrix: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     left = inside @ vectors
     s = left.norm(dim=0)
     u = left / s.clamp(min=torch.finfo(s.dtype).tiny)
-    return u, s, (vectors if basis is None else basis @ vectors).t()
+    return u, s * scale, (vectors if basis is None else basis @ vectors).t()
+
+
+def size(t: Tensor) -> Tensor:
+    """The Frobenius norm, float64: squares of large numbers have no float32."""
+    return torch.linalg.vector_norm(t, dtype=torch.float64)
 
 
 def shared(u: Tensor, s: Tensor, vt: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

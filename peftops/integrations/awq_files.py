@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..ops import GroupQuantTensor
 from ..ops.group_tensor import pack_bits, unpack_bits
+from .gptq_files import kind_of_part
 
 AWQ_PARTS = ("qweight", "scales", "qzeros")
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the outputs in a word, lowest first
@@ -31,7 +32,7 @@ def from_awq(parts: Mapping[str, Tensor], dtype: torch.dtype = torch.float16) ->
         raise ValueError(f"from_awq: {', '.join(missing)} is missing")
     for name in AWQ_PARTS:
         if not isinstance(parts[name], Tensor) or parts[name].layout != torch.strided or parts[name].is_meta:
-            raise ValueError(f"from_awq: {name} must be a dense tensor, not a {type(parts[name]).__name__}")
+            raise ValueError(f"from_awq: {name} must be a dense tensor{kind_of_part(parts[name])}")
     qweight, scales, qzeros = (parts[name] for name in AWQ_PARTS)
     for name, part, right in (
         ("qweight", qweight, qweight.dtype == torch.int32),
@@ -56,8 +57,13 @@ def to_awq(weight: GroupQuantTensor) -> dict[str, Tensor]:
     refused.
 
     Raises:
-        ValueError: it is such a weight, or does not have 4 bits, or its outputs do not fill words.
+        TypeError: it is not a GroupQuantTensor.
+        ValueError: it is such a weight, or a stack, or does not have 4 bits, or its outputs do not fill words.
     """
+    if not isinstance(weight, GroupQuantTensor):
+        raise TypeError(f"to_awq: weight must be a GroupQuantTensor, not a {type(weight).__name__}")
+    if weight.dim() != 2 or weight.is_meta:
+        raise ValueError(f"to_awq: weight must be a matrix with numbers, not {list(weight.shape)} on {weight.device}")
     n, zeros, scales = len(weight), weight.zeros, weight.scales
     if weight.bits != 4 or n % 8:
         raise ValueError(f"AWQ has codes of 4 bits, eight outputs a word, not {n} outputs of {weight.bits} bits")

@@ -18,6 +18,7 @@ from ..methods.lora import LoRAConfig
 from ..methods.qlora import QLoRAConfig
 from ..nn import EXPERTS, base_of, factor_shapes, kind_of, low_rank_change, matrix, module_at, opened, unwrapped
 from ..nn.undo import about
+from ..ops.group_tensor import all_finite
 from .peft_files import adapters_of
 
 PLAIN = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # of A and of B, each by itself
@@ -66,7 +67,7 @@ def combine(
     Raises:
         ValueError: a name, weight or option is wrong or has no effect with ``how``; an adapter has more than products
             of two factors (DoRA, biases, ``modules_to_save``, a method that is not LoRA in HF PEFT's files); ranks
-            differ.
+            differ; numbers are not finite, or their sum is not.
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2), name="a")
@@ -75,13 +76,15 @@ def combine(
         'both'
     """
     state = attachment(model)
-    if isinstance(adapters, str) or not adapters or len(set(adapters)) != len(adapters):
+    if not isinstance(adapters, list | tuple) or not adapters or any(adapters.count(a) > 1 for a in adapters):
         raise ValueError(f"adapters must be a list of different names, not {adapters!r}")
     for adapter in adapters:
-        if adapter not in state.configs:
+        if not isinstance(adapter, str) or adapter not in state.configs:
             raise ValueError(f"the model has no adapter named {adapter!r}; it has {', '.join(state.configs)}")
-    if len(weights) != len(adapters) or not all(isinstance(w, int | float) and math.isfinite(w) for w in weights):
+    if not isinstance(weights, list | tuple) or len(weights) != len(adapters):
         raise ValueError(f"weights must be a number for each of {list(adapters)}, not {weights!r}")
+    for adapter, weight in zip(adapters, weights, strict=True):
+        check_range(f"the weight of {adapter!r}", weight, -1e9, 1e9)
     _check_options(how, rank, density, signs)
     with opened(model):
         given = {adapter: _factors(model, adapter) for adapter in adapters}
@@ -98,6 +101,7 @@ def combine(
                     made[path] = _truncated(parts, base, mix, rank or largest)
                 else:
                     made[path] = _each_factor(parts, _mixing(how, density, signs), how)
+                _check_sum(*made[path])
         _put(model, [state.configs[adapter] for adapter in adapters], made, name)
     return model
 
@@ -108,7 +112,7 @@ def _check_options(how: str, rank: int | None, density: float | None, signs: str
     if how in ("cat", "svd", "linear"):
         if density is not None:
             raise ValueError(f"density={density!r} is for kinds that leave elements out, which how={how!r} does not")
-    elif not (isinstance(density, int | float) and 0 < density <= 1):
+    elif isinstance(density, bool) or not (isinstance(density, int | float) and 0 < density <= 1):
         raise ValueError(f"how={how!r} needs density, the share of elements that is kept, in (0, 1], not {density!r}")
     if signs != "total" and "ties" not in how:
         raise ValueError(f"signs={signs!r} is for ties, and not for how={how!r}")
@@ -144,6 +148,8 @@ def _factors(model: nn.Module, name: str) -> dict[str, Part]:
         tensors = part.stored()
         if not any(tensors.keys() == {*names} for names in FACTORS):
             raise ValueError(f"{what} has {', '.join(tensors)} in {path}, and not two factors alone")
+        if not all(all_finite(tensor) for tensor in tensors.values()):
+            raise ValueError(f"{what} is not finite in {path}")
         result[path] = (*(tensor.float() for tensor in tensors.values()), plain.rank_and_scaling(path)[1])
     return result
 
@@ -176,12 +182,19 @@ def _each_factor(parts: list[Weighted], mix: Mix, how: str) -> tuple[Tensor, Ten
 
 def _truncated(parts: list[Weighted], base: nn.Module, mix: Mix, rank: int) -> tuple[Tensor, Tensor]:
     changes = [scaling * low_rank_change(matrix(base), A, B) for A, B, scaling, _ in parts]
-    U, S, V = torch.linalg.svd(mix(changes, [weight for *_, weight in parts]), full_matrices=False)
+    total = mix(changes, [weight for *_, weight in parts])
+    _check_sum(total)
+    U, S, V = torch.linalg.svd(total, full_matrices=False)
     shape_A, shape_B = factor_shapes(base, rank)
     there = min(rank, S.shape[-1])  # of a small layer; the rest is 0
     A, B = V.new_zeros(*V.shape[:-2], rank, V.shape[-1]), U.new_zeros(*U.shape[:-1], rank)
     A[..., :there, :], B[..., :there] = V[..., :there, :], (U * S[..., None, :])[..., :there]
     return A.view(shape_A), B.view(shape_B)
+
+
+def _check_sum(*tensors: Tensor) -> None:
+    if not all(map(all_finite, tensors)):
+        raise ValueError("the weighted sum is beyond float32")
 
 
 def _mixing(how: str, density: float | None, signs: str) -> Mix:

@@ -39,11 +39,13 @@ def to_gptq(weight: GroupQuantTensor) -> dict[str, Tensor]:
 
     Raises:
         TypeError: it is not a GroupQuantTensor.
-        ValueError: its rows do not fill int32 words.
+        ValueError: its rows do not fill int32 words, or it is a stack of matrices.
     """
     if not isinstance(weight, GroupQuantTensor):
         raise TypeError(f"to_gptq: weight must be a GroupQuantTensor, not a {type(weight).__name__}")
-    _, k = weight.shape
+    if weight.dim() != 2:
+        raise ValueError(f"to_gptq: GPTQ's layout has matrices, and this weight is a stack {list(weight.shape)}")
+    k = weight.shape[1]
     if k * weight.bits % 32:
         raise ValueError(f"to_gptq: rows of {k} codes of {weight.bits} bits do not fill int32 words")
     return {
@@ -168,7 +170,7 @@ def _check_parts(parts: dict[str, Tensor], bits: int) -> None:
         if part is None and name == "g_idx":
             continue
         if not isinstance(part, Tensor) or part.layout != torch.strided or part.is_meta:
-            raise TypeError(f"from_gptq: {name} must be a dense tensor, not a {type(part).__name__}")
+            raise TypeError(f"from_gptq: {name} must be a dense tensor{kind_of_part(part)}")
         kinds = "int32" if words else "float or int32" if name == "qzeros" else "float"
         fits = (part.dtype == torch.int32 and kinds != "float") or (part.is_floating_point() and not words)
         if part.dim() != (1 if name == "g_idx" else 2) or not (fits or (name == "g_idx" and part.dtype == torch.int64)):
@@ -176,6 +178,11 @@ def _check_parts(parts: dict[str, Tensor], bits: int) -> None:
             raise ValueError(f"from_gptq: {name} must be {kinds} {shape}, not {part.dtype} {list(part.shape)}")
     if parts["qweight"].shape[0] * 32 % (8 * bits) or not parts["qweight"].numel():  # codes are kept in eights
         raise ValueError(f"from_gptq: qweight {list(parts['qweight'].shape)} holds no eights of codes of {bits} bits")
+
+
+def kind_of_part(part: object) -> str:
+    """For an error: of which kind a part is that is no dense tensor with numbers."""
+    return f", not {part.layout} on {part.device}" if isinstance(part, Tensor) else f", not a {type(part).__name__}"
 
 
 def _words(packed: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attaching import register
+from ..attaching.config import needs_finite
 from ..nn import (
     CONVOLUTION,
     EMBEDDING,
@@ -64,6 +65,7 @@ class DoRA(LoRA):
         super().__init__(base, config, layer)
         if getattr(base, "groups", 1) > 1:
             raise ValueError(f"DoRA needs the length of a row of W + s B A, and {layer}, in groups, has no such sum")
+        needs_finite("DoRA", base.weight, layer)
         lengths = torch.linalg.vector_norm(dense_matrix(base), dim=1, dtype=torch.float64)
         # It depends only on the weight, so it is not in the state: a file of the adapter fits any base.
         self.register_buffer("squares", lengths.square(), persistent=False)

@@ -65,7 +65,7 @@ class IA3Config(Config):
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> IA3Config:
         needs(fields, "target_modules", "feedforward_modules")
-        feedforward = fields["feedforward_modules"] or ()
+        feedforward = fields["feedforward_modules"]
         if feedforward and not isinstance(feedforward, str):
             feedforward = rf".*({'|'.join(map(re.escape, feedforward))})"  # ends of names
         return cls(target=fields["target_modules"], feedforward=feedforward, **own)

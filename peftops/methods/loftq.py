@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..attaching import register
-from ..attaching.config import MOST_ITERATIONS, check_choice, check_range, needs_scaling
+from ..attaching.config import MOST_ITERATIONS, check_choice, check_range, needs_finite, needs_scaling
 from ..attaching.targets import ALL_LINEAR, find_targets
-from ..factors.calibrated import calibrated_factors, gptq_like
-from ..factors.singular import leading, shared
+from ..factors.calibrated import calibrated_factors, gptq_like, moments_of
+from ..factors.singular import leading, shared, size
 from ..nn import EXPERTS, LINEAR, dense_matrix, is_quantized, packed_layer
 from ..ops import NF4Tensor, nf4_dequantize, nf4_quantize
 from .lora import LoRA
@@ -63,16 +63,16 @@ def loftq(
     Args:
         weight: ``[out, in]``, or ``[E, out, in]``; any float dtype, which Q has, too.
     """
-    want, size = weight.float(), weight.float().norm().clamp(min=1e-30)
+    want, whole = weight.float(), size(weight).clamp(min=1e-30)
     rest, errors, best = want, [], None
     for _ in range(iterations):
         codes = nf4_quantize(rest.to(weight.dtype), block_size=block_size, double_quant=double_quant)
         lost = want - nf4_dequantize(codes, dtype=torch.float32)
         if not errors:
-            errors.append((lost.norm() / size).item())
+            errors.append((size(lost) / whole).item())
         A, B = shared(*leading(lost, min(r, *lost.shape[-2:])), scaling)
         rest = want - scaling * B @ A
-        errors.append(((lost - scaling * B @ A).norm() / size).item())
+        errors.append((size(lost - scaling * B @ A) / whole).item())
         if best is None or errors[-1] < min(errors[1:-1], default=float("inf")):
             best = codes, A, B
     return *best, errors
@@ -85,7 +85,8 @@ class LoftQ(LoRA):
     def __init__(self, base: nn.Module, config: LoftQConfig, layer: str):
         super().__init__(base, config, layer)
         needs_scaling("LoftQ", self.scaling, layer)
-        self.config, self.layer = config, layer
+        needs_finite("LoftQ", base.weight, layer)
+        self.config, self._moments = config, moments_of(config.moments, base, layer)
         self.output_errors: list[float] = []  # with moments, relative: of LoftQ's own, then of each iterate
         self.errors: list[float] = []  # relative: of plain NF4, then of each iterate
 
@@ -107,7 +108,7 @@ class LoftQ(LoRA):
         codes, A, B, self.errors = loftq(
             weight, r, self.scaling, iterations=c.iterations, block_size=c.block_size, double_quant=c.double_quant
         )
-        if (moments := (c.moments or {}).get(self.layer)) is not None:
+        if (moments := self._moments) is not None:
             own = codes, self.scaling * B, A
             codes, left, A, self.output_errors = calibrated_factors(
                 weight, r, own, gptq_like(codes, moments), moments, c.iterations

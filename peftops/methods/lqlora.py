@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attaching import each_target, register
-from ..attaching.config import MOST_ITERATIONS, Config, check_range, needs_scaling
-from ..factors.calibrated import calibrated_factors, gptq_like
+from ..attaching.config import MOST_ITERATIONS, Config, check_range, needs_finite, needs_scaling
+from ..factors.calibrated import calibrated_factors, gptq_like, moments_of
 from ..factors.lq import lq_decompose
 from ..factors.lq_budget import Precision, choose
 from ..nn import LINEAR, PackedLinear, dense_matrix, is_quantized, shell_of, sizes
@@ -91,6 +91,9 @@ class LQLoRA(LoRA):
             shape = list(sizes(bases[path])[::-1])
             if config.fisher is not None and list(getattr(config.fisher.get(path), "shape", [])) != shape:
                 raise ValueError(f"fisher must have a tensor {shape} for {path}")
+            own = None if config.fisher is None else config.fisher[path].float()
+            if own is not None and not (own.sum().isfinite() and (own >= 0).all()):
+                raise ValueError(f"fisher of {path} must be finite and not below 0, as sums of squares are")
         missing = [path for path in dense if path not in (config.precisions or dense)]
         if missing:
             raise ValueError(f"precisions has nothing for {', '.join(missing[:4])}")
@@ -106,10 +109,11 @@ class LQLoRA(LoRA):
     def __init__(self, base: nn.Module, config: LQLoRAConfig, layer: str):
         super().__init__(base, config, layer)
         needs_scaling("LQ-LoRA", self.scaling, layer)
+        needs_finite("LQ-LoRA", base.weight, layer)
         self._base, self.given = [base], is_quantized(base.weight)
         self.iterations, self.errors = config.iterations, []  # relative: of plain codes, then of each iterate
         self._importance = [None if config.fisher is None else config.fisher.get(layer)]
-        self._moments, self.output_errors = [(config.moments or {}).get(layer)], []
+        self._moments, self.output_errors = [moments_of(config.moments, base, layer)], []
         self.precision: Precision | None = Precision.of(base.weight) if self.given else None
         asked = (config.precisions or {}).get(layer)
         if self.given and asked not in (None, str(self.precision)):

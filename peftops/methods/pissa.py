@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attaching import register
-from ..attaching.config import MOST_ITERATIONS, check_range, needs_scaling
+from ..attaching.config import MOST_ITERATIONS, check_range, needs_finite, needs_scaling
 from ..factors.singular import shared
 from ..nn import EXPERTS, LINEAR, dense_matrix, is_quantized
 from .lora import LoRA, LoRAConfig, start_of
@@ -78,6 +78,7 @@ class PiSSA(LoRA):
     def __init__(self, base: nn.Module, config: PiSSAConfig, layer: str):
         super().__init__(base, config, layer)
         needs_scaling(type(self).__name__, self.scaling, layer)
+        needs_finite(type(self).__name__, base.weight, layer)
         A, B = self.start(dense_matrix(base), config)
         with torch.no_grad():
             # (A small weight has fewer than r singular vectors: the other rows of A and columns of B start as LoRA's.)

@@ -32,10 +32,10 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def about(layer: str) -> Iterator[None]:
-    """Inside, an error says which layer it is about."""
+    """Inside, an error says which layer it is about. (A name like "2" may be a number of its sentence.)"""
     try:
         yield
     except (RuntimeError, ValueError, TypeError) as error:
-        if layer in str(error):
+        if ("." in layer and layer in str(error)) or str(error).startswith(f"{layer}: "):
             raise
         raise type(error)(f"{layer}: {error}") from error

@@ -60,7 +60,7 @@ def group_quantize(
     stack = weight.shape[:-2] if weight.dim() == 3 else ()
     rows = weight.detach().flatten(0, 1) if stack else weight.detach()
     packed, scales, zeros = _quantize(rows, bits, group_size, symmetric, narrower)
-    if not torch.compiler.is_compiling() and not weight.is_meta and not all_finite(scales):
+    if not torch.compiler.is_compiling() and not all_finite(scales):
         row, group = (~scales.isfinite()).nonzero()[0].tolist()
         raise ValueError(
             f"group_quantize: weight holds a NaN or an infinity (or a span beyond float32), the first in "

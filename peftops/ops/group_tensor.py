@@ -83,8 +83,10 @@ class GroupQuantTensor(PackedTensor):
 
         Raises:
             ValueError: shapes do not fit, a code is out of range, or a scale is 0 or not finite.
+            TypeError: no weight of this dtype is quantised.
         """
         op = "GroupQuantTensor.from_codes"
+        cls._checked_dtype(dtype)
         if bits not in (2, 3, 4, 8):
             raise ValueError(f"{op}: bits must be 2, 3, 4 or 8, not {bits}")
         if codes.dim() not in (2, 3) or codes.is_floating_point():
@@ -146,9 +148,9 @@ class GroupQuantTensor(PackedTensor):
 
 
 def all_finite(t: Tensor) -> bool:
-    """Whether all elements are finite. A sum tells, unless it overflows, and is ten times faster than a test of each
-    element."""
-    return bool(t.sum().isfinite()) or bool(t.isfinite().all())
+    """Whether all elements are finite; true on the meta device, which has no numbers. A sum tells, unless it overflows,
+    and is ten times faster than a test of each element."""
+    return t.is_meta or bool(t.sum().isfinite()) or bool(t.isfinite().all())
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

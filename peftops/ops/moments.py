@@ -64,7 +64,11 @@ class Moments:
 
 def damped(moments: Tensor, damping: float, dtype: torch.dtype = torch.float64) -> Tensor:
     """The upper triangular V with V V^T = the moments, with ``damping`` times the mean of their diagonal added to the
-    diagonal, or more if the factorisation needs more."""
+    diagonal, or more if the factorisation needs more.
+
+    Raises:
+        ValueError: a moment is negative or not finite, which no damping can mend.
+    """
     diagonal = moments.diagonal().to(dtype, copy=True)
     diagonal[diagonal == 0] = 1.0  # an input that is always 0: its column is rounded alone
     while True:
@@ -74,6 +78,8 @@ def damped(moments: Tensor, damping: float, dtype: torch.dtype = torch.float64) 
         del added  # the matrices of a wide layer take the most memory
         if not failed:
             return factor.flip(0, 1)
+        if not damping < 1e6:
+            raise ValueError("moments must be finite, symmetric and positive, as sums of x x^T over rows x are")
         damping *= 10
 
 

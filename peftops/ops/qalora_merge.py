@@ -46,7 +46,7 @@ def qalora_merge(
     check_lora("qalora_merge", weight.shape[0], weight.scales.shape[1], lora_A, lora_B, 0.0)
     factor = scaling * pool_factor("qalora_merge", pool, weight)
     zeros = _merge(weight.scales, weight.zeros, lora_A, lora_B, factor)
-    if not torch.compiler.is_compiling() and not zeros.is_meta and not all_finite(zeros):
+    if not torch.compiler.is_compiling() and not all_finite(zeros):
         raise ValueError(
             "qalora_merge: a merged zero is not finite; lora_A or lora_B holds a NaN or an infinity, or overflows"
         )

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -263,7 +264,7 @@ def run_here(kind: str, numbers: range) -> int:
     import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    wrong = 0
+    wrong, start = 0, time.process_time()
     for number in numbers:
         sys.stdout.write(f"\r{kind} {number}")  # the last one is what a crash is told by
         sys.stdout.flush()
@@ -271,6 +272,8 @@ def run_here(kind: str, numbers: range) -> int:
         if problem:
             wrong += 1
             print(f"\r{kind} {number}: {problem}", flush=True)
+    seconds = time.process_time() - start
+    print(f"\r{kind} {numbers[-1]}, the last of {len(numbers)} in {seconds:.0f} s of the processor", flush=True)
     return wrong
 
 

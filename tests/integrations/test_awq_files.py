@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 import models
 import peftops
-from peftops.integrations.awq_files import from_awq, to_awq
+from peftops.integrations.awq_files import AWQ_PARTS, from_awq, to_awq
+from peftops.integrations.gptq_files import to_gptq, to_gptq_integers
 from peftops.nn import GroupLinear
 from proves import proves
 
@@ -108,3 +109,34 @@ def test_what_awq_has_no_place_for_is_refused():
             to_awq(weight)
     with pytest.raises(ValueError, match="layout='awq' has codes of 4 bits, not 3"):
         peftops.GroupConfig(bits=3, layout="awq")
+
+
+@pytest.mark.parametrize("write", [to_awq, to_gptq, to_gptq_integers], ids=["awq", "gptq", "integers"])
+@pytest.mark.parametrize(
+    "weight, error, message",
+    [
+        (peftops.nf4_quantize(torch.ones(32, 64)), TypeError, "weight must be a GroupQuantTensor, not a NF4Tensor"),
+        (torch.ones(32, 64), TypeError, "weight must be a GroupQuantTensor, not a Tensor"),
+        (peftops.group_quantize(torch.ones(8, 32, 64), group_size=32), ValueError, r"matri.* \[8, 32, 64\]"),
+    ],
+    ids=["nf4", "dense", "stack"],
+)
+def test_what_the_layout_has_no_place_for_is_refused(write, weight, error, message):
+    with pytest.raises(error, match=message):
+        write(weight)
+
+
+@pytest.mark.parametrize("part", AWQ_PARTS)
+def test_a_part_without_numbers_is_told_by_where_it_is(part):
+    parts = {
+        "qweight": torch.zeros(64, 4, dtype=torch.int32),
+        "qzeros": torch.zeros(2, 4, dtype=torch.int32),
+        "scales": torch.ones(2, 32),
+    }
+    from_awq(parts)
+    with pytest.raises(ValueError, match=f"{part} must be a dense tensor, not torch.strided on meta"):
+        from_awq({**parts, part: parts[part].to("meta")})
+    with pytest.raises(ValueError, match=f"{part} must be a dense tensor, not a list"):
+        from_awq({**parts, part: parts[part].tolist()})
+    with pytest.raises(TypeError, match="can stand for float32, bfloat16 or float16, not torch.int8"):
+        from_awq(parts, torch.int8)

@@ -9,6 +9,7 @@ from torch import nn
 import models
 import peftops
 from peftops.attaching import adapted_layers
+from peftops.integrations.combining import HOW
 
 peft = pytest.importorskip("peft")
 from peft.tuners.lora import model as pefts  # noqa: E402
@@ -175,7 +176,16 @@ def test_methods_without_a_sum_are_refused_by_name(config, message):
         (dict(adapters=["a", "a"]), "adapters must be a list of different names"),
         (dict(adapters="ab"), "adapters must be a list of different names"),
         (dict(weights=[1.0]), r"weights must be a number for each of \['a', 'b'\]"),
-        (dict(weights=[1.0, float("nan")]), "weights must be a number"),
+        (dict(weights=None), r"weights must be a number for each of \['a', 'b'\], not None"),
+        (dict(weights="12"), "weights must be a number for each"),
+        (dict(weights=[1, True]), "the weight of 'b' must be a number in .*, not True"),
+        (dict(weights=[1.0, float("nan")]), "the weight of 'b' must be a number in .*, not nan"),
+        (dict(weights=[1, 10**400]), "the weight of 'b' must be a number in"),
+        (dict(adapters=None), "adapters must be a list of different names, not None"),
+        (dict(adapters=iter("ab")), "adapters must be a list of different names"),
+        (dict(adapters=[["a"], ["b"]]), r"the model has no adapter named \['a'\]; it has a, b"),
+        (dict(adapters=["a", 1]), "the model has no adapter named 1"),
+        (dict(how="ties", density=True), "needs density"),
         (dict(how="mean"), "how must be one of 'cat', 'svd', 'linear'"),
         (dict(how="linear"), "0: how='linear' takes the sums of A and of B, whose ranks differ here"),
         (dict(how="ties"), r"how='ties' needs density, the share of elements that is kept, in \(0, 1\], not None"),
@@ -194,6 +204,38 @@ def test_what_means_nothing_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
         peftops.combine(model, **{"adapters": ["a", "b"], "weights": [1.0, 0.5]} | given)
     assert list(model._peftops.configs) == ["a", "b"]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (float("nan"), "'b', of LoRAConfig, is not finite in 0"),
+        (float("inf"), "'b', of LoRAConfig, is not finite in 0"),
+        (3e38, "0: .* beyond float32"),
+    ],
+    ids=str,
+)
+def test_numbers_without_a_sum_are_refused_and_nothing_is_attached(how, bad, message):
+    model = peftops.attach(nn.Sequential(nn.Linear(8, 6)), peftops.LoRAConfig(r=2), name="a")
+    peftops.attach(model, peftops.LoRAConfig(r=2), name="b")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for adapter in model[0].adapters.values():
+            adapter.lora_A.fill_(1.0)
+            adapter.lora_B.fill_(1.0)
+        model[0].adapters["b"].lora_A[1, 2] = bad
+    options = {} if how in ("cat", "svd", "linear") else {"density": 1.0}
+    with pytest.raises(ValueError, match=message):
+        peftops.combine(model, ["a", "b"], [1.0, 4.0], how=how, **options)
+    assert list(model._peftops.configs) == ["a", "b"] == list(model[0].adapters)
+
+
+@pytest.mark.parametrize("how", ["cat", "svd", "linear"])
+def test_a_model_without_numbers_has_sums_without_numbers(how):
+    model = peftops.attach(nn.Sequential(nn.Linear(8, 6, device="meta")), peftops.LoRAConfig(r=2), name="a")
+    peftops.combine(model, ["a"], [1.0], how=how)
+    assert all(p.is_meta for p in model.parameters())
 
 
 def test_groups_have_no_cat():

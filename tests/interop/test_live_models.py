@@ -91,6 +91,14 @@ def test_adapters_around_them_stay(tmp_path):
     assert all((p.grad is not None) == (".other." in key) for key, p in adapters.items())
 
 
+def test_adapters_on_their_layers_are_refused_with_the_way(tmp_path):
+    model = theirs(tmp_path)
+    for target, error in (("all-linear", ValueError), (["q_proj"], TypeError)):
+        with pytest.raises(error, match=r"Linear4bit.*; peftops.from_bitsandbytes\(model\) makes ours of its layers"):
+            peftops.attach(model, peftops.LoRAConfig(r=2, target=target))
+    peftops.attach(peftops.from_bitsandbytes(model), peftops.LoRAConfig(r=2))
+
+
 def test_what_cannot_become_ours_says_so_and_stays(tmp_path):
     model = theirs(tmp_path, quant_type="fp4")
     before = logits(model)

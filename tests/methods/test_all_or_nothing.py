@@ -1,6 +1,7 @@
 """Attaching, loading and merging happen whole or not at all, whatever stops them and wherever."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 import models
 import peftops
 from examples import VARIANTS, example_of
-from peftops.attaching import METHODS, adapted_layers
+from peftops.attaching import METHODS, adapted_layers, hosts
 from peftops.integrations.peft_files import WEIGHTS
 from peftops.nn import AdaptedLayer, Prompted
 
@@ -33,7 +34,11 @@ class Seen:
         assert now.modules.keys() == self.modules.keys()
         assert all(now.modules[name] is module for name, module in self.modules.items())
         assert (now.hooks, now.trains, now.own) == (self.hooks, self.trains, self.own)
-        assert all(torch.equal(now.numbers[name], tensor) for name, tensor in self.numbers.items())
+        assert all(same(now.numbers[name], tensor) for name, tensor in self.numbers.items())
+
+
+def same(a, b):
+    return torch.equal(a, b) or torch.allclose(a, b, 0, 0, equal_nan=True)
 
 
 def interrupt_last(monkeypatch, model, config):
@@ -112,6 +117,79 @@ def test_a_weight_that_cannot_be_quantised_is_named(example):
         seen.assert_is(model)
     else:
         assert not any(isinstance(p, peftops.NF4Tensor | peftops.GroupQuantTensor) for p in model.parameters())
+
+
+@every_method
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf"), 3e38], ids=str)
+def test_a_start_that_is_not_finite_is_refused(example, bad):
+    """Made of a weight (its singular vectors, the lengths of its rows) or a copy of it: it could never train."""
+    model = example.build()
+    chosen = [path for path, _ in hosts(peftops.attach(copy.deepcopy(model), example.config))]
+    layers = {path: module for path, module in model.named_modules() if path in chosen and hasattr(module, "weight")}
+    name = [*layers, "2"][0]
+    with torch.no_grad():
+        layers.get(name, nn.Linear(4, 4)).weight.fill_(bad)
+    seen = Seen(model)
+    try:
+        peftops.attach(model, example.config)
+    except ValueError as error:
+        assert re.match(rf"(.* of )?{re.escape(name)}(:|,| must)", str(error)) and name in layers
+        assert re.search("not finite|NaN or an infinity|too large|infinity", str(error))
+        seen.assert_is(model)
+    else:
+        starts = [p for _, host in hosts(model) for p in host.adapters.parameters()]
+        assert all(p.isfinite().all() for p in starts)
+
+
+DECOMPOSING = [
+    peftops.PiSSAConfig(r=4),
+    peftops.PiSSAConfig(r=4, iterations=4),
+    peftops.OLoRAConfig(r=4),
+    peftops.LoftQConfig(r=4, iterations=1),
+    peftops.LQLoRAConfig(r=4, iterations=1),
+    peftops.DoRAConfig(r=4),
+]
+
+
+@pytest.mark.parametrize("config", DECOMPOSING, ids=lambda c: f"{type(c).__name__}-{c.r}")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_that_cannot_be_decomposed_is_named(config, bad, dtype):
+    model = models.llama().to(dtype)
+    *_, (name, layer) = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and "head" not in n]
+    with torch.no_grad():
+        layer.weight[-1, -3:] = bad
+    seen = Seen(model)
+    how = "too large for float32" if bad == 3e38 else "not finite"
+    with pytest.raises(ValueError, match=f"starts from the weight of {name}, which is {how}"):
+        peftops.attach(model, config)
+    seen.assert_is(model)
+
+
+@pytest.mark.parametrize("wrong", ["nan", "negative", "small", "int"])
+@pytest.mark.parametrize("of", ["LQLoRA fisher", "LQLoRA moments", "LoftQ moments"])
+def test_statistics_that_cannot_be_are_refused(of, wrong):
+    """Numbers that a method weighs a decomposition by; with some of them a search would never end."""
+    method, option = of.split()
+    shape = (16, 64) if option == "fisher" else (64, 64)
+    good = torch.ones(shape) if option == "fisher" else torch.eye(64)
+    given = {"nan": good * float("nan"), "negative": -good, "small": good[:8, :8], "int": good.int()}[wrong]
+    if (option, wrong) == ("fisher", "int"):
+        return  # counts are as good
+    model = nn.Sequential(nn.Linear(64, 16))
+    seen = Seen(model)
+    with pytest.raises(ValueError, match=f"{option} (of 0 must be|must have a tensor .* for 0)"):
+        peftops.attach(model, getattr(peftops, f"{method}Config")(r=4, iterations=1, **{option: {"0": given}}))
+    seen.assert_is(model)
+
+
+def test_a_name_of_one_part_is_named():
+    """ "2" occurs in many sentences, "elements 64 to 127" among them."""
+    model = models.mlp()
+    with torch.no_grad():
+        model[2].weight[1, 2] = float("nan")
+    with pytest.raises(ValueError, match="^2: nf4_quantize: weight holds a NaN"):
+        peftops.attach(model, peftops.QLoRAConfig(r=4))
 
 
 @pytest.mark.parametrize(

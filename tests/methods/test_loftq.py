@@ -81,6 +81,14 @@ def test_the_leading_vectors_leave_what_an_svd_leaves(kind, m, n, r):
     assert all(torch.equal(a, b) for a, b in zip((u, s, vt), again, strict=True))
 
 
+@pytest.mark.parametrize("exponent", [-100, 60, 110])
+def test_the_leading_vectors_are_of_any_magnitude(exponent):
+    """Squares of 1e20, and of 1e-25, have no float32."""
+    matrix, far = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)), 2.0**exponent
+    for got, want in zip(leading(matrix * far, 8), leading(matrix, 8), strict=True):
+        assert torch.equal(got, want * far if want.dim() == 1 else want)
+
+
 @pytest.mark.parametrize("shape", [(512, 384), (384, 512)])
 def test_loftq_errs_as_with_whole_svds(shape, monkeypatch):
     """By a ten-thousandth more at most. (The best of rank 8 leaves a fiftieth less than plain NF4.)"""

@@ -38,3 +38,26 @@ def test_what_a_file_makes_of_options_is_of_their_kinds(config):
 def test_olora_needs_no_iterations_of_an_svd():
     with pytest.raises(ValueError, match="iterations=4, but OLoRA needs no SVD"):
         peftops.OLoRAConfig(iterations=4)
+
+
+NEEDED = [
+    (peftops.LoRAConfig, "r"),
+    (peftops.LoRAConfig, "lora_alpha"),
+    (peftops.LoRAConfig, "target_modules"),
+    (peftops.PiSSAConfig, "r"),
+    (peftops.IA3Config, "target_modules"),
+    (peftops.IA3Config, "feedforward_modules"),
+    (peftops.VeRAConfig, "r"),
+    (peftops.PromptTuningConfig, "num_virtual_tokens"),
+    (peftops.PrefixTuningConfig, "num_virtual_tokens"),
+]
+
+
+@pytest.mark.parametrize("config, key", NEEDED, ids=lambda v: getattr(v, "__name__", v))
+@pytest.mark.parametrize("null", [True, False], ids=["null", "missing"])
+def test_what_a_file_must_say_is_not_guessed(config, key, null):
+    fields = {"target_modules": ["q_proj"], **example_of(config).config.to_peft()}
+    config.from_peft(fields)
+    wrong = {**fields, key: None} if null else {name: value for name, value in fields.items() if name != key}
+    with pytest.raises(ValueError, match=f"adapter_config.json lacks {key}$"):
+        config.from_peft(wrong)
