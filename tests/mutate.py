@@ -36,7 +36,9 @@ from typing import NoReturn
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TESTS = {  # by file, or by directory for those of its files that have no line: what should notice
+# By file, or by directory for those of its files that have neither a line nor a test of their own name: what should
+# notice.
+TESTS = {
     "peftops/attaching": ["methods/test_methods.py", "methods/test_all_or_nothing.py", "methods/test_uncalled.py"],
     "peftops/attaching/attachment.py": ["methods/test_conformance.py", "methods/test_all_or_nothing.py"],
     "peftops/attaching/biases.py": ["interop/test_peft_options.py"],
@@ -65,9 +67,14 @@ TESTS = {  # by file, or by directory for those of its files that have no line: 
     "peftops/integrations/calibration.py": ["integrations/test_calibration.py"],
     "peftops/integrations/checkpoints.py": ["integrations/test_checkpoints.py"],
     "peftops/integrations/expert_codes.py": ["integrations/test_experts_files.py", "integrations/test_mxfp4_files.py"],
-    "peftops/integrations/files.py": ["integrations/test_together.py", "integrations/test_peft_files.py"],
+    "peftops/integrations/files.py": [
+        "integrations/test_files.py",
+        "integrations/test_together.py",
+        "integrations/test_peft_files.py",
+    ],
     "peftops/integrations/gguf_adapter.py": ["integrations/test_gguf_adapter.py"],
     "peftops/integrations/gguf_files.py": ["integrations/test_hf.py"],
+    "peftops/integrations/gguf_tokenizer.py": ["integrations/test_gguf_model.py"],
     "peftops/integrations/gptq_files.py": ["integrations/test_gptq_files.py"],
     "peftops/integrations/hf.py": ["integrations/test_hf.py"],
     "peftops/integrations/mxfp4_files.py": ["integrations/test_mxfp4_files.py"],
@@ -108,6 +115,7 @@ TESTS = {  # by file, or by directory for those of its files that have no line: 
     "peftops/nn/quantized.py": ["ops/test_packed_tensor.py", "nn/test_group_layers.py"],
     "peftops/nn/rope.py": ["methods/test_longlora.py", "methods/test_methods.py"],
     "peftops/nn/scale_bias.py": ["methods/test_methods.py"],
+    "peftops/nn/select.py": ["methods/test_surgical.py", "methods/test_modules_to_save.py"],
     "peftops/nn/shifted_attention.py": ["methods/test_longlora.py"],
     "peftops/nn/stored_base.py": ["methods/test_loftq.py", "methods/test_methods.py"],
     "peftops/nn/tensor_parallel.py": ["nn/test_tensor_parallel.py"],
@@ -127,7 +135,7 @@ TESTS = {  # by file, or by directory for those of its files that have no line: 
     "peftops/ops/group_quantize.py": ["ops/test_group_quantize.py"],
     "peftops/ops/group_tensor.py": ["ops/test_group_tensor.py", "ops/test_packed_stack.py"],
     "peftops/ops/lora_linear.py": ["ops/test_lora_linear.py"],
-    "peftops/ops/moments.py": ["ops/test_adamw8bit.py", "nn/test_adamw8bit_optimizer.py"],
+    "peftops/ops/moments.py": ["ops/test_gptq_nf4.py", "ops/test_gptq_quantize.py"],
     "peftops/ops/multi_lora_linear.py": ["ops/test_multi_lora_linear.py"],
     "peftops/ops/mxfp4_dequantize.py": ["ops/test_mxfp4_dequantize.py"],
     "peftops/ops/mxfp4_linear.py": ["ops/test_mxfp4_linear.py"],
@@ -364,8 +372,11 @@ def files_of(only: list[str]) -> list[tuple[str, list[str]]]:
     """Each file that has a line in the table or is in a directory that has one, with its tests."""
     found = {}
     for place in sorted(TESTS, key=len):
-        paths = [ROOT / place] if (ROOT / place).is_file() else sorted((ROOT / place).rglob("*.py"))
-        found |= {str(path.relative_to(ROOT)): TESTS[place] for path in paths}
+        alone = (ROOT / place).is_file()
+        for path in [ROOT / place] if alone else sorted((ROOT / place).rglob("*.py")):
+            named = [] if alone else (ROOT / "tests").glob(f"*/test_{path.stem}.py")
+            own = sorted(str(test.relative_to(ROOT / "tests")) for test in named)
+            found[str(path.relative_to(ROOT))] = own or TESTS[place]
     wanted = [file for file in sorted(found) if any(part in file for part in only)]
     return [(file, found[file]) for file in wanted or found if wanted or (not only and file.endswith(".py"))]
 
@@ -395,7 +406,7 @@ def main() -> None:
         copy = Path(folder)
         copy_of(ROOT, copy)
         for file, tests, (start, end, new) in draw(args.only, args.mutants, args.total, args.seed):
-            text = (ROOT / file).read_text()
+            text = (copy / file).read_text()  # not the repository's, where somebody may be at work
             (copy / file).write_text(text[:start] + new + text[end:])
             verdict = judge(copy, file, tests, args.seconds)
             verdicts[verdict] += 1

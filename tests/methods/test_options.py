@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import sys
 
 import pytest
 
 import peftops
 from examples import example_of
 from peftops.attaching import METHODS
+from peftops.attaching.config import check_range
 
 NEVER = (10**400, -(10**400), math.nan, math.inf, -math.inf, {"q": 10**400}, [math.nan], {"q": math.nan}, object(), 1j)
 KINDS = {"bool": (0, 1, None, "false"), "int": (1.5, True, None, "4", 2**63), "float": (True, None, "0.5"), "str": (3,)}
@@ -61,3 +63,10 @@ def test_what_a_file_must_say_is_not_guessed(config, key, null):
     wrong = {**fields, key: None} if null else {name: value for name, value in fields.items() if name != key}
     with pytest.raises(ValueError, match=f"adapter_config.json lacks {key}$"):
         config.from_peft(wrong)
+
+
+@pytest.mark.parametrize("whole, most, beyond", [(True, 2**63 - 1, 2**63), (False, sys.float_info.max, 10**400)])
+def test_numbers_end_where_64_bits_do(whole, most, beyond):
+    check_range("r", most, 1, whole=whole)
+    with pytest.raises(ValueError, match="r must be a"):
+        check_range("r", beyond, 1, whole=whole)
