@@ -291,7 +291,7 @@ def test_bad_input(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no adapter_config\.json"):
         add_adapter(pool, "x", tmp_path)
     peftops.save(peftops.attach(models.llama(), peftops.DoRAConfig(r=2)), tmp_path / "dora")
-    with pytest.raises(TypeError, match="an adapter of DoRA; a pool holds A and B"):
+    with pytest.raises(TypeError, match="an adapter of DoRA; a pool holds only A and B"):
         add_adapter(pool, "x", tmp_path / "dora")
     peftops.save(peftops.attach(models.llama(), peftops.LoRAConfig(r=2, target=["embed_tokens"])), tmp_path / "words")
     with pytest.raises(ValueError, match=r"embed_tokens\.lora_embedding_A; a pool holds A and B of linear layers"):
