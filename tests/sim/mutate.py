@@ -229,10 +229,10 @@ def paged(dtype, shapes):
 
 
 PAGED = (
-    ([70, 3, 133], 6, 2, 30, 64, 64, 16, 2**62),
+    ([70, 3, 133], 3, 1, 30, 64, 64, 16, 2**62),
     ([130, 129], 2, 1, 1, 17, 33, 5, 70),
-    ([1100, 600], 2, 1, 9, 16, 64, 64, 600),
-    ([1100, 0, 600, 2], 2, 1, 3, 8, 64, 32, 700),
+    ([540, 530], 2, 1, 9, 16, 64, 64, 60),  # windows over the end of a part
+    ([540, 0, 560, 2], 2, 1, 3, 8, 64, 32, 90),
 )
 
 # The kernels, by a part of their mangled names, and the operator calls that reach them.
