@@ -42,7 +42,7 @@ TESTS = {
     "peftops/attaching": ["methods/test_methods.py", "methods/test_all_or_nothing.py", "methods/test_uncalled.py"],
     "peftops/attaching/attachment.py": ["methods/test_conformance.py", "methods/test_all_or_nothing.py"],
     "peftops/attaching/biases.py": ["interop/test_peft_options.py"],
-    "peftops/attaching/config.py": ["methods/test_patterns.py", "methods/test_methods.py", "methods/test_lora.py"],
+    "peftops/attaching/config.py": ["methods/test_patterns.py", "methods/test_options.py", "methods/test_lora.py"],
     "peftops/attaching/left_dense.py": ["methods/test_experts.py", "integrations/test_experts_files.py"],
     "peftops/attaching/merging.py": ["methods/test_conformance.py", "methods/test_all_or_nothing.py"],
     "peftops/attaching/patterns.py": ["methods/test_patterns.py"],
