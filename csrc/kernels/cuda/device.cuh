@@ -10,6 +10,7 @@
 namespace peftops::cuda {
 
 constexpr int kWarp = 32;
+constexpr float kLog2e = 1.44269504088896f;   // scores of a softmax are in powers of two
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

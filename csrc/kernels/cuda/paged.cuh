@@ -1,13 +1,13 @@
 // What both ways of paged_attention share: which queries and tokens a block of threads has, and how the sums of parts
 // are put together.
 #pragma once
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/few.cuh"
 #include "kernels/paged_attention.h"
 
 namespace peftops::cuda {
 
 constexpr int kPagedThreads = 128, kPagedWarps = kPagedThreads / kWarp;
-constexpr float kLog2e = 1.44269504088896f, kNone = -1e30f;   // kNone: less than any score, and finite
+constexpr float kNone = -1e30f;   // less than any score, and finite
 constexpr float kNotANumber = __builtin_nanf("");
 
 // Up to `most` neighbours among the queries of one sequence that share a head of keys. Queries and tokens are counted
@@ -45,7 +45,7 @@ struct PagedQueries {
   __device__ float* slot(int i, int which) const {
     return a.sums + (((sequence * a.kv_heads + kv_head) * all + first + i) * a.slots + which) * a.slot;
   }
-  // The page of a token before `length`; -1 if the table has none.
+  // The page of a token before `length`; negative if the table has none.
   __device__ int page_of(int token) const {
     const int page = a.table[sequence * a.most_pages + token / page_size];
     return page < a.pages ? page : -1;
@@ -106,33 +106,6 @@ __device__ inline bool has_part(const PagedQueries& q, const PagedParts& parts) 
   return false;
 }
 
-// C neighbouring floats; those from `count` on do not exist. Together: they begin on as many bytes as they have.
-template <int C> struct alignas(4 * C) Columns { float at[C]; };
-template <int C> __device__ void load(const float* p, int count, bool together, Columns<C>& v) {
-  if (together) return void(v = *reinterpret_cast<const Columns<C>*>(p));
-#pragma unroll
-  for (int c = 0; c < C; ++c) v.at[c] = c < count ? p[c] : 0.f;
-}
-template <int C> __device__ void store(float* p, int count, bool together, const Columns<C>& v) {
-  if (together) return void(*reinterpret_cast<Columns<C>*>(p) = v);
-#pragma unroll
-  for (int c = 0; c < C; ++c)
-    if (c < count) p[c] = v.at[c];
-}
-
-template <int C> __device__ void set_columns(void* p, DType dtype, int64_t i, int count, bool together, Columns<C> v) {
-  if (dtype == DType::f32) return store(static_cast<float*>(p) + i, count, together, v);
-  if (C == 2 && together) {
-    uint16_t pair[2];
-    for (int c = 0; c < C; ++c) set_element(pair, dtype, c, v.at[c]);
-    static_cast<uint32_t*>(p)[i / 2] = uint32_t(pair[0]) | uint32_t(pair[C - 1]) << 16;
-    return;
-  }
-#pragma unroll
-  for (int c = 0; c < C; ++c)
-    if (c < count) set_element(p, dtype, i + c, v.at[c]);
-}
-
 // Hands a part's sums on: to its slot, to the parts before it, or to y. `all` has the weights of the parts before, and
 // each_sum(f) calls f(o, i, sum, column) for the sums of this thread, C neighbours at a time: of query i, whose weights
 // are own[o].
@@ -140,31 +113,31 @@ template <int C, int N, class F>
 __device__ void finish_part(const PagedQueries& q, const PartsOfBlock& mine, int part, PagedWeight (&all)[N],
                             const PagedWeight (&own)[N], const F& each_sum) {
   const PagedAttention& a = q.a;
-  const bool together = a.dv % C == 0;
-  const auto count = [&](int column) { return int(a.dv) - column < C ? int(a.dv) - column : C; };
+  const bool wide = a.dv % C == 0;
   if (mine.alone)
-    return each_sum([&](int o, int i, const Columns<C>& sum, int column) {
+    return each_sum([&](int o, int i, const Few<C>& sum, int column) {
       float* slot = q.slot(i, part);
-      store(slot + column, count(column), together, sum);
+      sum.store(slot + column, a.dv - column, wide);
       if (column == 0) slot[a.dv] = own[o].total, slot[a.dv + 1] = own[o].top;
     });
   float2 factor[N];
 #pragma unroll
   for (int o = 0; o < N; ++o) factor[o] = all[o].add(own[o]);
-  each_sum([&](int o, int i, Columns<C> sum, int column) {
+  each_sum([&](int o, int i, Few<C> sum, int column) {
+    const int64_t count = a.dv - column;
     if (mine.first < mine.last) {
       float* slot = q.slot(i, 0) + column;
-      Columns<C> kept = {};
-      if (part > mine.first) load(slot, count(column), together, kept);
+      Few<C> kept;
+      if (part > mine.first) wide ? kept.load(slot) : kept.load(slot, count);
 #pragma unroll
       for (int c = 0; c < C; ++c) sum.at[c] = put_together(kept.at[c], sum.at[c], factor[o]);
-      if (part < mine.last) store(slot, count(column), together, sum);
+      if (part < mine.last) sum.store(slot, count, wide);
     }
     if (part < mine.last) return;
     const float share = 1.f / all[o].total;
 #pragma unroll
     for (int c = 0; c < C; ++c) sum.at[c] = q.position(i) < 0 ? 0.f : sum.at[c] * share;
-    set_columns(a.y, a.dtype, q.at_y(i) + column, count(column), together, sum);
+    sum.store(a.y, a.dtype, q.at_y(i) + column, count, wide);
   });
 }
 

@@ -2,6 +2,7 @@
 // lane has a token while scores are made, and then columns of the values. Keys and values come through shared memory in
 // slices of 32 columns. Wide: how many slices a result has at most.
 #pragma once
+#include "kernels/cuda/blocks.cuh"
 #include "kernels/cuda/paged.cuh"
 
 namespace peftops::cuda {
@@ -66,12 +67,6 @@ struct TokenSlice {
 };
 __device__ inline float4 four(const float* p) { return *reinterpret_cast<const float4*>(p); }
 
-template <class F> __device__ float over_warp(float v, const F& both) {
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) v = both(v, __shfl_xor_sync(~0u, v, step));
-  return v;
-}
-
 template <int Wide> __global__ void __launch_bounds__(kPagedThreads, 2) paged_by_lanes(PagedAttention a, bool wide) {
   __shared__ PagedMemory memory;
   const PagedQueries q(a, blockIdx.x, kLaneQueries);
@@ -110,9 +105,9 @@ template <int Wide> __global__ void __launch_bounds__(kPagedThreads, 2) paged_by
         if (i >= q.n) break;
         const bool seen = t + lane >= q.from(i) && t + lane <= q.position(i);
         const float s = seen ? score[o] : -__builtin_inff();
-        const float high = fmaxf(own[o].top, over_warp(s, [](float a, float b) { return fmaxf(a, b); }));
+        const float high = fmaxf(own[o].top, over_lanes(s, 5, [](float a, float b) { return fmaxf(a, b); }));
         const float weight = exp2f(s - high), down = exp2f(own[o].top - high);
-        own[o].total = __fmaf_rn(own[o].total, down, over_warp(weight, [](float a, float b) { return a + b; }));
+        own[o].total = __fmaf_rn(own[o].total, down, over_lanes(weight, 5, [](float a, float b) { return a + b; }));
         own[o].top = high;
         memory.weights[i][lane] = weight;
 #pragma unroll
@@ -142,7 +137,7 @@ template <int Wide> __global__ void __launch_bounds__(kPagedThreads, 2) paged_by
         for (int s = 0; s < Wide; ++s) {
           const int i = warp + kPagedWarps * o;
           const int column = s * kSlice + lane;
-          if (i < q.n && column < dv) f(o, i, Columns<1>{{sum[o][s]}}, column);
+          if (i < q.n && column < dv) f(o, i, Few<1>{{sum[o][s]}}, column);
         }
     });
   }

@@ -53,7 +53,7 @@ template <class T> __device__ void split_pair(float x, float y, uint32_t& high, 
 }
 
 template <class T, int Width>
-__global__ void __launch_bounds__(kPagedThreads) paged_by_mma(PagedAttention a, bool wide_query, bool wide) {
+__global__ void __launch_bounds__(kPagedThreads, 2) paged_by_mma(PagedAttention a, bool wide_query, bool wide) {
   extern __shared__ __align__(16) unsigned char shared[];
   constexpr int kMmaTokens = PagedTiles<T, Width>::kTokens;
   auto& tiles = *reinterpret_cast<PagedTiles<T, Width>*>(shared);
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kPagedThreads) paged_by_mma(PagedAttention a, 
         for (int n = 0; n < Width / 8; ++n) {
           const int column = 8 * n + lane % 4 * 2;
           if (own_row + 8 * h < q.n && column < a.dv)
-            f(h, own_row + 8 * h, Columns<2>{{sum[n][2 * h], sum[n][2 * h + 1]}}, column);
+            f(h, own_row + 8 * h, Few<2>{{sum[n][2 * h], sum[n][2 * h + 1]}}, column);
         }
     });
   }

@@ -14,7 +14,6 @@ namespace peftops::cuda {
 
 constexpr int kPromptThreads = 256, kQueries = 64, kParts = kPromptThreads / kQueries;
 constexpr int kSlice = 32;           // columns: a whole warp reads a row
-constexpr float kLog2e = 1.44269504088896f;
 
 // A tensor's rows and where they lie: those of a tile's queries, and those of a prompt.
 struct QueryRows {

@@ -14,6 +14,7 @@
 // The caller tells where rows and factors lie: dense, or in the pages of many adapters.
 #pragma once
 #include "kernels/cuda/dropout.cuh"
+#include "kernels/cuda/few.cuh"
 #include "kernels/cuda/tf32.cuh"
 
 namespace peftops::cuda {
@@ -21,60 +22,6 @@ namespace peftops::cuda {
 constexpr int kThinThreads = 256, kThinWarps = kThinThreads / kWarp;
 constexpr int kThinRows = 16, kThinCols = 64;
 constexpr int kExpandCols = kThinCols * kThinWarps;   // of a block of threads
-
-// Words that one instruction moves. Stores are spelled out: the compiler merges parts of them with those of a tail.
-__device__ inline void move(uint32_t (&to)[1], const void* p) { to[0] = *static_cast<const uint32_t*>(p); }
-__device__ inline void move(uint32_t (&to)[2], const void* p) {
-  const uint2 v = *static_cast<const uint2*>(p);
-  to[0] = v.x, to[1] = v.y;
-}
-__device__ inline void move(uint32_t (&to)[4], const void* p) {
-  const uint4 v = *static_cast<const uint4*>(p);
-  to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-}
-__device__ inline void move(void* p, const uint32_t (&v)[2]) {
-  asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(__cvta_generic_to_global(p)), "r"(v[0]), "r"(v[1]) : "memory");
-}
-__device__ inline void move(void* p, const uint32_t (&v)[4]) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
-               :: "l"(__cvta_generic_to_global(p)), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
-}
-
-// N elements that are neighbours, as far as there are so many; zeros after them.
-template <int N> struct Few {
-  float at[N] = {};
-
-  template <class T> union Whole { uint32_t words[N * sizeof(T) / 4]; T at[N]; __device__ Whole() {} };
-
-  template <class T> __device__ void load(const T* p) {   // all of them, aligned to their size
-    Whole<T> whole;
-    move(whole.words, p);
-#pragma unroll
-    for (int i = 0; i < N; ++i) at[i] = to_float(whole.at[i]);
-  }
-  template <class T> __device__ void load(const T* p, int64_t count) {
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      if (i < count) at[i] = to_float(p[i]);
-  }
-  template <class T> __device__ void store(T* p, int64_t count, bool wide) const {
-    if (wide && count >= N) {
-      Whole<T> whole;
-#pragma unroll
-      for (int i = 0; i < N; ++i) whole.at[i] = from_float<T>(at[i]);
-      move(p, whole.words);
-    } else {
-#pragma unroll
-      for (int i = 0; i < N; ++i)
-        if (i < count) p[i] = from_float<T>(at[i]);
-    }
-  }
-  __device__ void keep(uint32_t bits) {
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      if (!(bits >> i & 1)) at[i] = 0.f;
-  }
-};
 
 // f(pointer) to the elements of a factor, whose type is known at run time.
 template <class F> __device__ void with_elements(const void* p, DType dtype, const F& f) {
