@@ -131,7 +131,8 @@ def load_model(
     if given is not None:
         config.quantization_config = _codes_config(folder, given)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
-    if given is None and (quantize or _keys(files, r".*\.weight\.packed")):
+    packed = _keys(files, r".*\.weight\.packed")
+    if given is None and (quantize or packed):
         options["quantization_config"] = NF4Config(block_size=block_size, double_quant=double_quant)
     kind = _class_of(path, config, trust_remote_code)
     if file:
@@ -145,6 +146,7 @@ def load_model(
         try:
             model, info = _checked(path, kind).from_pretrained(where, **options)
             _check(path, model, info["missing_keys"], info["mismatched_keys"], info["unexpected_keys"])
+            _check_dtypes(path, model, files if given is None and not packed else [])
         except _Unfit as error:
             raise ValueError(str(error)) from None
         except Exception as error:  # any error that damaged files cause
@@ -214,6 +216,30 @@ def _check(path: object, model: nn.Module, missing: Any, mismatched: Any, unexpe
         raise _Unfit(f"{path} lacks {len(lacks)} tensors, among them {', '.join(lacks[:4])}")
     if unexpected:
         raise _Unfit(f"{path} has a tensor {min(unexpected)} that {type(model).__name__} has no place for")
+
+
+def _check_dtypes(path: object, model: nn.Module, dense_files: list[Path]) -> None:
+    """Raise if a weight consists of integers. transformers keeps them beside codes, and converts those of dense files
+    to floating-point numbers, so that only the files can tell."""
+    from safetensors import safe_open
+
+    own = dict(model.named_parameters(remove_duplicate=False))
+    found = {name: parameter.dtype for name, parameter in own.items() if not parameter.is_floating_point()}
+    buffers = {_leaf(name) for name, _ in model.named_buffers()}  # of integers in some models
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    for file in dense_files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                whole = not tensors.get_slice(name).get_dtype().startswith(("F", "BF"))
+                spared = _leaf(name) in buffers or any(re.search(pattern, name) for pattern in ignored)
+                if whole and (name in own or not spared):
+                    found[name] = tensors.get_tensor(name).dtype
+    for name, dtype in found.items():
+        raise _Unfit(f"{path}: tensor {name} has dtype {dtype}, the model expects floating-point numbers")
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _names(path: object, kind: Any, config: Any) -> set[str]:

@@ -77,12 +77,12 @@ class ModelFiles:
             if parent is None and leaf == "inv_freq":  # of old checkpoints: the configuration gives them
                 continue
             if parent is None and name in self._buffers:
-                _check_shape(path, name, tensor, self._buffers[name].shape)
+                _check_fit(path, name, tensor, self._buffers[name])
                 self._buffers[name].copy_(tensor)
             elif parent is None:
                 raise ValueError(f"{path} has a tensor {name} that {type(model).__name__} has no place for")
             else:
-                _check_shape(path, name, tensor, getattr(parent, leaf).shape)
+                _check_fit(path, name, tensor, getattr(parent, leaf))
                 if leaf == "weight" and quantized(layer):
                     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                         tensor = tensor.float()
@@ -112,9 +112,11 @@ class ModelFiles:
         return model.eval()
 
 
-def _check_shape(path: object, name: str, tensor: Tensor, shape: torch.Size) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{path}: tensor {name} has shape {list(tensor.shape)}, the model expects {list(shape)}")
+def _check_fit(path: object, name: str, tensor: Tensor, own: Tensor) -> None:
+    if tensor.shape != own.shape:
+        raise ValueError(f"{path}: tensor {name} has shape {list(tensor.shape)}, the model expects {list(own.shape)}")
+    if own.is_floating_point() and not tensor.is_floating_point():
+        raise ValueError(f"{path}: tensor {name} has dtype {tensor.dtype}, the model expects floating-point numbers")
 
 
 def _tie(model: nn.Module, held: set[str]) -> None:

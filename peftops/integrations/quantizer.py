@@ -120,6 +120,8 @@ def _fitting(layer: nn.Module, dense: Tensor) -> Tensor:
     expected = layer.weight.shape[::-1] if transposed else layer.weight.shape
     if dense.shape != expected:
         raise ValueError(f"has shape {list(dense.shape)}, the model expects {list(expected)}")
+    if not dense.is_floating_point():
+        raise ValueError(f"has dtype {dense.dtype}, the model expects floating-point numbers")
     return dense
 
 

@@ -349,6 +349,32 @@ def test_bad_models(tmp_path, dense):
         peftops.load_model(folder)
 
 
+def dense_reader(folder):
+    peftops.load_model(folder, quantize=False)
+
+
+def calibrating_reader(folder):
+    peftops.quantize_model(folder, [torch.arange(3, 35)] * 32)
+
+
+@pytest.mark.filterwarnings("ignore:1024 tokens are few")
+@pytest.mark.parametrize(
+    "reader, codes",
+    [(peftops.load_model, False), (peftops.load_model, True), (dense_reader, False), (calibrating_reader, False)],
+)
+def test_integers_are_no_weights(tmp_path, reader, codes):
+    model = quantized(models.llama(tied=False)) if codes else models.llama(tied=False)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    dense = [name for name in tensors if name.endswith(".weight")]
+    assert len(dense) == (7 if codes else 21)
+    for name in dense:
+        save_file(tensors | {name: tensors[name].view(torch.int32)}, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=f"{name}.* has dtype torch.int32, the model expects floating-point"):
+            reader(tmp_path)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_the_4_bit_model_and_one_tensor(tmp_path):
     """In a process of its own: a model of 190 MB in float32, most of it linear layers of 8 MB each."""
