@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch import multiprocessing
 
 import models
 import peftops
-from gloo import met
+from gloo import met, together
 from moe_models import moe
 from peftops import LoRAConfig, PromptTuningConfig, QALoRAConfig, QLoRAConfig
 from peftops.integrations.peft_files import WEIGHTS
@@ -46,23 +45,27 @@ def train(model, run, ids):
 
 
 def in_a_process(rank, world, how, method, folder):
+    with met(rank, world, f"{folder}/met"):
+        train_a_share(rank, world, how, method, folder)
+
+
+def train_a_share(rank, world, how, method, folder):
     from torch.distributed.fsdp import fully_shard
 
-    with met(rank, world, f"{folder}/met"):
-        model, ids = start(method)
-        if how == "ddp":
-            run = torch.nn.parallel.DistributedDataParallel(model)
-        else:
-            mesh = torch.distributed.init_device_mesh("cpu", (world,))
-            kept = sum(p.nbytes for p in model.model.layers.parameters())
-            for layer in model.model.layers:
-                fully_shard(layer, mesh=mesh)
-            run = fully_shard(model, mesh=mesh)
-            held = sum(p.to_local().nbytes for p in model.model.layers.parameters())
-            assert held < (0.5 + 0.02) * kept, f"a rank holds {held} of {kept} bytes"
-        train(model, run, ids[rank::world])
-        if how == "fsdp" or rank == 0:
-            peftops.save(model, f"{folder}/trained")
+    model, ids = start(method)
+    if how == "ddp":
+        run = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        mesh = torch.distributed.init_device_mesh("cpu", (world,))
+        kept = sum(p.nbytes for p in model.model.layers.parameters())
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        run = fully_shard(model, mesh=mesh)
+        held = sum(p.to_local().nbytes for p in model.model.layers.parameters())
+        assert held < (0.5 + 0.02) * kept, f"a rank holds {held} of {kept} bytes"
+    train(model, run, ids[rank::world])
+    if how == "fsdp" or rank == 0:
+        peftops.save(model, f"{folder}/trained")
 
 
 @pytest.mark.parametrize(
@@ -79,10 +82,7 @@ def in_a_process(rank, world, how, method, folder):
     ],
 )
 def test_two_processes_train_like_one(tmp_path, how, method):
-    # FSDP keeps its mesh to the end, and with it gloo's threads. One that frees a tensor while Python shuts down
-    # aborts the process; a fork server's processes leave without that.
-    arguments = (2, how, method, tmp_path)
-    multiprocessing.start_processes(in_a_process, arguments, nprocs=2, start_method="forkserver")
+    together(in_a_process, how, method, tmp_path)
     model, ids = start(method)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     train(model, model, ids)

@@ -9,11 +9,10 @@ import os
 
 import pytest
 import torch
-from torch import multiprocessing
 
 import models
 import peftops
-from gloo import met
+from gloo import met, together
 from peftops.integrations.peft_files import CONFIG, WEIGHTS
 from proves import proves
 
@@ -182,7 +181,7 @@ def in_a_process(rank, world, engine, folder):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes(tmp_path, engine):
     models.llama(vocabulary=320).save_pretrained(tmp_path / "model")
-    multiprocessing.start_processes(in_a_process, (2, engine, tmp_path), nprocs=2, start_method="forkserver")
+    together(in_a_process, engine, tmp_path)
     for how in ADAPTED:
         if (engine, how) == ("fsdp", "peft"):
             continue  # PEFT leaves gathering to accelerate

@@ -4,11 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import multiprocessing
 from torch.nn import functional as F
 
 import peftops
-from gloo import met
+from gloo import met, together
 from numerics import assert_sums
 from peftops.nn import column_parallel_lora, row_parallel_lora, shard_lora, unshard_lora
 from strategies import normal, seeds
@@ -123,7 +122,7 @@ def in_a_process(rank, world, file, results):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_gloo_processes_are_one_device(tmp_path):
-    multiprocessing.spawn(in_a_process, (2, tmp_path / "rendezvous", tmp_path / "y"), nprocs=2)
+    together(in_a_process, tmp_path / "rendezvous", tmp_path / "y")
     x, W1, A1, B1, *_ = layer(12, 8, 5, 1)
     _, W2, A2, B2, *_ = layer(8, 12, 3, 9)
     full = lambda x, W, A, B: x @ W.T + SCALE * x @ A.T @ B.T

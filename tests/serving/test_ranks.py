@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
-from torch import multiprocessing, nn
+from torch import nn
 
 import models
 import peftops
-from gloo import met
+from gloo import met, together
 from peftops.cli import main
 from peftops.nn import Parts
 from peftops.serving import Server, pool_for
@@ -54,12 +54,12 @@ def in_a_process(rank, world, folder):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_processes_are_one(tmp_path):
     make(tmp_path)
-    multiprocessing.spawn(in_a_process, (2, tmp_path), nprocs=2)
+    together(in_a_process, tmp_path)
     assert main(words(tmp_path, "alone.jsonl")) == 0
     read = lambda name: {(row := json.loads(line))["row"]: row for line in (tmp_path / name).read_text().splitlines()}
-    alone, together = read("alone.jsonl"), read("together.jsonl")
-    assert alone.pop(5)["tokens"] > 0 and together.pop(5)["tokens"] > 0
-    assert together == alone and len({row["answer"] for row in alone.values()}) > 3
+    alone, both = read("alone.jsonl"), read("together.jsonl")
+    assert alone.pop(5)["tokens"] > 0 and both.pop(5)["tokens"] > 0
+    assert both == alone and len({row["answer"] for row in alone.values()}) > 3
 
 
 def coded():
