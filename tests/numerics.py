@@ -78,10 +78,10 @@ def code_error(dtype):
 
 def product_of(x, regular, few=False):
     """How the CPU kernels multiply 16-bit activations ``x`` with a weight: in "fp32", "int16" or "bf16". ``regular``:
-    rows of whole strips; ``few``: rows few enough for the dot products, which know no bf16."""
+    rows of whole strips; ``few``: rows few enough for the dot products, which know bf16 with AVX512-BF16 alone."""
     if on_cuda(x) or x.dtype == torch.float32 or not regular:
         return "fp32"
-    if isa().endswith("bf16") and x.dtype == torch.bfloat16 and not few:
+    if isa().endswith("bf16") and x.dtype == torch.bfloat16 and (not few or isa() == "avx512bf16"):
         return "bf16"
     return "int16" if "avx512" in isa() else "fp32"
 
@@ -91,14 +91,15 @@ def isa():
     return arm.active or _C.isa()
 
 
-def takes_int8(x):
-    """Whether the rows of ``x`` are multiplied in int8 where the caller allows it, and the weight does: on AVX2 by dot
-    products, for few rows; elsewhere by panels, for more."""
+def takes_int8(x, codes=True):
+    """Whether the rows of ``x`` are multiplied in int8 where the caller allows it, and the weight does: by dot products
+    for few rows of ``codes`` of four bits, by panels for more rows of any."""
     if on_cuda(x):
         return False
-    if isa() == "avx2":
-        return len(x) <= 12
-    return ("avx512" in isa() or isa() == "neonbf16") and len(x) > 4
+    dots, panels = {"avx2": (12, False), "neonbf16": (0, True)}.get(
+        isa(), (8, True) if "avx512" in isa() else (0, False)
+    )
+    return (codes and len(x) <= dots) or (panels and len(x) > 4)
 
 
 def int16_error(x):

@@ -41,8 +41,8 @@ def mxfp4_linear(
     Backward keeps ``x`` itself (only if ``lora_A`` needs a gradient), ``x A^T`` (float32) and a seed.
 
     ``compute="int8"`` allows ``x`` to be rounded to 8 bits, with a maximum for each row and block of the weight; codes,
-    scales and sums are not changed. ``x`` is rounded only where that is faster: with AVX-512 and ARM's int8 products
-    from five rows on, with AVX2 up to 12 rows. The gradient is that of ``compute="float"``.
+    scales and sums are not changed. ``x`` is rounded only where that is faster: with AVX-512, with AVX2 up to 12
+    rows, with ARM's int8 products from five rows on. The gradient is that of ``compute="float"``.
 
     On CUDA the dense weight does exist for many rows, and in backward: torch multiplies with a decoded temporary, as
     for :func:`peftops.nf4_linear`.

@@ -55,8 +55,8 @@ def nf4_linear(
     ``compute="int8"`` allows ``x`` and the sixteen codes to be rounded to 8 bits, ``x`` with a maximum for each row and
     block of the weight (or 128 columns of it); absmax and sums are not changed. Normal activations and weights come out
     with a relative error of 0.8 %, root of the mean square; an outlier reduces the precision of the other elements of
-    its block. Both are rounded only where that is faster and in_features is a multiple of 32: with AVX-512 and ARM's
-    int8 products from five rows on, with AVX2 up to 12 rows. The gradient is that of ``compute="float"``.
+    its block. Both are rounded only where that is faster and in_features is a multiple of 32: with AVX-512,
+    with AVX2 up to 12 rows, with ARM's int8 products from five rows on. The gradient is that of ``compute="float"``.
 
     On CUDA the dense weight may exist. For up to some 64 rows of a 16-bit ``x`` the kernels are faster and decode on
     the way. For more rows, and in backward, the weight is decoded into a temporary of ``x``'s dtype, forward at most

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import peftops
 import reference
 from group_layer import GroupLayer
-from numerics import FP32, assert_sums, isa, segment_max, takes_int8
+from numerics import FP32, assert_sums, segment_max, takes_int8
 from packed_linear_tests import (
     Int8Tests,
     PackedLinearTests,
@@ -227,8 +227,7 @@ def test_backward_of_a_repeated_factor(device, m, n, group_k, bits, dtype, seed)
 
 
 def int8_fits(layer):
-    """AVX2 multiplies four bits alone in int8."""
-    return takes_int8(layer.x) and layer.weight.group_size >= 32 and (layer.weight.bits == 4 or isa() != "avx2")
+    return takes_int8(layer.x, codes=layer.weight.bits == 4) and layer.weight.group_size >= 32
 
 
 def int8_error(layer):

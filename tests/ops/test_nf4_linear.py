@@ -15,6 +15,7 @@ from numerics import (
     assert_sums,
     code_error,
     int16_error,
+    isa,
     on_cuda,
     product_of,
     segment_max,
@@ -60,10 +61,13 @@ class Layer(PackedLayer):
         if on_cuda(x):  # 16-bit x meets the codes rounded to its dtype, where chunks of 64 columns share an absmax
             chunks = x.dtype != torch.float32 and k % 64 == 0 and self.weight.block_size >= 64
             return code_error(x.dtype) * x.double().abs() @ self.dense.abs().T if chunks else 0.0
-        kind = product_of(x, k % 32 == 0, few=x.numel() // k <= 4)
+        m = x.numel() // k
+        kind = product_of(x, k % 32 == 0, few=m <= 4)
         x = x.double()
         if kind == "fp32":
             return 0.0
+        if kind == "bf16" and isa() == "avx512bf16" and m <= 24:  # the codes alone are rounded
+            return (code_error(torch.bfloat16) * x.abs() + TINY) @ self.dense.abs().T
         if kind == "bf16":
             return (BF16 * x.abs() + TINY) @ self.dense.abs().T
         x_error = int16_error(x)

@@ -8,7 +8,12 @@
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
 
+#if defined(PEFTOPS_BF16_CODES)
+template <int V, class Weight> struct Bf16Codes;
+#endif
+
 template <int V, class Weight> struct CodeColumns {
+  static constexpr bool kHasCodes = true, kScaled = false;   // for product_bf16.h
   const Weight& w;
   bool regular = Codes<Weight>::is_regular(w);   // rows start on a byte, and segments lie within a block
   int64_t segment = segment_of(w);
@@ -21,6 +26,10 @@ template <int V, class Weight> struct CodeColumns {
   const CodeColumns& int8() const { return *this; }
   const CodeColumns& int16() const { return *this; }
   const CodeColumns& bf16() const { return *this; }
+#if defined(PEFTOPS_BF16_CODES)
+  bool fits_bf16_codes() const { return regular; }
+  Bf16Codes<V, Weight> bf16_codes() const { return {*this, segment}; }
+#endif
 
   template <class T> void dot(const Block& b, const T* x, const Scratch& s) const { accumulate_dot(b, w, x, s); }
 #if defined(PEFTOPS_DOT8)
@@ -31,13 +40,15 @@ template <int V, class Weight> struct CodeColumns {
 
   // f(d, q): dword d of a strip from column t on, for kLanes rows.
   template <class F> void each_octet(int64_t row, int64_t t, int64_t steps, const F& f) const {
+    const int64_t last = w.rows - 1 - row;
     for (int64_t k = 0; k < steps; k += kStrip) {
       const int64_t octets = at_most(kLanes, (steps - k) / 8);
+      const uint8_t* p = w.packed + flat_of(w, at_most(row, w.rows - 1), t + k) / 2;
       Int q[kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        const uint8_t* p = w.packed + flat_of(w, at_most(row + i, w.rows - 1), t + k) / 2;
-        __builtin_prefetch(p + kDepth / 2);   // where the next panel begins
+        __builtin_prefetch(p + kDepth / 2, 0, 2);   // where the next panel begins; L1 has no room for it
         q[i] = octets == kLanes ? load_int(p) : load_int_n(p, octets);
+        p += i < last ? w.cols / 2 : 0;
       }
       transpose(q);
       for (int64_t d = 0; d < octets; ++d) f(k + 8 * d, q[d]);
@@ -45,6 +56,8 @@ template <int V, class Weight> struct CodeColumns {
   }
   // scales[s][lane]: scale of segment s from column t on.
   void scales(int64_t row, int64_t t, int64_t steps, float* out) const {
+    const int64_t first = flat_of(w, row, t);
+    if (row + kLanes <= w.rows && Codes<Weight>::scales_of_lanes(w, first, w.cols, segment, steps / segment, out)) return;
     const int shift = __builtin_ctzll(w.block_size);
     for (int i = 0; i < kLanes; ++i) {
       const int64_t flat = flat_of(w, at_most(row + i, w.rows - 1), t);
@@ -105,12 +118,15 @@ template <int V, class Weight> struct CodeColumns {
 
 #if defined(PEFTOPS_INT16)
   void pack16(int64_t col, int64_t t, int64_t steps, int32_t* out, float* scale) const {
-    const Int table = load_int(kCode16<Weight>.at);
+    pack_words(col, t, steps, load_int(kCode16<Weight>.at), Codes<Weight>::kFactor16, out, scale);
+  }
+  // The codes alone, times a factor, out of a table of 16 bits each. It holds them twice: vpermw reads five bits.
+  void pack_words(int64_t col, int64_t t, int64_t steps, Int table, float factor, int32_t* out, float* scale) const {
     float lane[kDepth / 32 * kLanes];
     for (int v = 0; v < V; ++v, col += kLanes) {
       scales(col, t, steps, lane);
       for (int64_t s = 0; s < steps / segment; ++s)
-        store(scale + (s * V + v) * kLanes, load(lane + s * kLanes) * set(1.f / Codes<Weight>::kFactor16));
+        store(scale + (s * V + v) * kLanes, load(lane + s * kLanes) * set(1.f / factor));
       // A 16-bit look-up sees the low code of each half dword: columns i and i + 4 of the eight.
       each_octet(col, t, steps, [&](int64_t k, Int q) {
 #pragma GCC unroll 4
@@ -138,6 +154,19 @@ template <int V, class Weight> struct CodeColumns {
   }
 #endif
 };
+
+#if defined(PEFTOPS_BF16_CODES)
+template <int V, class Weight> struct Bf16Codes {
+  static constexpr bool kScaled = true;
+  const CodeColumns<V, Weight>& columns;
+  int64_t segment;
+
+  void pack_bf16(int64_t col, int64_t t, int64_t steps, int32_t* out, float* scale) const {
+    const Int table = twice_bf16(load(Codes<Weight>::at) * set(Codes<Weight>::kFactorBf16));
+    columns.pack_words(col, t, steps, table, Codes<Weight>::kFactorBf16, out, scale);
+  }
+};
+#endif
 
 template <class Weight, class F> void with_columns(const Weight& w, const F& f) { f(CodeColumns<2, Weight>{w}); }
 

@@ -4,143 +4,10 @@
 //
 // Limit: reading the codes; at four rows and more, decoding into a panel (product.h) is faster.
 #pragma once
-#include "kernels/cpu/dot.h"
-#include "kernels/cpu/codes4.h"
-#if defined(__AVX512F__)
-#include "kernels/cpu/product_int16.h"
-#endif
-#if defined(PEFTOPS_DOT8)
-#include "kernels/cpu/dot_int8.h"
-#endif
+#include "kernels/cpu/code_strip.h"
 
 namespace peftops::cpu::PEFTOPS_ISA {
 namespace {
-
-// The column that the j-th shift of a dword by four bits moves to the lowest bits: j ^ 1 if the high half of a byte
-// comes first.
-template <class Weight> constexpr int column_of(int j) { return Codes<Weight>::kHighFirst ? j ^ 1 : j; }
-
-// x as the dot product reads it. Lane l of vector j of a strip holds column 8 l + column_of(j).
-template <class Weight, class T> void pack_dot(const T* x, int64_t rows, int64_t ld, int64_t cols, float* out) {
-  for (int64_t k = 0; k < cols; k += kStrip)
-    for (int64_t m = 0; m < rows; ++m, out += kStrip) {
-      float strip[kStrip] = {};
-      each_vector(at_most(kStrip, cols - k), [&](int64_t i, int64_t n) {
-        store(strip + i, load_upto(x + m * ld + k + i, n));
-      });
-      for (int j = 0; j < 8; ++j)
-        for (int lane = 0; lane < kLanes; ++lane) out[j * kLanes + lane] = strip[8 * lane + column_of<Weight>(j)];
-    }
-}
-
-template <class Weight> struct Dot32 {
-  // Rows of the weight that share the loads of M rows of x.
-  static constexpr int together(int M) { return M == 1 ? 1 : 4; }
-
-  const float* x;   // [strips][M][8][kLanes]
-  Table16 table{Codes<Weight>::at};
-
-  template <int M, int R>
-  void add(const Int (&strip)[R], int64_t i, const Vec (&scale)[R], Vec (&total)[M][R]) const {
-    const float* at = x + i * M * kStrip;
-    Vec sum[M][R];
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
-      Vec w[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) w[r] = table(shift_right(strip[r], 4 * j));
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const Vec v = load(at + (m * 8 + j) * kLanes);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sum[m][r] = j ? fma(w[r], v, sum[m][r]) : w[r] * v;
-      }
-    }
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) total[m][r] = fma(sum[m][r], scale[r], total[m][r]);
-  }
-};
-
-#if defined(__AVX512F__)
-// The same with x and the codes in int16, see product_int16.h; 8 products a lane fit an int32.
-template <class Weight> struct Dot16 {
-  static constexpr int together(int M) { return M <= 2 ? 1 : 4; }
-
-  const int16_t* x;      // [strips][M][4][2 * kLanes]
-  const float* factor;   // [strips][M]
-  Int table = load_int(kCode16<Weight>.at);
-
-  template <int M, int R>
-  void add(const Int (&strip)[R], int64_t i, const Vec (&scale)[R], Vec (&total)[M][R]) const {
-    const int16_t* at = x + i * M * kStrip;
-    Int sum[M][R];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      Int w[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) w[r] = _mm512_permutexvar_epi16(shift_right(strip[r], 4 * j), table);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const Int v = load_int(at + (m * 4 + j) * 2 * kLanes);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sum[m][r] = _mm512_dpwssd_epi32(j ? sum[m][r] : as_int(zero()), w[r], v);
-      }
-    }
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) total[m][r] = fma(_mm512_cvtepi32_ps(sum[m][r]), scale[r] * set(factor[i * M + m]), total[m][r]);
-  }
-};
-
-// Word l of vector j of a strip holds column 4 l + column_of(j). Returns the rows that fit, a bit for each: no strip of theirs
-// is wide.
-template <class Weight, class T>
-uint32_t pack_dot16(const T* x, int64_t rows, int64_t ld, int64_t cols, int16_t* out, float* factor) {
-  uint64_t unfit = 0;
-  for (int64_t k = 0; k < cols; k += kStrip) {
-    T strips[kDotRows][kStrip] = {};
-    for (int64_t m = 0; m < rows; ++m) memcpy(strips[m], x + m * ld + k, at_most(kStrip, cols - k) * sizeof(T));
-    const Ranges16 ranges(T{}, rows, kStrip, [&](int64_t m) { return &strips[m][0]; });
-    unfit |= ranges.unfit | ranges.wide;
-    for (int64_t m = 0; m < rows; ++m, out += kStrip) {
-      *factor++ = ranges.scale[m] / Codes<Weight>::kFactor16;
-      int32_t whole[kStrip];
-      for (int i = 0; i < kStrip; i += kLanes)
-        store_int(whole + i, _mm512_cvtps_epi32(load(strips[m] + i) * set(ranges.inverse[m])));
-      for (int j = 0; j < 4; ++j)
-        for (int l = 0; l < 2 * kLanes; ++l) out[j * 2 * kLanes + l] = int16_t(whole[4 * l + column_of<Weight>(j)]);
-    }
-  }
-  return uint32_t(~unfit) & ((1u << rows) - 1);
-}
-#endif
-
-#if defined(PEFTOPS_DOT8)
-// The same with x and the codes in int8, see dot_int8.h.
-template <class Weight> struct Dot8 {
-  static constexpr int together(int M) { return M == 1 ? 2 : 1; }
-
-  Bytes x;
-
-  template <int M, int R>
-  void add(const Int (&strip)[R], int64_t i, const Vec (&scale)[R], Vec (&total)[M][R]) const {
-    const Int nibble = set_int(0x0f0f0f0f);
-#pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) {
-      const Int low = look_up_bytes(kSigned8<Weight>.at, strip[r] & nibble);
-      const Int high = look_up_bytes(kSigned8<Weight>.at, shift_right(strip[r], 4) & nibble);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const Int sum = dot_signed(dot_signed(as_int(zero()), low, x.low<M>(i, m)), high, x.high<M>(i, m));
-        total[m][r] = fma(to_float(sum), scale[r] * x.factor<M>(i, m), total[m][r]);
-      }
-    }
-  }
-};
-#endif
 
 // How the columns [k, k + cols) of a weight fall into strips, the last of which may be broken.
 template <class Weight> struct Strips {
@@ -186,6 +53,7 @@ void dot_lanes(const Strips<Weight>& strips, const Dot& dot, int64_t row, float*
   strips.scales(row, rows, scales);
   memset(scales + rows * strips.segments, 0, 16 * sizeof(float));   // a table is sixteen wide
 
+  const int64_t ahead = prefetch_ahead(R * strips.w.cols / 2);
   Int partial[M][kLanes];
   for (int i = 0; i < kLanes; i += R) {
     const uint8_t* p[R];
@@ -204,6 +72,7 @@ void dot_lanes(const Strips<Weight>& strips, const Dot& dot, int64_t row, float*
     for (int64_t s = 0; s < strips.whole; ++s) {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
+        __builtin_prefetch(p[r] + s * kStrip / 2 + ahead);
         codes[r] = load_int(p[r] + s * kStrip / 2);
         scale[r] = strips.template scale<kOne>(scale_of[r] + s * strips.per_strip);
       }
@@ -301,6 +170,14 @@ template <class Weight, class T> void accumulate_dot(const Block& b, const Weigh
       pack_dot<Weight>(from + first * w.cols, rows, w.cols, strips.cols, s.panels);
       run(first, rows, Dot32<Weight>{s.panels});
     };
+#if defined(PEFTOPS_BF16_CODES)
+    if constexpr (is_bf16<T>) {
+      bf16* packed = reinterpret_cast<bf16*>(s.panels);
+      pack_dot_bf16<Weight>(from, b.rows, w.cols, strips.cols, packed);
+      run(0, b.rows, DotBf16<Weight>{packed});
+      continue;
+    }
+#endif
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 2) {
       int16_t* packed = reinterpret_cast<int16_t*>(s.panels);
@@ -330,10 +207,10 @@ template <class Weight, class T> void accumulate_dot(const Block& b, const Weigh
 // The same in int8, for kInt8Rows rows at most. Rows of x that do not fit are done over: redo(rows, scratch).
 template <class Weight, class T, class Redo>
 void accumulate_dot8(const Block& b, const Weight& w, const T* x, const Scratch& s, const Redo& redo) {
-  const auto add = [&](int64_t first, int64_t k, int64_t cols, const Bytes& bytes) {
+  const auto add = [&](int64_t first, int64_t k, int64_t cols, const Bytes<kByteZero>& bytes) {
     add_dots(b, first, bytes.rows, Strips<Weight>(w, k, cols), Dot8<Weight>{bytes}, s);
   };
-  accumulate_bytes<Codes<Weight>::kHighFirst>(b, w.cols, x, 1 / Codes<Weight>::kFactor8, s, add, redo);
+  accumulate_bytes<kByteZero, Codes<Weight>::kHighFirst>(b, w.cols, x, 1 / Codes<Weight>::kFactor8, s, add, redo);
 }
 #endif
 

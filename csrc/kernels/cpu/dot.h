@@ -9,6 +9,10 @@ namespace {
 constexpr int64_t kDotRows = 4;      // at more, decoding into a panel (product.h) is faster
 constexpr int64_t kDotCols = 8192;   // elements of x that are packed at once: 32 KB, about what L1 holds
 
+// How far ahead codes are prefetched. Rows of the weight that are read side by side lie one after the other, `bytes` in all,
+// and the next ones follow. Short of 4 KB, less is under way than memory could deliver.
+constexpr int64_t prefetch_ahead(int64_t bytes) { return bytes > 4096 ? bytes : 4096; }
+
 // Calls f with a number of rows, at most kDotRows, as a constant.
 template <int M> struct DotRows { static constexpr int value = M; };
 template <int M = kDotRows, class F> void with_dot_rows(int64_t rows, const F& f) {

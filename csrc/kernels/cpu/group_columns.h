@@ -32,7 +32,7 @@ template <int B> struct LaneRows {
       Int q[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
         const uint8_t* p = w.packed + ((first + at_most(i, more)) * w.cols + t + k) / 8 * B;
-        __builtin_prefetch(p + kDepth / 8 * B);   // where the next panel begins
+        __builtin_prefetch(p + kDepth / 8 * B, 0, 2);   // where the next panel begins; L1 has no room for it
         q[i] = Unit<B>::load(p, n);
       }
       transpose(q);
@@ -79,6 +79,7 @@ template <int B> struct GroupInt8 {
 
 // The weight as P, decoded in fp32.
 template <int V, int B> struct GroupColumns {
+  static constexpr bool kHasCodes = false;   // numbers less a zero point
   const GroupWeight& w;
   Unit<B> unit = {};
 

@@ -19,6 +19,9 @@ template <int B> struct GroupFloats {
   static constexpr int kCodes = Unit<B>::kCodes;
   static constexpr int64_t kStrip = Unit<B>::kStrip, kPacked = kStrip + kLanes;
 
+  // Rows of the weight that share the loads of M rows of x. kOne: the columns of a strip have one group.
+  template <bool kOne> static constexpr int together(int M) { return M == 1 ? 1 : 4; }
+
   float* at;      // [strips][rows][kCodes + 1][kLanes]
   int64_t rows;
   Unit<B> unit = {};
@@ -67,7 +70,9 @@ template <int B> struct GroupFloats {
 #if defined(PEFTOPS_DOT8)
 // Rows of x in int8, for codes of four bits.
 struct GroupBytes {
-  Bytes x;
+  template <bool kOne> static constexpr int together(int M) { return M == 1 || (M == 2 && !kOne) ? 1 : 4; }
+
+  Bytes<0> x;   // (codes have no sign)
 
   template <int M, int R> void dots(const Int (&units)[R], int64_t s, Vec (&sum)[M][R]) const {
     const Int nibble = set_int(0x0f0f0f0f);
@@ -84,7 +89,6 @@ struct GroupBytes {
 };
 #endif
 
-// kOne: the columns of a strip have one group.
 template <int B, bool kOne, class X> struct GroupDot {
   static constexpr int kCodes = Unit<B>::kCodes;
   static constexpr int64_t kStrip = Unit<B>::kStrip;
@@ -108,12 +112,9 @@ template <int B, bool kOne, class X> struct GroupDot {
     return permute(as_float(load_int_n(at, present)), which);
   }
 
-  // Rows of the weight that share the loads of M rows of x.
-  static constexpr int together(int M) { return M == 1 ? 1 : 4; }
-
   // c[m][i] += x[m] . weight[row + i] for kLanes rows of the weight.
   template <int M> void lanes(int64_t row, float* c) const {
-    constexpr int R = together(M);
+    constexpr int R = X::template together<kOne>(M);
     Int partial[M][kLanes];
     for (int i = 0; i < kLanes; i += R) {
       const uint8_t* p[R];
@@ -146,7 +147,7 @@ template <int B, bool kOne, class X> struct GroupDot {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const uint8_t* from = p[r] + s * kLanes * Unit<B>::kBytes;
-      __builtin_prefetch(from + 1024);
+      __builtin_prefetch(from + prefetch_ahead(R * w.cols / 8 * B));
       units[r] = Unit<B>::load(from, n);
     }
     Vec sum[M][R];
@@ -209,10 +210,10 @@ void accumulate_dot(const Block& b, int64_t all, const GroupWeight& w, const T* 
 // The same in int8, for codes of four bits and kInt8Rows rows at most. Rows of x that do not fit are done over.
 template <class T, class Redo>
 void accumulate_dot8(const Block& b, const GroupWeight& w, const T* x, const Scratch& s, const Redo& redo) {
-  const auto add = [&](int64_t first, int64_t k, int64_t cols, const Bytes& bytes) {
+  const auto add = [&](int64_t first, int64_t k, int64_t cols, const Bytes<0>& bytes) {
     add_dots<4>(b, first, w, k, cols, GroupBytes{bytes}, bytes.rows, s);
   };
-  accumulate_bytes<false>(b, w.cols, x, 1, s, add, redo);
+  accumulate_bytes<0, false>(b, w.cols, x, 1, s, add, redo);
 }
 #endif
 

@@ -18,13 +18,20 @@ static_assert(kMxBlock % kLanes == 0);
 template <> struct Codes<Mxfp4Weight> {
   static constexpr const float (&at)[16] = kE2m1;
   static constexpr bool kHighFirst = false;
-  static constexpr float kFactor16 = 1364.f, kFactor8 = 2.f, kZero8 = 12.f;   // codes are multiples of 1/2, and exact
+  static constexpr float kFactor16 = 1364.f, kFactorBf16 = 1.f, kFactor8 = 2.f, kZero8 = 12.f;   // codes are multiples of 1/2, and exact
 
   static bool is_regular(const Mxfp4Weight&) { return true; }
   static float scale_of(const Mxfp4Weight& w, int64_t block) { return kE8m0.at[w.scales[block]]; }
   static void scales(const Mxfp4Weight& w, int64_t block, int64_t n, float* out) {
-    for (int64_t i = 0; i < n; ++i) out[i] = scale_of(w, block + i);
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      const Int bits = shift_left(load_bytes(w.scales + block + i), 23);   // the exponent; 0 stands for 2^-127
+      const Vec power = as_float(max_int(bits, set_int(0x00400000)));
+      store(out + i, power + (power - power));                             // of 255, an infinity here, a NaN
+    }
+    for (; i < n; ++i) out[i] = scale_of(w, block + i);
   }
+  static bool scales_of_lanes(const Mxfp4Weight&, int64_t, int64_t, int64_t, int64_t, float*) { return false; }
   static void run(const Mxfp4Weight& w, int64_t flat, int64_t n, float* out) { decode_run(w, flat, n, out); }
 };
 

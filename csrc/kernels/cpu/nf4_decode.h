@@ -26,6 +26,27 @@ inline void decode_absmax(const Nf4Weight& w, int64_t block, int64_t n, float* o
   }
 }
 
+// out[s][lane]: the absmax of the s-th of four blocks from flat + lane * stride on. Where rows are multiples of four blocks,
+// and so flat, one dword holds the codes of all four, and they have one scale. Returns false elsewhere.
+inline bool decode_lanes(const Nf4Weight& w, int64_t flat, int64_t stride, int64_t segment, int64_t n, float* out) {
+  const int64_t block = flat / segment, blocks = stride / segment;
+  if (w.absmax || segment != w.block_size || n != 4 || stride % (4 * segment)) return false;
+  static_assert(kAbsmaxBlock % 4 == 0);
+  int32_t codes[kLanes];
+  float scales[kLanes];
+  for (int64_t i = 0, at = block; i < kLanes; ++i, at += blocks) {
+    memcpy(codes + i, w.absmax_code + at, 4);
+    scales[i] = w.absmax_scale[at / kAbsmaxBlock];
+  }
+  const Table256 table(kDynamicMap.at);
+  const Vec scale = load(scales), offset = set(*w.absmax_offset);
+  const Int four = load_int(codes);
+#pragma GCC unroll 4
+  for (int s = 0; s < 4; ++s)
+    store(out + s * kLanes, table(shift_right(four, 8 * s) & set_int(255)) * scale + offset);
+  return true;
+}
+
 // out[i] = weight[flat + i] for i < n, for any alignment of flat: one run per block.
 template <class T> void decode_run(const Nf4Weight& w, int64_t flat, int64_t n, T* out) {
   const Table16 table(kNf4Code);
@@ -57,6 +78,7 @@ template <> struct Codes<Nf4Weight> {
   static constexpr const float (&at)[16] = kNf4Code;
   static constexpr bool kHighFirst = true;
   static constexpr float kFactor16 = 7854.f;   // brings the codes nearest to whole numbers
+  static constexpr float kFactorBf16 = 1.37451171875f;
   // Of all factors that keep codes below 256, this one gives the least error in a normal weight: 0.47 % of it, root of
   // the mean square; 127 gives 0.59 %. 0 stays exact.
   static constexpr float kFactor8 = 124.115f, kZero8 = 128.f;
@@ -64,6 +86,9 @@ template <> struct Codes<Nf4Weight> {
   static bool is_regular(const Nf4Weight& w) { return PEFTOPS_ISA::is_regular(w); }
   static float scale_of(const Nf4Weight& w, int64_t block) { return absmax_of(w, block); }
   static void scales(const Nf4Weight& w, int64_t block, int64_t n, float* out) { decode_absmax(w, block, n, out); }
+  static bool scales_of_lanes(const Nf4Weight& w, int64_t flat, int64_t stride, int64_t segment, int64_t n, float* out) {
+    return decode_lanes(w, flat, stride, segment, n, out);
+  }
   static void run(const Nf4Weight& w, int64_t flat, int64_t n, float* out) { decode_run(w, flat, n, out); }
 };
 

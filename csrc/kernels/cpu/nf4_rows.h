@@ -10,6 +10,7 @@ namespace {
 template <int V> struct Nf4Rows {
   const Nf4Weight& w;
   int64_t segment = w.rows % 64 ? 32 : 64;   // of rows
+  static constexpr bool kScaled = false;     // for product_bf16.h
 
   bool fits_int16() const { return is_regular(w) && w.rows % 32 == 0; }
   bool fits_bf16() const { return is_regular(w) && w.rows % 8 == 0; }

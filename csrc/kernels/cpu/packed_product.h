@@ -1,9 +1,10 @@
 // The only ladder of products with a packed weight, for all formats. It chooses the product by the instructions of this
 // build, the type of x and the properties of the weight. The first line that applies is taken:
 //
-//   int8 allowed, 12 rows at most, AVX2   dot products of bytes straight from the codes (dot_int8.h)
-//   a few rows, forward               dot products straight from the codes (dot.h), in fp32 or int16
+//   int8 allowed, x86, kInt8Rows rows at most   dot products of bytes straight from the codes (dot_int8.h)
+//   a few rows, forward               dot products straight from the codes (dot.h), in fp32, bf16 or int16
 //   int8 allowed, AVX-512, ARMv8.6    codes and x rounded to int8 (product_int8.h)
+//   bf16 x, AVX512-BF16, kBf16CodeRows rows at most, forward   panels of codes in bf16 (product_bf16.h)
 //   bf16 x, AVX512-BF16, ARMv8.6      panels decoded to bf16 (product_bf16.h)
 //   16-bit x, AVX-512                 panels decoded to int16 (product_int16.h)
 //   otherwise                         panels decoded to fp32 (product.h)
@@ -16,6 +17,7 @@
 //   fits_bf16()   bf16()    packs for accumulate_bf16
 //   fits_int16()  int16()   packs for accumulate16, in its `segment`
 //   fits_int8()   int8()    packs for accumulate_int8, in its `segment`; columns only
+//   fits_bf16_codes()   bf16_codes()   the same without decoding, if it is kHasCodes; columns only
 //   fits_dot()    dot(block, x, scratch); columns only
 //   fits_dot8()   dot8(block, x, scratch, redo), in int8; columns only
 #pragma once
@@ -76,6 +78,13 @@ void add_product_of_columns(const Block& b, int64_t m, int64_t depth, const T* x
     const auto& packs = view.int8();
     return accumulate_int8(b, depth, packs.segment, x, packs, s, redo);
   }
+#endif
+#if defined(PEFTOPS_BF16_CODES)
+  if constexpr (is_bf16<T> && View::kHasCodes)
+    if (m <= kBf16CodeRows && view.fits_bf16_codes()) {
+      term(b, s);
+      return accumulate_bf16(b, depth, x, depth, view.bf16_codes(), s);
+    }
 #endif
   add_product(b, depth, x, view, s, term);
 }

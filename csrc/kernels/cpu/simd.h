@@ -10,8 +10,9 @@
 //   Table8, Table16              eight or sixteen values, looked up by the low three or four bits of each lane
 //   Table256                     256 values, looked up by lanes that are bytes
 //   dot_bytes, look_up_bytes, put_quads            for product_int8.h, where there is PEFTOPS_INT8
-//   dot_signed, dot_unsigned, look_up_bytes, store_by_nibble   for dot_int8.h, where there is PEFTOPS_DOT8
+//   dot_codes, dot_unsigned, look_up_bytes, store_by_nibble    for dot_int8.h, where there is PEFTOPS_DOT8
 //   dot_bf16, pair_bf16, interleave_halves         for product_bf16.h, where there is PEFTOPS_BF16
+//   twice_bf16                                     for the same, where there is PEFTOPS_BF16_CODES
 //
 // Everything is in an unnamed namespace, so that each ISA build keeps its own copy (numpy#25274, FBGEMM#46). No STL
 // here or in any kernel file, for the same reason.
@@ -44,11 +45,14 @@ template <> struct TwoBytes<f16> { using type = void; };
 #if defined(__AVX512F__) || (defined(PEFTOPS_NEON) && defined(__ARM_FEATURE_MATMUL_INT8))
 #define PEFTOPS_INT8
 #endif
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__)
 #define PEFTOPS_DOT8
 #endif
 #if defined(__AVX512BF16__) || (defined(PEFTOPS_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC))
 #define PEFTOPS_BF16
+#endif
+#if defined(__AVX512BF16__)
+#define PEFTOPS_BF16_CODES
 #endif
 
 #if defined(__AVX512F__)

@@ -148,15 +148,16 @@ template <bool kHighFirst = true> inline Int unpack_codes(const uint8_t* p) {
 }
 
 // Each byte, less than 16, becomes what the table has there.
-inline Int look_up_bytes(const int8_t* table, Int at) {
+inline Int look_up_bytes(const uint8_t* table, Int at) {
   return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), at);
 }
 // sum + the four products of bytes in each lane. Two must fit an int16: vpmaddubsw saturates. It takes unsigned bytes of
-// one factor; of signed ones the sign moves to the other factor.
+// one factor; of codes with a sign, the sign moves to the other factor.
 inline Int dot_unsigned(Int sum, Int a, Int b) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
 }
-inline Int dot_signed(Int sum, Int a, Int b) {
+constexpr int kByteZero = 0;
+inline Int dot_codes(Int sum, Int a, Int b) {
   return dot_unsigned(sum, _mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
 }
 // 32 whole numbers as bytes: the even ones in order, and the odd ones.

@@ -59,6 +59,7 @@ inline Int shift_left(Int a, int n) { return Int(__v16su(a) << n); }
 inline Int shift_right(Int a, int n) { return Int(__v16su(a) >> n); }
 inline Int max_int(Int a, Int b) { return _mm512_max_epi32(a, b); }
 inline Int truncate(Vec a) { return _mm512_cvttps_epi32(a); }
+inline Int round_to_int(Vec a) { return _mm512_cvtps_epi32(a); }   // to nearest even
 inline Int set_int(int32_t a) { return _mm512_set1_epi32(a); }
 inline Vec to_float(Int a) { return _mm512_cvtepi32_ps(a); }
 inline Vec permute(Vec a, Int from) { return _mm512_permutexvar_ps(from, a); }   // lane i gets a[from[i]]
@@ -150,9 +151,21 @@ template <bool kHighFirst = true> inline Int unpack_codes(const uint8_t* p) {
 
 // sum + the four products of unsigned bytes of a with signed ones of b, in each lane.
 inline Int dot_bytes(Int sum, Int a, Int b) { return _mm512_dpbusd_epi32(sum, a, b); }
+inline Int dot_unsigned(Int sum, Int a, Int b) { return dot_bytes(sum, a, b); }
+// Codes with a sign are taken as unsigned ones, which are kByteZero larger.
+constexpr int kByteZero = 128;
+inline Int dot_codes(Int sum, Int a, Int b) { return dot_bytes(sum, a, b); }
 // Each byte, less than 16, becomes what the table has there.
 inline Int look_up_bytes(const uint8_t* table, Int at) {
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), at);
+}
+// 32 whole numbers as bytes: the even ones in order, and the odd ones.
+inline void store_by_nibble(int8_t* even, int8_t* odd, const Int (&whole)[2]) {
+  const __m128i apart = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  const __m128i first = _mm_shuffle_epi8(_mm512_cvtepi32_epi8(whole[0]), apart);
+  const __m128i second = _mm_shuffle_epi8(_mm512_cvtepi32_epi8(whole[1]), apart);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(even), _mm_unpacklo_epi64(first, second));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(odd), _mm_unpackhi_epi64(first, second));
 }
 // n whole numbers, a multiple of kLanes, as bytes; of each eight the even ones before the odd ones.
 inline void put_quads(const int32_t* whole, int64_t n, int32_t* out) {
@@ -174,6 +187,8 @@ inline Int interleave_halves(Int words) {
   return _mm512_shuffle_epi8(
       words, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)));
 }
+// bf16 of the sixteen lanes, twice.
+inline Int twice_bf16(Vec a) { return _mm512_broadcast_i64x4(to_bf16(a)); }
 // sum + the two products of pairs, in each lane.
 inline Vec dot_bf16(Vec sum, Int a, Int b) { return _mm512_dpbf16_ps(sum, __m512bh(a), __m512bh(b)); }
 #endif
