@@ -9,14 +9,14 @@ def mlp(bias=True, seed=0):
     return nn.Sequential(nn.Linear(64, 96, bias=bias), nn.Tanh(), nn.Linear(96, 32, bias=bias))
 
 
-def llama(seed=0, vocabulary=320, tied=True, dtype=torch.float32):
+def llama(seed=0, vocabulary=320, tied=True, dtype=torch.float32, inner=96):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=inner,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -18,7 +18,8 @@ ids = models.tokens()
 
 
 def dense(tmp_path, dtype=torch.float32):
-    models.llama(dtype=dtype).save_pretrained(tmp_path)
+    """Its rows are whole blocks: bitsandbytes 0.50 decodes others wrongly on CPUs with AVX-512."""
+    models.llama(dtype=dtype, inner=128).save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -52,8 +53,13 @@ def with_lora(model, name="default", **options):
 
 
 def logits(model):
+    """In training mode, where nothing is dropped: in eval mode, bitsandbytes packs its weights anew on some CPUs, with
+    scales in bfloat16."""
+    training = model.training
     with torch.no_grad():
-        return model(input_ids=ids).logits
+        result = model.train()(input_ids=ids).logits
+    model.train(training)
+    return result
 
 
 def close(a, b):
