@@ -45,8 +45,8 @@ def group_linear(
     columns of it); codes, scales, zeros and sums are not changed. Normal activations come out with a relative
     error of 0.5 % (group 32) to 0.7 % (128 and more), root of the mean square; an outlier reduces the precision of the
     other elements of its group. ``x`` is rounded only where that is faster, in groups of 32 and more: with AVX-512 for
-    codes of 4 bits, and others from five rows on; with AVX2 for codes of 4 bits, up to 12 rows; with ARM's int8 products
-    from five rows on. The gradient is that of ``compute="float"``.
+    codes of 4 bits, and for others from five rows on; with AVX2 for codes of 4 bits, up to 12 rows; with ARM's int8
+    products from five rows on. The gradient is that of ``compute="float"``.
 
     On CUDA the dense weight does exist for many rows, and in backward: torch multiplies with a decoded temporary, as
     for :func:`peftops.nf4_linear`.
