@@ -96,9 +96,8 @@ def takes_int8(x, codes=True):
     for few rows of ``codes`` of four bits, by panels for more rows of any."""
     if on_cuda(x):
         return False
-    dots, panels = {"avx2": (12, False), "neonbf16": (0, True)}.get(
-        isa(), (8, True) if "avx512" in isa() else (0, False)
-    )
+    dots = 12 if isa() == "avx2" else 8 if "avx512" in isa() else 0
+    panels = "avx512" in isa() or isa() == "neonbf16"
     return (codes and len(x) <= dots) or (panels and len(x) > 4)
 
 

@@ -61,6 +61,24 @@ template <class Weight> struct Dot32 {
 };
 
 #if defined(__AVX512F__)
+// sum[m][r]: the products of a strip of R rows of the weight with M rows of x, codes in 16 bits out of a table, of which
+// one look-up gives two; dot(sum, codes, x) multiplies and adds pairs. x: [M][4][2 * kLanes].
+template <int M, int R, class X, class Sum, class Dot>
+inline void dot_words(const Int (&strip)[R], Int table, const X* x, Sum none, Sum (&sum)[M][R], const Dot& dot) {
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    Int w[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) w[r] = _mm512_permutexvar_epi16(shift_right(strip[r], 4 * j), table);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const Int v = load_int(x + (m * 4 + j) * 2 * kLanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum[m][r] = dot(j ? sum[m][r] : none, w[r], v);
+    }
+  }
+}
+
 // The same with x and the codes in int16, see product_int16.h; 8 products a lane fit an int32.
 template <class Weight> struct Dot16 {
   static constexpr int together(int M) { return M <= 2 ? 1 : 4; }
@@ -71,20 +89,9 @@ template <class Weight> struct Dot16 {
 
   template <int M, int R>
   void add(const Int (&strip)[R], int64_t i, const Vec (&scale)[R], Vec (&total)[M][R]) const {
-    const int16_t* at = x + i * M * kStrip;
     Int sum[M][R];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      Int w[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) w[r] = _mm512_permutexvar_epi16(shift_right(strip[r], 4 * j), table);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const Int v = load_int(at + (m * 4 + j) * 2 * kLanes);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sum[m][r] = _mm512_dpwssd_epi32(j ? sum[m][r] : as_int(zero()), w[r], v);
-      }
-    }
+    dot_words(strip, table, x + i * M * kStrip, as_int(zero()), sum,
+              [](Int sum, Int w, Int v) { return _mm512_dpwssd_epi32(sum, w, v); });
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
@@ -125,20 +132,8 @@ template <class Weight> struct DotBf16 {
 
   template <int M, int R>
   void add(const Int (&strip)[R], int64_t i, const Vec (&scale)[R], Vec (&total)[M][R]) const {
-    const bf16* at = x + i * M * kStrip;
     Vec sum[M][R], unit[R];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      Int w[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) w[r] = _mm512_permutexvar_epi16(shift_right(strip[r], 4 * j), table);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const Int v = load_int(at + (m * 4 + j) * 2 * kLanes);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sum[m][r] = dot_bf16(j ? sum[m][r] : zero(), w[r], v);
-      }
-    }
+    dot_words(strip, table, x + i * M * kStrip, zero(), sum, [](Vec sum, Int w, Int v) { return dot_bf16(sum, w, v); });
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) unit[r] = scale[r] * set(1 / Codes<Weight>::kFactorBf16);
 #pragma GCC unroll 4
