@@ -238,6 +238,15 @@ def test_every_op_is_whole():
             assert (ROOT / part.format(stem)).exists(), part.format(stem)
 
 
+def test_every_binding_has_kernels_of_its_stem():
+    """CMakeLists.txt binds to CUDA what has a .cu of its stem; an operator of another file would be missing there."""
+    operators = re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc/ops/library.cpp").read_text())
+    bindings = {p.stem: p.read_text() for p in ROOT.glob("csrc/ops/*.cpp") if p.stem != "library"}
+    kernels = {p.stem for p in ROOT.glob("csrc/kernels/cuda/*.cu") if not p.stem.endswith("_sm90")}
+    assert kernels == bindings.keys()
+    assert sorted(re.findall(r'm\.impl\("(\w+)"', "".join(bindings.values()))) == sorted(operators)
+
+
 def test_every_operator_has_a_fake():
     import torch
 

@@ -151,7 +151,8 @@ STREAM = 0x5EED  # the current stream, as tests/sim/torch/seam.cpp has it
 
 @functools.cache
 def cuda_ops() -> list[str] | str:
-    """The operators whose CUDA bindings run in the simulator as torch.ops.peftops_sim, or the reason why none do."""
+    """The operators whose CUDA bindings run in the simulator as torch.ops.peftops_sim, or the reason why none do. An
+    operator without such a binding raises NotImplementedError there."""
     import torch
 
     import peftops  # noqa: F401  (defines torch.ops.peftops)
@@ -163,7 +164,7 @@ def cuda_ops() -> list[str] | str:
         return "needs nvcc"
     root = Path(torch.__file__).parent
     cmake("cuda_sim_ops", "-DPEFTOPS_CUDA=ON", f"-DPEFTOPS_TORCH={root}")
-    names = re.findall(r'm\.impl\("(\w+)"', "".join((ROOT / f"csrc/ops/{p.stem}.cpp").read_text() for p in KERNELS))
+    names = re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc/ops/library.cpp").read_text())
     library = torch.library.Library("peftops_sim", "DEF")
     for name in names:
         library.define(str(getattr(torch.ops.peftops, name).default._schema).removeprefix("peftops::"))

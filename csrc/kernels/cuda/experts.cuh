@@ -51,6 +51,11 @@ inline unsigned most_tiles(int64_t m, int64_t experts, int64_t size) {
   return unsigned(m / size + (m < experts ? m : experts));
 }
 
+// Tiles of rows by tiles of columns.
+template <class Args> dim3 grid_of(const Experts<Args>& a, int64_t size, int64_t columns, int64_t of_columns) {
+  return dim3(most_tiles(a.all.m, a.experts, size), unsigned(ceil_div(columns, of_columns)));
+}
+
 template <class T> __device__ T* moved(T* p, DType dtype, int64_t elements) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
   return p ? reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + elements * size_of(dtype)) : p;

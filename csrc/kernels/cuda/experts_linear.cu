@@ -1,6 +1,6 @@
-// The kernels of nf4_linear.cu, group_linear.cu, mxfp4_linear.cu and lora_linear.cu for a stack of weights: their tiles,
-// each of an expert's rows (experts.cuh). With 16-bit x, packed rows of whole chunks go through tensor cores: where experts
-// have up to 16 rows on the average they stream their weight (rows.cuh), where they have more it is shared by 64
+// The kernels of nf4_linear.cu, group_linear.cu and mxfp4_linear.cu for a stack of weights: their tiles, each of an
+// expert's rows (experts.cuh). With 16-bit x, packed rows of whole chunks go through tensor cores: where experts have up
+// to 16 rows on the average they stream their weight (rows.cuh), where they have more it is shared by 64
 // (nf4_many.cuh). Everything else is multiplied in fp32, tile by tile. Offsets are read on the device, so a graph of it
 // serves any loads.
 #include "kernels/cuda/experts.cuh"
@@ -9,7 +9,6 @@
 #include "kernels/cuda/mxfp4_rows.cuh"
 #include "kernels/cuda/nf4_backward.cuh"
 #include "kernels/cuda/nf4_many.cuh"
-#include "kernels/cuda/thin_dense.cuh"
 
 namespace peftops::cuda {
 namespace {
@@ -129,48 +128,11 @@ template <class T, class Args> __global__ void __launch_bounds__(kTileThreads) s
   });
 }
 
-template <class X, int Tiles>
-__global__ void __launch_bounds__(kThinThreads, 1) stack_shrink(ExpertsShrink a, DropoutMask none, DenseFactor f, bool wide) {
-  __shared__ ShrinkMemory<Tiles> memory;
-  ExpertTile tile;
-  if (!find_tile(a.offsets, a.experts, a.all.m, kThinRows, &tile)) return;
-  f.f = moved(f.f, f.dtype, tile.expert * f.r * f.k);
-  const auto row = [&](int i) { return i < tile.rows ? tile.row + i : -1; };
-  shrink_tile<X, Tiles>(static_cast<const X*>(a.all.x), a.all.k, wide, row, f, int64_t(blockIdx.y) * 8 * Tiles,
-                        none, memory, [&](int i, int64_t j, float sum) {
-                          if (j < a.all.r) a.all.u[row(i) * a.all.r + j] = __fmul_rn(a.all.scale, sum);
-                        });
-}
-
-// An expert without rows has zeros.
-template <class X, int Tiles>
-__global__ void __launch_bounds__(kThinThreads) stack_gradient(ExpertsGradient of, DropoutMask none, bool wide) {
-  __shared__ GradientMemory memory;
-  LoraGradient a = of.all;
-  const int64_t expert = int64_t(blockIdx.z);
-  const ExpertRows rows = rows_of(of.offsets, expert, a.m);
-  a.d = moved(a.d, a.d_dtype, expert * a.r * a.k);
-  const auto u = [&](int64_t row, int64_t j) { return j < a.r ? a.u[row * a.r + j] : 0.f; };
-  gradient_tile<X, Tiles>(static_cast<const X*>(a.x), a.k, wide, [&](int64_t i) { return rows.begin + i; }, rows.count, u,
-                          int64_t(blockIdx.y) * 16 * Tiles, none, memory,
-                          [&](int64_t j, int64_t col, Few<4> sum) {
-                            if (j >= a.r || col >= a.k) return;
-#pragma unroll
-                            for (float& v : sum.at) v = __fmul_rn(a.scale, v);
-                            store_gradient(a, j, col, sum);
-                          });
-}
-
 int log_of(int64_t power) { return __builtin_ctzll(uint64_t(power)); }
 int log_of(const Nf4Weight& w) { return log_of(w.block_size); }
 int log_of(const GroupWeight& w) { return log_of(w.group); }
 int log_of(const Mxfp4Weight&) { return kLogMxBlock; }
 int log_of(const DenseWeight&) { return 0; }
-
-// Tiles of rows by tiles of columns.
-template <class Args> dim3 grid_of(const Experts<Args>& a, int64_t size, int64_t columns, int64_t of_columns) {
-  return dim3(most_tiles(a.all.m, a.experts, size), unsigned(ceil_div(columns, of_columns)));
-}
 
 // Kernel: one that streams the weight, for Tiles of 8 rows.
 template <auto* Kernel, class Stream, int Tiles, int Warps, class Args>
@@ -279,28 +241,6 @@ cudaError_t experts_dense(const ExpertsDense& a, cudaStream_t stream) {
 
 cudaError_t experts_dense_backward(const ExpertsDenseBackward& a, cudaStream_t stream) {
   return launch_any_back(a, stream);
-}
-
-cudaError_t experts_shrink(const ExpertsShrink& a, cudaStream_t stream) {
-  if (a.all.m == 0 || a.all.r == 0) return cudaSuccess;
-  const LoraShrink& all = a.all;
-  const DenseFactor f(all.f, all.f_dtype, all.by_rank, all.r, all.k);
-  return with_type(all.x_dtype, [&](auto t) {
-    stack_shrink<decltype(t), 2><<<grid_of(a, kThinRows, all.r, 16), kThinThreads, 0, stream>>>(
-        a, DropoutMask(all.dropout), f, is_wide(all.x, all.x_dtype, all.k, 4));
-    return cudaGetLastError();
-  });
-}
-
-cudaError_t experts_gradient(const ExpertsGradient& a, cudaStream_t stream) {
-  const LoraGradient& all = a.all;
-  if (all.r == 0 || all.k == 0) return cudaSuccess;
-  return with_type(all.x_dtype, [&](auto t) {
-    const dim3 grid(unsigned(ceil_div(all.k, kThinCols)), unsigned(ceil_div(all.r, 16)), unsigned(a.experts));
-    stack_gradient<decltype(t), 1><<<grid, kThinThreads, 0, stream>>>(a, DropoutMask(all.dropout),
-                                                                      is_wide(all.x, all.x_dtype, all.k, 2));
-    return cudaGetLastError();
-  });
 }
 
 }  // namespace peftops::cuda
