@@ -48,6 +48,30 @@ using ExpertsDenseBackward = Experts<DenseLinearBackward>;
 using ExpertsShrink = Experts<LoraShrink>;
 using ExpertsGradient = Experts<LoraGradient>;
 
+#ifdef PEFTOPS_CUDA
+// The second way to dx, for bf16 (ops/experts_library.h). Each expert that has rows takes a slot, in order. There are at
+// most as many as rows.
+//
+//   experts_decode   columns first to first + cols of their weights, rounded to bf16, and where their rows end
+//   experts_place    those columns of a result whose rows beyond the last offset are zeros
+//   experts_expand   y += u A_e                                              see kernels/lora_linear.h
+template <class Weight> struct ExpertsDecode {
+  Weight weight;            // rows = n, cols = k of one expert
+  const int64_t* offsets;
+  int64_t experts, m;
+  void* out;                // [slots, n, cols]; slots without an expert are not written
+  int32_t* ends;            // [slots]
+  int64_t slots, first, cols;
+};
+struct ExpertsPlace {
+  const void* from;         // [m, cols], or null: only zeros are written
+  void* to;                 // [m, k]
+  const int64_t* offsets;
+  int64_t experts, m, k, first, cols;
+};
+using ExpertsExpand = Experts<LoraExpand>;
+#endif
+
 PEFTOPS_CPU_KERNELS(
     Kernel<ExpertsNf4> experts_nf4; Kernel<ExpertsNf4Backward> experts_nf4_backward;
     Kernel<ExpertsGroup> experts_group; Kernel<ExpertsGroupBackward> experts_group_backward;
@@ -62,6 +86,14 @@ Kernel<ExpertsGroup> experts_group; Kernel<ExpertsGroupBackward> experts_group_b
 Kernel<ExpertsMxfp4> experts_mxfp4; Kernel<ExpertsMxfp4Backward> experts_mxfp4_backward;
 Kernel<ExpertsDense> experts_dense; Kernel<ExpertsDenseBackward> experts_dense_backward;
 Kernel<ExpertsShrink> experts_shrink; Kernel<ExpertsGradient> experts_gradient;
+Kernel<ExpertsDecode<Nf4Weight>> experts_decode;
+Kernel<ExpertsDecode<GroupWeight>> experts_decode;
+Kernel<ExpertsDecode<Mxfp4Weight>> experts_decode;
+Kernel<ExpertsPlace> experts_place;
+Kernel<ExpertsExpand> experts_expand;
+cudaError_t by_library(const ExpertsNf4Backward&, Way wanted, bool* result);
+cudaError_t by_library(const ExpertsGroupBackward&, Way wanted, bool* result);
+cudaError_t by_library(const ExpertsMxfp4Backward&, Way wanted, bool* result);
 }  // namespace cuda
 #endif
 

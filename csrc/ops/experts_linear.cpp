@@ -1,4 +1,5 @@
 #include "ops/experts.h"
+#include "ops/experts_library.h"
 #include "ops/group.h"
 #include "ops/linear.h"
 #include "ops/mxfp4.h"
@@ -27,6 +28,10 @@ Tensor backward(const char* op, Kernel kernel, const Weight& weight, const Tenso
   LinearBackwardOperands<Args> o(op, weight, g, v, a);
   if (a) check_shape(op, "lora_A", o.a, {offsets.experts * o.args.r, weight.cols});
   if constexpr (std::is_same_v<Args, GroupLinearBackward>) o.args.pool = 1;
+#ifdef PEFTOPS_CUDA
+  if constexpr (!std::is_same_v<Args, DenseLinearBackward>)
+    if (stack_backward_by_library(op, o, offsets)) return o.dx;
+#endif
   offsets.clear_rest(o.dx);
   run(kernel, offsets.of(o.args), o.work());
   return o.dx;

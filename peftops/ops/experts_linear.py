@@ -125,7 +125,10 @@ def experts_linear(
     A_e^T`` (float32).
 
     On CUDA the call does not wait for the device: the kernel reads offsets there, so a captured graph works for any
-    numbers of rows. Offsets are not checked there; rows that decreasing offsets leave out are zero.
+    numbers of rows. Offsets are not checked there; rows that decreasing offsets leave out are zero. On an H100 or a
+    B200, backward in bfloat16 may decode the weights of the experts that have rows, 256 MiB at a time, and torch's
+    grouped product multiplies: always for groups and MXFP4, for NF4 where that is faster. ``PEFTOPS_NF4_LIBRARY``
+    decides otherwise, as in :func:`peftops.nf4_linear`; on other GPUs ``always`` waits for the device.
 
     Args:
         x: float32, bfloat16 or float16, ``[rows, in]``; any strides.

@@ -13,9 +13,10 @@ import reference
 import sim
 from group_layer import GroupLayer
 from mxfp4_layer import MXFP4Layer
-from numerics import assert_sums
+from numerics import assert_sums, on_cuda
 from operator_samples import operators, samples
 from packed_layer import PackedLayer
+from packed_linear_tests import kernels_of
 from peftops import NF4Tensor
 from strategies import dtypes, ins, layouts, normal, outs, ranks, seeds, strided
 
@@ -56,16 +57,26 @@ FORMATS = {
     "nf4-single": (lambda w: peftops.nf4_quantize(w, double_quant=False, block_size=128), NF4Layer, nf4_layer),
     "group": (lambda w: peftops.group_quantize(w, group_size=8), GroupLayer, group_layer),
     "group-2": (lambda w: peftops.group_quantize(w, bits=2, group_size=64), GroupLayer, group_layer),
+    "group-3": (lambda w: peftops.group_quantize(w, bits=3, group_size=32), GroupLayer, group_layer),
+    "group-8": (lambda w: peftops.group_quantize(w, bits=8, group_size=64), GroupLayer, group_layer),
     "mxfp4": (peftops.mxfp4_quantize, MXFP4Layer, mxfp4_layer),
     "dense": (lambda w: w, DenseLayer, dense_layer),
     "transposed": (lambda w: w.transpose(1, 2).contiguous().transpose(1, 2), DenseLayer, dense_layer),
 }
-GROUPS = {"group": 8, "group-2": 64, "mxfp4": 32}  # what the number of columns is a multiple of
-every_format = pytest.mark.parametrize("form", FORMATS)
+GROUPS = {
+    "group": 8,
+    "group-2": 64,
+    "group-3": 32,
+    "group-8": 64,
+    "mxfp4": 32,
+}  # what the number of columns is a multiple of
+every_format = pytest.mark.parametrize("form", [form for form in FORMATS if form not in ("group-3", "group-8")])
 
 
 class Experts:
     """A stack of layers and their rows: ``counts`` rows for each, and some more that are nobody's."""
+
+    dx_by_library = False  # whether torch multiplies the decoded weights, on CUDA, for dx
 
     def __init__(
         self, device, form, counts, n, k, dtype, seed, *, rest=2, r=0, bias=False, adapter=torch.float32, layout="plain"
@@ -102,7 +113,7 @@ class Experts:
             for name in ("bias", "lora_A", "lora_B"):
                 stack = getattr(self, name)
                 setattr(layer, name, None if stack is None else stack[e].detach().requires_grad_())
-            layer.scaling = self.scaling
+            layer.scaling, layer.dx_by_library = self.scaling, self.dx_by_library
             yield e, rows, layer
             begin += count
 
@@ -157,6 +168,62 @@ def test_any_load(device, form, counts, dtype):
     n, k = (24, 64) if sim.active or len(counts) > 9 else (96, 192)
     counts = [min(int(c), 70) for c in counts] if sim.active else list(map(int, counts))
     Experts(device, form, counts, n, k, dtype, 3, r=4, bias=True).check()
+
+
+LIBRARY_FORMATS = ["nf4", "nf4-single", "group", "group-2", "group-3", "group-8", "mxfp4"]
+
+
+@pytest.mark.parametrize("counts", [*LOADS.values(), [3, 0, 0, 2, 0]], ids=[*LOADS, "few of them"])
+@pytest.mark.parametrize("form", LIBRARY_FORMATS)
+@pytest.mark.parametrize("r", [0, 4])
+def test_dx_by_library(device, form, counts, r):
+    """Torch's grouped product over the weights of those experts that have rows; rows of nobody have zeros."""
+    counts = [min(int(c), 70) for c in counts]
+    layers = Experts(device, form, counts, 24, 192, torch.bfloat16, 3, r=r, bias=True)
+    layers.dx_by_library = on_cuda(layers.x)
+    with sim.nf4_library("always"):
+        layers.check()
+        y = layers()
+        _, names = kernels_of(lambda: layers.gradients(y))
+    assert names is None or ("stack_decode" in names and "_back" not in names), names
+
+
+@pytest.mark.parametrize("form", LIBRARY_FORMATS)
+@pytest.mark.parametrize("capability, way, decoded", [(90, "never", False), (90, "auto", True), (80, "auto", False)])
+def test_who_multiplies_dx(device, form, capability, way, decoded):
+    """On an H100 torch does, unless the NF4 kernel needs one short wave; elsewhere its product waits for the host."""
+    if not sim.active:
+        pytest.skip("there is no choice, or no report of it")
+    layers = Experts(device, form, [3, 0, 5], 24, 192, torch.bfloat16, 3)
+    layers.dx_by_library = decoded = decoded and not form.startswith("nf4")
+    chip = sim.simulator()
+    chip.pretend(capability, 132)
+    try:
+        with sim.nf4_library(way):
+            layers.check()
+            y = layers()
+            _, names = kernels_of(lambda: layers.gradients(y))
+    finally:
+        chip.pretend()
+    assert ("stack_decode" in names) == decoded and ("_back" in names) != decoded, names
+
+
+@pytest.mark.parametrize("offsets", [[5, 2, 4], [9, -3, 2], [3, 99, 99]])
+def test_the_library_has_no_group_of_less_than_no_rows(device, offsets):
+    """Of offsets that decrease or exceed the rows, which CUDA does not check: rows beyond the last are zero."""
+    if not on_cuda(torch.empty(0, device=device)):
+        pytest.skip("the CPU refuses them")
+    blocks, scales = peftops.mxfp4_quantize(normal((3 * 24, 64), torch.float32, 1, device))._arguments
+    g, ends = normal((10, 24), torch.bfloat16, 2, device), torch.tensor(offsets, device=device)
+    with sim.nf4_library("always"):
+        dx = torch.ops.peftops.experts_mxfp4_backward(g, blocks, scales, ends, None, None)
+    assert dx.isfinite().all() and not dx[offsets[-1] :].any()
+
+
+@pytest.mark.parametrize("dtype, n, k", [(torch.float32, 24, 64), (torch.float16, 24, 64), (torch.bfloat16, 20, 64)])
+def test_the_library_takes_bfloat16_in_whole_packs(device, dtype, n, k):
+    with sim.nf4_library("always"):
+        Experts(device, "mxfp4", [3, 0, 5], n, k, dtype, 3, r=4).check()
 
 
 def views(stack):

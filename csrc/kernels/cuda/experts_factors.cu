@@ -19,6 +19,16 @@ __global__ void __launch_bounds__(kThinThreads, 1) stack_shrink(ExpertsShrink a,
                         });
 }
 
+__global__ void __launch_bounds__(kThinThreads, 2) stack_expand(ExpertsExpand a, DenseFactor f, bool wide) {
+  ExpertTile tile;
+  if (!find_tile(a.offsets, a.experts, a.all.m, kThinRows, &tile)) return;
+  f.f = moved(f.f, f.dtype, tile.expert * f.r * f.k);
+  const LoraExpand& all = a.all;
+  const auto row = [&](int i) { return i < tile.rows ? tile.row + i : -1; };
+  const auto u = [&](int64_t of, int64_t j) { return j < all.r ? __fmul_rn(all.scale, all.u[of * all.r + j]) : 0.f; };
+  expand_tile(static_cast<__nv_bfloat16*>(all.y), all.k, wide, row, u, all.r, f, DropoutMask());
+}
+
 // An expert without rows has zeros.
 template <class X, int Tiles>
 __global__ void __launch_bounds__(kThinThreads) stack_gradient(ExpertsGradient of, DropoutMask none, bool wide) {
@@ -49,6 +59,16 @@ cudaError_t experts_shrink(const ExpertsShrink& a, cudaStream_t stream) {
         a, DropoutMask(all.dropout), f, is_wide(all.x, all.x_dtype, all.k, 4));
     return cudaGetLastError();
   });
+}
+
+cudaError_t experts_expand(const ExpertsExpand& a, cudaStream_t stream) {
+  const LoraExpand& all = a.all;
+  if (all.m == 0 || all.k == 0) return cudaSuccess;
+  if (all.y_dtype != DType::bf16) return cudaErrorInvalidValue;
+  const DenseFactor f(all.f, all.f_dtype, all.by_rank, all.r, all.k);
+  stack_expand<<<grid_of(a, kThinRows, all.k, kExpandCols), kThinThreads, 0, stream>>>(
+      a, f, is_wide(all.y, all.y_dtype, all.k, 4));
+  return cudaGetLastError();
 }
 
 cudaError_t experts_gradient(const ExpertsGradient& a, cudaStream_t stream) {

@@ -2,8 +2,9 @@
 // expert's rows (experts.cuh). With 16-bit x, packed rows of whole chunks go through tensor cores: where experts have up
 // to 16 rows on the average they stream their weight (rows.cuh), where they have more it is shared by 64
 // (nf4_many.cuh). Everything else is multiplied in fp32, tile by tile. Offsets are read on the device, so a graph of it
-// serves any loads.
+// serves any loads. Backward in bf16, a library's product of decoded weights may be faster (experts_library.cuh).
 #include "kernels/cuda/experts.cuh"
+#include "kernels/cuda/experts_library.cuh"
 #include "kernels/cuda/group_rows.cuh"
 #include "kernels/cuda/linear.cuh"
 #include "kernels/cuda/mxfp4_rows.cuh"
@@ -200,6 +201,35 @@ template <class T> cudaError_t launch_units(const ExpertsNf4Backward& a, cudaStr
 template <class Args> bool is_empty(const Experts<Args>& a) { return a.all.m == 0 || a.all.weight.rows == 0; }
 
 }  // namespace
+
+cudaError_t by_library(const ExpertsNf4Backward& a, Way wanted, bool* result) {
+  return choose_groups(a, has_units(a.all), wanted, result);
+}
+cudaError_t by_library(const ExpertsGroupBackward& a, Way wanted, bool* result) {
+  return choose_groups(a, false, wanted, result);
+}
+cudaError_t by_library(const ExpertsMxfp4Backward& a, Way wanted, bool* result) {
+  return choose_groups(a, false, wanted, result);
+}
+
+cudaError_t experts_decode(const ExpertsDecode<Nf4Weight>& a, cudaStream_t stream) {
+  return launch_decode(a, Nf4Source<Decoded>{a.weight, log_of(a.weight)}, stream);
+}
+cudaError_t experts_decode(const ExpertsDecode<GroupWeight>& a, cudaStream_t stream) {
+  return with_bits(a.weight.bits, [&](auto bits) {
+    return launch_decode(a, StackGroupSource<decltype(bits)::value>{{a.weight, log_of(a.weight)}}, stream);
+  });
+}
+cudaError_t experts_decode(const ExpertsDecode<Mxfp4Weight>& a, cudaStream_t stream) {
+  return launch_decode(a, Mxfp4Source<Decoded>{a.weight}, stream);
+}
+
+cudaError_t experts_place(const ExpertsPlace& a, cudaStream_t stream) {
+  const int64_t blocks = ceil_div(a.m * (a.cols / 8), kDequantizeThreads);
+  if (blocks == 0) return cudaSuccess;
+  stack_place<<<blocks < kPlaceBlocks ? unsigned(blocks) : kPlaceBlocks, kDequantizeThreads, 0, stream>>>(a);
+  return cudaGetLastError();
+}
 
 cudaError_t experts_nf4(const ExpertsNf4& a, cudaStream_t stream) {
   if (is_empty(a)) return cudaSuccess;
