@@ -29,6 +29,7 @@ STEPS = {
     "sanitizer": 150,
     "products": 150,
     "others": 120,
+    "layers": 120,
     "host": 60,
     "block": 60,
     "model": 180,
@@ -192,12 +193,14 @@ def run_step(name: str) -> dict:
     if name in globals() and name in ("machine", "smoke", "tests", "sanitizer", "counters"):
         return globals()[name]()
     sys.path.insert(0, str(ROOT / "bench"))
+    import gpu_layers
     import gpu_model
     import gpu_steps
 
     return {
         "products": gpu_steps.products,
         "others": gpu_steps.others,
+        "layers": gpu_layers.layers,
         "host": gpu_steps.host,
         "block": lambda: gpu_model.qlora_step(1),
         "model": gpu_model.qlora_step,
@@ -225,12 +228,12 @@ def report(folder: Path) -> str:
         lines += ["| | W | M | " + " | ".join(names) + " | best other / peftops |"]
         lines += ["|---|---|---|" + "---|" * (len(names) + 1)]
         for r in products:
-            us, own = r["us"], ("peftops", "kernels", "library", "dense")
+            us, own = r["us"], ("peftops", "kernels", "wgmma", "library", "dense")
             other = min([t for name, t in us.items() if name not in own and t == t], default=float("nan"))
             cells = " | ".join(f"{us[name]:.1f}" if name in us else "" for name in names)
             lines += [f"| {r['direction']} | {r['n']}x{r['k']} | {r['m']} | {cells} | {other / us['peftops']:.2f} |"]
         lines += [""]
-    for step in ("others", "block", "model"):
+    for step in ("others", "layers", "block", "model"):
         for r in load(step).get("records", []):
             if "us" in r:
                 rate = f"; {r['bytes'] / min(r['us'].values()) / 1e3:.0f} GB/s at best" if "bytes" in r else ""

@@ -26,17 +26,23 @@ ROTATED = 160 << 20  # bytes of weights that a graph goes through: three times t
 CALLS = 8  # in a graph, at least
 
 
+# How layers multiply: PEFTOPS_NF4_LIBRARY and PEFTOPS_NF4_WGMMA.
+WAYS = {"auto": ("auto", "auto"), "kernels": ("never", "off"), "library": ("always", "off"), "wgmma": ("never", "on")}
+
+
 @contextmanager
 def way(name: str) -> Iterator[None]:
-    """Meanwhile layers multiply by their kernels ("never"), by the library ("always"), or as they choose ("auto")."""
-    old = os.environ.get("PEFTOPS_NF4_LIBRARY")
-    os.environ["PEFTOPS_NF4_LIBRARY"] = name
+    """Meanwhile layers multiply in one of the ways."""
+    values = dict(zip(("PEFTOPS_NF4_LIBRARY", "PEFTOPS_NF4_WGMMA"), WAYS[name], strict=True))
+    old = {variable: os.environ.get(variable) for variable in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        os.environ.pop("PEFTOPS_NF4_LIBRARY")
-        if old is not None:
-            os.environ["PEFTOPS_NF4_LIBRARY"] = old
+        for variable, value in old.items():
+            os.environ.pop(variable)
+            if value is not None:
+                os.environ[variable] = value
 
 
 class Replay:
@@ -63,9 +69,11 @@ class Replay:
         return begin.elapsed_time(end) * 1e3 / self.count
 
 
-def time_all(providers: dict[str, list[Callable[[], object]]], rounds: int = 5) -> dict[str, float]:
+def time_all(
+    providers: dict[str, list[Callable[[], object]]], rounds: int = 5, stream: torch.cuda.Stream | None = None
+) -> dict[str, float]:
     """Median microseconds of a call of each provider, replayed in turns; a word in place of what cannot be captured."""
-    stream, replays = torch.cuda.Stream(), {}
+    stream, replays = stream or torch.cuda.Stream(), {}
     for name, calls in providers.items():
         try:
             replays[name] = Replay(calls, stream)
@@ -137,14 +145,17 @@ def forward(m, n, k, dense, ours, theirs, exact) -> tuple[dict[str, float], dict
     x = torch.randn(m, k, device="cuda").to(BF16)
     calls = {
         "peftops": lambda i: in_way("auto", lambda: peftops.nf4_linear(x, ours[i])),
-        "kernels": lambda i: in_way("never", lambda: peftops.nf4_linear(x, ours[i])),
-        "library": lambda i: in_way("always", lambda: peftops.nf4_linear(x, ours[i])),
+        "kernels": lambda i: in_way("kernels", lambda: peftops.nf4_linear(x, ours[i])),
+        "wgmma": lambda i: in_way("wgmma", lambda: peftops.nf4_linear(x, ours[i])),
+        "library": lambda i: in_way("library", lambda: peftops.nf4_linear(x, ours[i])),
         "dequantise + cuBLAS": lambda i: lambda: F.linear(x, peftops.nf4_dequantize(ours[i])),
         "bitsandbytes": lambda i: lambda: theirs[i](x),
         "dense": lambda i: lambda: F.linear(x, dense[i]),
     }
     if theirs[0] is None:
         del calls["bitsandbytes"]
+    if m < 16 or torch.cuda.get_device_capability() != (9, 0):
+        del calls["wgmma"]
     us = time_all({name: rotate(call, len(dense if name == "dense" else ours)) for name, call in calls.items()})
     want = x.double() @ exact.T
     of = lambda y: float((y.double() - want).square().mean().sqrt() / want.square().mean().sqrt())
@@ -165,12 +176,12 @@ def backward(m, n, k, A, B, dense, ours, theirs) -> dict[str, float]:
 
     layers = {
         "peftops": (adapted, ours),
-        "kernels": (in_way_of("never", adapted), ours),
-        "library": (in_way_of("always", adapted), ours),
+        "kernels": (in_way_of("kernels", adapted), ours),
+        "library": (in_way_of("library", adapted), ours),
         "bitsandbytes": (lambda layer: composed(layer(x)), theirs),
         "dense": (lambda weight: composed(F.linear(x, weight)), dense),
     }
-    ways = {"peftops": "auto", "kernels": "never", "library": "always"}
+    ways = {"kernels": "kernels", "library": "library"}
     gradient = lambda y: torch.autograd.grad(y, (x, A, B), g, retain_graph=True)
     replays, kept = {}, []
     for name, (layer, weights) in layers.items():
@@ -225,8 +236,10 @@ def others() -> dict:
 
 
 @torch.no_grad()
-def case(label: str, moved: int = 0, **providers: list[Callable[[], object]]) -> list[dict]:
-    record = dict(label=label, us=time_all(providers), **({"bytes": moved} if moved else {}))
+def case(
+    label: str, moved: int = 0, stream: torch.cuda.Stream | None = None, **providers: list[Callable[[], object]]
+) -> list[dict]:
+    record = dict(label=label, us=time_all(providers, stream=stream), **({"bytes": moved} if moved else {}))
     print(record, flush=True)
     return [record]
 
@@ -306,8 +319,8 @@ def float32_layers(m, packed, dense) -> list[dict]:
     x = torch.randn(m, dense[0].shape[1], device="cuda")
     return case(
         f"nf4_linear float32 M={m}",
-        kernels=[in_way("never", lambda w=w: peftops.nf4_linear(x, w)) for w in packed],
-        library=[in_way("always", lambda w=w: peftops.nf4_linear(x, w)) for w in packed],
+        kernels=[in_way("kernels", lambda w=w: peftops.nf4_linear(x, w)) for w in packed],
+        library=[in_way("library", lambda w=w: peftops.nf4_linear(x, w)) for w in packed],
         dense=[lambda w=w: F.linear(x, w.float()) for w in dense],
     )
 
@@ -389,7 +402,9 @@ def launches() -> dict:
     group = peftops.group_quantize((0.02 * torch.randn(n, k, device="cuda")).to(BF16))
     with torch.no_grad():
         peftops.nf4_dequantize(weight)
-        for name, rows in (("never", (1, 16, 64, 256, 1024)), ("always", (256,))):
+        hopper = torch.cuda.get_device_capability() == (9, 0)
+        products = {"kernels": (1, 16, 64, 256, 1024), "library": (256,), "wgmma": (64, 256, 1024) if hopper else ()}
+        for name, rows in products.items():
             for m in rows:
                 x = torch.randn(m, k, device="cuda", dtype=BF16)
                 with way(name):

@@ -11,22 +11,25 @@ namespace peftops::ops {
 namespace {
 
 #ifdef PEFTOPS_CUDA
-// Whether to use the kernel for an H100, which no GPU has run yet: PEFTOPS_NF4_WGMMA=on asks for it, and x and W have a
-// supported shape and dtype.
-bool linear_by_wgmma(const char* op, const Nf4Linear& args) {
+// Whether it was multiplied by the kernel for an H100 or H200: where that is faster, unless PEFTOPS_NF4_WGMMA is on or off.
+bool linear_by_wgmma(const char* op, const Nf4Linear& args, const Tensor& x) {
   const char* text = std::getenv("PEFTOPS_NF4_WGMMA");
-  const std::string way = text ? text : "off";
-  PEFTOPS_CHECK(way == "off" || way == "on", op, ": PEFTOPS_NF4_WGMMA must be on or off, not ", way);
+  const std::string way = text ? text : "auto";
+  PEFTOPS_CHECK(way == "auto" || way == "on" || way == "off", op, ": PEFTOPS_NF4_WGMMA must be auto, on or off, not ", way);
   if (way == "off") return false;
 #ifdef PEFTOPS_SM90
-  bool takes = false;
-  const cudaError_t status = cuda::takes_wgmma(args, &takes);
-  PEFTOPS_CHECK(status == cudaSuccess, op, ": PEFTOPS_NF4_WGMMA=on needs an H100 or H200: ",
+  cuda::Nf4LinearSm90 plan;
+  const cudaError_t status =
+      cuda::plan_wgmma(args, way == "on" ? cuda::Sm90::always : cuda::Sm90::faster, wanted_way(op), &plan);
+  PEFTOPS_CHECK(status == cudaSuccess, op, ": PEFTOPS_NF4_WGMMA=", way, " needs an H100 or H200: ",
                 cudaGetErrorString(status));
-  if (takes) run(PEFTOPS_PICK(nf4_linear_sm90), args, 0);
-  return takes;
+  if (plan.parts == 0) return false;
+  const Tensor sums = empty(x, {plan.parts > 1 ? plan.parts * args.m : 0, args.weight.rows}, ScalarType::Float);
+  if (plan.parts > 1) plan.sums = sums.mutable_data_ptr<float>();
+  run(PEFTOPS_PICK(nf4_linear_sm90), plan, 0);
+  return true;
 #else
-  PEFTOPS_CHECK(false, op, ": PEFTOPS_NF4_WGMMA=on needs a build for compute capability 9.0");
+  PEFTOPS_CHECK(way == "auto", op, ": PEFTOPS_NF4_WGMMA=on needs a build for compute capability 9.0");
   return false;
 #endif
 }
@@ -44,7 +47,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, const
   LinearOperands<Nf4Linear> o(kOp, w.weight, x, bias, u, b, scaling);
   o.args.int8 = int8;
 #ifdef PEFTOPS_CUDA
-  if (linear_by_wgmma(kOp, o.args)) return o.y;
+  if (linear_by_wgmma(kOp, o.args, o.x)) return o.y;
   if (linear_by_library(kOp, o.args, o.x, o.y, PEFTOPS_PICK(nf4_operands), PEFTOPS_PICK(nf4_dequantize))) return o.y;
 #endif
   run(PEFTOPS_PICK(nf4_linear), o.args, o.work());

@@ -3,6 +3,8 @@
 python tests/sim/roofline.py     writes docs/cuda_roofline.md
 """
 
+from __future__ import annotations
+
 import json
 import math
 import re
@@ -76,8 +78,10 @@ decoding and torch's product.
   wait at a barrier for every 64 columns or 32 rows: 56 us in place of 29, 200 in place of 46. So where rows are too
   many for `few_rows`, and backwards at any number of rows, the library's product is the shorter way on an H100, and the
   fused kernels there are of use only where a temporary of the weight's size is not (PEFTOPS_NF4_LIBRARY=never).
-* **The measurements are older** than two changes, which no GPU has run all of `make gpu` with: `few_rows` begins while
-  the kernel before it ends, in other blocks of threads, and `nf4_quantize` finds its codes by half of the instructions.
+* **`mma.sync` is not what multiplies** on an H100 from 33 to some 500 rows: there a kernel on `wgmma` does
+  (`nf4_linear_sm90.cu`), which the tables below do not have; `products.json` has its times. Of a tile of 64 rows its
+  threads do a chunk of 64 columns in 735 clocks, where the tensor cores need 256. They wait for the chunk, decode it,
+  and wait for the product before, one after the other.
 * **An L2 cache** holds much of a weight that was decoded just before: torch's product of 4096 x 4096 takes 10 us after
   decoding and 16 from memory.
 
@@ -156,9 +160,46 @@ def limits(gpu: Gpu, work: Work, loop: list[str]) -> dict[str, float]:
     }
 
 
+def constant(text: str, name: str) -> float:
+    return float(re.search(rf"{name} = ([\d.]+);", text)[1])
+
+
+@dataclass(frozen=True)
+class Wgmma:
+    """When the kernel of nf4_linear_sm90.cu ends, in clocks, in the tiles and parts that it takes."""
+
+    wave: float
+    parts: float
+    bytes: float
+    most: int
+    tiles: dict[int, float]
+
+    @staticmethod
+    def of() -> Wgmma:
+        text = (ROOT / "csrc/kernels/cuda/nf4_linear_sm90.cu").read_text()
+        wave, parts, moved, most = (
+            constant(text, name) for name in ("kWaveClocks", "kPartsClocks", "kPartsBytes", "kMostParts")
+        )
+        tiles = re.search(r"kTiles\[\] = \{(.*)\};", text)[1]
+        pairs = re.findall(r"\{(\d+), ([\d.]+)\}", tiles)
+        return Wgmma(wave, parts, moved, int(most), {int(rows): float(clocks) for rows, clocks in pairs})
+
+    def clocks(self, multiprocessors: int, m: int, n: int, k: int) -> float:
+        chunks = k // 64
+
+        def of(rows: int, parts: int) -> float:
+            waves = -(-(-(-m // rows) * -(-n // 128) * parts) // multiprocessors)
+            time = waves * (self.wave + -(-chunks // parts) * self.tiles[rows])
+            added = self.parts + 8 * parts * m * n / (self.bytes * multiprocessors)
+            return time + (added if parts > 1 else 0)
+
+        return min(of(rows, parts) for rows in self.tiles for parts in range(1, min(self.most, chunks) + 1))
+
+
 @dataclass(frozen=True)
 class Crossover:
-    """csrc/kernels/cuda/crossover.cuh, whose numbers are read from there, for 16-bit x and no extra columns."""
+    """csrc/kernels/cuda/crossover.cuh and, for Hopper, nf4_linear_sm90.cu: their numbers are read from there. For
+    16-bit x and no extra columns."""
 
     rows: float
     chunk: tuple[float, float]
@@ -168,26 +209,31 @@ class Crossover:
     launch: float
     product: float
     cached: float
+    wgmma: Wgmma | None
 
     @staticmethod
-    def of(capability: int) -> "Crossover":
+    def of(capability: int) -> Crossover:
         text = (ROOT / "csrc/kernels/cuda/crossover.cuh").read_text()
         rows = re.findall(r"\{(\d+), ([\d.]+), \{([\d.]+), ([\d.]+)\}, ([\d.]+), ([\d.]+), ([\d.]+)\}", text)
         fit = [row for row in rows if int(row[0]) <= capability][-1]
-        constant = lambda name: float(re.search(rf"{name} = ([\d.]+);", text)[1])
-        constants = map(constant, ("kLaunch", "kLeastProduct", "kCached"))
-        return Crossover(float(fit[1]), (float(fit[2]), float(fit[3])), *map(float, fit[4:]), *constants)
+        constants = (constant(text, name) for name in ("kLaunch", "kLeastProduct", "kCached"))
+        wgmma = Wgmma.of() if capability == 90 else None
+        return Crossover(float(fit[1]), (float(fit[2]), float(fit[3])), *map(float, fit[4:]), *constants, wgmma)
 
-    def prefers_library(self, multiprocessors: int, m: int, n: int, k: int) -> bool:
-        if m <= 16:
-            return False
+    def way(self, multiprocessors: int, m: int, n: int, k: int) -> str:
+        """The column of products.json that is taken."""
         waves = lambda blocks: -(-blocks // multiprocessors) * k / 64
         stripes = 2 if -(-n // 256) * -(-m // 64) >= 128 else 1
         again = waves(-(-n // 32) * -(-m // 32)) * self.rows
         many = waves(-(-n // (128 * stripes)) * -(-m // 64)) * self.chunk[stripes - 1]
         moved = n * k * 2.52 / self.bytes, self.cached * 2 * (n * k + m * (n + k)) / self.bytes
         product = max(self.product, max(moved[1], m * n * k / self.multiply) / multiprocessors)
-        return self.launch + moved[0] / multiprocessors + product < min(again, many)
+        clocks = {
+            "wgmma": self.wgmma.clocks(multiprocessors, m, n, k) if self.wgmma else math.inf,
+            "library": self.launch + moved[0] / multiprocessors + product,
+            "kernels": min(again, many) if m > 16 else 0,
+        }
+        return min(clocks, key=clocks.__getitem__)
 
 
 def measured(gpu: Gpu) -> dict[tuple[str, int, int, int], dict[str, float]]:
@@ -231,8 +277,8 @@ def ways() -> str:
     for gpu in GPUS:
         says = Crossover.of(int(gpu.arch))
         for n, k in (*LAYERS, FEW_OUTS):
-            taken = (says.prefers_library(gpu.multiprocessors, m, n, k) for m in rows)
-            text += f"| {gpu.name} | [{n}, {k}] | " + " | ".join("library" if t else "kernels" for t in taken) + " |\n"
+            taken = (says.way(gpu.multiprocessors, m, n, k) for m in rows)
+            text += f"| {gpu.name} | [{n}, {k}] | " + " | ".join(taken) + " |\n"
     return text
 
 
