@@ -238,7 +238,7 @@ def views(stack):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_bits_of_each_layer_alone(device, form, n, k, dtype):
     """On every instruction set: the same kernel does them, whatever its neighbours in the stack."""
-    if sim.active or k % GROUPS.get(form, 1) or n * k % 128:
+    if sim.active or device == "cuda" or k % GROUPS.get(form, 1) or n * k % 128:
         pytest.skip("on CUDA, tiles differ; or the format does not have such columns, or experts share a block")
     layers = Experts(device, form, [5, 0, 1, 4, 33], n, k, dtype, 7, r=5, bias=True)
     grads = layers.gradients(layers())
@@ -343,25 +343,36 @@ def test_bad_input(device):
     def call(x=x, weight=weight, offsets=offsets, bias=None, lora_A=A, lora_B=B, **kw):
         return peftops.experts_linear(x, weight, offsets, bias, lora_A=lora_A, lora_B=lora_B, **kw)
 
-    for wrong, message in (
-        (dict(weight=torch.randn(32, 64)), r"weight must have three dims, \[experts, out, in\], not shape \[32, 64\]"),
-        (dict(weight=torch.nn.Parameter(torch.randn(3, 32, 64))), "weight requires a gradient, but this op makes none"),
-        (dict(x=x.to("meta")), "x is on meta, weight on"),
-        (dict(x=x[:, 1:]), r"x must have shape \[rows, 64\], not \[5, 63\]"),
-        (dict(x=x[0]), r"x must have shape \[rows, 64\], not \[64\]"),
-        (dict(offsets=offsets[:2]), r"offsets must be int32 or int64 of shape \[3\], .*, not torch.int64 \[2\]"),
-        (dict(offsets=offsets.float()), r"offsets must be int32 or int64 of shape \[3\], .*, not torch.float32 \[3\]"),
-        (dict(bias=torch.zeros(32)), r"bias must have shape \[3, 32\], not \[32\]"),
-        (dict(lora_B=None), "lora_A and lora_B belong together, but lora_B is None"),
-        (dict(lora_A=A[:, :, 1:]), r"lora_A must have shape \[3, r, 64\], not \[3, 4, 63\]"),
-        (dict(lora_A=A[:, :0]), r"lora_A must have shape \[3, r, 64\], not \[3, 0, 64\]"),
-        (dict(lora_B=B[:2]), r"lora_B must have shape \[3, 32, 4\], not \[2, 32, 4\]"),
-        (dict(compute="int4"), "compute must be 'float' or 'int8', not 'int4'"),
-    ):
+    with torch.device(device):
+        cases = (
+            (
+                dict(weight=torch.randn(32, 64)),
+                r"weight must have three dims, \[experts, out, in\], not shape \[32, 64\]",
+            ),
+            (
+                dict(weight=torch.nn.Parameter(torch.randn(3, 32, 64))),
+                "weight requires a gradient, but this op makes none",
+            ),
+            (dict(x=x.to("meta")), "x is on meta, weight on"),
+            (dict(x=x[:, 1:]), r"x must have shape \[rows, 64\], not \[5, 63\]"),
+            (dict(x=x[0]), r"x must have shape \[rows, 64\], not \[64\]"),
+            (dict(offsets=offsets[:2]), r"offsets must be int32 or int64 of shape \[3\], .*, not torch.int64 \[2\]"),
+            (
+                dict(offsets=offsets.float()),
+                r"offsets must be int32 or int64 of shape \[3\], .*, not torch.float32 \[3\]",
+            ),
+            (dict(bias=torch.zeros(32)), r"bias must have shape \[3, 32\], not \[32\]"),
+            (dict(lora_B=None), "lora_A and lora_B belong together, but lora_B is None"),
+            (dict(lora_A=A[:, :, 1:]), r"lora_A must have shape \[3, r, 64\], not \[3, 4, 63\]"),
+            (dict(lora_A=A[:, :0]), r"lora_A must have shape \[3, r, 64\], not \[3, 0, 64\]"),
+            (dict(lora_B=B[:2]), r"lora_B must have shape \[3, 32, 4\], not \[2, 32, 4\]"),
+            (dict(compute="int4"), "compute must be 'float' or 'int8', not 'int4'"),
+        )
+    for wrong, message in cases:
         with pytest.raises(ValueError, match=f"experts_linear: {message}"):
             call(**wrong)
     with pytest.raises(TypeError, match="experts_linear: x is torch.float32, weight torch.bfloat16"):
-        call(weight=torch.randn(3, 32, 64, dtype=torch.bfloat16))
+        call(weight=torch.randn(3, 32, 64, dtype=torch.bfloat16, device=device))
     with pytest.raises(RuntimeError, match="x must be float32, bfloat16 or float16, not Double"):
         call(x=x.double(), lora_A=None, lora_B=None)
     if sim.active or device == "cuda":

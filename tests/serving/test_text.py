@@ -8,6 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import models
+
+pytest.importorskip("fastapi")
+
 from peftops.serving.http.text import TextStream
 
 PLAIN = models.tokenizer()
