@@ -68,6 +68,7 @@ double wgmma_clocks(const Nf4Linear& a, const Gpu& gpu, int rows, double chunk, 
 
 cudaError_t plan_wgmma(const Nf4Linear& a, Sm90 wanted, Way library, Nf4LinearSm90* plan) {
   *plan = {a, 0, 0, nullptr};
+  if (wanted == Sm90::faster && (a.m <= kFewRows || library == Way::library)) return cudaSuccess;
   Gpu gpu;
   const cudaError_t status = ask_gpu(&gpu);
   if (status != cudaSuccess) return status;
@@ -84,8 +85,8 @@ cudaError_t plan_wgmma(const Nf4Linear& a, Sm90 wanted, Way library, Nf4LinearSm
     }
   if (wanted == Sm90::always) return status;
   const double kernels = nf4_clocks(a, gpu, true);
-  const bool by_library = library == Way::library || (library == Way::faster && has_operands(a) &&
-                                                      library_clocks(a, gpu, operands_depth(a) != a.weight.cols) < least);
+  const bool by_library = library == Way::faster && has_operands(a) &&
+                          library_clocks(a, gpu, operands_depth(a) != a.weight.cols) < least;
   if (by_library || kernels < least) plan->parts = 0;
   return status;
 }

@@ -24,12 +24,16 @@ template <class Element>
 cudaError_t describe(CUtensorMap* map, const Element* matrix, int64_t rows, int64_t columns, int box_rows,
                      int box_bytes, CUtensorMapSwizzle swizzle) {
   static_assert(sizeof(Element) <= 2);
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  const cudaError_t status =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-  if (status != cudaSuccess) return status;
-  if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  static std::atomic<void*> known{nullptr};   // the search for it takes longer than its work
+  void* function = known.load(std::memory_order_relaxed);
+  if (!function) {
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    if (status != cudaSuccess) return status;
+    if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+    known.store(function, std::memory_order_relaxed);
+  }
   const cuuint64_t size[2] = {cuuint64_t(columns), cuuint64_t(rows)}, pitch[1] = {cuuint64_t(columns) * sizeof(Element)};
   const cuuint32_t box[2] = {cuuint32_t(box_bytes / sizeof(Element)), cuuint32_t(box_rows)}, step[2] = {1, 1};
   const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
