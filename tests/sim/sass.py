@@ -67,7 +67,7 @@ def written(instruction: Instruction) -> range:
 
 
 def overwritten(code: list[Instruction], jumps: dict[int, int]) -> list[str]:
-    """What writes to a register of an HGMMA's A before the wait for it, along any path."""
+    """Instructions that write to a register of an HGMMA's A before the wait for it, along any path."""
     found = []
     for start, product in enumerate(code):
         a = re.match(r"R\d+, R(\d+)", product.operands) if product.opcode.startswith("HGMMA") else None

@@ -116,7 +116,7 @@ struct ScaleReader {
   }
 };
 
-// What the first warpgroup does. Ranks: of the low-rank term, 0 where another part of the depth has it.
+// The work of the first warpgroup. Ranks: of the low-rank term, 0 where another part of the depth has it.
 template <class T, int Rows>
 __device__ void fill_stages(const Nf4Linear& a, int log_block, int64_t first_row, int64_t first_out, Chunks chunks,
                             int64_t ranks, const CUtensorMap* x, const CUtensorMap* codes, WgmmaMemory<T, Rows>& memory) {
