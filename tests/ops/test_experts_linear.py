@@ -220,6 +220,26 @@ def test_the_library_has_no_group_of_less_than_no_rows(device, offsets):
     assert dx.isfinite().all() and not dx[offsets[-1] :].any()
 
 
+def test_slots_without_an_expert_have_no_rows(device):
+    """They end where the last expert ended, and so torch is given no group of less than no rows."""
+    if not sim.active:
+        pytest.skip("torch's product on CUDA cannot be replaced")
+    layers, given = Experts(device, "mxfp4", [3, 0, 0, 2, 0], 24, 64, torch.bfloat16, 3), []
+
+    def grouped(left, right, offs=None, bias=None, out_dtype=None):
+        given.append(offs.tolist())
+        return left.new_zeros(len(left), right.shape[2])
+
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        library.impl("_grouped_mm", grouped, "CPU", allow_override=True)
+        with sim.nf4_library("always"):
+            layers.gradients(layers())
+    finally:
+        library._destroy()
+    assert given == [[3, 5, 5, 5, 5]]
+
+
 @pytest.mark.parametrize("dtype, n, k", [(torch.float32, 24, 64), (torch.float16, 24, 64), (torch.bfloat16, 20, 64)])
 def test_the_library_takes_bfloat16_in_whole_packs(device, dtype, n, k):
     with sim.nf4_library("always"):

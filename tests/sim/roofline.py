@@ -78,7 +78,7 @@ decoding and torch's product.
   wait at a barrier for every 64 columns or 32 rows: 56 us in place of 29, 200 in place of 46. So where rows are too
   many for `few_rows`, and backwards at any number of rows, the library's product is the shorter way on an H100, and the
   fused kernels there are of use only where a temporary of the weight's size is not (PEFTOPS_NF4_LIBRARY=never).
-* **`mma.sync` is not what multiplies** on an H100 from 33 to some 500 rows: there a kernel on `wgmma` does
+* **`mma.sync` is not what multiplies** on an H100 from some 30 to 500 rows: there a kernel on `wgmma` does
   (`nf4_linear_sm90.cu`), which the tables below do not have; `products.json` has its times. Of a tile of 64 rows its
   threads do a chunk of 64 columns in 735 clocks, where the tensor cores need 256. They wait for the chunk, decode it,
   and wait for the product before, one after the other.
