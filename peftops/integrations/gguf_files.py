@@ -14,8 +14,10 @@ from torch import Tensor
 # For these, llama.cpp permutes the rows of q and k, because it rotates in another way; transformers needs the original
 # order.
 PERMUTED = {"llama"}
+# For these, llama.cpp adds the 1 to the weights of norms that transformers adds when it computes.
+RAISED = {"gemma3"}
 FREQUENCIES = "rope_freqs.weight"
-SUPPORTED = {*PERMUTED, "qwen2", "qwen3"}
+SUPPORTED = {*PERMUTED, *RAISED, "qwen2", "qwen3"}
 
 
 def open_gguf(path: Path, config: Any) -> Any:
@@ -110,6 +112,8 @@ def gguf_tensors(path: Path, reader: Any, names: Iterable[str], config: Any) -> 
         if architecture in PERMUTED and (count := heads.get(tensor.name.split(".")[-2])):
             shape = values.shape
             values = values.reshape(count, shape[0] // count // 2, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+        if architecture in RAISED and tensor.name.endswith("norm.weight"):
+            values = values - 1
         return torch.from_numpy(np.array(values, dtype=np.float32))
 
     known = {tensor.name for tensor in reader.tensors} - {FREQUENCIES}  # (the configuration has those already)

@@ -101,8 +101,8 @@ def load_model(
 
     Args:
         path: a directory with ``config.json`` and safetensors: dense, in our codes as ``save_pretrained`` writes them,
-            in NF4 of bitsandbytes, or in GPTQ's layout (codes are not changed); or a GGUF file (of a llama, qwen2 or
-            qwen3), or a directory with one.
+            in NF4 of bitsandbytes, or in GPTQ's layout (codes are not changed); or a GGUF file (of a llama, qwen2,
+            qwen3 or gemma3), or a directory with one.
         dtype: of the parameters that are not quantised, and of the weights that the codes stand for.
         quantize: False leaves the model in the format of its files.
         block_size, double_quant: see :func:`peftops.nf4_quantize`.

@@ -170,7 +170,8 @@ def test_bitsandbytes_tensors_round_trip(kw):
 
 
 def write_gguf(path, model, kind="llama", factors=None, scaling=None):
-    """A GGUF of a llama with float32 and Q8_0 tensors, written from llama.cpp's rules: names, permuted q and k."""
+    """A GGUF with float32 and Q8_0 tensors, written from llama.cpp's rules: names, permuted q and k of a llama, norms
+    of a gemma3 with the 1 that it adds to them."""
     import gguf
 
     config = model.config
@@ -184,14 +185,22 @@ def write_gguf(path, model, kind="llama", factors=None, scaling=None):
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if kind == "gemma3":
+        writer.add_key_length(config.head_dim)
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
+    else:
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     if scaling:
         writer.add_rope_scaling_type(scaling)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", np.array(factors, dtype=np.float32))
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], config.num_hidden_layers)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     for name, tensor in model.state_dict().items():
-        values = tensor.float().numpy()
+        if name in tied:
+            continue
+        values = tensor.float().numpy() + (1 if kind == "gemma3" and "norm" in name else 0)
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         if heads and kind == "llama":
             values = values.reshape(heads, 2, values.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(values.shape)
@@ -227,6 +236,26 @@ def test_reads_gguf(llama_gguf, what):
     assert torch.equal(dense.model.layers[1].self_attn.q_proj.weight, attention.q_proj.weight)
     model = peftops.load_model(path)
     assert torch.equal(model(ids).logits, quantized(dense)(ids).logits)
+
+
+def test_reads_a_gemma3_from_gguf(tmp_path):
+    """As transformers does; its norms add 1 to their weights, and a layer sees all tokens or a window of them."""
+    from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GgufConfig
+
+    pytest.importorskip("gguf")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Gemma3TextConfig(**sizes, head_dim=8, num_hidden_layers=7, vocab_size=320, sliding_window=4)
+    original = Gemma3ForCausalLM(config).eval()
+    for name, weight in original.named_parameters():
+        torch.nn.init.normal_(weight, std=0.5 if "norm" in name else 0.02)
+    write_gguf(tmp_path / "model.gguf", original, "gemma3")
+    dense = peftops.load_model(tmp_path, quantize=False)
+    assert dense.config.layer_types == original.config.layer_types and dense.config.sliding_window == 4
+    torch.testing.assert_close(dense(ids).logits, original(ids).logits, rtol=0.02, atol=0.02)  # Q8_0 in the MLP
+    codes = GgufConfig(dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", quantization_config=codes)
+    assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), theirs.parameters(), strict=True))
 
 
 def llama3_factors(theta, width, factor):

@@ -32,10 +32,12 @@ def test_each_row_computes_what_it_would_alone(build, padded):
     model, ids = prompted(build), models.tokens(5, 7)
     names = ["b" if name is None and build is models.bert else name for name in NAMES]
     inputs = {"input_ids": ids}
+    if build is models.bert:
+        inputs["token_type_ids"] = ids % 2
     if padded:
         mask = torch.ones(5, 7, dtype=torch.long)
         mask[2, :3] = mask[4, :1] = 0
-        inputs = {"input_ids": ids, "attention_mask": mask}
+        inputs["attention_mask"] = mask
     with prompt_per_row(model, names):
         got = model(**inputs).logits
     for i, name in enumerate(names):
@@ -43,6 +45,18 @@ def test_each_row_computes_what_it_would_alone(build, padded):
         want = alone(model, name, lambda m, row=row: m(**row).logits)
         real = slice(int((mask[i] == 0).sum()) if padded and build is not models.bert else 0, None)
         torch.testing.assert_close(got[i][real], want[0][real], rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_before_two_segments_is_of_the_first():
+    model, ids = models.bert(), models.tokens(2, 7)
+    peftops.attach(model, PromptTuningConfig(tokens=3, init="random"))
+    (prompt,) = (p for p in model.parameters() if p.requires_grad and p.ndim == 2 and len(p) == 3)
+    types = ids % 2
+    got = model(input_ids=ids, token_type_ids=types).logits
+    embeds = torch.cat([prompt.expand(2, -1, -1), model.get_input_embeddings()(ids)], 1)
+    with peftops.disabled(model):
+        want = model(inputs_embeds=embeds, token_type_ids=torch.nn.functional.pad(types, (3, 0))).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_reach_the_prompts_of_the_rows_and_nothing_else():

@@ -31,7 +31,8 @@ def run(device, parameters, grads, moments, block, step, **options):
     """The step in place, of copies on the device; parameters and moments after it."""
     move = lambda ts: [t.clone().to(device) for t in ts]
     lists = move(parameters), move(grads), *map(move, zip(*moments, strict=True))
-    adamw8bit_(*lists, block_size=block or 256, step=step, **{**OPTIONS, **options})
+    given = {} if block in (None, 256) else {"block_size": block}
+    adamw8bit_(*lists, step=step, **given, **{**OPTIONS, **options})
     back = [[t.cpu() for t in ts] for ts in lists]
     return back[0], list(zip(*back[2:], strict=True))
 

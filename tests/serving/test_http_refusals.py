@@ -14,6 +14,7 @@ from peftops.serving import pool_for
 
 pytest.importorskip("fastapi")
 from peftops.serving.http import Adapters, Limits
+from peftops.serving.http.app import _after
 from peftops.serving.http.errors import ApiError
 from peftops.serving.http.guard import Guard
 
@@ -67,9 +68,22 @@ def test_no_place_is_named(fault, tmp_path):
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Limits)])
 def test_every_limit_is_a_number_in_its_range(name):
-    for value in (-1, math.nan, "4", True):
+    for value in (-1, math.nan, "4", True, *(() if name.endswith("seconds") else (2.5,))):
         with pytest.raises(ValueError, match=f"Limits: {name}"):
             Limits(**{"context": 8, name: value})
+
+
+def test_an_answer_that_is_over_waits_no_longer_for_its_client_to_leave():
+    async def pieces():
+        yield "a piece"
+
+    async def ask():
+        leaving, over = asyncio.ensure_future(asyncio.Event().wait()), []
+        assert [piece async for piece in _after(pieces(), leaving, lambda: over.append(True))] == ["a piece"]
+        await asyncio.wait([leaving], timeout=5)
+        return leaving.cancelled(), over
+
+    assert asyncio.run(ask()) == (True, [True])
 
 
 def test_a_message_that_does_not_say_that_more_follows_is_the_last():

@@ -1,11 +1,12 @@
-"""What calibration takes back of what 4 bits cost, on SmolLM2-135M: held-out loss dense, in NF4, in calibrated NF4.
+"""What calibration takes back of what 4 bits cost: held-out loss of a model dense, in NF4, in calibrated NF4.
 
-    python examples/calibrate_smollm2.py --text definitions      # WordNet's training rows to calibrate with
-    python examples/calibrate_smollm2.py --text manual           # Python's own help texts
+    python examples/calibrate_model.py --text definitions      # WordNet's training rows to calibrate with
+    python examples/calibrate_model.py --text manual           # Python's own help texts
 
 Both are tried on held-out text of both kinds: WordNet's evaluation rows, and help texts of other topics. The model is
-the demo's, see finetune_smollm2.py. With --merge RUN, a directory of `peftops finetune --method qlora` on this model,
-it tells what merging that adapter into NF4 loses, as it is done by default and with calibration.
+the demo's SmolLM2-135M (see finetune_smollm2.py), or the one in --model DIR. With --merge RUN, a directory of
+`peftops finetune --method qlora` on this model, it tells what merging that adapter into NF4 loses, as it is done by
+default and with calibration.
 """
 
 import argparse
@@ -35,12 +36,14 @@ def texts(tokenizer) -> dict[str, tuple[list, list]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, help="a directory with a model and its tokenizer")
     parser.add_argument("--text", choices=HELD_OUT, default="definitions", help="to calibrate with")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--damping", type=float)
     parser.add_argument("--merge", type=Path)
     args = parser.parse_args()
-    tokenizer = load_tokenizer(smollm2())
+    source = args.model or smollm2()
+    tokenizer = load_tokenizer(source)
     data = texts(tokenizer)
     config = peftops.CalibrationConfig(damping=args.damping)
     rows = some_rows(data[args.text][0], args.tokens)
@@ -55,7 +58,7 @@ def main() -> None:
         + "".join(f"{kind:>14}" for kind in HELD_OUT)
     )
     if args.merge:
-        trained = lambda: peftops.load(peftops.load_model(smollm2()), args.merge)
+        trained = lambda: peftops.load(peftops.load_model(source), args.merge)
         model = trained()
         measure("trained, not merged", model)
         warnings.simplefilter("ignore")  # about what this measures
@@ -68,9 +71,9 @@ def main() -> None:
         print(report)
         measure("merged and calibrated", model)
         return
-    dense = measure("dense", peftops.load_model(smollm2(), quantize=False))
-    plain = measure("NF4", peftops.load_model(smollm2()))
-    model, report = peftops.quantize_model(smollm2(), rows, config)
+    dense = measure("dense", peftops.load_model(source, quantize=False))
+    plain = measure("NF4", peftops.load_model(source))
+    model, report = peftops.quantize_model(source, rows, config)
     found = measure("NF4, calibrated", model)
     back = [1 - (c - a) / (b - a) for a, b, c in zip(dense, plain, found, strict=True)]
     print("taken back of NF4's loss" + "".join(f"{share:14.0%}" for share in back) + f"\n{report}")
