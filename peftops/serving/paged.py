@@ -166,7 +166,7 @@ class PagedBatch(Batch):
         for s, request in enumerate(requests):
             table[:, s, : len(request.blocks)] = self._table(request)
         ends = torch.tensor(lengths, dtype=torch.int32)
-        cache = Pass(self.model.layout, self.blocks.views, counts, ends, table)
+        cache = Pass(self.blocks.views, counts, ends, table)
         ids = torch.tensor([token for new in tokens for token in new])
         self.rows.index = self._adapters(requests, counts)
         try:

@@ -27,8 +27,8 @@ class _Cache:
     is_compileable = False
     _layer: int | None = None  # the layer whose attention comes next
 
-    def __init__(self, layout: Layout | None, layers: int):
-        self.layout, self.is_sliding = layout, [False] * layers
+    def __init__(self, layers: int):
+        self.is_sliding = [False] * layers
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -50,7 +50,7 @@ class Probe(_Cache):
     """A pass of one token that finds the sizes of the layers' keys and values, and the kind of their attention."""
 
     def __init__(self, layers: int):
-        super().__init__(None, layers)
+        super().__init__(layers)
         self.heads: dict[int, tuple[int, int, int]] = {}
         self.windows: dict[int, int | None] = {}
         self.dtypes: set[torch.dtype] = set()
@@ -76,10 +76,8 @@ class Pass(_Cache):
         table: int32 ``[layers, sequences, most]``, the pages of each.
     """
 
-    def __init__(
-        self, layout: Layout, views: list[tuple[Tensor, Tensor]], counts: list[int], lengths: Tensor, table: Tensor
-    ):
-        super().__init__(layout, len(views))
+    def __init__(self, views: list[tuple[Tensor, Tensor]], counts: list[int], lengths: Tensor, table: Tensor):
+        super().__init__(len(views))
         self.views, self.counts, self.lengths, self.table = views, counts, lengths, table
         ends, size = lengths.tolist(), views[0][0].shape[2]
         self.positions = torch.cat([torch.arange(e - n, e) for n, e in zip(counts, ends, strict=True)])
