@@ -98,7 +98,8 @@ def test_from_a_model_and_a_file_to_an_adapter(model_folder, train_file, tmp_pat
 
 def test_the_same_seed_gives_the_same_adapter(model_folder, train_file, tmp_path):
     for name in ("a", "b"):
-        assert main(arguments(model_folder, train_file, tmp_path / name, "--dropout", 0.1, "--seed", 7)) == 0
+        more = ["--dropout", 0.1, "--seed", 7, "--threads", torch.get_num_threads()]
+        assert main(arguments(model_folder, train_file, tmp_path / name, *more)) == 0
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
 
@@ -229,6 +230,8 @@ def test_bad_options_are_sentences(model_folder, train_file, tmp_path, capsys):
         (["--lr", "0"], "--lr and --epochs must be positive"),
         (["--r", "0"], "r must be a whole number from 1"),
         (["--dropout", "1"], "dropout must be a number in [0, 1), not 1.0"),
+        (["--threads", "0"], "--threads must be at least 1 and at most 1024, not 0"),
+        (["--threads", "1025"], "--threads must be at least 1 and at most 1024, not 1025"),
         (["--eval-share", "1"], "--eval-share must be in [0, 1)"),
         (["--target", "q_porj"], "did you mean"),
         (["--train", str(tmp_path / "none.jsonl")], "no data file"),

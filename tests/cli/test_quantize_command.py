@@ -74,7 +74,9 @@ def test_quantize(folder, tmp_path, capsys, data, monkeypatch):
     said, report = capsys.readouterr().out, json.loads((out / "calibration.json").read_text())
     assert "14 layers in NF4, calibrated on" in said and f"are in {out}" in said
     assert 1000 <= report["tokens"] < 1064 and (out / "calibration.png").read_bytes().startswith(b"\x89PNG")
-    lines = drawn[0].axes[0].lines  # two for each of seven kinds of layers: plain and calibrated, a point for each block
+    lines = (
+        drawn[0].axes[0].lines
+    )  # two for each of seven kinds of layers: plain and calibrated, a point for each block
     assert len(lines) == 14 and all(len(line.get_ydata()) == 2 for line in lines)
     model = peftops.load_model(out)
     assert sum(isinstance(m, NF4Linear) for m in model.modules()) == 14 and load_tokenizer(out)("hi")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_hf import write_gguf
 from torch import nn
 
 import models
@@ -72,6 +73,15 @@ def test_a_path_and_a_module_give_the_same_and_beat_plain_nf4(folder):
     assert report.error < 0.8 * report.plain_error and f"{report.tokens:,} tokens" in str(report)
     assert all(layer.rows == report.tokens == sum(map(len, ROWS)) for layer in report.layers)
     assert all(layer.error <= layer.plain_error for layer in report.layers)
+
+
+def test_reads_gguf(tmp_path):
+    pytest.importorskip("gguf")
+    write_gguf(tmp_path / "model.gguf", llama())
+    read, report = quantize_model(tmp_path / "model.gguf", ROWS)
+    dense = peftops.load_model(tmp_path / "model.gguf", quantize=False)
+    model, again = quantize_model(dense, ROWS)
+    assert torch.equal(logits(read), logits(model)) and len(report.layers) == len(again.layers) == 14
 
 
 @pytest.mark.parametrize("build", [models.llama, models.qwen2, models.mistral, models.gemma, models.gpt2])
@@ -191,6 +201,16 @@ def test_a_damaged_unfinished_run_is_refused(folder, tmp_path):
 
 @pytest.mark.parametrize("layout", ["bitsandbytes", "peftops"])
 def test_goes_on_after_a_kill(folder, tmp_path, monkeypatch, layout):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    of_mlp = LlamaMLP.__init__
+
+    def with_buffers(self, config):  # that no file holds
+        of_mlp(self, config)
+        self.register_buffer("made_anew", torch.zeros(3), persistent=False)
+        self.register_buffer("not_there", None)
+
+    monkeypatch.setattr(LlamaMLP, "__init__", with_buffers)
     config, whole = CalibrationConfig(layout=layout), tmp_path / "whole"
     quantize_model(folder, ROWS, config, out=whole)
 

@@ -23,6 +23,7 @@ CONFIGS = {
     "nf4": lambda: peftops.NF4Config(),
     "nf4-128": lambda: peftops.NF4Config(block_size=128, double_quant=False),
     "group": lambda: peftops.GroupConfig(bits=3, group_size=16),
+    "group-8": lambda: peftops.GroupConfig(bits=8, symmetric=True),
 }
 
 
@@ -52,7 +53,7 @@ def test_quantised_while_read_and_the_same_bits_from_its_files(tmp_path, build, 
     build().save_pretrained(tmp_path / "dense")
     model = read(build, tmp_path / "dense", quantization_config=CONFIGS[config]())
     dense = build()
-    kind = GroupLinear if config == "group" else NF4Linear
+    kind = GroupLinear if config.startswith("group") else NF4Linear
     replaced = {name for name, layer in model.named_modules() if isinstance(layer, kind)}
     assert replaced and model.is_quantized and model.is_loaded_in_4bit == config.startswith("nf4")
     assert model.num_parameters() == dense.num_parameters()

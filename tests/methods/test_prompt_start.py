@@ -59,6 +59,7 @@ def test_random():
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"init": "zeros"}, "init must be one of"),
         ({"init": "labels"}, "init='labels' needs 1 to 4 labels, one per token, not 0"),
         ({"init": "labels", "labels": tuple("abcde")}, "init='labels' needs 1 to 4 labels, one per token, not 5"),
         ({"init": "text", "text": "abc"}, "a prompt's text needs a tokenizer"),

@@ -1,5 +1,6 @@
 """``gptq_quantize(format="nf4")``: NF4 that bitsandbytes could have written, and never worse than what it writes."""
 
+import sys
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from test_gptq_quantize import calibration
 
 import peftops
+import peftops.ops.gptq_nf4
 from peftops.integrations.bitsandbytes_files import to_bitsandbytes
 from peftops.ops.gptq_quantize import output_error
 from peftops.ops.moments import Moments
@@ -130,6 +132,23 @@ def test_inputs_that_tell_nothing_give_plain_nf4_and_a_warning(rows, words):
     with pytest.warns(UserWarning, match=f"gptq_quantize: {words}: this is plain NF4"):
         got = peftops.gptq_quantize(weight, rows(x), format="nf4")
     assert torch.equal(got, peftops.nf4_quantize(weight))
+
+
+@pytest.mark.parametrize("n, tried", [(40, 40), (300, 300), (2048, 256)])
+def test_damping_is_chosen_by_rows_of_the_whole_weight(n, tried, monkeypatch):
+    seen = []
+
+    def watched(rows, *args, **options):
+        seen.append(rows[:, 0])
+        return round_nf4(rows, *args, **options)
+
+    monkeypatch.setattr(sys.modules["peftops.ops.gptq_nf4"], "round_nf4", watched)
+    weight = random(n, 64, 0)
+    weight[:, 0] = torch.linspace(-1, 1, n)
+    calibrated(weight, calibration(300, 64, 1))
+    *trials, whole = seen
+    assert len(whole) == n and trials and all(len(rows) == tried for rows in trials)
+    assert trials[0][0] == -1 and trials[0][-1] > 0.98
 
 
 def test_inputs_that_change_ask_for_nothing():
