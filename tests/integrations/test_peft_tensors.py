@@ -14,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import models
 import peftops
 from peftops import IA3Config, LoRAConfig, NormTuningConfig, PrefixTuningConfig, TopLayersConfig
-from peftops.nn import unwrapped
+from peftops.nn import base_of, module_at, unwrapped
 
 WEIGHTS = "adapter_model.safetensors"
 ids = models.tokens()
@@ -73,6 +73,16 @@ def test_wrappers_leave_no_names(tmp_path, wrap, config):
     around = wrap(copy.deepcopy(plain))  # wrapped with its adapter
     peftops.save(around, tmp_path / "around")
     assert load_file(tmp_path / "around" / WEIGHTS).keys() == load_file(tmp_path / "plain" / WEIGHTS).keys()
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, checkpoint_wrapper])
+def test_a_layer_is_found_through_wrappers(wrap):
+    adapted = peftops.attach(nn.Sequential(nn.Sequential(nn.Linear(8, 8))), LoRAConfig(r=2))
+    layer = adapted[0][0]
+    adapted[0][0] = wrap(layer)
+    adapted[0] = wrap(adapted[0])
+    assert module_at(adapted, "0.0") is layer and base_of(wrap(layer)) is layer.base
+    assert module_at(wrap(adapted), "0.0") is layer
 
 
 @pytest.mark.parametrize(

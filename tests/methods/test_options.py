@@ -25,6 +25,13 @@ def test_what_is_of_another_kind_is_refused_by_name(config, name):
             dataclasses.replace(options, **{name: value})
 
 
+@pytest.mark.parametrize("config", [config for config, name in OPTIONS if name == "target"])
+@pytest.mark.parametrize("target", ["", [], [""], ("q_proj", "")], ids=repr)
+def test_a_target_has_names(config, target):
+    with pytest.raises(ValueError, match="target"):
+        dataclasses.replace(example_of(config).config, target=target)
+
+
 @pytest.mark.parametrize("config", METHODS)
 def test_what_a_file_makes_of_options_is_of_their_kinds(config):
     """JSON has lists alone, and whole numbers where there is no fraction."""
