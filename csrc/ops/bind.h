@@ -15,11 +15,14 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <vector>
 
 #include "kernels/cpu/isa.h"
 #ifdef PEFTOPS_CUDA
@@ -220,7 +223,7 @@ template <class Args> struct CudaKernel {
 };
 
 // Enqueues a CUDA kernel on torch's current stream of the current device.
-template <class Args> void run(CudaKernel<Args> kernel, const Args& args, int64_t) {
+template <class Args> void run(CudaKernel<Args> kernel, const Args& args, int64_t, int64_t = 1) {
   int device = 0;
   void* stream = nullptr;
   cudaError_t status = cudaGetDevice(&device);
@@ -241,14 +244,32 @@ inline void* scratch() {
   return memory.get();
 }
 
-// Runs a CPU kernel on torch's own threads. `work` estimates multiply-adds or elements: a thread gets at least as much
-// work as it takes time to wake another thread.
-template <class Args> void run(cpu::Kernel<Args>* kernel, const Args& args, int64_t work) {
-  constexpr int64_t kWorkPerThread = 1 << 17;
+// Runs a CPU kernel on torch's own threads, each with an equal range of the units. `work` estimates multiply-adds or
+// elements: a thread gets at least as much work as it takes time to wake another thread. If the units are of several
+// `parts`, such as experts, and each is long, a thread takes its range in pieces, and then pieces of the other ranges:
+// a core may be slower, or have other work. A piece is as large as a part, because a kernel packs x for each piece.
+template <class Args> void run(cpu::Kernel<Args>* kernel, const Args& args, int64_t work, int64_t parts = 1) {
+  constexpr int64_t kWorkPerThread = 1 << 17, kLong = 1 << 20, kPieces = 8;
   const int64_t units = kernel(args, 0, 0, nullptr);
   if (units == 0) return;
   const int64_t threads = work / kWorkPerThread + 1, grain = (units + threads - 1) / threads;
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end, scratch()); });
+  const int64_t ranges = parts > 1 && work / parts >= kLong ? int64_t(torch::stable::get_num_threads()) : 1;
+  if (ranges == 1) {
+    torch::stable::parallel_for(0, units, grain,
+                                [&](int64_t begin, int64_t end) { kernel(args, begin, end, scratch()); });
+    return;
+  }
+  const int64_t piece = std::max(units / ranges / kPieces, units / parts) + 1;
+  struct alignas(64) Range { std::atomic<int64_t> next; int64_t end; };   // a cache line each
+  std::vector<Range> all(ranges);
+  for (int64_t i = 0; i < ranges; ++i) all[i].next = units * i / ranges, all[i].end = units * (i + 1) / ranges;
+  torch::stable::parallel_for(0, ranges, 1, [&](int64_t first, int64_t) {
+    for (int64_t i = 0; i < ranges; ++i) {
+      Range& range = all[(first + i) % ranges];
+      for (int64_t begin; (begin = range.next.fetch_add(piece, std::memory_order_relaxed)) < range.end;)
+        kernel(args, begin, std::min(begin + piece, range.end), scratch());
+    }
+  });
 }
 #endif
 

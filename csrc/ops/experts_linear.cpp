@@ -17,7 +17,7 @@ Tensor linear(const char* op, Kernel kernel, const Weight& weight, const Tensor&
   LinearOperands<Args> o(op, weight, x, bias, u, b, scaling, offsets.experts);
   o.args.int8 = int8;
   offsets.clear_rest(o.y);
-  run(kernel, offsets.of(o.args), o.work());
+  run(kernel, offsets.of(o.args), o.work(), offsets.experts);
   return o.y;
 }
 
@@ -33,7 +33,7 @@ Tensor backward(const char* op, Kernel kernel, const Weight& weight, const Tenso
     if (stack_backward_by_library(op, o, offsets)) return o.dx;
 #endif
   offsets.clear_rest(o.dx);
-  run(kernel, offsets.of(o.args), o.work());
+  run(kernel, offsets.of(o.args), o.work(), offsets.experts);
   return o.dx;
 }
 

@@ -67,7 +67,7 @@ inline LoraGradient part_of(LoraGradient a, int64_t expert, int64_t row, int64_t
   return a;
 }
 
-// `most`: the rows that a unit of the layer's kernel has at most, nearly.
+// `most`: the rows that a unit of the layer's kernel has at most, nearly. More rows are cut into equal parts.
 template <class Args>
 int64_t each_expert(const Experts<Args>& a, Kernel<Args>& layer, int64_t begin, int64_t end, void* scratch,
                     int64_t most = kRowBlock) {
@@ -75,7 +75,8 @@ int64_t each_expert(const Experts<Args>& a, Kernel<Args>& layer, int64_t begin, 
   for (int64_t e = 0; e < a.experts; row = a.offsets[e++]) {
     const int64_t rows = a.offsets[e] - row;
     const Args part = part_of(a.all, e, row, rows);
-    const int64_t units = layer(part, 0, 0, nullptr), each = at_most(rows, most) + kPanelCost;
+    const int64_t units = layer(part, 0, 0, nullptr);
+    const int64_t each = (rows ? ceil_div(rows, ceil_div(rows, most)) : 0) + kPanelCost;
     const auto unit_at = [&](int64_t place) {   // the first that begins there or later
       return place <= cost ? 0 : at_most(units, ceil_div(place - cost, each));
     };
