@@ -100,6 +100,7 @@ TESTS = {
     "peftops/methods/lqlora.py": ["methods/test_lqlora.py"],
     "peftops/methods/qalora.py": ["methods/test_qalora.py", "methods/test_conformance.py"],
     "peftops/methods/olora.py": ["methods/test_options.py", "methods/test_conformance.py"],
+    "peftops/methods/prompt_tuning.py": ["methods/test_prompt_start.py", "methods/test_options.py"],
     "peftops/methods/relora.py": ["methods/test_relora.py"],
     "peftops/methods/surgical.py": ["methods/test_surgical.py"],
     "peftops/methods/tiedlora.py": ["methods/test_lora.py", "methods/test_conformance.py"],
