@@ -12,9 +12,8 @@ from ..attaching import attachment, hosts
 from ..methods.lora import LoRA
 from ..nn import LINEAR, kind_of, unwrapped
 from .files import writable_directory, write_atomically
-from .gguf_files import PERMUTED, SUPPORTED
-
-_ARCHITECTURES = {"mistral": "llama"} | {name: name for name in SUPPORTED}  # by transformers' names
+from .gguf_files import PERMUTED
+from .gguf_model import ARCHITECTURES
 
 
 def save_gguf(model: nn.Module, file: str | os.PathLike, *, name: str | None = None) -> None:
@@ -45,10 +44,10 @@ def save_gguf(model: nn.Module, file: str | os.PathLike, *, name: str | None = N
     if name not in state.configs:
         raise ValueError(f"the model has no adapter named {name!r}; it has {', '.join(state.configs)}")
     config = getattr(model, "config", None)
-    architecture = _ARCHITECTURES.get(getattr(config, "model_type", None))
+    architecture = ARCHITECTURES.get(getattr(config, "model_type", None))
     if architecture is None:
         kind = getattr(config, "model_type", type(model).__name__)
-        raise TypeError(f"a GGUF of {kind} is not known here; {', '.join(sorted(_ARCHITECTURES))} are")
+        raise TypeError(f"a GGUF of {kind} is not known here; {', '.join(sorted(ARCHITECTURES))} are")
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}

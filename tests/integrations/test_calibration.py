@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_hf import write_gguf
 from torch import nn
 
 import models
 import peftops
+from gguf_file import write_gguf
 from peftops.integrations import calibration
 from peftops.integrations.calibration import CalibrationConfig, quantize_model
 from peftops.nn import NF4Linear

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_hf import write_gguf
 from torch import nn
 
 import models
 import peftops
+from gguf_file import write_gguf
 from proves import proves
 
 gguf = pytest.importorskip("gguf")
