@@ -15,9 +15,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from finetune_smollm2 import DATA, smollm2
 
 import peftops
+from finetune_smollm2 import DATA, smollm2
 from peftops.cli.data import Row, encode, read_rows
 from peftops.cli.model import load_tokenizer
 from peftops.cli.quantize import some_rows

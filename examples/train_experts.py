@@ -5,54 +5,19 @@
         --vocabulary 1000                                                 # seconds
 
 The layout is Qwen3-30B-A3B's on the Hub: bfloat16, a tensor for each matrix of each expert, a file for each layer. A
-file that is there already is not written again. The peak of anonymous memory, which swapping alone could take back, is
-sampled every few milliseconds; pages of files come and go and do not count.
+file that is there already is not written again.
 """
 
 import argparse
-import json
-import math
-import re
-import threading
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import peftops
+from large import measured, write
 
 ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]  # attention and experts
-
-
-def anonymous() -> int:
-    """Bytes of memory that no file is behind."""
-    kilobytes = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return 1024 * int(kilobytes[1])
-
-
-@contextmanager
-def measured(what: str):
-    """Prints the seconds that the inside takes, and the peak of its anonymous memory."""
-    peak, done, start = [anonymous()], threading.Event(), time.perf_counter()
-
-    def sample() -> None:
-        while not done.wait(0.01):
-            peak[0] = max(peak[0], anonymous())
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-    print(
-        f"{what:24}{time.perf_counter() - start:8.1f} s, peak {peak[0] / 1e9:6.2f} GB, now {anonymous() / 1e9:6.2f} GB",
-        flush=True,
-    )
 
 
 def shapes(config: Qwen3MoeConfig) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -82,32 +47,6 @@ def shapes(config: Qwen3MoeConfig) -> dict[str, dict[str, tuple[int, ...]]]:
             own |= {f"mlp.experts.{expert}.{name}": shape for name, shape in matrices.items()}
         files[f"layer-{layer:03}"] = {f"model.layers.{layer}.{name}.weight": shape for name, shape in own.items()}
     return files
-
-
-def drawn(shape: tuple[int, ...], bank: torch.Tensor) -> torch.Tensor:
-    """A weight of random numbers: those of ``bank``, over and over from some place on. (Drawing 15 billion is slow.)"""
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=bank.dtype)
-    start = torch.randint(len(bank), (1,)).item()
-    numbers = bank.roll(start).repeat(-(-math.prod(shape) // len(bank)))[: math.prod(shape)]
-    return numbers.view(shape) / math.sqrt(shape[1])
-
-
-def write(folder: Path, config: Qwen3MoeConfig) -> int:
-    """A checkpoint of random weights, a file at a time; how many parameters it has."""
-    folder.mkdir(parents=True, exist_ok=True)
-    index, files, bank = {}, shapes(config), torch.randn(2**22).bfloat16()
-    for name, own in files.items():
-        file = folder / f"{name}.safetensors"
-        index |= dict.fromkeys(own, file.name)
-        if not file.exists():
-            part = file.with_suffix(".part")  # so that a file that is there is whole
-            save_file({key: drawn(shape, bank) for key, shape in own.items()}, part, metadata={"format": "pt"})
-            part.rename(file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    config.architectures = [Qwen3MoeForCausalLM.__name__]
-    config.save_pretrained(folder)
-    return sum(math.prod(shape) for own in files.values() for shape in own.values())
 
 
 def main() -> None:
@@ -143,9 +82,10 @@ def main() -> None:
         norm_topk_prob=True,
         tie_word_embeddings=False,
         dtype=torch.bfloat16,
+        architectures=[Qwen3MoeForCausalLM.__name__],
     )
     with measured("write"):
-        written = write(args.folder / "base", config)
+        written = write(args.folder / "base", config, shapes(config))
     print(f"{written:,} parameters")
     with measured("read into NF4"):
         model = peftops.load_model(args.folder / "base", dtype=torch.bfloat16)
