@@ -12,6 +12,8 @@ import sim
 from peftops import _C
 
 # Processes of tests that each ask for every core would wait for each other. Programs that a test starts follow.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed says that, into the output of examples
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(max(1, os.cpu_count() // workers))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))

@@ -24,6 +24,7 @@ LIBRARIES = (  # in the order of the table
     "TRL: SFTTrainer, DPOTrainer",
     "Lightning",
     "torch FSDP2",
+    "DeepSpeed: ZeRO-1, ZeRO-2",
 )
 
 

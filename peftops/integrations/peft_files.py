@@ -193,6 +193,8 @@ def _load(model: nn.Module, folder: Path, name: str, config: Any, tensors: dict[
         biases = of_biases(tensors, model) if getattr(config, "bias", None) == "all" else set()
         rest = {key: tensor for key, tensor in tensors.items() if key not in biases}
         adapted = adapted_layers_of(METHODS[type(config)], rest, model, whole, folder / WEIGHTS)
+        if not adapted:
+            raise ValueError(f"{folder / WEIGHTS} has no tensor of an adapted layer")
         config = dataclasses.replace(config, **{field: exact_target(model, adapted)})
     with all_or_nothing(model):
         attach(model, config, name=name)

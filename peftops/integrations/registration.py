@@ -75,6 +75,18 @@ def _register_checkpoints() -> None:
     checkpointing(Trainer)
 
 
+def _register_shards() -> None:
+    from accelerate.utils import fsdp_utils
+
+    from .sharded import loaded_everywhere, without_base
+
+    without_base(fsdp_utils)
+    prepare = fsdp_utils.fsdp2_prepare_model
+    for module in ("accelerate.utils.fsdp_utils", "accelerate.utils", "accelerate.accelerator"):  # it is copied there
+        if getattr(sys.modules.get(module), "fsdp2_prepare_model", None) is prepare:
+            sys.modules[module].fsdp2_prepare_model = loaded_everywhere(prepare)
+
+
 def _register_processes() -> None:
     """DistributedDataParallel sends all parameters as one flat tensor, which does not work for codes.
     :func:`peftops.attach` tells it to ignore the codes of its models; this does the same for models that other
@@ -93,9 +105,19 @@ def _register_processes() -> None:
     DistributedDataParallel.__init__ = leaving_codes
 
 
+def _register_deepspeed() -> None:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    from .sharded import deepspeed_without_base
+
+    deepspeed_without_base(DeepSpeedEngine)
+
+
 when_imported("torch.nn.parallel.distributed", _register_processes)
+when_imported("deepspeed.runtime.engine", _register_deepspeed)
 when_imported("peft.tuners.lora.model", _register_layers)
 when_imported("transformers.quantizers.auto", _register_quantizers)
 when_imported("transformers.integrations.moe", _register_experts)
 when_imported("transformers.modeling_utils", _register_saving)
 when_imported("transformers.trainer", _register_checkpoints)
+when_imported("accelerate.utils.fsdp_utils", _register_shards)

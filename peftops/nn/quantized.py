@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,18 @@ class StoredInParts(nn.Module):
     """A layer whose state dict has the parts of its packed ``weight`` as plain tensors: ``weight.packed``,
     ``weight.scales``, ... So every writer of state dicts can write it (safetensors, and with it transformers'
     ``save_pretrained`` and Trainer). A state dict with the weight itself, as FSDP's, is read as well."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """(torch would put a new weight in the old one's place. It cannot if something, such as DeepSpeed, refers
+        weakly to the old one. So the weight stays, and becomes the new one.)"""
+        codes = {name: weight for name, weight in self._parameters.items() if is_quantized(weight)}
+        with torch.no_grad():
+            done = {name: weight for name, weight in codes.items() if weight.become(fn(weight))}
+        self._parameters.update(dict.fromkeys(done))
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._parameters.update(done)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

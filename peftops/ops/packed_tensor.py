@@ -70,6 +70,17 @@ class PackedTensor(Format, PackedProduct, NoMemory, RowShards, Tensor):
         settings = tuple(getattr(self, name) for name in self.SETTINGS)
         return self._make(parts, settings, self.shape, dtype or self.dtype)
 
+    def become(self, other: Tensor) -> bool:
+        """Take the parts, dtype and device of another weight of the same format; or say that it is not possible."""
+        if other is self:
+            return True
+        if type(other) is not type(self) or {self.device.type, other.device.type} > {"meta"}:
+            return False
+        self.data = other  # the dtype and the device that it stands for
+        for name in self.PARTS + self.SETTINGS:
+            setattr(self, name, getattr(other, name))
+        return True
+
     def _expert(self, index: int) -> Any:
         """Weight ``index`` of a stack of weights; its parts are views of the stack's parts."""
         return self.with_parts({name: self._piece(name, index) for name in self.BY_ROW}, self.shape[1:])

@@ -65,8 +65,11 @@ class RowShards:
 
 
 def on_rows(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The result of a function that ``fully_shard`` calls, or NotImplemented for any other ``func``."""
+    """The result of a function that ``fully_shard`` or ``DTensor.full_tensor`` calls, or NotImplemented for any other
+    ``func``."""
     weight, *rest = args
+    if func.namespace == "_c10d_functional":
+        return _gathered(func, weight, *rest)
     if any(value and value != getattr(weight, name, None) for name, value in kwargs.items()):
         return NotImplemented  # another dtype, device or offset
     if func is _aten.split.Tensor and rest[1:] in ([], [0]):
@@ -84,3 +87,15 @@ def on_rows(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if func is _aten.as_strided.default and (tuple(rest[0]), tuple(rest[1])) == (weight.shape, weight.stride()):
         return NotImplemented if any(rest[2:]) else weight.with_parts({}, weight.shape)  # (the last is an offset)
     return NotImplemented
+
+
+def _gathered(func: Any, weight: Any, *rest: Any) -> Any:
+    """The rows of all ranks. Each part is gathered and waited for at once, so waiting for the weight does nothing."""
+    functional = torch.ops._c10d_functional
+    if func in (functional.wait_tensor.default, functional._wrap_tensor_autograd.default):
+        return weight
+    if func is not functional.all_gather_into_tensor.default:
+        return NotImplemented
+    ranks = rest[0]
+    whole = {name: functional.wait_tensor(func(getattr(weight, name), *rest)) for name in weight.BY_ROW}
+    return weight.with_parts(whole, (ranks * weight.shape[0], *weight.shape[1:]))

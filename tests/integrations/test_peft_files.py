@@ -159,6 +159,7 @@ def change_tensors(folder, change):
         ),
         (lambda t: t.update({"base_model.model.other.lora_A.weight": torch.zeros(4, 64)}), "this one has no other"),
         (lambda t: t.update({"q_proj.lora_A.weight": torch.zeros(4, 64)}), "has an unexpected tensor q_proj"),
+        (lambda t: t.clear(), "has no tensor of an adapted layer"),
     ],
 )
 def test_tensors_that_do_not_fit_raise_and_change_nothing(saved, change, message):

@@ -1,11 +1,13 @@
 """Two processes on a base in 4 bits: checkpoints, resumed bit for bit, and one adapter's files.
 
-Trainer and accelerate bring DistributedDataParallel; FSDP2 is torch's own here, with its distributed checkpoints, since
-accelerate has it on accelerators alone. Each pair of processes does all of one engine: most of the time goes into
-starting them.
+Trainer and accelerate bring DistributedDataParallel, FSDP2 and DeepSpeed; FSDP2 is used without them as well, with
+torch's distributed checkpoints. Each pair of processes does all of one engine: most of the time goes into starting
+them.
 """
 
+import contextlib
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -64,7 +66,20 @@ def assert_same(a, b):
         assert torch.equal(value, b[name]), name
 
 
-def with_trainer(model_folder, folder, adapted):
+@contextlib.contextmanager
+def accelerators():
+    """accelerate has FSDP and DeepSpeed on accelerators alone. Inside, it takes the CPU for one, and gloo for NCCL."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    found = mock.Mock(return_value=("gloo", DistributedType.MULTI_GPU))
+    on_cpu = lambda self: setattr(self, "device", torch.device("cpu"))
+    environment = mock.patch.dict(os.environ, DS_ACCELERATOR="cpu")  # (accelerate sets variables that are to go, too)
+    with environment, mock.patch.multiple(PartialState, _prepare_backend=found, set_device=on_cpu):
+        yield
+
+
+def with_trainer(model_folder, folder, adapted, **engine):
     """Four steps, and two of them again from the checkpoint in the middle."""
     from accelerate.state import AcceleratorState
 
@@ -76,9 +91,9 @@ def with_trainer(model_folder, folder, adapted):
             save_steps=2,
             learning_rate=0.02,
             per_device_train_batch_size=2,
-            use_cpu=True,
             report_to=[],
             disable_tqdm=True,
+            **(engine or {"use_cpu": True}),
         )
         return transformers.Trainer(model=adapted(model_folder), args=arguments, train_dataset=Rows())
 
@@ -91,6 +106,30 @@ def with_trainer(model_folder, folder, adapted):
     resumed.train(resume_from_checkpoint=f"{folder}/run/checkpoint-2")
     assert_same(trained(resumed.model), whole)
     resumed.save_model(f"{folder}/adapter")
+
+
+def with_trainer_and_fsdp(model_folder, folder, adapted):
+    options = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "version": 2}
+    for kind, efficient in (("SHARDED_STATE_DICT", False), ("FULL_STATE_DICT", True)):
+        options |= {"state_dict_type": kind, "cpu_ram_efficient_loading": efficient}
+        with accelerators():
+            with_trainer(model_folder, f"{folder}/{kind}", adapted, fsdp=True, fsdp_config=options)
+
+
+def with_deepspeed(model_folder, folder, adapted):
+    for stage in (1, 2):
+        options = {
+            "zero_optimization": {"stage": stage},
+            "train_micro_batch_size_per_gpu": "auto",
+            "zero_allow_untested_optimizer": True,
+        }
+        with accelerators():
+            with_trainer(model_folder, f"{folder}/{stage}", adapted, deepspeed=options)
+        state = torch.load(f"{folder}/{stage}/run/checkpoint-2/global_step2/mp_rank_00_model_states.pt")["module"]
+        assert state and all("lora" in key for key in state)
+    options["zero_optimization"]["stage"] = 3
+    with accelerators(), pytest.raises(ValueError, match="stage 3 cuts each parameter into shares"):
+        with_trainer(model_folder, f"{folder}/3", adapted, deepspeed=options)
 
 
 def with_accelerate(model_folder, folder, adapted):
@@ -160,7 +199,11 @@ def with_fsdp(model_folder, folder, adapted):
     assert_same(run(range(2, 4), load=f"{folder}/half"), whole)
 
 
-ENGINES = {"ddp": (with_trainer, with_accelerate), "fsdp": (with_fsdp,)}
+ENGINES = {  # what trains with it, and the folder of the adapter that it saves
+    "ddp": ((with_trainer, with_accelerate), "adapter"),
+    "fsdp": ((with_fsdp, with_trainer_and_fsdp), "FULL_STATE_DICT/adapter"),
+    "deepspeed": ((with_deepspeed,), "2/adapter"),
+}
 
 
 def in_a_process(rank, world, engine, folder):
@@ -168,24 +211,25 @@ def in_a_process(rank, world, engine, folder):
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # (the file is where they meet)
-    for how, adapted in ADAPTED.items():
-        with met(rank, world, f"{folder}/met-{how}"):
-            for loop in ENGINES[engine]:
+    with met(rank, world, f"{folder}/met"):
+        for how, adapted in ADAPTED.items():
+            for loop in ENGINES[engine][0]:
                 loop(folder, f"{folder}/{how}", adapted)
 
 
-@proves("transformers.Trainer", several="DDP")
+@proves("transformers.Trainer", several="DDP, FSDP2, DeepSpeed")
 @proves("accelerate", several="DDP")
 @proves("HF PEFT on our layers", several="DDP, FSDP2")
 @proves("torch FSDP2", train="yes", checkpoint="its own", resume="bit for bit", save="yes", several="yes")
+@proves("DeepSpeed: ZeRO-1, ZeRO-2", train="yes", checkpoint="its own", resume="bit for bit", save="yes", several="yes")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes(tmp_path, engine):
+    if engine == "deepspeed":
+        pytest.importorskip("deepspeed")
     models.llama(vocabulary=320).save_pretrained(tmp_path / "model")
     together(in_a_process, engine, tmp_path)
     for how in ADAPTED:
-        if (engine, how) == ("fsdp", "peft"):
-            continue  # PEFT leaves gathering to accelerate
-        folder = tmp_path / how / "adapter"
+        folder = tmp_path / how / ENGINES[engine][1]
         files = {path.name for path in folder.iterdir()}
         assert {CONFIG, WEIGHTS} <= files and not any(name.startswith("model") for name in files), files
         read = peftops.load(base(tmp_path), folder)

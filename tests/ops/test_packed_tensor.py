@@ -2,6 +2,7 @@
 
 import copy
 import io
+import weakref
 
 import numpy
 import pytest
@@ -176,3 +177,25 @@ def test_parts_of_a_file_tell_their_format(make):
             PackedTensor.from_parts({**parts, name: part.int()}, shape, torch.float32)
     with pytest.raises(ValueError, match="weight.more does not belong to"):
         PackedTensor.from_parts({**parts, "more": torch.zeros(1)}, shape, torch.float32)
+
+
+@every_format
+def test_a_weight_becomes_another_of_its_format(make):
+    """It stays the same object, so that whoever holds it, even weakly, has the new numbers."""
+    weight, other = make(), make().to(torch.bfloat16)
+    assert weight.become(other)
+    assert weight.dtype == torch.bfloat16 and torch.equal(dense(weight), dense(other))
+    assert weight.become(weight)
+    assert not weight.become(torch.zeros(ROWS, COLUMNS)) and not weight.become(make().to("meta"))
+    assert weight.device.type == "cpu" and torch.equal(dense(weight), dense(other))
+
+
+@one_format
+def test_a_layer_moves_although_its_weight_is_referred_to_weakly(make):
+    layer = PackedLinear.over(make(), torch.randn(ROWS))
+    weight, before = layer.weight, dense(layer.weight)
+    reference = weakref.ref(weight)
+    layer.to("cpu").to(torch.bfloat16)
+    assert layer.weight is weight is reference() and list(layer._parameters) == ["weight", "bias"]
+    assert weight.dtype == layer.bias.dtype == torch.bfloat16
+    assert torch.equal(dense(layer.float().weight), before)
