@@ -257,7 +257,7 @@ def read_adapter(directory: str | os.PathLike, quantize: bool | None = None) -> 
     try:
         config, tensors = _config(fields, own, quantize), read_tensors(folder / WEIGHTS)
         check_ranks(fields, tensors, folder / WEIGHTS)
-        return config, tensors
+        return config, config.tensors_from_peft(fields, tensors)
     except (AttributeError, LookupError, ArithmeticError, TypeError) as error:  # fields of another kind than theirs
         raise ValueError(f"{folder / CONFIG} or {OWN} is damaged: {error}") from error
 

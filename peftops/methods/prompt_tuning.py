@@ -9,6 +9,7 @@ empty prompt.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -71,8 +72,21 @@ class PromptTuningConfig(Config):
     @classmethod
     def from_peft(cls, fields: dict[str, Any], **own: Any) -> PromptTuningConfig:
         needs(fields, "num_virtual_tokens")
-        refuse(fields, num_transformer_submodules=1)
+        if fields.get("task_type") != "SEQ_2_SEQ_LM":
+            refuse(fields, num_transformer_submodules=1)
         return cls(tokens=fields["num_virtual_tokens"], init="random", **own)
+
+    @staticmethod
+    def tensors_from_peft(fields: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        key, used = PromptTuning.peft_shared["prompt"], fields["num_virtual_tokens"]
+        if fields.get("num_transformer_submodules") != 2 or len(tensors.get(key, ())) != 2 * used:
+            return tensors
+        warnings.warn(
+            f"of the {2 * used} vectors of this prompt, PEFT uses the first {used}, before the encoder's input; "
+            "the others are left out",
+            stacklevel=2,
+        )
+        return {**tensors, key: tensors[key][:used]}
 
 
 @register(PromptTuningConfig)

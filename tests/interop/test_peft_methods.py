@@ -90,6 +90,11 @@ BOTH = [
         lambda: peft.PromptTuningConfig(num_virtual_tokens=4, task_type="SEQ_CLS"),
     ),
     (
+        models.t5,
+        PromptTuningConfig(tokens=4),
+        lambda: peft.PromptTuningConfig(num_virtual_tokens=4, task_type="SEQ_2_SEQ_LM"),
+    ),
+    (
         models.llama,
         PrefixTuningConfig(tokens=4, modules_to_save=["lm_head"]),
         lambda: peft.PrefixTuningConfig(num_virtual_tokens=4, modules_to_save=["lm_head"]),
