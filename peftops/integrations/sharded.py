@@ -15,13 +15,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
-from ..nn import is_quantized
+from ..nn import is_quantized, own_rows
 from .checkpoints import is_attached
 
 
 def _has_codes(model: nn.Module) -> bool:
-    local = lambda parameter: getattr(parameter, "_local_tensor", parameter)  # a shard of codes is an attribute
-    return any(is_quantized(local(parameter)) for parameter in model.parameters())
+    return any(is_quantized(own_rows(parameter)) for parameter in model.parameters())
 
 
 def _has_frozen_base(model: nn.Module) -> bool:

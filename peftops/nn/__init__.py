@@ -43,7 +43,7 @@ from .packed_linear import (
     shell_of,
 )
 from .prompt import Prompt, Prompted
-from .quantized import dequantized, is_quantized, quantized_like
+from .quantized import dequantized, is_quantized, own_rows, quantized_like
 from .select import Select
 from .tensor_parallel import Parts, column_parallel_lora, of_first_rank, row_parallel_lora, shard_lora, unshard_lora
 
@@ -93,6 +93,7 @@ __all__ = [
     "open_experts",
     "opened",
     "over_channels",
+    "own_rows",
     "owner_of",
     "packed_layer",
     "product",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import experts_linear
-from .quantized import StoredInParts, is_quantized
+from .quantized import StoredInParts, is_quantized, own_rows
 
 
 class ExpertsLinear(StoredInParts):
@@ -68,5 +68,6 @@ class ExpertsLinear(StoredInParts):
 
     def extra_repr(self) -> str:
         experts, out, in_ = self.matrices.shape
-        kind = type(self.weight).__name__ if is_quantized(self.weight) else "dense"
+        weight = own_rows(self.weight)
+        kind = type(weight).__name__ if is_quantized(weight) else "dense"
         return f"experts={experts}, in_features={in_}, out_features={out}, bias={self.bias is not None}, {kind}"

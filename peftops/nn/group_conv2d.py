@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import GroupQuantTensor, group_quantize
-from .quantized import StoredInParts
+from .quantized import StoredInParts, own_rows
 
 
 def patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -73,5 +73,5 @@ class GroupConv2d(StoredInParts):
         return self.weight.product(patches(x, self._like[0]), self.bias).movedim(-1, -3)
 
     def extra_repr(self) -> str:
-        conv = self._like[0]
-        return f"{conv.extra_repr()}, bits={self.weight.bits}, group_size={self.weight.group_size}"
+        conv, weight = self._like[0], own_rows(self.weight)
+        return f"{conv.extra_repr()}, bits={weight.bits}, group_size={weight.group_size}"

@@ -12,7 +12,7 @@ from ..ops import GroupQuantTensor, MXFP4Tensor, NF4Tensor
 from ..ops.packed_tensor import PackedTensor
 from .experts_linear import ExpertsLinear
 from .layers import EXPERTS, LINEAR, kind_of, matrix
-from .quantized import StoredInParts, is_quantized
+from .quantized import StoredInParts, is_quantized, own_rows
 from .undo import about
 
 
@@ -68,7 +68,7 @@ class PackedLinear(StoredInParts, nn.Linear):
         return self.weight.product(x, self.bias, compute=self.compute)
 
     def extra_repr(self) -> str:
-        options = "".join(f", {name}={value}" for name, value in self.weight.options().items())
+        options = "".join(f", {name}={value}" for name, value in own_rows(self.weight).options().items())
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{options}"
         )

@@ -60,6 +60,11 @@ def is_quantized(weight: object) -> bool:
     return isinstance(weight, PackedTensor)
 
 
+def own_rows(weight: Tensor) -> Tensor:
+    """The rows that this process has of a weight that FSDP2 has cut; any other weight as it is."""
+    return getattr(weight, "_local_tensor", weight)
+
+
 def dequantized(weight: PackedTensor, dtype: torch.dtype) -> Tensor:
     return weight.dequantize(dtype=dtype)
 

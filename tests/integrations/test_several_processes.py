@@ -116,6 +116,14 @@ def with_trainer_and_fsdp(model_folder, folder, adapted):
             with_trainer(model_folder, f"{folder}/{kind}", adapted, fsdp=True, fsdp_config=options)
 
 
+def with_accelerate_and_fsdp(model_folder, folder, adapted):
+    from accelerate import FullyShardedDataParallelPlugin
+
+    shards = dict(fsdp_version=2, transformer_cls_names_to_wrap=["LlamaDecoderLayer"])
+    with accelerators():
+        with_accelerate(model_folder, folder, adapted, lambda: FullyShardedDataParallelPlugin(**shards))
+
+
 def with_deepspeed(model_folder, folder, adapted):
     for stage in (1, 2):
         options = {
@@ -132,13 +140,14 @@ def with_deepspeed(model_folder, folder, adapted):
         with_trainer(model_folder, f"{folder}/3", adapted, deepspeed=options)
 
 
-def with_accelerate(model_folder, folder, adapted):
+def with_accelerate(model_folder, folder, adapted, plugin=None):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     def run(steps, save=None, load=None):
         AcceleratorState._reset_state(reset_partial_state=True)
-        accelerator, model = Accelerator(cpu=True), adapted(model_folder).train()
+        accelerator = Accelerator(fsdp_plugin=plugin()) if plugin else Accelerator(cpu=True)
+        model = adapted(model_folder).train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
         model, optimizer = accelerator.prepare(model, optimizer)
         if load:
@@ -170,6 +179,9 @@ def with_fsdp(model_folder, folder, adapted):
         for layer in model.get_submodule(next(n for n, _ in model.named_modules() if n.endswith("layers"))):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        assert "in_features=64" in repr(model)
+        if adapted is attached:
+            assert "lora" in str(peftops.summary(model)).lower()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
         if load:
             parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
@@ -201,7 +213,7 @@ def with_fsdp(model_folder, folder, adapted):
 
 ENGINES = {  # what trains with it, and the folder of the adapter that it saves
     "ddp": ((with_trainer, with_accelerate), "adapter"),
-    "fsdp": ((with_fsdp, with_trainer_and_fsdp), "FULL_STATE_DICT/adapter"),
+    "fsdp": ((with_fsdp, with_trainer_and_fsdp, with_accelerate_and_fsdp), "FULL_STATE_DICT/adapter"),
     "deepspeed": ((with_deepspeed,), "2/adapter"),
 }
 
@@ -218,7 +230,7 @@ def in_a_process(rank, world, engine, folder):
 
 
 @proves("transformers.Trainer", several="DDP, FSDP2, DeepSpeed")
-@proves("accelerate", several="DDP")
+@proves("accelerate", several="DDP, FSDP2")
 @proves("HF PEFT on our layers", several="DDP, FSDP2")
 @proves("torch FSDP2", train="yes", checkpoint="its own", resume="bit for bit", save="yes", several="yes")
 @proves("DeepSpeed: ZeRO-1, ZeRO-2", train="yes", checkpoint="its own", resume="bit for bit", save="yes", several="yes")
