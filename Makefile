@@ -5,10 +5,12 @@ TORCH  ?= torch==2.13.0
 JOBS   ?= 2
 BIN    := $(abspath $(VENV))/bin
 
-.PHONY: demo test test-arm test-sim fuzz bench gpu gpu-build sanitize resources lint docs isa-check build clean
+.PHONY: demo dev test test-arm test-sim fuzz bench gpu gpu-build sanitize resources lint docs isa-check build clean
 
 demo: $(VENV)/.demo            # fine-tunes SmolLM2-135M in 4 bits and dense, and compares
 	$(BIN)/python examples/finetune_smollm2.py --out demo
+
+dev: $(VENV)/.dev build        # all that the tests need, and the extension
 
 test: $(VENV)/.dev build       # everything, on every instruction set that this CPU has; JOBS=0 for one process
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import torch  # loads the libraries that _C is linked with
 
 from . import _C as _C
+from . import ops as ops
 from .attaching import activate, attach, detach, disabled, merge, unmerge
 from .factors import fisher
 from .influence import Influence
@@ -46,30 +47,7 @@ from .methods.tiedlora import TiedLoRAConfig
 from .methods.top_layers import TopLayersConfig
 from .methods.vera import VeRAConfig
 from .nn import head_loss, language_model_loss
-from .ops import (
-    GroupQuantTensor,
-    MXFP4Tensor,
-    NF4Tensor,
-    add_gated_prompt,
-    experts_linear,
-    gated_prompt_attention,
-    gptq_quantize,
-    group_dequantize,
-    group_linear,
-    group_quantize,
-    lora_linear,
-    multi_lora_linear,
-    mxfp4_dequantize,
-    mxfp4_linear,
-    mxfp4_quantize,
-    nf4_dequantize,
-    nf4_linear,
-    nf4_quantize,
-    paged_attention,
-    qalora_linear,
-    qalora_merge,
-    with_gated_prompt,
-)
+from .ops import *  # noqa: F403  (its __all__ is a part of this one's)
 from .optim import AdamW8bit, loraplus_groups, prune_state, relora_schedule
 from .prompts import HardPrompt, Verbalizer, choice_scores, demonstrations, image_prompts, prompt_per_row
 from .serving import AdapterPool, Sampling, Server
@@ -79,6 +57,7 @@ if torch.version.cuda and find_spec("peftops._C_cuda"):
 
 __version__ = "0.1.0"
 __all__ = [
+    *ops.__all__,
     "AdamW8bit",
     "AdapterPool",
     "BitFitConfig",
@@ -86,7 +65,6 @@ __all__ = [
     "CalibrationConfig",
     "DoRAConfig",
     "GLoRAConfig",
-    "GroupQuantTensor",
     "HardPrompt",
     "HeadOnlyConfig",
     "IA3Config",
@@ -97,9 +75,7 @@ __all__ = [
     "LoRAFAConfig",
     "LoftQConfig",
     "LongLoRAConfig",
-    "MXFP4Tensor",
     "MultiLoRAConfig",
-    "NF4Tensor",
     "NormTuningConfig",
     "OLoRAConfig",
     "PiSSAConfig",
@@ -116,7 +92,6 @@ __all__ = [
     "VeRAConfig",
     "Verbalizer",
     "activate",
-    "add_gated_prompt",
     "attach",
     "auto_rgn",
     "auto_snr",
@@ -125,35 +100,18 @@ __all__ = [
     "demonstrations",
     "detach",
     "disabled",
-    "experts_linear",
     "fisher",
     "from_bitsandbytes",
-    "gated_prompt_attention",
-    "gptq_quantize",
-    "group_dequantize",
-    "group_linear",
-    "group_quantize",
     "head_loss",
     "image_prompts",
     "input_moments",
     "language_model_loss",
     "load",
     "load_model",
-    "lora_linear",
     "loraplus_groups",
     "merge",
-    "multi_lora_linear",
-    "mxfp4_dequantize",
-    "mxfp4_linear",
-    "mxfp4_quantize",
-    "nf4_dequantize",
-    "nf4_linear",
-    "nf4_quantize",
-    "paged_attention",
     "prompt_per_row",
     "prune_state",
-    "qalora_linear",
-    "qalora_merge",
     "quantize_model",
     "relora_schedule",
     "relora_step",
@@ -162,7 +120,6 @@ __all__ = [
     "summary",
     "unmerge",
     "weighted_groups",
-    "with_gated_prompt",
 ]
 
 

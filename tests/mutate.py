@@ -36,8 +36,8 @@ from typing import NoReturn
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# By file, or by directory for those of its files that have neither a line nor a test of their own name: what should
-# notice.
+# The tests that should notice, by file, or by directory for those of its files that have neither a line nor a test of
+# their own name. A kernel needs no line: its tests have the name of its op.
 TESTS = {
     "peftops/attaching": ["methods/test_methods.py", "methods/test_all_or_nothing.py", "methods/test_uncalled.py"],
     "peftops/attaching/attachment.py": ["methods/test_conformance.py", "methods/test_all_or_nothing.py"],
@@ -88,6 +88,7 @@ TESTS = {
     "peftops/integrations/peft_layers.py": ["interop/test_live_models.py"],
     "peftops/integrations/peft_tensors.py": ["integrations/test_peft_tensors.py", "integrations/test_peft_files.py"],
     "peftops/integrations/peft_whole.py": ["methods/test_modules_to_save.py", "interop/test_peft_options.py"],
+    "peftops/integrations/sharded.py": ["integrations/test_several_processes.py"],
     "peftops/integrations/summary.py": ["methods/test_counts.py", "methods/test_lora.py", "methods/test_experts.py"],
     "peftops/integrations/together.py": ["integrations/test_together.py"],
     "peftops/methods": ["methods/test_methods.py", "methods/test_conformance.py", "methods/test_options.py"],
@@ -177,27 +178,15 @@ TESTS = {
     "peftops/serving/paged_attention.py": ["serving/test_pages.py"],
     "peftops/serving/pages.py": ["serving/test_pages.py"],
     "peftops/serving/sampling.py": ["serving/test_sampling.py"],
-    "csrc/kernels/cpu/adamw8bit.cpp": ["ops/test_adamw8bit.py"],
     "csrc/kernels/cpu/code_columns.h": ["ops/test_mxfp4_linear.py", "ops/test_nf4_linear.py"],
     "csrc/kernels/cpu/code_dot.h": ["ops/test_mxfp4_linear.py", "ops/test_nf4_linear.py"],
-    "csrc/kernels/cpu/experts_linear.cpp": ["ops/test_experts_linear.py"],
     "csrc/kernels/cpu/group_columns.h": ["ops/test_group_linear.py"],
     "csrc/kernels/cpu/group_decode.h": ["ops/test_group_dequantize.py", "ops/test_group_linear.py"],
     "csrc/kernels/cpu/group_dot.h": ["ops/test_group_linear.py"],
-    "csrc/kernels/cpu/group_quantize.cpp": ["ops/test_group_quantize.py"],
-    "csrc/kernels/cpu/lora_linear.cpp": ["ops/test_lora_linear.py"],
-    "csrc/kernels/cpu/multi_lora_linear.cpp": ["ops/test_multi_lora_linear.py"],
     "csrc/kernels/cpu/mxfp4_decode.h": ["ops/test_mxfp4_dequantize.py", "ops/test_mxfp4_linear.py"],
-    "csrc/kernels/cpu/mxfp4_dequantize.cpp": ["ops/test_mxfp4_dequantize.py"],
-    "csrc/kernels/cpu/mxfp4_quantize.cpp": ["ops/test_mxfp4_quantize.py"],
     "csrc/kernels/cpu/mxfp4_rows.h": ["ops/test_mxfp4_linear.py"],
     "csrc/kernels/cpu/nf4_decode.h": ["ops/test_nf4_dequantize.py", "ops/test_nf4_linear.py"],
-    "csrc/kernels/cpu/nf4_dequantize.cpp": ["ops/test_nf4_dequantize.py"],
-    "csrc/kernels/cpu/nf4_quantize.cpp": ["ops/test_nf4_quantize.py"],
     "csrc/kernels/cpu/nf4_rows.h": ["ops/test_nf4_linear.py"],
-    "csrc/kernels/cpu/paged_attention.cpp": ["ops/test_paged_attention.py"],
-    "csrc/kernels/cpu/qalora_linear.cpp": ["ops/test_qalora_linear.py"],
-    "csrc/kernels/cpu/qalora_merge.cpp": ["ops/test_qalora_merge.py"],
 }
 SWAPS = {
     "<": "<=",
@@ -376,7 +365,7 @@ def run_tests(copy: Path, tests: list[str], seconds: int) -> NoReturn:
 
 
 def files_of(only: list[str]) -> list[tuple[str, list[str]]]:
-    """Each file that has a line in the table or is in a directory that has one, with its tests."""
+    """Each file that has a line in the table or is in a directory that has one, and each kernel, with its tests."""
     found = {}
     for place in sorted(TESTS, key=len):
         alone = (ROOT / place).is_file()
@@ -384,6 +373,10 @@ def files_of(only: list[str]) -> list[tuple[str, list[str]]]:
             named = [] if alone else (ROOT / "tests").glob(f"*/test_{path.stem}.py")
             own = sorted(str(test.relative_to(ROOT / "tests")) for test in named)
             found[str(path.relative_to(ROOT))] = own or TESTS[place]
+    for path in (ROOT / "csrc/kernels/cpu").glob("*.cpp"):
+        named = (ROOT / "tests/ops").glob(f"test_{path.stem.removesuffix('_backward')}*.py")
+        if own := sorted(str(test.relative_to(ROOT / "tests")) for test in named):
+            found[str(path.relative_to(ROOT))] = own
     wanted = [file for file in sorted(found) if any(part in file for part in only)]
     return [(file, found[file]) for file in wanted or found if wanted or (not only and file.endswith(".py"))]
 

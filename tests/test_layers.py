@@ -243,8 +243,20 @@ def test_every_binding_has_kernels_of_its_stem():
     operators = re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc/ops/library.cpp").read_text())
     bindings = {p.stem: p.read_text() for p in ROOT.glob("csrc/ops/*.cpp") if p.stem != "library"}
     kernels = {p.stem for p in ROOT.glob("csrc/kernels/cuda/*.cu") if not p.stem.endswith("_sm90")}
-    assert kernels == bindings.keys()
+    lacking = [f"csrc/ops/{stem}.cpp" for stem in kernels - bindings.keys()]
+    lacking += [f"csrc/kernels/cuda/{stem}.cu" for stem in bindings.keys() - kernels]
+    assert not lacking, f"missing: {', '.join(sorted(lacking))}"
     assert sorted(re.findall(r'm\.impl\("(\w+)"', "".join(bindings.values()))) == sorted(operators)
+
+
+def test_every_op_is_public():
+    """A file of ``peftops/ops`` with a binding and a function of its own name is an op."""
+    from peftops import ops
+
+    bound = {path.stem for path in ROOT.glob("csrc/ops/*.cpp")}
+    files = [path for path in ROOT.glob("peftops/ops/*.py") if path.stem in bound]
+    own = {path.stem for path in files if f"\ndef {path.stem}(" in path.read_text()}
+    assert len(own) > 15 and own <= set(ops.__all__), f"not in peftops/ops/__init__.py: {own - set(ops.__all__)}"
 
 
 def test_every_operator_has_a_fake():

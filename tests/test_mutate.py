@@ -20,10 +20,11 @@ def test_mutants_are_other_programs(file):
 
 
 def test_kernels_have_mutants_outside_comments():
-    for file, _ in mutate.files_of(["csrc"]):
+    files = [file for file, _ in mutate.files_of(["csrc"])]
+    assert sum(len(mutate.changes(mutate.ROOT / file)) > 5 for file in files) > 20  # others have a few lines
+    for file in files:
         text = (mutate.ROOT / file).read_text()
         found = mutate.changes(mutate.ROOT / file)
-        assert len(found) > 5
         lines = text.splitlines()
         for start, _, _ in found:
             line = lines[text.count("\n", 0, start)]

@@ -259,6 +259,10 @@ def _config(args: argparse.Namespace) -> object | None:
         return None
     kind = METHOD_NAMES[args.method]
     names = [field.name for field in sorted(dataclasses.fields(kind), key=lambda field: field.kw_only)]  # its own first
+    for name, default in _OF_METHODS.items():
+        if name not in names and getattr(args, name) != default:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is not an option of {args.method}, which has {', '.join(names)}; see --set")
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     for setting in args.set:
         name, equals, value = setting.partition("=")
@@ -266,6 +270,10 @@ def _config(args: argparse.Namespace) -> object | None:
             raise ValueError(f"--set {setting}: {args.method} takes NAME=VALUE with NAME one of {', '.join(names)}")
         given[name] = _value(value)
     return kind(**given)
+
+
+# Options that only some methods have, and their defaults.
+_OF_METHODS = {"r": None, "alpha": None, "dropout": 0.0, "target": "all-linear", "every": 1000, "block_size": 64}
 
 
 def _value(text: str) -> Any:

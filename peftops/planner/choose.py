@@ -117,7 +117,7 @@ def _facts(found: Estimate, memory: int, tasks: int) -> list[str]:
         f"It takes {gib(found.total)} of {gib(memory)}.",
         f"Overhead in computing: {traits.overhead}; effect on quality: {traits.quality}.",
     ]
-    if found.method in ("vera", "prompttuning", "prefixtuning", "ia3", "llamaadapter"):
+    if traits.high_rate:
         facts.append("It wants a learning rate 10 to 50 times LoRA's.")
     if tasks > 1:
         facts.append(f"All {tasks} adapters together: {gib(tasks * found.adapter)}, on disk or in host memory.")

@@ -18,15 +18,16 @@ class Traits:
     versatility: str  # across tasks
     quality: str  # effect on it
     ours: bool = False
+    high_rate: bool = False  # whether it needs a learning rate 10 to 50 times LoRA's
 
 
-def _ours(*words: str) -> Traits:
-    return Traits(*words, ours=True)
+def _ours(*words: str, high_rate: bool = False) -> Traits:
+    return Traits(*words, ours=True, high_rate=high_rate)
 
 
 TABLE: dict[str, Traits] = {
-    "prompttuning": Traits("low", "moderate", "high", "depends on the prompt's start and length"),
-    "prefixtuning": Traits("low", "moderate", "moderate", "varies; usually positive when tuned well"),
+    "prompttuning": Traits("low", "moderate", "high", "depends on the prompt's start and length", high_rate=True),
+    "prefixtuning": Traits("low", "moderate", "moderate", "varies; usually positive when tuned well", high_rate=True),
     "bottleneck": Traits("moderate", "good", "high", "typically positive when tuned well"),
     "lora": Traits("low to moderate", "good", "moderate", "generally positive"),
     "qlora": Traits("low", "excellent", "high", "comparable to full fine-tuning"),
@@ -41,10 +42,10 @@ TABLE: dict[str, Traits] = {
     "multilora": _ours("moderate", "good", "high", "above LoRA's on mixtures of tasks"),
     "longlora": _ours("low", "good", "low", "for longer contexts than the base knows"),
     "glora": _ours("moderate", "good", "moderate", "close to LoRA's"),
-    "vera": _ours("low", "good", "high", "below LoRA's, with a fraction of its parameters"),
+    "vera": _ours("low", "good", "high", "below LoRA's, with a fraction of its parameters", high_rate=True),
     "tiedlora": _ours("low", "good", "high", "close to LoRA's on easy tasks"),
-    "ia3": _ours("low", "good", "high", "good with few examples"),
-    "llamaadapter": _ours("low", "good", "moderate", "positive for following instructions"),
+    "ia3": _ours("low", "good", "high", "good with few examples", high_rate=True),
+    "llamaadapter": _ours("low", "good", "moderate", "positive for following instructions", high_rate=True),
     "bitfit": _ours("low", "good", "high", "fair on small models and small data"),
     "normtuning": _ours("low", "good", "high", "fair; nothing new is learnt"),
     "toplayers": _ours("low", "good", "low", "good where the task is close to the base's"),

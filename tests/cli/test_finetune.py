@@ -65,6 +65,20 @@ def arguments(model, train, out, *more):
     ]
 
 
+@pytest.mark.parametrize(
+    "method, option",
+    [("ia3", "--r"), ("ia3", "--alpha"), ("headonly", "--dropout"), ("lora", "--every"), ("lora", "--block-size")],
+)
+def test_options_that_a_method_does_not_have_are_refused(model_folder, train_file, tmp_path, capsys, method, option):
+    argv = arguments(model_folder, train_file, tmp_path / "out", "--method", method, option, 2)
+    if method != "lora" and option != "--r":
+        at = argv.index("--r")
+        del argv[at : at + 2]
+    assert main(argv) == 2
+    assert f"{option} is not an option of {method}, which has " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_from_a_model_and_a_file_to_an_adapter(model_folder, train_file, tmp_path, capsys, method):
     out = tmp_path / "out"

@@ -103,7 +103,7 @@ def test_the_command_line_is_whole():
 
 
 def test_what_depends_on_the_planner_is_as_it_says():
-    assert choose.PAGE.read_text() == choose.page(), "run: python tests/docs/choose.py"
+    assert choose.PAGE.read_text() == choose.page(), "run: .venv/bin/python tests/docs/choose.py"
 
 
 def test_every_environment_variable_has_its_line():

@@ -335,8 +335,12 @@ def test_on_an_nf4_base(example):
             report = peftops.merge(model)
         assert report.quantized
         again = {path: error for path, error in report.layers.items() if error.quantized}
-        for error in again.values():  # of NF4: 5% to 20% of what came out, whose size change bounds
-            assert 0.05 * abs(1 - error.change) < error.rounding < 0.2 * (1 + error.change)
+        # Of NF4: 5% to 20% of the merged weight, whose size the change bounds. A row that has only changed in length
+        # gets nearly its old codes again, so methods without a product of factors have no lower bound.
+        least = 0.05 if hasattr(example.config, "r") else 0
+        for path, error in again.items():
+            size = abs(1 - error.change), 1 + error.change
+            assert least * size[0] < error.rounding < 0.2 * size[1], f"{path}: {error}"
         assert f"{len(report.layers)} layers merged" in str(report)
         assert all(isinstance(layer.base, NF4Linear) == (path in again) for path, layer in adapted_layers(model))
         got = example.run(model)
