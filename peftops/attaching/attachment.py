@@ -30,7 +30,7 @@ from ..ops.group_tensor import all_finite
 from .left_dense import tell_left_dense
 from .merging import unmerge
 from .registry import METHODS, build
-from .state import Attachment, attachment, hosts, state_of
+from .state import Attachment, attachment, hosts, is_cut, state_of
 from .targets import body_of, head_of, is_within
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks
@@ -47,7 +47,8 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
     Raises:
         TypeError: no method has this config; a target is not supported.
         ValueError: the name is taken or not a plain one; nothing matches ``config.target``; the model is in
-            DistributedDataParallel already; a weight that the adapter starts from, or copies, is not finite.
+            DistributedDataParallel already, or FSDP2 has cut it; a weight that the adapter starts from, or copies, is
+            not finite.
         RuntimeError: an operator that the method needs does not support a weight; the message names the layer.
 
     After any error or interrupt the model is as it was before. (So a method that quantises needs memory for the dense
@@ -71,6 +72,8 @@ def attach(model: nn.Module, config: object, *, name: str = "default") -> nn.Mod
         raise ValueError(
             "DistributedDataParallel knows only the parameters that existed when it was made: attach first"
         )
+    if is_cut(model):
+        raise ValueError("fully_shard knows only the parameters that existed when it was called: attach first")
     given, model = model, unwrapped(model)
     state = state_of(model) or Attachment()
     if name in state.configs:

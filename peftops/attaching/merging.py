@@ -10,7 +10,7 @@ from torch import nn
 
 from ..nn import MergeError
 from ..nn.undo import about
-from .state import attachment, hosts
+from .state import attachment, hosts, is_cut
 
 
 @dataclass
@@ -50,8 +50,8 @@ def merge(model: nn.Module, *, dense: bool = False) -> MergeReport:
 
     Raises:
         TypeError: the method cannot be merged.
-        ValueError: there is no adapter, or it is merged already, or the sum is not finite. The model has not changed
-            then.
+        ValueError: there is no adapter, or it is merged already, or the sum is not finite, or FSDP2 has cut the model.
+            The model has not changed then.
 
     Examples:
         >>> model = peftops.attach(llama(), peftops.LoRAConfig(r=2))
@@ -63,6 +63,10 @@ def merge(model: nn.Module, *, dense: bool = False) -> MergeReport:
     targets = [(path, host) for path, host in hosts(model) if name in host.adapters]
     if any(host.is_merged for _, host in targets):
         raise ValueError("an adapter is merged into the model already; unmerge it first: peftops.unmerge(model)")
+    if is_cut(model):
+        raise ValueError(
+            "merging needs whole weights, and fully_shard has cut them: save the adapter, and merge it in one process"
+        )
     report = MergeReport({})
     try:
         for path, host in targets:

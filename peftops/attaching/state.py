@@ -48,3 +48,8 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer | Prompted]]:
         if isinstance(module, AdaptedLayer | Prompted) and id(module) not in seen:
             seen.add(id(module))
             yield name.removesuffix(Prompted.NAME).rstrip(".") if isinstance(module, Prompted) else name, module
+
+
+def is_cut(model: nn.Module) -> bool:
+    """Whether FSDP2's ``fully_shard`` has given each rank a share of the model. (It changes the classes of modules.)"""
+    return any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..nn import MergeError, dense_matrix, dequantized, is_quantized, low_rank, quantized_like
+from ..nn import MergeError, dense_matrix, dequantized, is_quantized, low_rank, own_rows, quantized_like
 
 _STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # starts that read, or change, the base's numbers
 _READS_NUMBERS = {"use_dora": "DoRAConfig", "kasa_config": None, "monteclora_config": None}
@@ -73,6 +73,11 @@ class CodesLoraLinear(Linear):
         if not names:
             return
         base = self.base_layer
+        if own_rows(base.weight) is not base.weight:
+            raise ValueError(
+                "merging needs whole weights, and fully_shard has cut them: save the adapter, and merge it in one "
+                "process"
+            )
         before = dense_matrix(base)
         after, bias = before.clone(), base.bias
         for name in names:

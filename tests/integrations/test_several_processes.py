@@ -180,8 +180,16 @@ def with_fsdp(model_folder, folder, adapted):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         assert "in_features=64" in repr(model)
+        whole = "merging needs whole weights, and fully_shard has cut them"
         if adapted is attached:
             assert "lora" in str(peftops.summary(model)).lower()
+            with pytest.raises(ValueError, match="fully_shard knows only the parameters that existed"):
+                peftops.attach(model, peftops.LoRAConfig(r=2), name="second")
+            with pytest.raises(ValueError, match=whole):
+                peftops.merge(model)
+        else:
+            with pytest.raises(ValueError, match=whole):
+                model.merge_adapter()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
         if load:
             parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
