@@ -80,8 +80,10 @@ def _register_shards() -> None:
 
     from .sharded import loaded_everywhere, without_base
 
+    prepare = getattr(fsdp_utils, "fsdp2_prepare_model", None)
+    if prepare is None:
+        return  # an accelerate that has FSDP1 alone
     without_base(fsdp_utils)
-    prepare = fsdp_utils.fsdp2_prepare_model
     for module in ("accelerate.utils.fsdp_utils", "accelerate.utils", "accelerate.accelerator"):  # it is copied there
         if getattr(sys.modules.get(module), "fsdp2_prepare_model", None) is prepare:
             sys.modules[module].fsdp2_prepare_model = loaded_everywhere(prepare)
