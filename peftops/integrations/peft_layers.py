@@ -84,7 +84,7 @@ class CodesLoraLinear(Linear):
                 if bias is None:
                     raise RuntimeError("lora_bias=True cannot be merged into a layer without a bias")
                 bias = bias + self.lora_B[name].bias * self.scaling[name]
-        if not after.isfinite().all():
+        if not all(part.isfinite().all() for part in (after, bias) if part is not None):
             raise ValueError(f"merging {', '.join(names)} would give weights that are not finite")
         codes = quantized_like(after.to(base.weight.dtype), base.weight)
         error = MergeError.between(before, after, dequantized(codes, torch.float32), quantized=True)

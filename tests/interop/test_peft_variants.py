@@ -43,3 +43,13 @@ def test_an_adapter_that_depends_on_the_tokens_is_not_merged():
     with pytest.raises(NotImplementedError, match="does not support"):
         model.merge_adapter()
     assert model.base_model.model[0].base_layer.weight is before
+
+
+def test_a_bias_that_is_not_finite_is_not_merged():
+    model = adapted(lora_bias=True)
+    layer = model.base_model.model[0]
+    nn.init.constant_(layer.lora_B["default"].bias, float("nan"))
+    before = layer.base_layer.bias
+    with pytest.raises(ValueError, match="would give weights that are not finite"):
+        model.merge_adapter()
+    assert layer.base_layer.bias is before and before.isfinite().all()
