@@ -81,12 +81,15 @@ class CodesLoraLinear(Linear):
         before = dense_matrix(base)
         after, bias = before.clone(), base.bias
         for name in names:
-            after += self.get_delta_weight(name).to(after)
+            if name in self.lora_variant:  # which knows its own product, or that it cannot be merged
+                after = self.lora_variant[name].merge_safe(self, name, after)
+            else:
+                after += self.get_delta_weight(name).to(after)
             if self.lora_bias[name]:
                 if bias is None:
                     raise RuntimeError("lora_bias=True cannot be merged into a layer without a bias")
                 bias = bias + self.lora_B[name].bias * self.scaling[name]
-        if not after.isfinite().all():
+        if not all(part.isfinite().all() for part in (after, bias) if part is not None):
             raise ValueError(f"merging {', '.join(names)} would give weights that are not finite")
         codes = quantized_like(after.to(base.weight.dtype), base.weight)
         error = MergeError.between(before, after, dequantized(codes, torch.float32), quantized=True)
