@@ -148,7 +148,7 @@ template <int B, bool kOne, class X> struct GroupDot {
     for (int r = 0; r < R; ++r) {
       const uint8_t* from = p[r] + s * kLanes * Unit<B>::kBytes;
       __builtin_prefetch(from + prefetch_ahead(R * w.cols / 8 * B));
-      units[r] = Unit<B>::load(from, n);
+      units[r] = read_once(Unit<B>::load(from, n));
     }
     Vec sum[M][R];
     x.template dots<M, R>(units, s, sum);

@@ -77,6 +77,7 @@ template <class T> inline void stream(T* p, Vec a) { store(p, a); }
 // After the last of them, before another thread may read.
 inline void stream_end() {}
 
+inline Int read_once(Int v) { return v; }
 inline Int load_int(const void* p) {
   Int a;
   memcpy(&a, p, sizeof a);
