@@ -88,7 +88,6 @@ TESTS = {
     "peftops/integrations/peft_layers.py": ["interop/test_live_models.py"],
     "peftops/integrations/peft_tensors.py": ["integrations/test_peft_tensors.py", "integrations/test_peft_files.py"],
     "peftops/integrations/peft_whole.py": ["methods/test_modules_to_save.py", "interop/test_peft_options.py"],
-    "peftops/integrations/sharded.py": ["integrations/test_several_processes.py"],
     "peftops/integrations/summary.py": ["methods/test_counts.py", "methods/test_lora.py", "methods/test_experts.py"],
     "peftops/integrations/together.py": ["integrations/test_together.py"],
     "peftops/methods": ["methods/test_methods.py", "methods/test_conformance.py", "methods/test_options.py"],

@@ -13,9 +13,9 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from ..nn import is_quantized, own_rows
+from ..nn import WRAPPERS, is_quantized, own_rows
 from .checkpoints import is_attached
 
 
@@ -27,9 +27,24 @@ def _has_frozen_base(model: nn.Module) -> bool:
     return is_attached(model) or _has_codes(model)
 
 
-def _trained(model: nn.Module) -> set[str]:
-    """The names of what trains, without the parts that wrappers add."""
-    return get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True)).keys()
+def _plain(name: str) -> str:
+    """A parameter's name without the parts that wrappers add, as checkpoints have it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _without_frozen(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """What trains, of a state dict. torch and DeepSpeed leave the second name of a tied weight, and parts of codes."""
+    every = model.named_parameters(remove_duplicate=False)
+    frozen = {_plain(name): is_quantized(parameter) for name, parameter in every if not parameter.requires_grad}
+    parts = tuple(f"{name}." for name, in_codes in frozen.items() if in_codes)
+    return {name: t for name, t in state_dict.items() if name not in frozen and not name.startswith(parts)}
+
+
+def _check_whole(state_dict: dict[str, Any], model: nn.Module) -> None:
+    """Raise a ValueError if a checkpoint lacks something that trains; it may lack all else."""
+    trained = {_plain(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if lacking := trained - state_dict.keys():
+        raise ValueError(f"the checkpoint does not fit: it has no {min(lacking)}, which the model trains")
 
 
 def loaded_everywhere(prepare: Callable[[Any, nn.Module], nn.Module]) -> Callable[[Any, nn.Module], nn.Module]:
@@ -63,7 +78,8 @@ def without_base(utilities: ModuleType) -> None:
         options = ours(model, how)
         if options is None:
             return read(model, **how)
-        return get_model_state_dict(model, options=dataclasses.replace(options, ignore_frozen_params=True))
+        state = get_model_state_dict(model, options=dataclasses.replace(options, ignore_frozen_params=True))
+        return _without_frozen(state, model)
 
     @functools.wraps(write)
     def _write(model: nn.Module, state_dict: dict[str, Tensor], **how: Any) -> Any:
@@ -71,8 +87,8 @@ def without_base(utilities: ModuleType) -> None:
         if options is None:
             return write(model, state_dict, **how)
         # Of a checkpoint in one file, ranks other than the first are given nothing: they are sent their shards.
-        if state_dict and (lacking := _trained(model) - state_dict.keys()):
-            raise ValueError(f"the checkpoint does not fit: it has no {min(lacking)}, which the model trains")
+        if state_dict:
+            _check_whole(state_dict, model)
         return set_model_state_dict(model, state_dict, options=dataclasses.replace(options, strict=False))
 
     utilities._get_model_state_dict, utilities._set_model_state_dict = _read, _write
@@ -80,8 +96,8 @@ def without_base(utilities: ModuleType) -> None:
 
 def deepspeed_without_base(engine: type) -> None:
     """Let ``deepspeed.DeepSpeedEngine`` leave out the same parameters, and not send codes to other ranks."""
-    send, save, load = engine._broadcast_model, engine.save_checkpoint, engine.load_checkpoint
-    state_dict = engine.module_state_dict
+    send, save = engine._broadcast_model, engine.save_checkpoint
+    state_dict, fill = engine.module_state_dict, engine.load_module_state_dict
     mark = "ds_optim_param"  # parameters with this attribute are not sent
 
     @functools.wraps(send)
@@ -106,21 +122,17 @@ def deepspeed_without_base(engine: type) -> None:
             options["exclude_frozen_parameters"] = True
         return save(self, *args, **options)
 
-    @functools.wraps(load)
-    def _load(self: Any, *args: Any, **options: Any) -> Any:
-        if _has_frozen_base(self.module):
-            options["load_module_strict"] = False
-        return load(self, *args, **options)
-
     @functools.wraps(state_dict)
     def _state_dict(self: Any, *args: Any, exclude_frozen_parameters: bool = False, **options: Any) -> dict[str, Any]:
         found = state_dict(self, *args, exclude_frozen_parameters=exclude_frozen_parameters, **options)
-        if exclude_frozen_parameters:  # DeepSpeed leaves the second name of a tied one, and the parts of codes
-            every = self.module.named_parameters(remove_duplicate=False)
-            frozen = {name: is_quantized(parameter) for name, parameter in every if not parameter.requires_grad}
-            parts = tuple(f"{name}." for name, in_codes in frozen.items() if in_codes)
-            found = {name: t for name, t in found.items() if name not in frozen and not name.startswith(parts)}
-        return found
+        return _without_frozen(found, self.module) if exclude_frozen_parameters else found
 
-    engine._broadcast_model, engine.save_checkpoint, engine.load_checkpoint = _send, _save, _load
-    engine.module_state_dict = _state_dict
+    @functools.wraps(fill)
+    def _fill(self: Any, checkpoint: dict[str, Any], strict: bool = True, *args: Any, **options: Any) -> Any:
+        if _has_frozen_base(self.module):
+            _check_whole(checkpoint["module"], self.module)
+            strict = False
+        return fill(self, checkpoint, strict, *args, **options)
+
+    engine._broadcast_model, engine.save_checkpoint = _send, _save
+    engine.module_state_dict, engine.load_module_state_dict = _state_dict, _fill

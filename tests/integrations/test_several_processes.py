@@ -114,6 +114,9 @@ def with_trainer_and_fsdp(model_folder, folder, adapted):
         options |= {"state_dict_type": kind, "cpu_ram_efficient_loading": efficient}
         with accelerators():
             with_trainer(model_folder, f"{folder}/{kind}", adapted, fsdp=True, fsdp_config=options)
+    if adapted is attached:  # (of HF PEFT's models, accelerate keeps the second name of a tied weight)
+        state = torch.load(f"{folder}/FULL_STATE_DICT/run/checkpoint-2/pytorch_model_fsdp.bin")
+        assert state and all("lora" in key for key in state)
 
 
 def with_accelerate_and_fsdp(model_folder, folder, adapted):
