@@ -33,7 +33,7 @@ def _plain(name: str) -> str:
 
 
 def _without_frozen(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """What trains, of a state dict. torch and DeepSpeed leave the second name of a tied weight, and parts of codes."""
+    """The part of a state dict that trains. torch and DeepSpeed keep the second name of a tied weight, and codes."""
     every = model.named_parameters(remove_duplicate=False)
     frozen = {_plain(name): is_quantized(parameter) for name, parameter in every if not parameter.requires_grad}
     parts = tuple(f"{name}." for name, in_codes in frozen.items() if in_codes)

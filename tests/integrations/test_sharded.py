@@ -1,4 +1,4 @@
-"""What other libraries' checkpoints of a frozen base hold, and which they refuse; the libraries are stand-ins here.
+"""Checkpoints that other libraries write of a frozen base, and which they refuse; the libraries are stand-ins here.
 
 ``test_several_processes.py`` has the libraries themselves.
 """
