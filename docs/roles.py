@@ -8,11 +8,17 @@ from typing import Any
 import griffe
 
 PACKAGE = Path(__file__).resolve().parents[1] / "peftops"
-PUBLIC = next(
-    set(ast.literal_eval(node.value))
-    for node in ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")).body
-    if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
-)
+
+
+def listed(file: Path) -> set[str]:
+    """The names in a file's ``__all__``, without those that it has from another one's."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return {name.value for name in node.value.elts if isinstance(name, ast.Constant)}
+    raise ValueError(f"{file} has no __all__")
+
+
+PUBLIC = listed(PACKAGE / "__init__.py") | listed(PACKAGE / "ops/__init__.py")
 
 
 def entry(name: str) -> str:
