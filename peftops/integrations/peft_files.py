@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..attaching import METHODS, attach, attachment, detach, hosts
 from ..attaching.targets import exact_target, is_within
 from ..attaching.targets import layers as modules_of
-from ..nn import PREFIX, WRAPPERS, Select, Stored, opened, unwrapped
+from ..nn import PREFIX, Select, Stored, opened, unwrapped, unwrapped_name
 from ..nn.undo import all_or_nothing
 from . import peft_experts
 from .files import writable_directory
@@ -132,10 +132,9 @@ def adapters_of(model: nn.Module, name: str) -> dict[str, Stored]:
 
 def _adapters_in(given: dict[str, Tensor], model: nn.Module, name: str) -> dict[str, Stored]:
     """Copies of the parts of an adapter, with the tensors of a state dict of the model."""
-    plain = lambda key: ".".join(part for part in key.split(".") if part not in WRAPPERS)
-    known = {plain(key): tensor for key, tensor in given.items()}
+    known = {unwrapped_name(key): tensor for key, tensor in given.items()}
     known |= {key.removeprefix("module."): tensor for key, tensor in known.items()}  # of DistributedDataParallel
-    own = {id(p): plain(key) for key, p in model.named_parameters()}
+    own = {id(p): unwrapped_name(key) for key, p in model.named_parameters()}
     result = {}
     for path, host in hosts(model):
         if name in host.adapters:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..attaching.config import by_pattern
 from ..attaching.targets import is_within, layers
-from ..nn import PREFIX, WRAPPERS, Stored, base_of, is_quantized, module_at
+from ..nn import PREFIX, Stored, base_of, is_quantized, module_at, unwrapped_name
 
 _BASE = ".base_layer.weight"
 _TWICE = ".modules_to_save", ".original_module"  # within PEFT's wrapper
@@ -34,7 +34,7 @@ def check_ranks(fields: dict[str, Any], tensors: dict[str, Tensor], file: object
         return
     stacks = {parameter.rpartition(".")[0].rpartition(".")[2] for parameter in fields.get("target_parameters") or ()}
     for key, tensor in tensors.items():
-        name = ".".join(part for part in key.removeprefix(PREFIX).split(".") if part not in WRAPPERS)
+        name = unwrapped_name(key.removeprefix(PREFIX))
         layer, leaf = next(((name.removesuffix(f".{e}"), e) for e in _RANK_AT if name.endswith(f".{e}")), (name, None))
         of_experts = stacks & {layer.partition(".base_layer")[0].rpartition(".")[2], ""}
         if leaf is None or of_experts or is_within(name.rpartition(".")[0], fields.get("modules_to_save") or ()):
@@ -56,8 +56,7 @@ def plain_names(tensors: dict[str, Tensor], model: nn.Module, file: object) -> d
     ddp = "" if any(path == "module" for path, _ in layers(model)) else "module."
     result: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
-        name = name.removeprefix(ddp)
+        name = unwrapped_name(key).removeprefix(ddp)
         if name.startswith(PREFIX):
             name = PREFIX + name.removeprefix(PREFIX).removeprefix(ddp)
         if name in result:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from ..nn import WRAPPERS, is_quantized, own_rows
+from ..nn import is_quantized, own_rows, unwrapped_name
 from .checkpoints import is_attached
 
 
@@ -27,22 +27,17 @@ def _has_frozen_base(model: nn.Module) -> bool:
     return is_attached(model) or _has_codes(model)
 
 
-def _plain(name: str) -> str:
-    """A parameter's name without the parts that wrappers add, as checkpoints have it."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
 def _without_frozen(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """The part of a state dict that trains. torch and DeepSpeed keep the second name of a tied weight, and codes."""
     every = model.named_parameters(remove_duplicate=False)
-    frozen = {_plain(name): is_quantized(parameter) for name, parameter in every if not parameter.requires_grad}
+    frozen = {unwrapped_name(name): is_quantized(parameter) for name, parameter in every if not parameter.requires_grad}
     parts = tuple(f"{name}." for name, in_codes in frozen.items() if in_codes)
     return {name: t for name, t in state_dict.items() if name not in frozen and not name.startswith(parts)}
 
 
 def _check_whole(state_dict: dict[str, Any], model: nn.Module) -> None:
     """Raise a ValueError if a checkpoint lacks something that trains; it may lack all else."""
-    trained = {_plain(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {unwrapped_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     if lacking := trained - state_dict.keys():
         raise ValueError(f"the checkpoint does not fit: it has no {min(lacking)}, which the model trains")
 

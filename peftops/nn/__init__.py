@@ -2,7 +2,6 @@
 
 from .adapter import (
     PREFIX,
-    WRAPPERS,
     AdaptedLayer,
     Adapter,
     MergeError,
@@ -12,6 +11,7 @@ from .adapter import (
     module_at,
     owner_of,
     unwrapped,
+    unwrapped_name,
 )
 from .experts import close_experts, experts_forward, keep_names, open_experts, opened, stack_layer, stacks_of
 from .experts_linear import ExpertsLinear
@@ -54,7 +54,6 @@ __all__ = [
     "IGNORED",
     "LINEAR",
     "PREFIX",
-    "WRAPPERS",
     "AdaptedLayer",
     "Adapter",
     "ExpertsLinear",
@@ -108,5 +107,6 @@ __all__ = [
     "stacks_of",
     "unshard_lora",
     "unwrapped",
+    "unwrapped_name",
     "with_matrix",
 ]

@@ -203,6 +203,11 @@ class AdaptedLayer(nn.Module):
             self._unmerged = []
 
 
+def unwrapped_name(name: str) -> str:
+    """A parameter's name without the parts that torch's wrappers add, as files and checkpoints have it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside torch's wrappers (``torch.compile``, DistributedDataParallel, checkpointing); usually
     ``module`` itself. Names of a model's layers leave out the wrappers."""

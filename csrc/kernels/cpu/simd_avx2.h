@@ -45,7 +45,7 @@ inline void stream(f16* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(
 // After the last of them, before another thread may read.
 inline void stream_end() { _mm_sfence(); }
 
-// A loaded value that stays in its register. Otherwise GCC may load it again for each use, which costs as much as x does.
+// A loaded value that stays in its register. Otherwise GCC may load it again for each use, as costly as a load of x.
 inline Int read_once(Int v) { asm("" : "+x"(v)); return v; }
 inline Int load_int(const void* p) { return _mm256_loadu_si256(static_cast<const Int*>(p)); }
 inline void store_int(void* p, Int a) { _mm256_storeu_si256(static_cast<Int*>(p), a); }

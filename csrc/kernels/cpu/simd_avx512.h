@@ -44,7 +44,7 @@ inline void stream(f16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i
 // After the last of them, before another thread may read.
 inline void stream_end() { _mm_sfence(); }
 
-// A loaded value that stays in its register. Otherwise GCC may load it again for each use, which costs as much as x does.
+// A loaded value that stays in its register. Otherwise GCC may load it again for each use, as costly as a load of x.
 inline Int read_once(Int v) { asm("" : "+v"(v)); return v; }
 inline Int load_int(const void* p) { return _mm512_loadu_si512(p); }
 inline void store_int(void* p, Int a) { _mm512_storeu_si512(p, a); }

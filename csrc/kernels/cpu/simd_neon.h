@@ -43,7 +43,7 @@ template <class T> inline void stream(T* p, Vec a) { store(p, a); }
 // After the last of them, before another thread may read.
 inline void stream_end() {}
 
-// A loaded value that stays in its register. Otherwise GCC may load it again for each use, which costs as much as x does.
+// A loaded value that stays in its register. Otherwise GCC may load it again for each use, as costly as a load of x.
 inline Int read_once(Int v) { asm("" : "+w"(v)); return v; }
 inline Int load_int(const void* p) { return vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(p))); }
 inline void store_int(void* p, Int a) { vst1q_u8(static_cast<uint8_t*>(p), vreinterpretq_u8_s32(a)); }
